@@ -1,0 +1,119 @@
+//! The command line: what clap parses, the man page lists and the shells complete. No behaviour.
+//!
+//! Includes nothing of the program, so that the generator of man page and completions can take it as it is.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueHint};
+
+/// A line echo that answers only to the local users its policy names.
+#[derive(Debug, Parser)]
+#[command(name = "echod", version, args_conflicts_with_subcommands = true, max_term_width = 100)]
+#[command(after_help = "Without a subcommand: serve the sockets that systemd passed, or those of --listen.")]
+pub struct Cli {
+    #[command(flatten)]
+    pub serve: Serve,
+
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// How to serve.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Bind this socket ourselves, where there is no systemd; may be repeated
+    #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
+    pub listen: Vec<PathBuf>,
+
+    /// Read this configuration file and no other
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub config: Option<PathBuf>,
+}
+
+/// What else the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Check the configuration: print the effective policy, or every fault
+    Check {
+        /// Check this file instead of the one that would be served by
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        config: Option<PathBuf>,
+    },
+
+    /// Tell how the policy judges somebody, and why
+    Explain(Explain),
+
+    /// Show who was denied or refused, from the journal
+    Report(Report),
+
+    /// Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)
+    Reload {
+        /// The process to ask
+        #[arg(value_name = "PID")]
+        pid: i32,
+    },
+}
+
+/// Whom to judge, and by which file.
+#[derive(Debug, Args)]
+pub struct Explain {
+    #[command(flatten)]
+    pub who: Who,
+
+    /// Their effective group id (default: the same number as --uid)
+    #[arg(long, value_name = "N", requires = "uid")]
+    pub gid: Option<u32>,
+
+    /// A supplementary group of theirs, name or number; may be repeated
+    #[arg(long, value_name = "G", requires = "uid")]
+    pub group: Vec<String>,
+
+    /// The systemd unit they connect from
+    #[arg(long, value_name = "U", conflicts_with = "pid")]
+    pub unit: Option<String>,
+
+    /// Judge by this file instead of the one that would be served by
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub config: Option<PathBuf>,
+}
+
+/// One of three ways to name somebody.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct Who {
+    /// A user, with group and supplementary groups as the user database has them
+    #[arg(long, value_name = "NAME", value_hint = ValueHint::Username)]
+    pub user: Option<String>,
+
+    /// A user id, with only the groups given here
+    #[arg(long, value_name = "N")]
+    pub uid: Option<u32>,
+
+    /// A live process, as the kernel sees it
+    #[arg(long, value_name = "N")]
+    pub pid: Option<i32>,
+}
+
+/// Which part of the journal to look at.
+#[derive(Debug, Args)]
+pub struct Report {
+    /// Only records from this time on, as journalctl(1) takes it
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<String>,
+
+    /// Only records up to this time
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<String>,
+
+    /// Records of this user's own echod
+    #[arg(long, conflicts_with = "system")]
+    pub user: bool,
+
+    /// Records of the system's echod
+    #[arg(long)]
+    pub system: bool,
+
+    /// Print JSON instead of a table
+    #[arg(long)]
+    pub json: bool,
+}

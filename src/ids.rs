@@ -1,0 +1,70 @@
+//! The identifiers that the kernel, the policy and the record share, and what a policy may ask of a peer.
+//!
+//! Pure data: everyone may import this module, it imports nobody but [`unit`](crate::unit).
+
+use std::fmt;
+
+use crate::unit::Units;
+
+/// The id that stands for "not mapped in this user namespace": the kernel's default for
+/// `/proc/sys/kernel/overflowuid` and `overflowgid` (user_namespaces(7)).
+pub const OVERFLOW_ID: u32 = 65_534;
+
+/// `(uid_t) -1`: no process can have it (setreuid(2) reads it as "leave unchanged").
+const INVALID_ID: u32 = u32::MAX;
+
+/// A numeric user id, as this process's user namespace shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Uid(u32);
+
+/// A numeric group id, as this process's user namespace shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Gid(u32);
+
+macro_rules! id {
+    ($id:ident) => {
+        impl $id {
+            /// The id with this number.
+            pub const fn new(raw: u32) -> Self {
+                Self(raw)
+            }
+
+            /// The bare number.
+            pub const fn raw(self) -> u32 {
+                self.0
+            }
+
+            /// Whether the number names somebody. The overflow id does not: it stands for everyone
+            /// whom this user namespace cannot tell apart. Nor does `-1`.
+            pub const fn is_known(self) -> bool {
+                self.0 != OVERFLOW_ID && self.0 != INVALID_ID
+            }
+        }
+
+        impl fmt::Display for $id {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                self.0.fmt(f)
+            }
+        }
+    };
+}
+
+id!(Uid);
+id!(Gid);
+
+/// What a policy may ask of the one it judges. Implemented by [`Peer`](crate::Peer) for a live
+/// connection and by anything that describes somebody who is not connected (`echod explain`).
+pub trait Subject {
+    /// The effective user id, which may be one that names nobody ([`Uid::is_known`]).
+    fn uid(&self) -> Uid;
+
+    /// The effective group id and all supplementary groups, in no particular order; some may name nobody.
+    fn gids(&self) -> &[Gid];
+
+    /// Whether [`gids`](Subject::gids) holds all of them. `false` where the kernel refused to tell.
+    fn gids_complete(&self) -> bool;
+
+    /// The systemd units around the very process that connected, or `None` where they cannot be
+    /// tied to it. May cost system calls; a policy asks only when a rule depends on the answer.
+    fn units(&self) -> Option<&Units>;
+}

@@ -1,0 +1,4 @@
+//! peergate
+pub mod ids;
+pub mod policy;
+pub mod unit;
