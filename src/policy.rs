@@ -292,7 +292,7 @@ fn matcher<T>(rule: &Rule<T>, me: Uid) -> Result<Matcher, String> {
 impl<T> Policy<T> {
     /// Rules that no known subject can reach, because earlier rules decide about everyone they are for; each with
     /// the earlier rule, or the first of the several, that does.
-    pub(crate) fn hidden(&self) -> Vec<(&Arc<Rule<T>>, &Arc<Rule<T>>)> {
+    pub(crate) fn hidden(&self) -> Vec<Hidden<'_, T>> {
         let mut hidden = Vec::new();
         let mut decided_uids = IdSet::default();
         let mut decided_gids = IdSet::default();
@@ -308,7 +308,7 @@ impl<T> Policy<T> {
                     (false, Some((false, set))) => matcher.groups.as_ref().is_some_and(|groups| groups.overlaps(set)),
                     _ => false,
                 });
-                hidden.extend(earlier.map(|earlier| (&self.rules[number], &self.rules[earlier])));
+                hidden.extend(earlier.map(|earlier| Hidden { rule: &self.rules[number], by: &self.rules[earlier] }));
             }
             match matcher.one_set() {
                 Some((true, set)) => decided_uids.unite(set),
@@ -328,6 +328,12 @@ impl<T> Policy<T> {
             .filter(move |(_, m)| nobody(&m.users) || nobody(&m.groups))
             .map(|(r, _)| r)
     }
+}
+
+/// A rule that no known subject can reach, and an earlier rule that decides in its place.
+pub(crate) struct Hidden<'p, T> {
+    pub(crate) rule: &'p Arc<Rule<T>>,
+    pub(crate) by: &'p Arc<Rule<T>>,
 }
 
 impl Matcher {

@@ -108,7 +108,7 @@ impl Matcher {
     /// something only about that user's own processes, and only in a rule that also says which users.
     pub(super) fn counted<'u>(&self, units: &'u Units, uid: Uid, me: Uid) -> &'u [String] {
         match units.user() {
-            Some((owner, names)) if owner == me || self.users.is_some() && owner == uid => names,
+            Some((owner, names)) if owner.is_known() && (owner == me || self.users.is_some() && owner == uid) => names,
             _ => &[],
         }
     }
