@@ -46,6 +46,9 @@ struct Args {
     /// echod's configuration, in place of the benchmark's own
     #[arg(long)]
     config: Option<PathBuf>,
+    /// Start the servers under this command, which must keep their process: "strace -DDD -f -c -o FILE"
+    #[arg(long, value_name = "COMMAND")]
+    wrap: Option<String>,
     /// Put the table into this file, between the lines `<!-- table -->` and `<!-- end of table -->`
     #[arg(long, value_name = "FILE")]
     write: Option<PathBuf>,
@@ -103,7 +106,10 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
         quick: args.quick,
     };
     let (specs, missing) = servers::found(&place(args, work)?)?;
-    let specs: Vec<_> = specs.into_iter().filter(|s| wanted(&args.servers, &s.name)).collect();
+    let mut specs: Vec<_> = specs.into_iter().filter(|s| wanted(&args.servers, &s.name)).collect();
+    for word in args.wrap.iter().flat_map(|w| w.split_whitespace().rev()) {
+        specs.iter_mut().for_each(|spec| spec.command.insert(0, word.to_owned()));
+    }
     let workloads: Vec<_> = workloads::ALL.iter().filter(|w| wanted(&args.only, w.name)).collect();
     if specs.is_empty() || workloads.is_empty() {
         return Err(Error::other("nothing is left to run; --list names the workloads and the servers"));

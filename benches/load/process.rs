@@ -2,7 +2,7 @@
 //! Used by the workloads; knows neither the protocol nor which server it is.
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sched::{CpuSet, sched_setaffinity};
-use nix::sys::signal::{Signal, killpg};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
 use nix::unistd::{Pid, SysconfVar, sysconf};
 use std::io::{BufRead, BufReader, Error, Result, Write};
@@ -190,7 +190,15 @@ impl Server {
 }
 
 impl Drop for Server {
+    /// Asks it to end, so that whatever it runs under (`--wrap`) can tell its tale, and sees to it that it does.
     fn drop(&mut self) {
+        let _ = kill(pid_of(self.child.id()), Signal::SIGTERM);
+        for _ in 0..2000 {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
         // Its own process group, so this reaches the server's children and nobody else. It may have ended already.
         let _ = killpg(pid_of(self.child.id()), Signal::SIGKILL);
         let _ = self.child.wait();
