@@ -13,12 +13,16 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write as _;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::clock::later;
 use crate::ids::{Gid, Uid};
+use crate::limits::Excess;
 use crate::peer::{Details, Peer};
+use crate::policy::RuleName;
 
 /// Records that may wait for the journal; what comes on top is counted instead.
 const MOST_WAITING: usize = 4096;
@@ -158,6 +162,15 @@ impl Reason {
 
     const fn is_denial(self) -> bool {
         matches!(self, Self::Policy | Self::NoCredentials)
+    }
+}
+
+impl From<Excess> for Reason {
+    fn from(excess: Excess) -> Self {
+        match excess {
+            Excess::User => Self::UserLimit,
+            Excess::Total => Self::TotalLimit,
+        }
     }
 }
 
@@ -386,6 +399,13 @@ pub struct Totals {
 #[derive(Clone)]
 pub struct Audit(Arc<Shared>);
 
+/// With the default [`Settings`].
+impl Default for Audit {
+    fn default() -> Self {
+        Self::new(Settings::default())
+    }
+}
+
 struct Shared {
     state: Mutex<State>,
     wake: Condvar,
@@ -468,6 +488,55 @@ impl Audit {
     /// Whether each line is written.
     pub fn writes_lines(&self) -> bool {
         self.0.scope.load(Ordering::Relaxed) >= Scope::Lines as u8
+    }
+
+    /// Records that `peer`, connected to the socket at the address `listener`, was denied by `rule`, or because
+    /// no rule allows it. For whoever accepts connections without a [`Door`](crate::Door), which does this itself.
+    pub fn denied(&self, peer: &mut Peer, connection: &impl AsFd, listener: &Arc<str>, rule: Option<&RuleName>) {
+        self.turned_away_peer(Event::Denied, Reason::Policy, peer, connection, listener, rule);
+    }
+
+    /// Records that `peer` was admitted by `rule`, but found no place. Otherwise as [`denied`](Self::denied).
+    pub fn refused(
+        &self,
+        peer: &mut Peer,
+        connection: &impl AsFd,
+        listener: &Arc<str>,
+        rule: &RuleName,
+        excess: Excess,
+    ) {
+        self.turned_away_peer(Event::Refused, excess.into(), peer, connection, listener, Some(rule));
+    }
+
+    /// Records that somebody was denied of whom the kernel would tell nothing ([`Peer::of`] failed).
+    pub fn unidentified(&self, listener: &Arc<str>) {
+        self.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
+            reason: Some(Reason::NoCredentials),
+            rule: Some("default".into()),
+            socket: Some(Arc::clone(listener)),
+            ..Record::new(Event::Denied)
+        });
+    }
+
+    fn turned_away_peer(
+        &self,
+        event: Event,
+        reason: Reason,
+        peer: &mut Peer,
+        connection: &impl AsFd,
+        listener: &Arc<str>,
+        rule: Option<&RuleName>,
+    ) {
+        self.turned_away(event, reason, Some(peer.uid()), || {
+            let details = peer.details(connection);
+            Record {
+                reason: Some(reason),
+                rule: Some(rule.map_or("default", RuleName::as_str).into()),
+                socket: Some(Arc::clone(listener)),
+                about: Some(About::peer(peer, details)),
+                ..Record::new(event)
+            }
+        });
     }
 
     /// Counts a peer turned away, and either keeps a record of it, made by `record`, or adds one to the
@@ -651,7 +720,7 @@ impl State {
         let full = self.windows.len() >= MOST_TRACKED && !self.windows.contains_key(&(uid, reason));
         let key = (if full { None } else { uid }, reason);
         let interval = self.settings.interval;
-        self.next_tick.get_or_insert(now + interval);
+        self.next_tick.get_or_insert(later(now, interval));
         self.windows.entry(key).or_insert_with(|| Window {
             since: now,
             written: 0,
@@ -683,9 +752,9 @@ impl State {
             !over
         });
         summaries.into_iter().for_each(|summary| self.push(summary));
-        let earliest = self.windows.values().map(|window| window.since + interval).min();
+        let earliest = self.windows.values().map(|window| later(window.since, interval)).min();
         // Where there was no room, look again in an interval's time, not at once.
-        self.next_tick = earliest.map(|due| if due <= now { now + interval } else { due });
+        self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due });
         if self.windows.is_empty() {
             self.windows.shrink_to(64);
         }

@@ -20,7 +20,8 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use self::farewell::Farewell;
 use crate::activation::Listener;
-use crate::audit::{About, Audit, Event, Reason, Record, Severity};
+use crate::audit::{About, Audit, Event, Record, Severity};
+use crate::clock::later;
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
 use crate::peer::Peer;
 use crate::policy::{Policy, Rule, Verdict};
@@ -50,6 +51,13 @@ pub struct Ruling<T> {
     /// Whether the kernel shall attach the sender's credentials to all data (SO_PASSCRED, unix(7)) on
     /// connections admitted from now on.
     pub pass_credentials: bool,
+}
+
+impl<T> Ruling<T> {
+    /// This policy, the default [`Caps`], no credentials attached to data.
+    pub fn new(policy: Policy<T>) -> Self {
+        Self { policy: Arc::new(policy), caps: Caps::default(), pass_credentials: false }
+    }
 }
 
 impl<T> Clone for Ruling<T> {
@@ -112,6 +120,26 @@ pub struct Setup<T> {
     pub first_connection: u64,
     /// How long to look for the next connection before sleeping, while they come that close together.
     pub busy_poll: Option<Duration>,
+}
+
+impl<T> Setup<T> {
+    /// A gate before `listeners` that rules by `policy` and records in `audit`; everything else as most services
+    /// want it. Change the fields to have it otherwise.
+    ///
+    /// # Errors
+    /// What eventfd(2) says.
+    pub fn new(listeners: Vec<Listener>, policy: Policy<T>, audit: Audit) -> io::Result<Self> {
+        Ok(Self {
+            listeners,
+            ruling: Ruling::new(policy),
+            limits: Limits::new(),
+            audit,
+            replies: Replies::default(),
+            activity: Arc::new(Activity::new()?),
+            first_connection: 1,
+            busy_poll: None,
+        })
+    }
 }
 
 /// What a running gate can be asked, from any thread.
@@ -371,7 +399,7 @@ impl<T: Terms> Gate<T> {
     /// Waits for something to do; looks again for a while before it sleeps if connections come close together.
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
         let spin_until = match (self.busy_poll, self.last_accept.take()) {
-            (Some(span), Some(last)) => Some(last + span),
+            (Some(span), Some(last)) => Some(later(last, span)),
             _ => None,
         };
         while spin_until.is_some_and(|until| Instant::now() < until) {
@@ -577,12 +605,7 @@ impl<T: Terms> Gate<T> {
     fn identify(&self, socket: &OwnedFd, index: usize, ruling: &Ruling<T>) -> Option<Peer> {
         let asked = if ruling.policy.depends_on_units() { Peer::of(socket) } else { Peer::credentials_of(socket) };
         if asked.is_err() {
-            self.audit.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
-                reason: Some(Reason::NoCredentials),
-                rule: Some("default".into()),
-                socket: Some(Arc::clone(self.listeners[index].address())),
-                ..Record::new(Event::Denied)
-            });
+            self.audit.unidentified(self.listeners[index].address());
         }
         asked.ok()
     }
@@ -598,17 +621,8 @@ impl<T: Terms> Gate<T> {
     ) -> Result<(Arc<Rule<T>>, Permit, Peer), Option<(Excess, Arc<Rule<T>>, Peer)>> {
         match ruling.policy.decide(&peer) {
             Verdict::Denied(rule) => {
-                let uid = peer.uid();
-                self.audit.turned_away(Event::Denied, Reason::Policy, Some(uid), || Record {
-                    reason: Some(Reason::Policy),
-                    rule: Some(rule.map_or("default", |rule| rule.name().as_str()).into()),
-                    socket: Some(Arc::clone(self.listeners[index].address())),
-                    about: Some({
-                        let details = peer.details(socket);
-                        About::peer(&peer, details)
-                    }),
-                    ..Record::new(Event::Denied)
-                });
+                let rule = rule.map(|rule| rule.name());
+                self.audit.denied(&mut peer, socket, self.listeners[index].address(), rule);
                 Err(None)
             }
             Verdict::Admitted(rule) => {
@@ -623,20 +637,7 @@ impl<T: Terms> Gate<T> {
     }
 
     fn record_refusal(&self, excess: Excess, rule: &Rule<T>, mut peer: Peer, socket: &OwnedFd, index: usize) {
-        let reason = match excess {
-            Excess::User => Reason::UserLimit,
-            Excess::Total => Reason::TotalLimit,
-        };
-        self.audit.turned_away(Event::Refused, reason, Some(peer.uid()), || Record {
-            reason: Some(reason),
-            rule: Some(rule.name().as_str().into()),
-            socket: Some(Arc::clone(self.listeners[index].address())),
-            about: Some({
-                let details = peer.details(socket);
-                About::peer(&peer, details)
-            }),
-            ..Record::new(Event::Refused)
-        });
+        self.audit.refused(&mut peer, socket, self.listeners[index].address(), rule.name(), excess);
     }
 
     /// Nobody else is accepted; those waiting for a place get their answer.
