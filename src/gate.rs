@@ -130,7 +130,8 @@ impl<T> Setup<T> {
     /// InvalidInput where there is no listener, so that nobody could ever come; what eventfd(2) says.
     pub fn new(listeners: Vec<Listener>, policy: Policy<T>, audit: Audit) -> io::Result<Self> {
         if listeners.is_empty() {
-            let message = "no listening socket: nothing was passed (systemd-socket-activate -l PATH PROGRAM passes one)";
+            let message =
+                "no listening socket: nothing was passed (systemd-socket-activate -l PATH PROGRAM passes one)";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
         Ok(Self {
