@@ -193,6 +193,16 @@ fn check_warns_on_standard_error_and_still_succeeds() {
 }
 
 #[test]
+fn check_warns_where_a_user_namespace_hides_who_others_are() {
+    let configuration = Configuration::new("namespace", POLICY);
+    let check = ["--user", "--map-root-user", env!("CARGO_BIN_EXE_echod"), "check", "--config"];
+    let outcome = run(Command::new("unshare").args(check).arg(&configuration.file));
+    assert_eq!(outcome.code, 0, "{}", outcome.stderr);
+    assert!(outcome.stderr.starts_with("warning: this user namespace maps 1 user ids"), "{}", outcome.stderr);
+    assert!(outcome.stderr.contains("PrivateUsers="), "{}", outcome.stderr);
+}
+
+#[test]
 fn check_prints_every_fault_and_exits_78() {
     let configuration = Configuration::new("faults", "[allow.x]\nuser = [5]\n[limits]\nconnections = 0\n");
     let outcome = configuration.run(&["check"]);

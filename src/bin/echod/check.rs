@@ -14,6 +14,9 @@ use crate::config::{Config, Terms};
 pub fn run(config: Option<&Path>) -> u8 {
     match Config::load(config) {
         Ok(config) => {
+            if let Some(unmapped) = peergate::peer::unmapped_ids() {
+                eprintln!("warning: {unmapped}");
+            }
             for warning in &config.warnings {
                 eprintln!("warning: {warning}");
             }
