@@ -419,6 +419,7 @@ struct Window {
 }
 
 /// What the writing thread is to do next.
+#[allow(clippy::large_enum_variant)] // it lives for as long as a record takes to write, once
 pub(crate) enum Next {
     Write(Record),
     Nothing,

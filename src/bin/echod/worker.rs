@@ -691,7 +691,7 @@ impl Loop {
                 Outcome::Goes if carried.len() < carry => {
                     let _ = self.epoll.delete(&connection.socket);
                     self.free.push(slot);
-                    carried.push(connection.at_rest());
+                    carried.push((*connection).at_rest());
                 }
                 Outcome::Goes => {
                     // Everything received is echoed, a fragment too; then the end.
@@ -897,7 +897,7 @@ impl Connection {
     }
 
     /// The kernel never joins what different processes sent into one answer (unix(7), SO_PASSCRED).
-    fn receive_with_sender(&self, input: &mut [u8], control: &mut Vec<u8>) -> Result<(usize, Option<Uid>), Errno> {
+    fn receive_with_sender(&self, input: &mut [u8], control: &mut [u8]) -> Result<(usize, Option<Uid>), Errno> {
         let mut parts = [IoSliceMut::new(input)];
         let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(control), MsgFlags::MSG_CMSG_CLOEXEC)?;
         let sender = message.cmsgs().ok().and_then(|mut all| {
@@ -921,9 +921,9 @@ impl Connection {
         }
     }
 
-    fn at_rest(self: Box<Self>) -> Carried {
+    fn at_rest(self) -> Carried {
         let age = self.since.elapsed();
-        let Self { socket, peer, number, lines, bytes, held, sent, state, pass_credentials, .. } = *self;
+        let Self { socket, peer, number, lines, bytes, held, sent, state, pass_credentials, .. } = self;
         Carried {
             socket,
             peer,

@@ -1,0 +1,26 @@
+//! The small echo that inetd-style servers start for each connection: standard input and output are the socket.
+//! Only the benchmark uses it, behind socat, s6-ipcserver and systemd-socket-activate --inetd.
+use std::io::{Read, Write};
+
+fn main() -> std::io::Result<()> {
+    let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
+    let (mut chunk, mut answer) = (vec![0; 64 * 1024], Vec::with_capacity(3 * 64 * 1024));
+    let mut at_start = true;
+    loop {
+        let n = input.read(&mut chunk)?;
+        if n == 0 {
+            return Ok(());
+        }
+        answer.clear();
+        for piece in chunk[..n].split_inclusive(|&b| b == b'\n') {
+            if at_start {
+                answer.extend_from_slice(b"> ");
+            }
+            answer.extend_from_slice(piece);
+            at_start = piece.ends_with(b"\n");
+        }
+        // Standard output is line-buffered; an answer that ends inside a line still has to leave.
+        output.write_all(&answer)?;
+        output.flush()?;
+    }
+}

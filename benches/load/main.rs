@@ -1,0 +1,257 @@
+//! The benchmark's own program: starts each server in turn, loads it, checks every byte that comes back, and prints one
+//! table. `benches/run` builds it and all it needs and starts it; `benches/README.md` says what it measures and why.
+//!
+//! `process` starts and meters servers, `servers` knows which there are, `client` speaks the wire, `workloads` says what
+//! is asked, `report` makes the table.
+mod client;
+mod process;
+mod report;
+mod servers;
+mod workloads;
+
+use clap::Parser;
+use std::io::{Error, Result};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+use workloads::{Bench, Workload};
+
+/// Measure echod beside the floor and what else a user would pick.
+#[derive(Parser)]
+#[command(name = "benches/run")]
+struct Args {
+    /// Only these workloads, separated by commas
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+    /// Only these servers, separated by commas (the floor is needed for the ratios)
+    #[arg(long, value_delimiter = ',')]
+    servers: Vec<String>,
+    /// How often each server is measured, in turn
+    #[arg(long, default_value_t = 5)]
+    rounds: u32,
+    /// How long one measurement lasts
+    #[arg(long, default_value_t = 0.5)]
+    seconds: f64,
+    /// Everything once and briefly, to show that it works: no figure means anything
+    #[arg(long)]
+    quick: bool,
+    /// Name the workloads and the servers that are found, and end
+    #[arg(long)]
+    list: bool,
+    /// A further echod to compare: its name, its program, and optionally its configuration
+    #[arg(long, value_name = "NAME=PROGRAM[,CONFIG]")]
+    also: Vec<String>,
+    /// echod's configuration, in place of the benchmark's own
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Start the servers under this command, which must keep their process: "strace -DDD -f -c -o FILE"
+    #[arg(long, value_name = "COMMAND")]
+    wrap: Option<String>,
+    /// Put the table into this file, between the lines `<!-- table -->` and `<!-- end of table -->`
+    #[arg(long, value_name = "FILE")]
+    write: Option<PathBuf>,
+    /// Stand in for journald: take and drop what is sent to /run/systemd/journal/socket (which must be ours alone)
+    #[arg(long, hide = true)]
+    journal: bool,
+    /// echod itself
+    #[arg(long, hide = true)]
+    echod: Option<PathBuf>,
+    /// The article's server, built
+    #[arg(long, hide = true)]
+    go: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let own: Vec<String> = std::env::args().skip(1).collect();
+    let end = match own.first().map(String::as_str) {
+        Some(process::LAUNCH) => process::launcher(&own[1..]).map(|never| match never {}),
+        Some(workloads::STRANGER) => workloads::stranger(&own[1..]),
+        _ => bench(&Args::parse()),
+    };
+    match end {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}: {error}", own.first().map_or("bench", String::as_str));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench(args: &Args) -> Result<()> {
+    let work = tempdir()?;
+    let end = bench_in(args, work.clone());
+    std::fs::remove_dir_all(work)?;
+    end
+}
+
+/// A fresh directory that every user may reach: strangers connect to the socket in it.
+fn tempdir() -> Result<PathBuf> {
+    let work = std::env::temp_dir().join(format!("echod-bench.{}", std::process::id()));
+    std::fs::create_dir(&work)?;
+    std::fs::set_permissions(&work, std::fs::Permissions::from_mode(0o755))?;
+    Ok(work)
+}
+
+fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
+    if args.journal {
+        drain_journal(Path::new("/run/systemd/journal/socket"))?;
+    }
+    let bench = Bench {
+        work: work.clone(),
+        span: Duration::from_secs_f64(if args.quick { 0.03 } else { args.seconds }),
+        cpus: std::thread::available_parallelism()?.get(),
+        root: nix::unistd::geteuid().is_root(),
+        quick: args.quick,
+    };
+    let (specs, missing) = servers::found(&place(args, work)?)?;
+    let mut specs: Vec<_> = specs.into_iter().filter(|s| wanted(&args.servers, &s.name)).collect();
+    for word in args.wrap.iter().flat_map(|w| w.split_whitespace().rev()) {
+        specs.iter_mut().for_each(|spec| spec.command.insert(0, word.to_owned()));
+    }
+    let workloads: Vec<_> = workloads::ALL.iter().filter(|w| wanted(&args.only, w.name)).collect();
+    if specs.is_empty() || workloads.is_empty() {
+        return Err(Error::other("nothing is left to run; --list names the workloads and the servers"));
+    }
+    if args.list {
+        workloads.iter().for_each(|w| println!("workload {:12} {}", w.name, w.what));
+        specs.iter().for_each(|s| println!("server   {:14} {}", s.name, s.what));
+        missing.iter().for_each(|m| println!("missing  {m}"));
+        return Ok(());
+    }
+    raise_descriptors()?;
+    let rounds = if args.quick { 1 } else { args.rounds };
+    let mut results = report::Results::default();
+    for round in 1..=rounds {
+        for workload in &workloads {
+            eprintln!("round {round} of {rounds}: {}", workload.name);
+            for spec in specs.iter().filter(|s| workload.skips(&bench, s).is_none()) {
+                let figures = workload.run(&bench, spec).map_err(|e| explain(&bench, workload, spec, &e))?;
+                if let Some((figure, value)) = figures.iter().find(|(_, v)| !v.is_finite()) {
+                    return Err(Error::other(format!("{}, {}: {figure:?} is {value}", workload.name, spec.name)));
+                }
+                results.add(workload, spec, figures);
+            }
+        }
+    }
+    if args.quick {
+        for workload in workloads.iter().filter(|w| w.needs == workloads::Needs::Nothing) {
+            notices_a_lie(&bench, workload, &specs)?;
+        }
+        let runs = workloads.iter().flat_map(|w| specs.iter().filter(|s| w.skips(&bench, s).is_none())).count();
+        missing.iter().for_each(|m| println!("missing: {m}"));
+        println!("quick: {runs} runs of {} workloads, every byte as due, every lie noticed", workloads.len());
+        return Ok(());
+    }
+    let mut text = heading(&bench, rounds)?;
+    text.push_str(&results.table(&workloads, &specs, |w, s| w.skips(&bench, s)));
+    missing.iter().for_each(|m| text.push_str(&format!("\nMissing: {m}.\n")));
+    for spec in specs.iter().filter(|s| s.command.iter().any(|a| a == "--config")) {
+        text.push_str(&format!("\n{}", results.reach(&spec.name)));
+    }
+    println!("{text}");
+    args.write.as_deref().map_or(Ok(()), |file| put(file, &text))
+}
+
+/// A server that spoils the first byte of now and then an answer must fail the run; otherwise no figure is worth much.
+fn notices_a_lie(bench: &Bench, workload: &Workload, specs: &[servers::Spec]) -> Result<()> {
+    let Some(floor) = specs.iter().find(|s| s.name == report::FLOOR) else { return Ok(()) };
+    let mut liar = floor.clone();
+    liar.command.extend(["--lie".into(), "40".into()]);
+    match workload.run(bench, &liar) {
+        Err(e) if e.kind() == std::io::ErrorKind::InvalidData => Ok(()),
+        Err(e) => Err(Error::other(format!("{}: a lying server made {e}", workload.name))),
+        Ok(_) => Err(Error::other(format!("{}: a lying server went unnoticed", workload.name))),
+    }
+}
+
+/// Names are compared up to case; nothing given means everything.
+fn wanted(names: &[String], name: &str) -> bool {
+    names.is_empty() || names.iter().any(|n| n.eq_ignore_ascii_case(name))
+}
+
+fn place(args: &Args, work: PathBuf) -> Result<servers::Place> {
+    let here = std::env::current_exe()?;
+    let beside = |name: &str| here.with_file_name(name);
+    let mut echods = Vec::new();
+    if let Some(echod) = &args.echod {
+        echods.push(("echod".to_owned(), echod.clone(), args.config.clone()));
+    }
+    for also in &args.also {
+        let (name, rest) = also.split_once('=').ok_or_else(|| Error::other("--also wants NAME=PROGRAM[,CONFIG]"))?;
+        let (program, config) = rest.split_once(',').map_or((rest, None), |(p, c)| (p, Some(c.into())));
+        echods.push((name.to_owned(), program.into(), config));
+    }
+    let uid = nix::unistd::geteuid().as_raw();
+    Ok(servers::Place {
+        floor: beside("floor"),
+        inetd_echo: beside("inetd-echo"),
+        go: args.go.clone(),
+        echods,
+        work,
+        uid,
+    })
+}
+
+/// The error with its place and what the server said last.
+fn explain(bench: &Bench, workload: &Workload, spec: &servers::Spec, error: &Error) -> Error {
+    let said = std::fs::read_to_string(bench.work.join("echo.stderr")).unwrap_or_default();
+    let last: Vec<&str> = said.lines().rev().take(5).collect();
+    let said: String = last.iter().rev().map(|l| format!("\n  {l}")).collect();
+    Error::new(error.kind(), format!("{}, {}: {error}{said}", workload.name, spec.name))
+}
+
+/// Both ends of 10,000 connections need descriptors; the servers inherit the limit.
+fn raise_descriptors() -> Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let enough = 12_000;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if soft < enough {
+        setrlimit(Resource::RLIMIT_NOFILE, enough, hard.max(enough))?;
+    }
+    Ok(())
+}
+
+/// Records must go somewhere as they do on a real system, but a flood of them not into this machine's journal.
+fn drain_journal(path: &Path) -> Result<()> {
+    let journal = UnixDatagram::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
+    std::thread::spawn(move || {
+        let mut record = vec![0; 64 * 1024];
+        while journal.recv(&mut record).is_ok() {}
+    });
+    Ok(())
+}
+
+fn heading(bench: &Bench, rounds: u32) -> Result<String> {
+    let said = |program: &str, args: &[&str]| {
+        let output = std::process::Command::new(program).args(args).output().ok();
+        output.map_or_else(String::new, |o| String::from_utf8_lossy(&o.stdout).trim().to_owned())
+    };
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo")?;
+    let model = cpuinfo
+        .lines()
+        .find_map(|l| l.strip_prefix("model name"))
+        .map_or("", |l| l.trim_start_matches([' ', '\t', ':']));
+    let command: Vec<String> = std::env::var("BENCH_COMMAND").map_or_else(|_| std::env::args().collect(), |c| vec![c]);
+    Ok(format!(
+        "{} CPUs ({model}), Linux {}, {}. `{}`: {rounds} rounds of {} s each.\n\n",
+        bench.cpus,
+        said("uname", &["-rm"]),
+        said("date", &["-u", "+%Y-%m-%d %H:%M UTC"]),
+        command.join(" ").trim(),
+        bench.span.as_secs_f64(),
+    ))
+}
+
+fn put(file: &Path, text: &str) -> Result<()> {
+    const FROM: &str = "<!-- table -->\n";
+    const TO: &str = "<!-- end of table -->";
+    let old = std::fs::read_to_string(file)?;
+    let from = old.find(FROM).map(|at| at + FROM.len());
+    let (Some(from), Some(to)) = (from, old.find(TO)) else {
+        return Err(Error::other(format!("{}: no place for the table", file.display())));
+    };
+    std::fs::write(file, format!("{}\n{text}\n{}", &old[..from], &old[to..]))
+}

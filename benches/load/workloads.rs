@@ -1,0 +1,403 @@
+//! What is asked of the servers, one server and one workload at a time, each on a freshly started server.
+use crate::client::{self, Run};
+use crate::process::{Server, now_nanos, pin, unpin};
+use crate::servers::{Denies, Setting, Spec};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Error, Read, Result};
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// What the whole run shares.
+pub struct Bench {
+    pub work: PathBuf,
+    pub span: Duration,
+    pub cpus: usize,
+    /// Whether this process may become other users.
+    pub root: bool,
+    /// Fewer connections, fewer starts: the run only shows that everything works.
+    pub quick: bool,
+}
+
+/// The figures of one server under one workload in one round, by column.
+pub type Figures = BTreeMap<Figure, f64>;
+
+/// Columns, in the order of the table.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Figure {
+    /// Lines, or connections, per second.
+    Rate,
+    /// Microseconds of the server's CPU per line or connection.
+    Cpu,
+    P50,
+    P99,
+    P999,
+    /// Microseconds.
+    QuietP99,
+    /// Denials per second during the flood.
+    Strangers,
+    /// Milliseconds.
+    FirstEcho,
+    Ready,
+    /// Bytes of the process's own memory per connection.
+    PerConnection,
+    /// How often per second a thread of the idle server wakes.
+    Wakeups,
+    /// KiB.
+    Peak,
+}
+
+/// A workload.
+pub struct Workload {
+    pub name: &'static str,
+    pub what: &'static str,
+    /// How many connections the server has to hold.
+    pub connections: u32,
+    pub needs: Needs,
+    run: fn(&Bench, &Spec) -> Result<Figures>,
+}
+
+/// What a server must have for the workload to make sense.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    Nothing,
+    /// It turns others away, and we may become others.
+    Judgement,
+    /// It turns others away and serves all its connections in one process.
+    JudgementInOne,
+    /// It is started by the connection.
+    Activation,
+}
+
+const fn workload(
+    name: &'static str,
+    what: &'static str,
+    connections: u32,
+    needs: Needs,
+    run: fn(&Bench, &Spec) -> Result<Figures>,
+) -> Workload {
+    Workload { name, what, connections, needs, run }
+}
+
+/// All workloads in the order in which they run.
+pub const ALL: &[Workload] = &[
+    workload("ping-free", "1 connection, 32-byte lines, one at a time", 1, Needs::Nothing, |b, s| ping(b, s, None)),
+    workload("ping-same", "the same, client and server on one CPU", 1, Needs::Nothing, |b, s| ping(b, s, Some(0))),
+    workload("ping-64", "64 connections, one 32-byte line each at a time", 64, Needs::Nothing, |b, s| {
+        many(b, s, 64, 32, 1)
+    }),
+    workload("ping-1000", "1,000 connections, one 32-byte line each at a time", 1_000, Needs::Nothing, |b, s| {
+        many(b, s, 1_000, 32, 1)
+    }),
+    workload("pipelined", "16 connections, 256 lines of 64 bytes in flight each", 16, Needs::Nothing, |b, s| {
+        many(b, s, 16, 64, 256)
+    }),
+    workload("long", "4 connections, one line of 60 KiB each at a time", 4, Needs::Nothing, |b, s| {
+        many(b, s, 4, 60 * 1024, 1)
+    }),
+    workload("connect-1", "connect, one line, close; 1 client", 1, Needs::Nothing, |b, s| connect(b, s, 1)),
+    workload("connect-16", "connect, one line, close; 16 clients", 16, Needs::Nothing, |b, s| connect(b, s, 16)),
+    workload("denied", "connects that are turned away; 1 client", 1, Needs::Judgement, denied),
+    workload("flood", "1 admitted connection as ping-free while 2 other users flood", 3, Needs::JudgementInOne, flood),
+    workload("flat-64", "64 active connections of 64", 64, Needs::Nothing, |b, s| flat(b, s, 64)),
+    workload("flat-1000", "64 active connections of 1,000", 1_000, Needs::Nothing, |b, s| flat(b, s, 1_000)),
+    workload("flat-10000", "64 active connections of 10,000", 10_000, Needs::Nothing, |b, s| flat(b, s, 10_000)),
+    workload("idle", "10,000 connections that have had one echo", 10_000, Needs::Nothing, idle),
+    workload("cold", "connect to the socket of a stopped service", 1, Needs::Activation, cold),
+];
+
+impl Workload {
+    /// Why this server is not asked this, or `None` where it is.
+    pub fn skips(&self, bench: &Bench, spec: &Spec) -> Option<&'static str> {
+        if self.connections > spec.most {
+            return Some("would need a process or thread per connection");
+        }
+        match self.needs {
+            Needs::Nothing => None,
+            Needs::Activation if !spec.activated => Some("is not started by a socket"),
+            Needs::Activation => None,
+            Needs::Judgement | Needs::JudgementInOne if !bench.root => Some("needs root, to connect as another user"),
+            Needs::Judgement | Needs::JudgementInOne if spec.denies == Denies::Nobody => Some("turns nobody away"),
+            Needs::JudgementInOne if spec.most <= 100 => Some("starts a process for each stranger"),
+            Needs::Judgement | Needs::JudgementInOne => None,
+        }
+    }
+
+    pub fn run(&self, bench: &Bench, spec: &Spec) -> Result<Figures> {
+        (self.run)(bench, spec)
+    }
+}
+
+impl Bench {
+    fn socket(&self) -> PathBuf {
+        self.work.join("echo.sock")
+    }
+
+    /// `n` connections, or a tenth of the many where only the working is shown.
+    fn many(&self, n: u32) -> u32 {
+        if self.quick && n > 100 { n / 10 } else { n }
+    }
+}
+
+fn figures(run: &mut Run, cpu: Duration, server: &Server) -> Result<Figures> {
+    if run.lines == 0 || run.latencies.is_empty() {
+        return Err(Error::other("no line came back in the time"));
+    }
+    let lines = run.lines as f64;
+    let mut figures = percentiles(run);
+    figures.insert(Figure::Rate, lines / run.elapsed.as_secs_f64());
+    figures.insert(Figure::Cpu, cpu.as_secs_f64() * 1e6 / lines);
+    figures.insert(Figure::Peak, server.peak_kib() as f64);
+    Ok(figures)
+}
+
+fn percentiles(run: &mut Run) -> Figures {
+    run.latencies.sort_unstable();
+    let last = run.latencies.len() - 1;
+    let at = |share: f64| f64::from(run.latencies[(last as f64 * share).round() as usize]) / 1e3;
+    BTreeMap::from([(Figure::P50, at(0.5)), (Figure::P99, at(0.99)), (Figure::P999, at(0.999))])
+}
+
+/// Runs `load` between two readings of the server's CPU clock.
+fn metered(server: &Server, load: impl FnOnce() -> Result<Run>) -> Result<Figures> {
+    let before = server.cpu()?;
+    let mut run = load()?;
+    figures(&mut run, server.cpu()?.saturating_sub(before), server)
+}
+
+fn ping(bench: &Bench, spec: &Spec, cpu: Option<usize>) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting { cpu, ..Setting::default() })?;
+    if let Some(cpu) = cpu {
+        pin(cpu)?;
+    }
+    let end = (|| {
+        let mut conns = client::open(&socket, 1, 32, 1)?;
+        let figures = metered(&server, || {
+            let mut run = Run::default();
+            conns.iter_mut().try_for_each(|conn| conn.ping(bench.span, &mut run)).map(|()| run)
+        });
+        conns.into_iter().try_for_each(client::Conn::finish)?;
+        figures
+    })();
+    if cpu.is_some() {
+        unpin(bench.cpus)?;
+    }
+    end
+}
+
+fn many(bench: &Bench, spec: &Spec, connections: u32, line: usize, lines: usize) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting::default())?;
+    let mut conns = client::open(&socket, bench.many(connections), line, lines)?;
+    let figures = metered(&server, || client::drive(&mut conns, bench.span))?;
+    conns.into_iter().try_for_each(client::Conn::finish)?;
+    Ok(figures)
+}
+
+fn flat(bench: &Bench, spec: &Spec, connections: u32) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting::default())?;
+    let mut conns = client::open(&socket, bench.many(connections), 32, 1)?;
+    let figures = metered(&server, || client::drive(&mut conns[..64], bench.span))?;
+    conns.into_iter().try_for_each(client::Conn::finish)?;
+    Ok(figures)
+}
+
+fn connect(bench: &Bench, spec: &Spec, clients: u32) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting::default())?;
+    drop(client::open(&socket, 1, 32, 1)?);
+    metered(&server, || client::connects(&socket, clients, bench.span))
+}
+
+/// Memory, wake-ups, and CPU (in µs per second, here) of a server with nothing to do.
+fn idle(bench: &Bench, spec: &Spec) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting::default())?;
+    let first = client::open(&socket, 1, 32, 1)?;
+    let before = server.anonymous_kib();
+    let conns = client::open(&socket, bench.many(10_000), 32, 1)?;
+    let more = server.anonymous_kib().saturating_sub(before) * 1024;
+    settle(&server)?;
+    let (sleeps, cpu) = (server.sleeps(), server.cpu()?);
+    // Not to await anything: how often the server wakes while nothing happens is the figure.
+    std::thread::sleep(bench.span);
+    let wakeups = server.sleeps().saturating_sub(sleeps) as f64 / bench.span.as_secs_f64();
+    let spent = server.cpu()?.saturating_sub(cpu);
+    let figures = BTreeMap::from([
+        (Figure::PerConnection, more as f64 / conns.len() as f64),
+        (Figure::Wakeups, wakeups),
+        (Figure::Cpu, spent.as_secs_f64() * 1e6 / bench.span.as_secs_f64()),
+        (Figure::Peak, server.peak_kib() as f64),
+    ]);
+    first.into_iter().chain(conns).try_for_each(client::Conn::finish)?;
+    Ok(figures)
+}
+
+/// Returns when the server has stopped working on what came before: no CPU time in 20 ms, or a second has passed.
+fn settle(server: &Server) -> Result<()> {
+    let mut before = server.cpu()?;
+    for _ in 0..50 {
+        std::thread::sleep(Duration::from_millis(20));
+        let now = server.cpu()?;
+        if now == before {
+            break;
+        }
+        before = now;
+    }
+    Ok(())
+}
+
+/// The uids that the strangers have; they need no account.
+const STRANGERS: [u32; 2] = [60_001, 60_002];
+
+fn message(spec: &Spec) -> &'static str {
+    if spec.denies == Denies::WithMessage { "Unauthorized access\n" } else { "" }
+}
+
+fn denied(bench: &Bench, spec: &Spec) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
+    drop(client::open(&socket, 1, 32, 1)?);
+    metered(&server, || Stranger::start(STRANGERS[0], &socket, message(spec), bench.span)?.end())
+}
+
+fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
+    let mut conns = client::open(&socket, 1, 32, 1)?;
+    let mut quiet = Run::default();
+    conns[0].ping(bench.span, &mut quiet)?;
+    // The strangers go on for longer than the measurement, so that none of it is quiet.
+    let span = bench.span * 2;
+    let mut strangers =
+        STRANGERS.iter().map(|&uid| Stranger::start(uid, &socket, message(spec), span)).collect::<Result<Vec<_>>>()?;
+    strangers.iter_mut().try_for_each(Stranger::started)?;
+    let mut figures = metered(&server, || {
+        let mut run = Run::default();
+        conns[0].ping(bench.span, &mut run).map(|()| run)
+    })?;
+    // The server's time went to the strangers; per line of the admitted one it says nothing.
+    figures.remove(&Figure::Cpu);
+    figures.insert(Figure::QuietP99, percentiles(&mut quiet)[&Figure::P99]);
+    let mut turned_away = 0;
+    for stranger in strangers {
+        turned_away += stranger.end()?.lines;
+    }
+    figures.insert(Figure::Strangers, turned_away as f64 / span.as_secs_f64());
+    conns.into_iter().try_for_each(client::Conn::finish)?;
+    Ok(figures)
+}
+
+/// A process of another user that connects and is turned away.
+struct Stranger {
+    child: Child,
+    said: BufReader<std::process::ChildStdout>,
+}
+
+/// The command line by which this program starts itself as a stranger.
+pub const STRANGER: &str = "stranger";
+
+impl Stranger {
+    fn start(uid: u32, socket: &Path, message: &str, span: Duration) -> Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(STRANGER).arg(uid.to_string()).arg(socket).arg(message).arg(span.as_millis().to_string());
+        let mut child = command.stdout(Stdio::piped()).spawn()?;
+        let said = child.stdout.take().ok_or_else(|| Error::other("no pipe from the stranger"))?;
+        Ok(Self { child, said: BufReader::new(said) })
+    }
+
+    /// Returns when the stranger is about to connect.
+    fn started(&mut self) -> Result<()> {
+        self.said.read_line(&mut String::new()).map(drop)
+    }
+
+    fn end(mut self) -> Result<Run> {
+        let mut said = String::new();
+        self.said.read_to_string(&mut said)?;
+        let status = self.child.wait()?;
+        if !status.success() {
+            return Err(Error::other(format!("a stranger ended with {status}")));
+        }
+        let mut numbers = said.lines().filter_map(|l| l.parse::<u64>().ok());
+        let elapsed = Duration::from_nanos(numbers.next().unwrap_or_default());
+        let latencies: Vec<u32> = numbers.filter_map(|n| u32::try_from(n).ok()).collect();
+        Ok(Run { lines: latencies.len() as u64, elapsed, latencies })
+    }
+}
+
+/// The stranger's own side: becomes the user, connects for the time given, and says what it saw.
+pub fn stranger(args: &[String]) -> Result<()> {
+    let [uid, socket, message, millis] = args else { return Err(Error::other("uid socket message milliseconds")) };
+    let number = |text: &String| text.parse::<u32>().map_err(Error::other);
+    let id = number(uid)?;
+    nix::unistd::setgroups(&[])?;
+    nix::unistd::setgid(id.into())?;
+    nix::unistd::setuid(id.into())?;
+    println!("started");
+    let span = Duration::from_millis(number(millis)?.into());
+    let run = client::denials(Path::new(socket), message.as_bytes(), span)?;
+    let mut said = format!("{}\n", run.elapsed.as_nanos());
+    run.latencies.iter().for_each(|n| said.push_str(&format!("{n}\n")));
+    print!("{said}");
+    Ok(())
+}
+
+fn cold(bench: &Bench, spec: &Spec) -> Result<Figures> {
+    let (mut echoes, mut readies) = (Vec::new(), Vec::new());
+    let mut peak = 0;
+    for _ in 0..if bench.quick { 1 } else { 10 } {
+        let once = cold_once(bench, spec)?;
+        echoes.push(once.0);
+        readies.extend(once.1);
+        peak = peak.max(once.2);
+    }
+    let mut figures =
+        BTreeMap::from([(Figure::FirstEcho, crate::report::median(&mut echoes)), (Figure::Peak, peak as f64)]);
+    if !readies.is_empty() {
+        figures.insert(Figure::Ready, crate::report::median(&mut readies));
+    }
+    Ok(figures)
+}
+
+/// Milliseconds from connect to the first echo, and from exec to `READY=1`; the peak of memory.
+fn cold_once(bench: &Bench, spec: &Spec) -> Result<(f64, Option<f64>, u64)> {
+    let (socket, notify) = (bench.socket(), bench.work.join("notify"));
+    let _ = std::fs::remove_file(&notify);
+    let readiness = UnixDatagram::bind(&notify)?;
+    readiness.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let setting =
+        Setting { on_demand: true, notify: Some(notify.to_string_lossy().into_owned()), ..Setting::default() };
+    let mut server = spec.start(&socket, setting)?;
+    if server.line()? != "waiting" {
+        return Err(Error::other("the launcher did not start"));
+    }
+    let ready = spec.notifies.then(|| {
+        std::thread::spawn(move || -> Result<u64> {
+            let mut message = [0; 4096];
+            loop {
+                let n = readiness.recv(&mut message)?;
+                if message[..n].split(|&b| b == b'\n').any(|field| field == b"READY=1") {
+                    return now_nanos();
+                }
+            }
+        })
+    });
+    let before = now_nanos()?;
+    let conns = client::open(&socket, 1, 32, 1)?;
+    let echoed = now_nanos()?;
+    let executed: u64 = server.line()?.parse().map_err(Error::other)?;
+    let ready = match ready.map(std::thread::JoinHandle::join) {
+        Some(Ok(at)) => Some(millis(executed, at?)),
+        Some(Err(_)) => return Err(Error::other("the reader of READY=1 panicked")),
+        None => None,
+    };
+    conns.into_iter().try_for_each(client::Conn::finish)?;
+    Ok((millis(before, echoed), ready, server.peak_kib()))
+}
+
+fn millis(from: u64, to: u64) -> f64 {
+    to.saturating_sub(from) as f64 / 1e6
+}
