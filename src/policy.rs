@@ -1,1 +1,371 @@
-//! policy
+//! The policy: named rules, and the decision about one subject.
+//!
+//! Pure: no sockets, no clock, no log, no files, no user database. Everyone may import it; it imports only
+//! [`ids`](crate::ids) and [`unit`](crate::unit). (Its submodule [`file`], which reads a policy from a file, does
+//! touch files and the user database, and imports this one.)
+//!
+//! Deny rules are consulted first, then allow rules, each in the order given; the first that matches decides.
+//! Whom no rule matches is denied. Inside a rule every key must hold; inside a key any value may.
+//!
+//! ```
+//! use peergate::ids::{Gid, Subject, Uid};
+//! use peergate::policy::{Policy, Rule, User, Verdict};
+//! use peergate::unit::Units;
+//!
+//! struct Somebody(Uid, Vec<Gid>);
+//!
+//! impl Subject for Somebody {
+//!     fn uid(&self) -> Uid {
+//!         self.0
+//!     }
+//!     fn gids(&self) -> &[Gid] {
+//!         &self.1
+//!     }
+//!     fn gids_complete(&self) -> bool {
+//!         true
+//!     }
+//!     fn units(&self) -> Option<&Units> {
+//!         None
+//!     }
+//! }
+//!
+//! /// What a rule lets its peers do: the application's own type.
+//! #[derive(Default, Debug, PartialEq)]
+//! enum Access {
+//!     #[default]
+//!     View,
+//!     Update,
+//! }
+//!
+//! let me = Uid::new(1000);
+//! let policy = Policy::new(
+//!     [
+//!         Rule::deny("contractors").users([2000..=2999]),
+//!         Rule::allow("owner", Access::Update).users([User::Me]),
+//!         Rule::allow("staff", Access::View).groups([Gid::new(50)]),
+//!     ],
+//!     me,
+//! )?;
+//!
+//! let owner = Somebody(me, vec![Gid::new(1000)]);
+//! assert!(matches!(policy.decide(&owner), Verdict::Admitted(rule) if *rule.terms() == Access::Update));
+//!
+//! let staff = Somebody(Uid::new(1001), vec![Gid::new(1001), Gid::new(50)]);
+//! assert!(matches!(policy.decide(&staff), Verdict::Admitted(rule) if rule.name().as_str() == "allow.staff"));
+//!
+//! let contractor = Somebody(Uid::new(2001), vec![Gid::new(50)]);
+//! let Verdict::Denied(Some(rule)) = policy.decide(&contractor) else { panic!() };
+//! assert_eq!(rule.name().as_str(), "deny.contractors");
+//!
+//! let root = Somebody(Uid::new(0), vec![Gid::new(0)]);
+//! assert!(matches!(policy.decide(&root), Verdict::Denied(None)));
+//! # Ok::<(), peergate::policy::PolicyError>(())
+//! ```
+//!
+//! # What is not known
+//!
+//! The policy decides on what the kernel vouches for, and no more. Each key of a rule holds, does not hold, or
+//! cannot be told:
+//!
+//! - `users`, where the uid names nobody ([`Uid::is_known`]). That includes "any".
+//! - `groups`, where no known group matches, and one of the groups names nobody or the list is incomplete.
+//! - `units`, where the peer's units cannot be tied to the very process that connected.
+//!
+//! An allow rule matches only if all of its keys hold. A deny rule matches unless one of its keys does not hold.
+//!
+//! # Names of units
+//!
+//! A pattern is held against the name of each unit around the peer, one at a time: `*` stands for any run of
+//! characters, `?` for one. The names that the system's manager gave always count. Those that a *user's* manager
+//! gave were chosen by that user at will: anybody may call a unit of their own `backup.service`. They count only
+//!
+//! - for processes of that same user, in a rule that has a `users` key too (`users = ["any"]` is one: whoever
+//!   writes it accepts every user's word), or
+//! - where that user is the one the policy works for (`self`), whose own units they are.
+//!
+//! So `units = ["backup.service"]` alone means the system's `backup.service`, and
+//! `users = ["alice"], units = ["mail.service"]` also means that unit of alice's own.
+
+pub mod file;
+
+mod explain;
+mod glob;
+mod index;
+mod matcher;
+mod rule;
+mod set;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::sync::Arc;
+
+use crate::ids::{Subject, Uid};
+use glob::Glob;
+use index::{Candidates, Index, NONE};
+use matcher::{Asked, Matcher, groups_are_known};
+use set::IdSet;
+
+pub use explain::{Consulted, Explanation, Finding};
+pub use matcher::Answer;
+pub use rule::{Group, Kind, Place, Rule, RuleName, User};
+
+/// Named rules, in the order of decision, and the tables to decide by.
+#[derive(Debug)]
+pub struct Policy<T> {
+    rules: Vec<Arc<Rule<T>>>,
+    matchers: Vec<Matcher>,
+    index: Option<Index>,
+    me: Uid,
+}
+
+/// What the policy says of a subject. [`Verdict::Denied`] names the rule that denies, or nobody's where no rule
+/// matched.
+#[must_use]
+#[derive(Debug)]
+pub enum Verdict<'p, T> {
+    /// Admitted by this allow rule, on its [terms](Rule::terms).
+    Admitted(&'p Arc<Rule<T>>),
+    /// Denied by this deny rule, or because no rule matched.
+    Denied(Option<&'p Arc<Rule<T>>>),
+}
+
+impl<'p, T> Verdict<'p, T> {
+    /// The rule that decided; `None` where none matched.
+    pub fn rule(&self) -> Option<&'p Arc<Rule<T>>> {
+        match *self {
+            Self::Admitted(rule) => Some(rule),
+            Self::Denied(rule) => rule,
+        }
+    }
+
+    /// Whether the subject may in.
+    #[must_use]
+    pub fn is_admitted(&self) -> bool {
+        matches!(self, Self::Admitted(_))
+    }
+}
+
+// Derived, these would ask the same of `T`.
+impl<T> Clone for Verdict<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Verdict<'_, T> {}
+
+impl<T> Policy<T> {
+    /// A policy of these rules. Deny rules are consulted before allow rules; among its like each keeps its place.
+    /// `me` is whom [`User::Me`] stands for: the user that the service runs as.
+    ///
+    /// # Errors
+    /// A rule without a key, a key without a value, a value that can match nobody by its form, a malformed name, or
+    /// two rules of one name.
+    pub fn new(rules: impl IntoIterator<Item = Rule<T>>, me: Uid) -> Result<Self, PolicyError> {
+        let mut rules: Vec<Arc<Rule<T>>> = rules.into_iter().map(Arc::new).collect();
+        rules.sort_by_key(|rule| rule.name().kind() == Kind::Allow);
+
+        let mut names = HashSet::new();
+        let mut matchers = Vec::with_capacity(rules.len());
+        for rule in &rules {
+            if !names.insert(rule.name().as_str()) {
+                return Err(PolicyError::new(rule.name(), "a second rule of this name; expected each name once"));
+            }
+            matchers.push(matcher(rule, me).map_err(|problem| PolicyError::new(rule.name(), problem))?);
+        }
+        let index = Index::new(&matchers);
+        Ok(Self { rules, matchers, index, me })
+    }
+
+    /// The policy where there is no file: a single rule `allow.owner`, which admits `me`.
+    pub fn owner_only(me: Uid) -> Self
+    where
+        T: Default,
+    {
+        let rule = Rule::allow("owner", T::default()).users([User::Me]);
+        let users = Some(IdSet::new([User::Me.range(me)].into_iter().flatten()));
+        let matchers = vec![Matcher { deny: false, users, groups: None, units: None }];
+        let index = Index::new(&matchers);
+        Self { rules: vec![Arc::new(rule)], matchers, index, me }
+    }
+
+    /// The verdict on a subject.
+    ///
+    /// The cost does not depend on the rules that neither the uid nor a gid of the subject touches. Allocates
+    /// nothing. Asks [`Subject::units`] at most once, and only if a rule that could still decide depends on it.
+    pub fn decide(&self, who: &dyn Subject) -> Verdict<'_, T> {
+        match self.deciding(who).map(|number| &self.rules[number]) {
+            Some(rule) if rule.name().kind() == Kind::Allow => Verdict::Admitted(rule),
+            rule => Verdict::Denied(rule),
+        }
+    }
+
+    /// All rules in the order in which they are consulted: deny rules, then allow rules.
+    pub fn rules(&self) -> impl Iterator<Item = &Arc<Rule<T>>> {
+        self.rules.iter()
+    }
+
+    /// How many rules there are.
+    pub fn len(&self) -> usize {
+        self.rules.len()
+    }
+
+    /// Whether there are no rules, so that nobody is admitted.
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty()
+    }
+
+    /// Whether any rule has a `units` key.
+    pub fn depends_on_units(&self) -> bool {
+        self.matchers.iter().any(|matcher| matcher.units.is_some())
+    }
+
+    /// Whom [`User::Me`] stands for.
+    pub fn me(&self) -> Uid {
+        self.me
+    }
+
+    /// The verdict on a subject, as [`decide`](Self::decide) gives it, and how each rule up to the deciding one came
+    /// out, key by key.
+    pub fn explain(&self, who: &dyn Subject) -> Explanation {
+        explain::explain(self, who)
+    }
+
+    /// The number of the rule that decides.
+    fn deciding(&self, who: &dyn Subject) -> Option<usize> {
+        let asked = Asked::new(who);
+        match &self.index {
+            Some(index) if who.uid().is_known() && groups_are_known(who) => self.look_up(index, &asked),
+            _ => self.matchers.iter().position(|matcher| matcher.matches(&asked, self.me)),
+        }
+    }
+
+    /// As a scan over all rules would, for a subject of whom every id is known.
+    fn look_up(&self, index: &Index, asked: &Asked<'_>) -> Option<usize> {
+        let gids = if index.has_groups() { asked.who.gids() } else { &[] };
+        let lists = || {
+            let of_gids = gids.iter().map(|gid| index.of_gid(gid.raw()));
+            std::iter::once(index.of_uid(asked.who.uid().raw())).chain(of_gids)
+        };
+        let first_of = |list: &[u32], best: u32| {
+            let before = list.iter().copied().take_while(|&number| number < best);
+            before.into_iter().find(|&number| self.matchers[number as usize].matches(asked, self.me)).unwrap_or(best)
+        };
+
+        let mut best = lists().map(|Candidates { sure, .. }| sure).min().unwrap_or(NONE);
+        for candidates in lists() {
+            best = first_of(candidates.by_ids, best);
+        }
+        // Only now those that depend on the unit: of these, only the ones before the best so far are worth asking.
+        for candidates in lists() {
+            best = first_of(candidates.by_unit, best);
+        }
+        best = first_of(index.anyone(), best);
+        (best != NONE).then_some(best as usize)
+    }
+}
+
+/// Checks a rule and resolves what can be before a subject is there.
+fn matcher<T>(rule: &Rule<T>, me: Uid) -> Result<Matcher, String> {
+    const EMPTY: &str = "is empty; expected at least one value";
+    rule.name().check()?;
+    let users = rule.listed_users().map(|users| {
+        let ranges: Result<Vec<_>, _> = users.iter().map(|user| user.check().map(|()| user.range(me))).collect();
+        if users.is_empty() { Err(format!("`users` {EMPTY}")) } else { Ok(IdSet::new(ranges?.into_iter().flatten())) }
+    });
+    let groups = rule.listed_groups().map(|groups| {
+        let ranges: Result<Vec<_>, _> = groups.iter().map(|group| group.check().map(|()| group.range())).collect();
+        if groups.is_empty() { Err(format!("`groups` {EMPTY}")) } else { Ok(IdSet::new(ranges?.into_iter().flatten())) }
+    });
+    let units = rule.listed_units().map(|units| {
+        let globs: Result<Vec<_>, _> = units.iter().map(|unit| Glob::new(unit)).collect();
+        if units.is_empty() { Err(format!("`units` {EMPTY}")) } else { globs }
+    });
+    let deny = rule.name().kind() == Kind::Deny;
+    let matcher = Matcher { deny, users: users.transpose()?, groups: groups.transpose()?, units: units.transpose()? };
+    if matcher.users.is_none() && matcher.groups.is_none() && matcher.units.is_none() {
+        return Err("the rule says nothing about whom it is for; expected `users`, `groups` or `units`".into());
+    }
+    Ok(matcher)
+}
+
+impl<T> Policy<T> {
+    /// Rules that no known subject can reach, because earlier rules decide about everyone they are for; each with
+    /// the earlier rule, or the first of the several, that does.
+    pub(crate) fn hidden(&self) -> Vec<Hidden<'_, T>> {
+        let mut hidden = Vec::new();
+        let mut decided_uids = IdSet::default();
+        let mut decided_gids = IdSet::default();
+        let everyone = IdSet::new([(0, set::HIGHEST)]);
+        for (number, matcher) in self.matchers.iter().enumerate() {
+            let users = matcher.users.as_ref();
+            let by_uid = users.unwrap_or(&everyone).is_subset(&decided_uids);
+            let by_gid = matcher.groups.as_ref().is_some_and(|groups| groups.is_subset(&decided_gids));
+            let empty = users.is_some_and(IdSet::is_empty) || matcher.groups.as_ref().is_some_and(IdSet::is_empty);
+            if (by_uid || by_gid) && !empty {
+                let earlier = self.matchers[..number].iter().position(|earlier| match (by_uid, earlier.one_set()) {
+                    (true, Some((true, set))) => users.unwrap_or(&everyone).overlaps(set),
+                    (false, Some((false, set))) => matcher.groups.as_ref().is_some_and(|groups| groups.overlaps(set)),
+                    _ => false,
+                });
+                hidden.extend(earlier.map(|earlier| Hidden { rule: &self.rules[number], by: &self.rules[earlier] }));
+            }
+            match matcher.one_set() {
+                Some((true, set)) => decided_uids.unite(set),
+                Some((false, set)) => decided_gids.unite(set),
+                None => {}
+            }
+        }
+        hidden
+    }
+
+    /// Rules with a key none of whose values names anybody.
+    pub(crate) fn for_nobody(&self) -> impl Iterator<Item = &Arc<Rule<T>>> {
+        let nobody = |set: &Option<IdSet>| set.as_ref().is_some_and(IdSet::is_empty);
+        self.rules
+            .iter()
+            .zip(&self.matchers)
+            .filter(move |(_, m)| nobody(&m.users) || nobody(&m.groups))
+            .map(|(r, _)| r)
+    }
+}
+
+/// A rule that no known subject can reach, and an earlier rule that decides in its place.
+pub(crate) struct Hidden<'p, T> {
+    pub(crate) rule: &'p Arc<Rule<T>>,
+    pub(crate) by: &'p Arc<Rule<T>>,
+}
+
+impl Matcher {
+    /// The set of uids (`true`) or gids (`false`) that is all the rule depends on.
+    fn one_set(&self) -> Option<(bool, &IdSet)> {
+        let set = self.users.as_ref().map(|set| (true, set)).or(self.groups.as_ref().map(|set| (false, set)));
+        set.filter(|_| self.is_one_key())
+    }
+}
+
+/// Why rules do not make a policy: which rule, what was found, and what was expected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyError {
+    rule: String,
+    problem: String,
+}
+
+impl PolicyError {
+    fn new(rule: &RuleName, problem: impl Into<String>) -> Self {
+        Self { rule: rule.to_string(), problem: problem.into() }
+    }
+
+    /// The rule at fault, such as `allow.owner`.
+    pub fn rule(&self) -> &str {
+        &self.rule
+    }
+}
+
+impl fmt::Display for PolicyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.rule, self.problem)
+    }
+}
+
+impl std::error::Error for PolicyError {}

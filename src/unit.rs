@@ -96,7 +96,7 @@ fn unescape(component: &str) -> &str {
 }
 
 /// The unit types that can have a control group (systemd.resource-control(5)).
-fn is_unit(component: &str) -> bool {
+pub(crate) fn is_unit(component: &str) -> bool {
     let Some((name, suffix)) = component.rsplit_once('.') else { return false };
     !name.is_empty() && matches!(suffix, "slice" | "service" | "scope" | "socket" | "mount" | "swap")
 }

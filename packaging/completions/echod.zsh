@@ -1,0 +1,184 @@
+#compdef echod
+
+autoload -U is-at-least
+
+_echod() {
+    typeset -A opt_args
+    typeset -a _arguments_options
+    local ret=1
+
+    if is-at-least 5.2; then
+        _arguments_options=(-s -S -C)
+    else
+        _arguments_options=(-s -C)
+    fi
+
+    local context curcontext="$curcontext" state line
+    _arguments "${_arguments_options[@]}" : \
+'*--listen=[Bind this socket ourselves, where there is no systemd; may be repeated]:PATH:_files' \
+'--config=[Read this configuration file and no other]:FILE:_files' \
+'-h[Print help]' \
+'--help[Print help]' \
+'-V[Print version]' \
+'--version[Print version]' \
+":: :_echod_commands" \
+"*::: :->echod" \
+&& ret=0
+    case $state in
+    (echod)
+        words=($line[1] "${words[@]}")
+        (( CURRENT += 1 ))
+        curcontext="${curcontext%:*:*}:echod-command-$line[1]:"
+        case $line[1] in
+            (check)
+_arguments "${_arguments_options[@]}" : \
+'--config=[Check this file instead of the one that would be served by]:FILE:_files' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(explain)
+_arguments "${_arguments_options[@]}" : \
+'--user=[A user, with group and supplementary groups as the user database has them]:NAME:_users' \
+'--uid=[A user id, with only the groups given here]:N:_default' \
+'--pid=[A live process, as the kernel sees it]:N:_default' \
+'--gid=[Their effective group id (default\: the same number as --uid)]:N:_default' \
+'*--group=[A supplementary group of theirs, name or number; may be repeated]:G:_default' \
+'(--pid)--unit=[The systemd unit they connect from]:U:_default' \
+'--config=[Judge by this file instead of the one that would be served by]:FILE:_files' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(report)
+_arguments "${_arguments_options[@]}" : \
+'--since=[Only records from this time on, as journalctl(1) takes it]:TIME:_default' \
+'--until=[Only records up to this time]:TIME:_default' \
+'(--system)--user[Records of this user'\''s own echod]' \
+'--system[Records of the system'\''s echod]' \
+'--json[Print JSON instead of a table]' \
+'-h[Print help]' \
+'--help[Print help]' \
+&& ret=0
+;;
+(reload)
+_arguments "${_arguments_options[@]}" : \
+'-h[Print help]' \
+'--help[Print help]' \
+':pid -- The process to ask:_default' \
+&& ret=0
+;;
+(help)
+_arguments "${_arguments_options[@]}" : \
+":: :_echod__subcmd__help_commands" \
+"*::: :->help" \
+&& ret=0
+
+    case $state in
+    (help)
+        words=($line[1] "${words[@]}")
+        (( CURRENT += 1 ))
+        curcontext="${curcontext%:*:*}:echod-help-command-$line[1]:"
+        case $line[1] in
+            (check)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(explain)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(report)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(reload)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+(help)
+_arguments "${_arguments_options[@]}" : \
+&& ret=0
+;;
+        esac
+    ;;
+esac
+;;
+        esac
+    ;;
+esac
+}
+
+(( $+functions[_echod_commands] )) ||
+_echod_commands() {
+    local commands; commands=(
+'check:Check the configuration\: print the effective policy, or every fault' \
+'explain:Tell how the policy judges somebody, and why' \
+'report:Show who was denied or refused, from the journal' \
+'reload:Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)' \
+'help:Print this message or the help of the given subcommand(s)' \
+    )
+    _describe -t commands 'echod commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__check_commands] )) ||
+_echod__subcmd__check_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod check commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__explain_commands] )) ||
+_echod__subcmd__explain_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod explain commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__help_commands] )) ||
+_echod__subcmd__help_commands() {
+    local commands; commands=(
+'check:Check the configuration\: print the effective policy, or every fault' \
+'explain:Tell how the policy judges somebody, and why' \
+'report:Show who was denied or refused, from the journal' \
+'reload:Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)' \
+'help:Print this message or the help of the given subcommand(s)' \
+    )
+    _describe -t commands 'echod help commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__help__subcmd__check_commands] )) ||
+_echod__subcmd__help__subcmd__check_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod help check commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__help__subcmd__explain_commands] )) ||
+_echod__subcmd__help__subcmd__explain_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod help explain commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__help__subcmd__help_commands] )) ||
+_echod__subcmd__help__subcmd__help_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod help help commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__help__subcmd__reload_commands] )) ||
+_echod__subcmd__help__subcmd__reload_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod help reload commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__help__subcmd__report_commands] )) ||
+_echod__subcmd__help__subcmd__report_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod help report commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__reload_commands] )) ||
+_echod__subcmd__reload_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod reload commands' commands "$@"
+}
+(( $+functions[_echod__subcmd__report_commands] )) ||
+_echod__subcmd__report_commands() {
+    local commands; commands=()
+    _describe -t commands 'echod report commands' commands "$@"
+}
+
+if [ "$funcstack[1]" = "_echod" ]; then
+    _echod "$@"
+else
+    compdef _echod echod
+fi

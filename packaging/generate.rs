@@ -1,0 +1,144 @@
+//! Writes what follows from the command line's definition: shell completions and the manual page's lists.
+//!
+//! `cargo run --example generate` rewrites `packaging/completions/*` and, in `packaging/man/echod.8`, what stands
+//! between the lines `generated: NAME` and `end of NAME`. `tests/docs.rs` includes this file and compares.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use clap::{Arg, ArgAction, Command, CommandFactory};
+use clap_complete::Shell;
+
+#[path = "../src/bin/echod/cli.rs"]
+#[allow(dead_code)] // Parsed by nobody here: only the definition counts.
+mod cli;
+
+/// The manual page that holds generated parts.
+const PAGE: &str = "packaging/man/echod.8";
+
+/// Each file that must follow the definition: its path inside the tree, and what it should contain.
+///
+/// `root` is the source tree; the manual page is read from it, because most of that page is written by hand.
+pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
+    let page = std::fs::read_to_string(root.join(PAGE))?;
+    let mut files = vec![(PAGE.into(), with_lists(&page)?.into_bytes())];
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        let mut text = Vec::new();
+        clap_complete::generate(shell, &mut cli::Cli::command(), "echod", &mut text);
+        files.push((format!("packaging/completions/echod.{shell}").into(), text));
+    }
+    Ok(files)
+}
+
+/// The page with its generated parts written anew.
+fn with_lists(page: &str) -> std::io::Result<String> {
+    let mut command = cli::Cli::command();
+    command.build();
+    let parts = [("synopsis", synopses(&command)), ("options", options(&command)), ("commands", commands(&command))];
+    let mut page = page.to_owned();
+    for (name, text) in parts {
+        let (begin, end) = (format!(".\\\" generated: {name}\n"), format!(".\\\" end of {name}\n"));
+        let (before, rest) = page.split_once(&begin).ok_or_else(|| missing(&begin))?;
+        let (_, after) = rest.split_once(&end).ok_or_else(|| missing(&end))?;
+        page = format!("{before}{begin}{text}{end}{after}");
+    }
+    Ok(page)
+}
+
+fn missing(line: &str) -> std::io::Error {
+    std::io::Error::other(format!("{PAGE} lacks the line {line:?}"))
+}
+
+/// The subcommands that are the program's own.
+fn subcommands(command: &Command) -> impl Iterator<Item = &Command> {
+    command.get_subcommands().filter(|sub| sub.get_name() != "help")
+}
+
+/// The arguments that are the program's own; clap adds help and version.
+fn arguments(command: &Command) -> impl Iterator<Item = &Arg> {
+    command.get_arguments().filter(|arg| !matches!(arg.get_id().as_str(), "help" | "version"))
+}
+
+fn synopses(command: &Command) -> String {
+    let mut out = String::new();
+    out += ".Nm\n";
+    out += &synopsis(command);
+    for sub in subcommands(command) {
+        let _ = writeln!(out, ".Nm\n.Cm {}", sub.get_name());
+        out += &synopsis(sub);
+    }
+    out
+}
+
+/// One line for each argument; those of which exactly one must be there share a line.
+fn synopsis(command: &Command) -> String {
+    let mut out = String::new();
+    let choice = command.get_groups().find(|group| group.is_required_set());
+    let of_choice: Vec<&Arg> = match choice {
+        Some(group) => arguments(command).filter(|arg| group.get_args().any(|id| id == arg.get_id())).collect(),
+        None => Vec::new(),
+    };
+    if !of_choice.is_empty() {
+        let each: Vec<String> = of_choice.iter().map(|arg| usage(arg)).collect();
+        let _ = writeln!(out, ".Brq {}", each.join(" | "));
+    }
+    for arg in arguments(command).filter(|arg| !of_choice.iter().any(|chosen| chosen.get_id() == arg.get_id())) {
+        let repeated = if matches!(arg.get_action(), ArgAction::Append) { " ..." } else { "" };
+        let _ = match arg.is_required_set() {
+            true => writeln!(out, ".{}", usage(arg)),
+            false => writeln!(out, ".Op {}{repeated}", usage(arg)),
+        };
+    }
+    out
+}
+
+/// An argument as mdoc(7) marks it up: `Fl \-listen Ar PATH`.
+fn usage(arg: &Arg) -> String {
+    let value = arg.get_value_names().filter(|_| arg.get_action().takes_values());
+    let value = value.map(|names| names.iter().fold(String::new(), |all, name| all + " Ar " + name));
+    match arg.get_long() {
+        Some(long) => format!("Fl \\-{}{}", escape(long), value.unwrap_or_default()),
+        None => value.unwrap_or_default().trim_start().to_owned(),
+    }
+}
+
+fn options(command: &Command) -> String {
+    list(command.get_arguments())
+}
+
+fn list<'a>(arguments: impl Iterator<Item = &'a Arg>) -> String {
+    let mut out = ".Bl -tag -width Ds\n".to_owned();
+    for arg in arguments {
+        let short = arg.get_short().map(|short| format!("Fl {short} , ")).unwrap_or_default();
+        let _ = writeln!(out, ".It {short}{}", usage(arg).replace(" Ar ", " Ns = Ns Ar "));
+        let _ = writeln!(out, "{}.", escape(&arg.get_help().map(ToString::to_string).unwrap_or_default()));
+    }
+    out + ".El\n"
+}
+
+fn commands(command: &Command) -> String {
+    let mut out = String::new();
+    for sub in subcommands(command) {
+        let _ = writeln!(out, ".Ss {}", sub.get_name());
+        let _ = writeln!(out, "{}.", escape(&sub.get_about().map(ToString::to_string).unwrap_or_default()));
+        if arguments(sub).next().is_some() {
+            out += &list(arguments(sub));
+        }
+    }
+    out
+}
+
+/// Text for roff(7): a hyphen that is typed stays one, and no line begins with a request.
+fn escape(text: &str) -> String {
+    let text = text.replace('\\', "\\e").replace('-', "\\-").replace('\n', " ");
+    if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
+}
+
+#[allow(dead_code)] // Included by tests/docs.rs as well, which has no use for it.
+fn main() -> std::io::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for (path, text) in files(root)? {
+        std::fs::write(root.join(path), text)?;
+    }
+    Ok(())
+}

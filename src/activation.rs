@@ -1,0 +1,400 @@
+//! Sole owner of LISTEN_*: what systemd passed becomes listeners and kept descriptors, each checked.
+//!
+//! The protocol is sd_listen_fds(3)'s. Call [`adopt`] before the process has a second thread: the
+//! environment is read and cleared here. Where there is no systemd, [`bind`] makes a listener.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use listenfd::ListenFd;
+use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
+use nix::sys::socket::{
+    AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, getsockopt, sockopt,
+};
+use nix::sys::stat::{SFlag, fstat};
+
+use crate::sys;
+
+/// More descriptors than systemd would ever pass; a number above it is a mistake, not a request.
+const MOST_DESCRIPTORS: usize = 1 << 20;
+
+/// What a path in `sockaddr_un` may hold, unix(7): 108 bytes less the closing NUL.
+pub const LONGEST_PATH: usize = 107;
+
+/// A listening AF_UNIX stream socket, non-blocking and close-on-exec.
+#[derive(Debug)]
+pub struct Listener {
+    fd: OwnedFd,
+    address: Arc<str>,
+    bound: Option<Bound>,
+}
+
+/// The file that [`bind`] made, to be removed with the listener.
+#[derive(Debug)]
+struct Bound {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl Listener {
+    /// Where clients find it: a path, or `@name` in the abstract namespace.
+    pub fn address(&self) -> &Arc<str> {
+        &self.address
+    }
+
+    /// Whether the socket is the service manager's, who keeps listening when we are gone.
+    pub fn is_inherited(&self) -> bool {
+        self.bound.is_none()
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    /// Removes the file that [`bind`] made, unless somebody has put another in its place.
+    /// An inherited listener is only closed: the socket is systemd's.
+    fn drop(&mut self) {
+        let Some(bound) = &self.bound else { return };
+        let ours = fs::symlink_metadata(&bound.path)
+            .is_ok_and(|found| found.dev() == bound.device && found.ino() == bound.inode);
+        if ours {
+            let _ = fs::remove_file(&bound.path);
+        }
+    }
+}
+
+/// What the service manager passed.
+#[derive(Debug, Default)]
+pub struct Passed {
+    /// The sockets to serve, in the order given.
+    pub listeners: Vec<Listener>,
+    /// Descriptors that an earlier process of this service put into the manager's store, by name.
+    pub kept: Vec<(String, OwnedFd)>,
+    /// Why LISTEN_* was there but is none of our business, for a log or an error message.
+    pub ignored: Option<String>,
+}
+
+/// Why what was passed cannot be served.
+#[derive(Debug)]
+pub enum Refused {
+    /// LISTEN_FDS makes no sense.
+    Count(String),
+    /// Some descriptors are not what they should be: number, name, what it is instead.
+    Descriptors(Vec<(i32, String, String)>),
+    /// The kernel refused to prepare a descriptor.
+    System(io::Error),
+}
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Count(found) => write!(f, "LISTEN_FDS={found} is not a number of descriptors"),
+            Self::Descriptors(wrong) => {
+                for (i, (fd, name, what)) in wrong.iter().enumerate() {
+                    let separator = if i == 0 { "" } else { "\n" };
+                    write!(
+                        f,
+                        "{separator}fd {fd} ({name}) is {what}; expected a listening AF_UNIX stream socket \
+                         (ListenStream=PATH with Accept=no)"
+                    )?;
+                }
+                Ok(())
+            }
+            Self::System(error) => write!(f, "preparing a passed socket: {error}"),
+        }
+    }
+}
+
+impl std::error::Error for Refused {}
+
+/// Adopts what the service manager passed to this very process, and clears LISTEN_PID and LISTEN_FDS.
+///
+/// `is_kept` tells by its name whether a descriptor is one that this service stored itself
+/// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined. Every other must be a listening
+/// AF_UNIX stream socket.
+///
+/// # Errors
+/// [`Refused`] names each descriptor that is something else, and what it is.
+pub fn adopt(is_kept: impl Fn(&str) -> bool) -> Result<Passed, Refused> {
+    let declared = match Declared::from_env() {
+        Ok(Some(declared)) => declared,
+        Ok(None) => return Ok(Passed::default()),
+        Err(Ignored::Reason(reason)) => return Ok(Passed { ignored: Some(reason), ..Passed::default() }),
+        Err(Ignored::Refused(refused)) => return Err(refused),
+    };
+    let mut fds = ListenFd::from_env();
+    let mut passed = Passed::default();
+    let mut wrong = Vec::new();
+    for index in 0..declared.count {
+        let name = declared.names.get(index).cloned().unwrap_or_else(|| "unknown".to_owned());
+        let Ok(Some(number)) = fds.take_raw_fd(index) else { break };
+        let fd = match sys::adopt_fd(number) {
+            Ok(fd) => fd,
+            // Beyond the last open one every number is wrong; one of them says it all.
+            Err(_) => {
+                wrong.push((number, name, "not open".to_owned()));
+                break;
+            }
+        };
+        if is_kept(&name) {
+            passed.kept.push((name, fd));
+            continue;
+        }
+        match describe(&fd) {
+            Kind::Listener => passed.listeners.push(inherit(fd).map_err(Refused::System)?),
+            Kind::Other(what) => wrong.push((number, name, what)),
+        }
+    }
+    if wrong.is_empty() { Ok(passed) } else { Err(Refused::Descriptors(wrong)) }
+}
+
+/// What the environment says, read but not yet believed.
+#[derive(Debug, PartialEq, Eq)]
+struct Declared {
+    count: usize,
+    names: Vec<String>,
+}
+
+#[derive(Debug)]
+enum Ignored {
+    Reason(String),
+    Refused(Refused),
+}
+
+impl Declared {
+    fn from_env() -> Result<Option<Self>, Ignored> {
+        let text = |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+        Self::parse(text("LISTEN_FDS"), text("LISTEN_PID"), text("LISTEN_FDNAMES"), std::process::id())
+    }
+
+    /// sd_listen_fds(3), stricter than listenfd: without a LISTEN_PID that is ours, nothing is ours.
+    fn parse(
+        fds: Option<String>,
+        pid: Option<String>,
+        names: Option<String>,
+        me: u32,
+    ) -> Result<Option<Self>, Ignored> {
+        let Some(fds) = fds else { return Ok(None) };
+        match pid.as_deref() {
+            None | Some("") => {
+                return Err(Ignored::Reason("LISTEN_FDS is set but LISTEN_PID is not: ignored".to_owned()));
+            }
+            Some(pid) if pid.parse() != Ok(me) => {
+                return Err(Ignored::Reason(format!(
+                    "LISTEN_PID={pid} is not this process ({me}): LISTEN_FDS ignored"
+                )));
+            }
+            Some(_) => {}
+        }
+        let count = match fds.parse::<usize>() {
+            Ok(count) if count <= MOST_DESCRIPTORS => count,
+            _ => return Err(Ignored::Refused(Refused::Count(fds))),
+        };
+        let names: Vec<String> = names.map(|names| names.split(':').map(str::to_owned).collect()).unwrap_or_default();
+        // As many names as descriptors, or none can be trusted to belong to its neighbour.
+        let names = if names.len() == count { names } else { Vec::new() };
+        Ok(Some(Self { count, names }))
+    }
+}
+
+/// What a passed descriptor is.
+#[derive(Debug, PartialEq, Eq)]
+enum Kind {
+    Listener,
+    Other(String),
+}
+
+fn describe(fd: &OwnedFd) -> Kind {
+    let other = |what: &str| Kind::Other(what.to_owned());
+    let Ok(stat) = fstat(fd) else { return other("unreadable") };
+    let format = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
+    if format != SFlag::S_IFSOCK {
+        return other(match format {
+            SFlag::S_IFREG => "a regular file",
+            SFlag::S_IFDIR => "a directory",
+            SFlag::S_IFIFO => "a pipe or FIFO",
+            SFlag::S_IFCHR => "a character device",
+            _ => "no socket",
+        });
+    }
+    let family = match getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
+        Ok(address) => address.family(),
+        Err(_) => None,
+    };
+    let family = match family {
+        Some(AddressFamily::Unix) => "AF_UNIX",
+        Some(AddressFamily::Inet) => "AF_INET",
+        Some(AddressFamily::Inet6) => "AF_INET6",
+        Some(AddressFamily::Netlink) => "AF_NETLINK",
+        Some(AddressFamily::Vsock) => "AF_VSOCK",
+        _ => "other-family",
+    };
+    let kind = match getsockopt(fd, sockopt::SockType) {
+        Ok(SockType::Stream) => "stream",
+        Ok(SockType::Datagram) => "datagram",
+        Ok(SockType::SeqPacket) => "sequential-packet",
+        _ => "other-type",
+    };
+    let listening = getsockopt(fd, sockopt::AcceptConn).unwrap_or(false);
+    match (family, kind, listening) {
+        ("AF_UNIX", "stream", true) => Kind::Listener,
+        ("AF_UNIX", "stream", false) => other("an AF_UNIX stream socket that does not listen (Accept=yes?)"),
+        (_, _, true) => Kind::Other(format!("a listening {family} {kind} socket")),
+        (_, _, false) => Kind::Other(format!("an {family} {kind} socket")),
+    }
+}
+
+fn inherit(fd: OwnedFd) -> io::Result<Listener> {
+    set_nonblocking(&fd)?;
+    let address = address_of(&fd)?;
+    Ok(Listener { fd, address, bound: None })
+}
+
+fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
+    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(())
+}
+
+/// The address an AF_UNIX socket is bound to, or was accepted at: a path, or `@name` in the abstract
+/// namespace.
+///
+/// # Errors
+/// What getsockname(2) says.
+pub fn address_of(socket: &impl AsFd) -> io::Result<Arc<str>> {
+    let address: UnixAddr = getsockname(socket.as_fd().as_raw_fd())?;
+    Ok(match (address.path(), address.as_abstract()) {
+        (Some(path), _) => path.to_string_lossy().into(),
+        (None, Some(name)) => format!("@{}", String::from_utf8_lossy(name)).into(),
+        (None, None) => "unnamed".into(),
+    })
+}
+
+/// Why [`bind`] could not make a listener.
+#[derive(Debug)]
+pub enum BindError {
+    /// The path does not fit into a socket address; its length in bytes.
+    TooLong(PathBuf, usize),
+    /// Somebody answers there.
+    InUse(PathBuf),
+    /// Something that is not a stale socket is in the way.
+    Occupied(PathBuf, &'static str),
+    /// The system refused.
+    System(PathBuf, io::Error),
+}
+
+impl fmt::Display for BindError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooLong(path, length) => write!(
+                f,
+                "{}: a socket path of {length} bytes; expected at most {LONGEST_PATH} (unix(7))",
+                path.display()
+            ),
+            Self::InUse(path) => write!(f, "{}: somebody listens there already", path.display()),
+            Self::Occupied(path, what) => {
+                write!(f, "{}: there is {what}; expected nothing, or a socket nobody listens on", path.display())
+            }
+            Self::System(path, error) => write!(f, "{}: {error}", path.display()),
+        }
+    }
+}
+
+impl std::error::Error for BindError {}
+
+/// Binds and listens at `path`, open to every local user (mode 0666): the policy decides who may stay.
+/// The file is removed when the listener is dropped. A stale socket there is replaced; one on which
+/// somebody still listens is left alone.
+///
+/// # Errors
+/// [`BindError`] says what is in the way.
+pub fn bind(path: &Path) -> Result<Listener, BindError> {
+    let length = path.as_os_str().len();
+    if length > LONGEST_PATH {
+        return Err(BindError::TooLong(path.to_owned(), length));
+    }
+    let system = |error: io::Error| BindError::System(path.to_owned(), error);
+    // Two of us starting at once must not both find the same stale socket. The lock ends with the handle.
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = fs::File::open(directory).map_err(system)?;
+    let _lock = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| system(errno.into()))?;
+    make_room(path)?;
+    let listener = UnixListener::bind(path).map_err(system)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(system)?;
+    let found = fs::symlink_metadata(path).map_err(system)?;
+    let bound = Bound { path: path.to_owned(), device: found.dev(), inode: found.ino() };
+    let fd = OwnedFd::from(listener);
+    set_nonblocking(&fd).map_err(system)?;
+    let address = address_of(&fd).map_err(system)?;
+    Ok(Listener { fd, address, bound: Some(bound) })
+}
+
+/// Removes a socket file that nobody listens on any more, and nothing else.
+fn make_room(path: &Path) -> Result<(), BindError> {
+    let system = |error: io::Error| BindError::System(path.to_owned(), error);
+    let kind = match fs::symlink_metadata(path) {
+        Ok(found) => found.file_type(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(system(e)),
+    };
+    if !kind.is_socket() {
+        let what = if kind.is_dir() {
+            "a directory"
+        } else if kind.is_symlink() {
+            "a symbolic link"
+        } else {
+            "a file that is no socket"
+        };
+        return Err(BindError::Occupied(path.to_owned(), what));
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(system),
+        Err(e) if e.raw_os_error() == Some(libc::EPROTOTYPE) => {
+            Err(BindError::Occupied(path.to_owned(), "a socket of another type"))
+        }
+        Ok(_) => Err(BindError::InUse(path.to_owned())),
+        Err(e) => Err(system(e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(fds: &str, pid: Option<&str>, names: Option<&str>) -> Result<Option<Declared>, Ignored> {
+        Declared::parse(Some(fds.into()), pid.map(Into::into), names.map(Into::into), 42)
+    }
+
+    #[test]
+    fn descriptors_of_another_process_are_ignored_with_the_reason() {
+        for pid in [Some("43"), Some("x"), Some(""), Some("042x"), None] {
+            assert!(matches!(parse("1", pid, None), Err(Ignored::Reason(_))), "{pid:?}");
+        }
+    }
+
+    #[test]
+    fn an_impossible_count_is_refused() {
+        for count in ["-1", "x", "", "1048577", "99999999999999999999"] {
+            assert!(matches!(parse(count, Some("42"), None), Err(Ignored::Refused(Refused::Count(_)))), "{count}");
+        }
+    }
+
+    #[test]
+    fn names_count_only_when_there_is_one_for_each() {
+        let names = |text| parse("2", Some("42"), Some(text)).unwrap().unwrap().names;
+        assert_eq!(names("a:b"), ["a", "b"]);
+        assert!(names("a").is_empty());
+        assert!(names("a:b:c").is_empty());
+    }
+}

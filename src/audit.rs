@@ -1,0 +1,807 @@
+//! What is recorded and what is counted; the event ids.
+//!
+//! The gate and whoever serves behind it hand their records over here and go on at once. One thread
+//! ([`journal`](crate::journal)) takes them out again and writes them. In between, a flood is thinned:
+//! the first [`burst`](Settings::burst) denials of each user and reason in an interval are kept whole, the
+//! rest become a number that a summary tells at the interval's end. Nothing is lost on the way, so that
+//!
+//! > denials that clients saw = records of verdict *denied* + the counts of summaries for the reasons
+//! > *policy* and *no-credentials*
+//!
+//! Memory is bounded whatever happens: so many records wait at most, so many users are told apart.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, VecDeque};
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::ids::{Gid, Uid};
+use crate::peer::{Details, Peer};
+
+/// Records that may wait for the journal; what comes on top is counted instead.
+const MOST_WAITING: usize = 4096;
+/// Bytes that waiting records may hold, roughly: a peer can have 65,536 groups.
+const MOST_WAITING_BYTES: usize = 4 << 20;
+/// Users and reasons told apart; whoever comes on top shares one count for each reason.
+const MOST_TRACKED: usize = 1024;
+
+/// What happened. Each has a MESSAGE_ID of its own, explained in the journal's catalog.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A peer was turned away by the policy.
+    Denied,
+    /// A peer that the policy admits was turned away by a limit.
+    Refused,
+    /// Denials or refusals that were counted, not written one by one.
+    Summary,
+    /// A peer was admitted.
+    Admitted,
+    /// An admitted connection has ended.
+    Closed,
+    /// A line came back to its sender.
+    Line,
+    /// A configuration is in force.
+    ConfigLoaded,
+    /// A configuration was refused; the one before it stays.
+    ConfigRefused,
+    /// An admitted connection was cut off: the policy, or its sender, has changed.
+    Revoked,
+    /// Anything else worth a line, without an id.
+    Note(Severity),
+}
+
+/// How grave it is; syslog(3)'s levels by other names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Severity {
+    /// LOG_ERR, 3.
+    Error,
+    /// LOG_WARNING, 4.
+    Warning,
+    /// LOG_NOTICE, 5.
+    Notice,
+    /// LOG_INFO, 6.
+    Info,
+}
+
+impl Event {
+    /// Every event that has an id, for whoever keeps the catalog true.
+    pub const WITH_ID: [Self; 9] = [
+        Self::Denied,
+        Self::Refused,
+        Self::Summary,
+        Self::Admitted,
+        Self::Closed,
+        Self::Line,
+        Self::ConfigLoaded,
+        Self::ConfigRefused,
+        Self::Revoked,
+    ];
+
+    /// The journal's MESSAGE_ID (systemd.journal-fields(7)): 128 bits in hexadecimal.
+    pub const fn message_id(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Denied => "72261db9963c465c8c6121daadeb1cbc",
+            Self::Refused => "a45920b1da8c42cb8c4acbd02e5140bf",
+            Self::Summary => "e00fb3280d1140dca1192a4f029b14b6",
+            Self::Admitted => "fb07ecd99a40415abb029457009dd51a",
+            Self::Closed => "9aa9a5f08d08409e9e656c48f20bf4f8",
+            Self::Line => "b4a1cf2d2f5c4b0f9d0f5ab96f3f1c27",
+            Self::ConfigLoaded => "b07bc66e288e48eba96896e38dfe1144",
+            Self::ConfigRefused => "00e1479225c6488a9e2fed748c43c786",
+            Self::Revoked => "765ab08f733d46e1a5b6850cc41b9003",
+            Self::Note(_) => return None,
+        })
+    }
+
+    /// The field GATE_VERDICT, for events that are one.
+    pub const fn verdict(self) -> Option<&'static str> {
+        Some(match self {
+            Self::Denied => "denied",
+            Self::Refused => "refused",
+            Self::Summary => "summary",
+            Self::Admitted => "admitted",
+            Self::Closed => "closed",
+            Self::Revoked => "revoked",
+            Self::Line | Self::ConfigLoaded | Self::ConfigRefused | Self::Note(_) => return None,
+        })
+    }
+
+    /// The field PRIORITY.
+    pub const fn severity(self) -> Severity {
+        match self {
+            Self::ConfigRefused => Severity::Error,
+            Self::Denied | Self::Refused | Self::Summary | Self::Revoked => Severity::Warning,
+            Self::ConfigLoaded => Severity::Notice,
+            Self::Admitted | Self::Closed | Self::Line => Severity::Info,
+            Self::Note(severity) => severity,
+        }
+    }
+}
+
+/// Why a peer was turned away or a connection ended: the field GATE_REASON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// A deny rule, or no rule at all.
+    Policy,
+    /// The kernel would not say who it is.
+    NoCredentials,
+    /// Data came from another user than the one who was judged.
+    Sender,
+    /// This user's connections are used up.
+    UserLimit,
+    /// All connections are used up.
+    TotalLimit,
+    /// A line was longer than allowed.
+    LineLength,
+    /// Nothing came for longer than allowed.
+    Idle,
+    /// The service is going down.
+    Stopping,
+}
+
+impl Reason {
+    /// The word in GATE_REASON.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Policy => "policy",
+            Self::NoCredentials => "no-credentials",
+            Self::Sender => "sender",
+            Self::UserLimit => "user-limit",
+            Self::TotalLimit => "total-limit",
+            Self::LineLength => "line-length",
+            Self::Idle => "idle",
+            Self::Stopping => "stopping",
+        }
+    }
+
+    const fn is_denial(self) -> bool {
+        matches!(self, Self::Policy | Self::NoCredentials)
+    }
+}
+
+/// Who a record is about.
+#[derive(Clone, Debug)]
+pub struct About {
+    /// PEER_UID.
+    pub uid: Uid,
+    /// PEER_GID; a summary has none, it stands for all of the user's.
+    pub gid: Option<Gid>,
+    /// PEER_GROUPS: the supplementary groups; empty where the record is not about a connection's start.
+    pub groups: Box<[Gid]>,
+    /// PEER_PID.
+    pub pid: Option<i32>,
+    /// PEER_COMM, PEER_UNIT, PEER_LABEL.
+    pub details: Details,
+}
+
+impl About {
+    /// Everything a record may tell of `peer`, details included.
+    pub fn peer(peer: &Peer, details: Details) -> Self {
+        let groups = peer.gids().get(1..).unwrap_or_default().into();
+        Self { uid: peer.uid(), gid: Some(peer.gid()), groups, pid: peer.pid(), details }
+    }
+
+    /// What is still known of `peer` when its connection ends.
+    pub fn former(peer: &Peer) -> Self {
+        let unit = peer.remembered_units().map(|units| crate::peer::printable(units.name()));
+        let details = Details { unit, ..Details::default() };
+        Self { uid: peer.uid(), gid: Some(peer.gid()), groups: Box::default(), pid: peer.pid(), details }
+    }
+}
+
+/// One record, before it is written. Absent fields are left out of the journal.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// MESSAGE_ID, PRIORITY and GATE_VERDICT follow from it.
+    pub event: Event,
+    /// GATE_REASON.
+    pub reason: Option<Reason>,
+    /// GATE_RULE: the deciding rule's full name, or `default`.
+    pub rule: Option<Arc<str>>,
+    /// GATE_SOCKET: the address of the listening socket.
+    pub socket: Option<Arc<str>>,
+    /// GATE_CONNECTION.
+    pub connection: Option<u64>,
+    /// GATE_COUNT; summaries only.
+    pub count: Option<u64>,
+    /// GATE_LINES.
+    pub lines: Option<u64>,
+    /// GATE_BYTES.
+    pub bytes: Option<u64>,
+    /// GATE_DURATION_USEC.
+    pub duration: Option<Duration>,
+    /// The PEER_ fields.
+    pub about: Option<About>,
+    /// What MESSAGE says beyond the fields, or all it says.
+    pub text: Option<String>,
+}
+
+impl Record {
+    /// A record of `event` with no field set.
+    pub fn new(event: Event) -> Self {
+        Self {
+            event,
+            reason: None,
+            rule: None,
+            socket: None,
+            connection: None,
+            count: None,
+            lines: None,
+            bytes: None,
+            duration: None,
+            about: None,
+            text: None,
+        }
+    }
+
+    /// A record that only says `text`.
+    pub fn note(severity: Severity, text: impl Into<String>) -> Self {
+        Self { text: Some(text.into()), ..Self::new(Event::Note(severity)) }
+    }
+
+    /// The field MESSAGE. `user` is the name of the user the record is about, where there is one.
+    pub fn message(&self, user: Option<&str>) -> String {
+        let mut out = String::new();
+        // Writing to a String cannot fail.
+        let _ = self.write_message(user, &mut out);
+        out
+    }
+
+    fn write_message(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
+        let text = self.text.as_deref();
+        let verb = match self.event {
+            Event::Denied => "Denied",
+            Event::Refused => "Refused",
+            Event::Summary if self.reason.is_some_and(Reason::is_denial) => "Denied",
+            Event::Summary => "Refused",
+            Event::Admitted => "Admitted",
+            Event::Closed => "Closed",
+            Event::Line => "Line of",
+            Event::Revoked => "Revoked",
+            Event::ConfigLoaded | Event::ConfigRefused | Event::Note(_) => {
+                return out.write_str(text.unwrap_or_default());
+            }
+        };
+        out.write_str(verb)?;
+        self.write_who(user, out)?;
+        match self.event {
+            Event::Summary => {
+                let (count, seconds) = (self.count.unwrap_or(0), self.duration.unwrap_or_default().as_secs_f64());
+                let why = if self.reason == Some(Reason::Policy) { "by policy".into() } else { self.why() };
+                write!(out, " {count} more times in {seconds:.1} s: {why}")
+            }
+            Event::Admitted => write!(out, " by {}", self.rule.as_deref().unwrap_or("default")),
+            Event::Closed => {
+                let (lines, bytes) = (self.lines.unwrap_or(0), self.bytes.unwrap_or(0));
+                write!(
+                    out,
+                    ": {lines} lines, {bytes} bytes in {:.1} s",
+                    self.duration.unwrap_or_default().as_secs_f64()
+                )?;
+                if self.reason.is_some() { write!(out, "; {}", self.why()) } else { Ok(()) }
+            }
+            Event::Line => write!(out, ": {} bytes", self.bytes.unwrap_or(0)),
+            _ => match text {
+                Some(text) => write!(out, ": {text}"),
+                None => write!(out, ": {}", self.why()),
+            },
+        }
+    }
+
+    fn write_who(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
+        let Some(about) = &self.about else {
+            return out.write_str(if self.event == Event::Summary { " peers" } else { " a peer" });
+        };
+        match user {
+            Some(user) => write!(out, " {user} (uid {})", about.uid)?,
+            None => write!(out, " uid {}", about.uid)?,
+        }
+        if let Some(gid) = about.gid {
+            write!(out, " gid {gid}")?;
+        }
+        if let Some(pid) = about.pid {
+            write!(out, " pid {pid}")?;
+        }
+        if let Some(comm) = &about.details.comm {
+            write!(out, " ({comm})")?;
+        }
+        if let Some(unit) = &about.details.unit {
+            write!(out, " in {unit}")?;
+        }
+        Ok(())
+    }
+
+    fn why(&self) -> Cow<'static, str> {
+        Cow::Borrowed(match (self.reason, self.rule.as_deref()) {
+            (Some(Reason::Policy), Some(rule)) if rule != "default" => return format!("{rule} denies it").into(),
+            (Some(Reason::Policy), _) => "no rule allows it",
+            (Some(Reason::NoCredentials), _) => "the kernel would not tell its credentials",
+            (Some(Reason::Sender), _) => "its data came from another user",
+            (Some(Reason::UserLimit), _) => "too many connections of this user",
+            (Some(Reason::TotalLimit), _) => "too many connections in all",
+            (Some(Reason::LineLength), _) => "a line was too long",
+            (Some(Reason::Idle), _) => "nothing came for too long",
+            (Some(Reason::Stopping), _) => "the service is stopping",
+            (None, _) => "no reason given",
+        })
+    }
+
+    fn weight(&self) -> usize {
+        let groups = self.about.as_ref().map_or(0, |about| about.groups.len() * size_of::<Gid>());
+        size_of::<Self>() + groups + self.text.as_ref().map_or(0, String::len)
+    }
+
+    /// How many denials or refusals the record stands for.
+    fn stands_for(&self) -> u64 {
+        match self.event {
+            Event::Denied | Event::Refused => 1,
+            Event::Summary => self.count.unwrap_or(0),
+            _ => 0,
+        }
+    }
+}
+
+/// How much is written in full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// Who was turned away.
+    Denials,
+    /// Also who was admitted, and how each connection ended.
+    Connections,
+    /// Also each line: its length, never its content.
+    Lines,
+}
+
+/// What an administrator sets.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// How much is written in full.
+    pub scope: Scope,
+    /// How many denials or refusals of each user and reason are written in full in an interval.
+    pub burst: u32,
+    /// How long an interval is.
+    pub interval: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { scope: Scope::Denials, burst: 10, interval: Duration::from_secs(10) }
+    }
+}
+
+/// How often what happened since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Peers admitted.
+    pub admitted: u64,
+    /// Peers denied.
+    pub denied: u64,
+    /// Peers refused by a limit.
+    pub refused: u64,
+}
+
+/// Where records are handed over. Cheap to clone; all clones are one.
+#[derive(Clone)]
+pub struct Audit(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    wake: Condvar,
+    scope: AtomicU8,
+    admitted: AtomicU64,
+    denied: AtomicU64,
+    refused: AtomicU64,
+    given_up: AtomicBool,
+}
+
+struct State {
+    settings: Settings,
+    waiting: VecDeque<Record>,
+    waiting_bytes: usize,
+    windows: HashMap<(Option<Uid>, Reason), Window>,
+    next_tick: Option<Instant>,
+    /// Records about connections that found no room, since the last time we said so.
+    unwritten: u64,
+    sleeping: bool,
+    nudged: bool,
+    closed: bool,
+}
+
+/// One user's denials, or refusals, for one reason in the interval that runs.
+struct Window {
+    since: Instant,
+    written: u32,
+    counted: u64,
+    first_counted: Instant,
+    last_counted: Instant,
+}
+
+/// What the writing thread is to do next.
+#[allow(clippy::large_enum_variant)] // it lives for as long as a record takes to write, once
+pub(crate) enum Next {
+    Write(Record),
+    Nothing,
+    Finished,
+}
+
+impl Audit {
+    /// An empty one. Nothing is written until a [`journal::Writer`](crate::journal::Writer) takes out.
+    pub fn new(settings: Settings) -> Self {
+        let state = State {
+            settings,
+            waiting: VecDeque::new(),
+            waiting_bytes: 0,
+            windows: HashMap::new(),
+            next_tick: None,
+            unwritten: 0,
+            sleeping: false,
+            nudged: false,
+            closed: false,
+        };
+        Self(Arc::new(Shared {
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+            scope: AtomicU8::new(settings.scope as u8),
+            admitted: AtomicU64::new(0),
+            denied: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            given_up: AtomicBool::new(false),
+        }))
+    }
+
+    /// Replaces the settings, and says what was counted under the old ones.
+    pub fn set(&self, settings: Settings) {
+        self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
+        let mut state = self.lock();
+        state.summarize(Instant::now(), true);
+        state.settings = settings;
+        self.wake(state);
+    }
+
+    /// Whether admissions and ends of connections are written.
+    pub fn writes_connections(&self) -> bool {
+        self.0.scope.load(Ordering::Relaxed) >= Scope::Connections as u8
+    }
+
+    /// Whether each line is written.
+    pub fn writes_lines(&self) -> bool {
+        self.0.scope.load(Ordering::Relaxed) >= Scope::Lines as u8
+    }
+
+    /// Counts a peer turned away, and either keeps a record of it, made by `record`, or adds one to the
+    /// next summary. `record` is called only where its work is not in vain.
+    pub fn turned_away(&self, event: Event, reason: Reason, uid: Option<Uid>, record: impl FnOnce() -> Record) {
+        match event {
+            Event::Denied => &self.0.denied,
+            _ => &self.0.refused,
+        }
+        .fetch_add(1, Ordering::Relaxed);
+        let now = Instant::now();
+        let mut state = self.lock();
+        if !state.has_room() || !state.may_write(uid, reason, now) {
+            // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
+            let known = state.next_tick.is_some();
+            state.count(uid, reason, 1, now);
+            return if known { drop(state) } else { self.wake(state) };
+        }
+        // Made without the lock: it asks the kernel and /proc.
+        drop(state);
+        let record = record();
+        let mut state = self.lock();
+        state.push(record);
+        self.wake(state);
+    }
+
+    /// Counts a peer admitted.
+    pub fn admitted(&self) {
+        self.0.admitted.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Keeps a record that no summary stands for. Where there is no room it is only counted, and the
+    /// journal is told how many are missing.
+    pub fn write(&self, record: Record) {
+        let mut state = self.lock();
+        // What happens once for each connection at most is bounded by the limit on connections.
+        let bounded = matches!(record.event, Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused);
+        if bounded || state.has_room() {
+            state.push(record);
+        } else {
+            state.unwritten += 1;
+        }
+        self.wake(state);
+    }
+
+    /// Puts what was counted so far into summaries now.
+    pub fn flush(&self) {
+        let mut state = self.lock();
+        state.summarize(Instant::now(), true);
+        self.wake(state);
+    }
+
+    /// Puts everything counted into summaries; the writer ends once it has written what waits.
+    pub fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        state.summarize(Instant::now(), true);
+        self.wake(state);
+    }
+
+    /// How often what happened since the start.
+    pub fn totals(&self) -> Totals {
+        Totals {
+            admitted: self.0.admitted.load(Ordering::Relaxed),
+            denied: self.0.denied.load(Ordering::Relaxed),
+            refused: self.0.refused.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Tells the writer to wait for the journal no longer.
+    pub(crate) fn give_up(&self) {
+        self.0.given_up.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn has_given_up(&self) -> bool {
+        self.0.given_up.load(Ordering::Relaxed)
+    }
+
+    /// Makes the writer look around, so that it can show that it is alive.
+    pub(crate) fn nudge(&self) {
+        let mut state = self.lock();
+        state.nudged = true;
+        self.wake(state);
+    }
+
+    /// Waits for something to write.
+    pub(crate) fn next(&self) -> Next {
+        let mut state = self.lock();
+        loop {
+            let now = Instant::now();
+            if state.next_tick.is_some_and(|due| due <= now) {
+                state.summarize(now, false);
+            }
+            if let Some(record) = state.pop() {
+                return Next::Write(record);
+            }
+            if std::mem::take(&mut state.nudged) {
+                return Next::Nothing;
+            }
+            if state.closed {
+                return Next::Finished;
+            }
+            state.sleeping = true;
+            state = match state.next_tick {
+                Some(due) => {
+                    let pause = due.saturating_duration_since(now);
+                    self.0.wake.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.0.wake.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
+            state.sleeping = false;
+        }
+    }
+
+    /// Takes back the count of a record that could not be written, for a summary later on.
+    pub(crate) fn count_again(&self, record: &Record) {
+        let (Some(reason), count @ 1..) = (record.reason, record.stands_for()) else { return };
+        let mut state = self.lock();
+        let uid = record.about.as_ref().map(|about| about.uid);
+        state.count(uid, reason, count, Instant::now());
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self, state: MutexGuard<'_, State>) {
+        let sleeping = state.sleeping;
+        drop(state);
+        if sleeping {
+            self.0.wake.notify_one();
+        }
+    }
+}
+
+impl State {
+    fn has_room(&self) -> bool {
+        self.waiting.len() < MOST_WAITING && self.waiting_bytes < MOST_WAITING_BYTES
+    }
+
+    fn push(&mut self, record: Record) {
+        self.waiting_bytes += record.weight();
+        self.waiting.push_back(record);
+    }
+
+    fn pop(&mut self) -> Option<Record> {
+        let record = self.waiting.pop_front()?;
+        self.waiting_bytes -= record.weight();
+        if self.waiting.is_empty() {
+            // A flood is over: give its memory back.
+            self.waiting.shrink_to(64);
+            if self.unwritten > 0 {
+                let count = std::mem::take(&mut self.unwritten);
+                let text =
+                    format!("{count} records of connections or lines were not written: the journal was too slow");
+                self.push(Record::note(Severity::Warning, text));
+            }
+        }
+        Some(record)
+    }
+
+    /// Whether this one is still among the first of its interval; if so it is taken as written.
+    fn may_write(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> bool {
+        let burst = self.settings.burst;
+        let window = self.window(uid, reason, now);
+        let first = window.written < burst;
+        window.written += u32::from(first);
+        first
+    }
+
+    fn count(&mut self, uid: Option<Uid>, reason: Reason, count: u64, now: Instant) {
+        let window = self.window(uid, reason, now);
+        if window.counted == 0 {
+            window.first_counted = now;
+        }
+        window.last_counted = now;
+        window.counted += count;
+    }
+
+    fn window(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> &mut Window {
+        let full = self.windows.len() >= MOST_TRACKED && !self.windows.contains_key(&(uid, reason));
+        let key = (if full { None } else { uid }, reason);
+        let interval = self.settings.interval;
+        self.next_tick.get_or_insert(now + interval);
+        self.windows.entry(key).or_insert_with(|| Window {
+            since: now,
+            written: 0,
+            counted: 0,
+            first_counted: now,
+            last_counted: now,
+        })
+    }
+
+    /// Ends the intervals that are over (all of them if `now_or_never`), each with its summary.
+    fn summarize(&mut self, now: Instant, now_or_never: bool) {
+        let interval = self.settings.interval;
+        // A journal that does not take what waits already must not be given ever more of these.
+        let room = self.closed || self.has_room();
+        let mut summaries = Vec::new();
+        self.windows.retain(|(uid, reason), window| {
+            let over = now.saturating_duration_since(window.since) >= interval;
+            if window.counted > 0 && (over || now_or_never) {
+                if !room {
+                    return true;
+                }
+                summaries.push(window.summary(*uid, *reason));
+                window.counted = 0;
+                if over {
+                    (window.since, window.written) = (now, 0);
+                }
+                return true;
+            }
+            !over
+        });
+        summaries.into_iter().for_each(|summary| self.push(summary));
+        let earliest = self.windows.values().map(|window| window.since + interval).min();
+        // Where there was no room, look again in an interval's time, not at once.
+        self.next_tick = earliest.map(|due| if due <= now { now + interval } else { due });
+        if self.windows.is_empty() {
+            self.windows.shrink_to(64);
+        }
+    }
+}
+
+impl Window {
+    fn summary(&self, uid: Option<Uid>, reason: Reason) -> Record {
+        let about =
+            uid.map(|uid| About { uid, gid: None, groups: Box::default(), pid: None, details: Details::default() });
+        Record {
+            reason: Some(reason),
+            count: Some(self.counted),
+            duration: Some(self.last_counted.saturating_duration_since(self.first_counted)),
+            about,
+            ..Record::new(Event::Summary)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn audit(burst: u32) -> Audit {
+        Audit::new(Settings { burst, interval: Duration::from_secs(3600), ..Settings::default() })
+    }
+
+    fn deny(audit: &Audit, uid: u32) {
+        let about = About {
+            uid: Uid::new(uid),
+            gid: Some(Gid::new(uid)),
+            groups: Box::default(),
+            pid: None,
+            details: Details::default(),
+        };
+        audit.turned_away(Event::Denied, Reason::Policy, Some(about.uid), || Record {
+            reason: Some(Reason::Policy),
+            about: Some(about),
+            ..Record::new(Event::Denied)
+        });
+    }
+
+    fn drain(audit: &Audit) -> Vec<Record> {
+        let mut out = Vec::new();
+        while let Next::Write(record) = audit.next() {
+            out.push(record);
+        }
+        out
+    }
+
+    fn sum(records: &[Record]) -> u64 {
+        records.iter().map(Record::stands_for).sum()
+    }
+
+    #[test]
+    fn the_first_of_a_flood_are_written_and_the_rest_counted() {
+        let audit = audit(10);
+        (0..1000).for_each(|_| deny(&audit, 1000));
+        deny(&audit, 1001);
+        audit.close();
+        let records = drain(&audit);
+        assert_eq!(records.iter().filter(|record| record.event == Event::Denied).count(), 11);
+        let summary: Vec<_> = records.iter().filter(|record| record.event == Event::Summary).collect();
+        assert_eq!(summary.len(), 1);
+        assert_eq!(summary[0].count, Some(990));
+        assert_eq!(sum(&records), 1001);
+    }
+
+    #[test]
+    fn users_beyond_those_tracked_share_a_summary_without_uid() {
+        let audit = audit(0);
+        (0..5000).for_each(|uid| deny(&audit, uid));
+        assert!(audit.lock().windows.len() <= MOST_TRACKED + 1);
+        audit.close();
+        let records = drain(&audit);
+        assert_eq!(sum(&records), 5000);
+        let shared: Vec<_> = records.iter().filter(|record| record.about.is_none()).collect();
+        assert_eq!(shared.len(), 1);
+        assert_eq!(shared[0].count, Some(5000 - MOST_TRACKED as u64));
+    }
+
+    #[test]
+    fn what_finds_no_room_is_counted_and_none_is_lost() {
+        let audit = audit(u32::MAX);
+        (0..10_000).for_each(|_| deny(&audit, 1000));
+        assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
+        audit.close();
+        assert_eq!(sum(&drain(&audit)), 10_000);
+    }
+
+    #[test]
+    fn a_record_that_could_not_be_written_comes_back_in_a_summary() {
+        let audit = audit(10);
+        (0..25).for_each(|_| deny(&audit, 1000));
+        let Next::Write(lost) = audit.next() else { panic!("a record waits") };
+        audit.count_again(&lost);
+        audit.close();
+        let records = drain(&audit);
+        assert_eq!(sum(&records), 25);
+        assert_eq!(records.last().unwrap().count, Some(16));
+    }
+
+    #[test]
+    fn a_denial_reads_as_the_contract_has_it() {
+        let about = About {
+            uid: Uid::new(1001),
+            gid: Some(Gid::new(1001)),
+            groups: Box::default(),
+            pid: Some(4242),
+            details: Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), label: None },
+        };
+        let record = Record { reason: Some(Reason::Policy), about: Some(about), ..Record::new(Event::Denied) };
+        assert_eq!(
+            record.message(Some("guest")),
+            "Denied guest (uid 1001) gid 1001 pid 4242 (nc) in session-3.scope: no rule allows it"
+        );
+    }
+}

@@ -1,0 +1,672 @@
+//! The door: accept, ask, admit or turn away politely. One thread of its own, so that a flood of
+//! strangers costs those inside nothing.
+//!
+//! What happens behind the door is not known here: an [`Admission`] goes to a function that the service
+//! gave, and the gate turns to the next in line. It never waits: not for a peer, not for the journal.
+
+mod farewell;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::socket::{setsockopt, sockopt};
+
+use self::farewell::Farewell;
+use crate::activation::Listener;
+use crate::audit::{About, Audit, Event, Reason, Record, Severity};
+use crate::limits::{Caps, Excess, Limits, Permit, Terms};
+use crate::peer::Peer;
+use crate::policy::{Policy, Rule, Verdict};
+use crate::service::{Activity, Beat, Watched};
+use crate::sys;
+
+/// Connections accepted from one listener before anything else gets a turn.
+const ACCEPTS_PER_TURN: usize = 64;
+/// How long one over a limit may wait in case a place comes free: whoever closes a connection and
+/// opens the next must not be refused because the first end has not been noticed yet.
+const SECOND_LOOK: Duration = Duration::from_millis(20);
+/// How many may wait so at once.
+const MOST_WAITING: usize = 64;
+/// How long nothing is accepted after the system was out of descriptors or memory.
+const PAUSE: Duration = Duration::from_millis(10);
+
+const TOKEN_WAKE: u64 = u64::MAX;
+/// Tokens below are listeners'.
+const TOKEN_LEAVING: u64 = 1 << 32;
+
+/// What is in force: replaced as a whole by [`Door::rule`].
+pub struct Ruling<T> {
+    /// Who may in.
+    pub policy: Arc<Policy<T>>,
+    /// How many.
+    pub caps: Caps,
+    /// Whether the kernel shall attach the sender's credentials to all data (SO_PASSCRED, unix(7)) on
+    /// connections admitted from now on.
+    pub pass_credentials: bool,
+}
+
+impl<T> Clone for Ruling<T> {
+    fn clone(&self) -> Self {
+        Self { policy: Arc::clone(&self.policy), caps: self.caps, pass_credentials: self.pass_credentials }
+    }
+}
+
+/// What those hear who are turned away. May be empty.
+#[derive(Clone, Debug)]
+pub struct Replies {
+    /// Denied by the policy.
+    pub denied: Arc<[u8]>,
+    /// Admitted by the policy, but over a limit.
+    pub busy: Arc<[u8]>,
+}
+
+impl Default for Replies {
+    fn default() -> Self {
+        Self { denied: Arc::from(&b"Unauthorized access\n"[..]), busy: Arc::from(&b"Too many connections\n"[..]) }
+    }
+}
+
+/// Somebody who is in.
+#[derive(Debug)]
+pub struct Admission<T> {
+    /// The connection; non-blocking, close-on-exec.
+    pub socket: OwnedFd,
+    /// Who it is.
+    pub peer: Peer,
+    /// The rule that admitted them; its terms are the application's.
+    pub rule: Arc<Rule<T>>,
+    /// Keep it as long as the connection lives.
+    pub permit: Permit,
+    /// GATE_CONNECTION: unique in this run.
+    pub connection: u64,
+    /// The address of the listening socket.
+    pub listener: Arc<str>,
+    /// Which ruling admitted them: what [`Door::rule`] returned, 0 before the first.
+    pub generation: u64,
+    /// Whether the kernel attaches the sender's credentials to everything that comes.
+    pub pass_credentials: bool,
+}
+
+/// What a gate is made of.
+pub struct Setup<T> {
+    /// What to accept from.
+    pub listeners: Vec<Listener>,
+    /// What is in force at first.
+    pub ruling: Ruling<T>,
+    /// Who holds how many connections.
+    pub limits: Limits,
+    /// Where every verdict is recorded.
+    pub audit: Audit,
+    /// What those hear who are turned away.
+    pub replies: Replies,
+    /// Stirred whenever somebody was judged.
+    pub activity: Arc<Activity>,
+    /// The first connection's number.
+    pub first_connection: u64,
+    /// How long to look for the next connection before sleeping, while they come that close together.
+    pub busy_poll: Option<Duration>,
+}
+
+/// What a running gate can be asked, from any thread.
+pub struct Door<T> {
+    shared: Arc<Shared<T>>,
+    thread: Option<thread::JoinHandle<Closed>>,
+}
+
+/// What is left when the gate is shut.
+struct Closed {
+    listeners: Vec<Listener>,
+}
+
+struct Shared<T> {
+    orders: Mutex<Orders<T>>,
+    generation: AtomicU64,
+    next_connection: AtomicU64,
+    wake: EventFd,
+    beat: Arc<Beat>,
+    replies: Replies,
+}
+
+struct Orders<T> {
+    ruling: Ruling<T>,
+    to_see_off: Vec<(OwnedFd, Arc<[u8]>)>,
+    stop: Option<Stop>,
+}
+
+/// How to stop.
+enum Stop {
+    /// Accept nobody else, but go on seeing off; the answer says that it is so.
+    Accepting(mpsc::Sender<bool>),
+    /// Whatever the state; those on their way out are seen off first.
+    Now,
+    /// Only if nobody is connected, on their way out or waiting; the answer says whether.
+    IfQuiet(mpsc::Sender<bool>),
+}
+
+impl<T: Terms> Door<T> {
+    /// Starts the gate's thread. `admit` takes over whoever is let in; it must not block.
+    ///
+    /// # Errors
+    /// What epoll, eventfd or starting a thread say.
+    pub fn open(setup: Setup<T>, admit: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let shared = Arc::new(Shared {
+            orders: Mutex::new(Orders { ruling: setup.ruling, to_see_off: Vec::new(), stop: None }),
+            generation: AtomicU64::new(0),
+            next_connection: AtomicU64::new(setup.first_connection),
+            wake,
+            beat: Arc::new(Beat::default()),
+            replies: setup.replies,
+        });
+        let mut gate = Gate {
+            shared: Arc::clone(&shared),
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            listeners: setup.listeners,
+            limits: setup.limits,
+            audit: setup.audit,
+            admit: Box::new(admit),
+            activity: setup.activity,
+            farewell: Farewell::new(TOKEN_LEAVING),
+            waiting: Vec::new(),
+            reserve: None,
+            paused_until: None,
+            pass_credentials: None,
+            busy_poll: setup.busy_poll,
+            last_accept: None,
+            complained: false,
+            accepting: true,
+        };
+        gate.prepare()?;
+        let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || gate.run())?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Puts a new ruling in force for the very next connection. Returns its generation: an
+    /// [`Admission`] of an earlier one was judged by an earlier ruling.
+    pub fn rule(&self, ruling: Ruling<T>) -> u64 {
+        let mut orders = self.shared.lock();
+        orders.ruling = ruling;
+        // Under the lock, so that no admission can carry the new number and the old verdict.
+        let generation = self.shared.generation.fetch_add(1, Ordering::AcqRel) + 1;
+        drop(orders);
+        self.shared.wake();
+        generation
+    }
+
+    /// A way to see peers off that can be handed to other threads.
+    pub fn usher(&self) -> Usher<T> {
+        Usher { shared: Arc::clone(&self.shared) }
+    }
+
+    /// For the watchdog.
+    pub fn watched(&self) -> Watched {
+        let shared = Arc::clone(&self.shared);
+        Watched { name: "gate".to_owned(), beat: Arc::clone(&self.shared.beat), nudge: Box::new(move || shared.wake()) }
+    }
+
+    /// The number that the next connection will have.
+    pub fn next_connection(&self) -> u64 {
+        self.shared.next_connection.load(Ordering::Relaxed)
+    }
+
+    /// Shuts the gate if nobody is inside, on their way out, or being judged. Whoever connects later
+    /// stays in the listener's queue for the next process.
+    pub fn shut_if_quiet(&mut self) -> bool {
+        let (answer, answered) = mpsc::channel();
+        self.shared.lock().stop = Some(Stop::IfQuiet(answer));
+        self.shared.wake();
+        // No answer: the thread is gone, and with it everyone it cared for.
+        let quiet = answered.recv().unwrap_or(true);
+        if quiet {
+            self.join();
+        }
+        quiet
+    }
+
+    /// Accepts nobody from now on: whoever connects stays in the listener's queue for the next process.
+    /// Peers are still seen off, until [`shut`](Self::shut).
+    pub fn stop_accepting(&self) {
+        if self.thread.is_none() {
+            return;
+        }
+        let (answer, answered) = mpsc::channel();
+        self.shared.lock().stop = Some(Stop::Accepting(answer));
+        self.shared.wake();
+        // No answer means that the thread is gone, which accepts nobody either.
+        let _ = answered.recv();
+    }
+
+    /// Stops accepting, sees off those on their way out (a second at most), and hands the listeners back.
+    pub fn shut(&mut self) -> Vec<Listener> {
+        self.shared.lock().stop = Some(Stop::Now);
+        self.shared.wake();
+        self.join()
+    }
+
+    fn join(&mut self) -> Vec<Listener> {
+        let closed = self.thread.take().and_then(|thread| thread.join().ok());
+        closed.map(|closed| closed.listeners).unwrap_or_default()
+    }
+}
+
+/// Sees peers off on behalf of threads that serve them.
+pub struct Usher<T> {
+    shared: Arc<Shared<T>>,
+}
+
+impl<T> Clone for Usher<T> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared) }
+    }
+}
+
+impl<T> Usher<T> {
+    /// Sends `message` to an admitted peer, and a clean end of file after it.
+    pub fn see_off(&self, socket: OwnedFd, message: &Arc<[u8]>) {
+        self.shared.lock().to_see_off.push((socket, Arc::clone(message)));
+        self.shared.wake();
+    }
+
+    /// As [`see_off`](Self::see_off), with what the denied hear.
+    pub fn revoke(&self, socket: OwnedFd) {
+        let denied = Arc::clone(&self.shared.replies.denied);
+        self.see_off(socket, &denied);
+    }
+}
+
+impl<T> Shared<T> {
+    fn lock(&self) -> MutexGuard<'_, Orders<T>> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        // EAGAIN means it is awake 2^64 times over already.
+        let _ = self.wake.write(1);
+    }
+}
+
+struct Gate<T> {
+    shared: Arc<Shared<T>>,
+    epoll: Epoll,
+    listeners: Vec<Listener>,
+    limits: Limits,
+    audit: Audit,
+    admit: Box<dyn FnMut(Admission<T>) + Send>,
+    activity: Arc<Activity>,
+    farewell: Farewell,
+    waiting: Vec<Waiting>,
+    /// Held open only to be closed when descriptors run out: one can then still be accepted and told.
+    reserve: Option<OwnedFd>,
+    paused_until: Option<Instant>,
+    pass_credentials: Option<bool>,
+    busy_poll: Option<Duration>,
+    last_accept: Option<Instant>,
+    complained: bool,
+    accepting: bool,
+}
+
+/// One over a limit who gets a second look.
+struct Waiting {
+    socket: OwnedFd,
+    listener: usize,
+    since: Instant,
+}
+
+impl<T: Terms> Gate<T> {
+    fn prepare(&mut self) -> io::Result<()> {
+        self.epoll.add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        let pass_credentials = self.shared.lock().ruling.pass_credentials;
+        self.pass_credentials(pass_credentials)?;
+        self.reserve = Some(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
+        for (token, listener) in self.listeners.iter().enumerate() {
+            self.epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token as u64))?;
+        }
+        Ok(())
+    }
+
+    /// Set on the listener it is inherited by each connection, before its first byte can be sent to us.
+    fn pass_credentials(&mut self, wanted: bool) -> io::Result<()> {
+        // Untouched until somebody asks for it: the unit may have set PassCredentials= itself.
+        if self.pass_credentials.unwrap_or(false) != wanted {
+            for listener in &self.listeners {
+                setsockopt(listener, sockopt::PassCred, &wanted)?;
+            }
+        }
+        self.pass_credentials = Some(wanted);
+        Ok(())
+    }
+
+    fn run(mut self) -> Closed {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            self.shared.beat.answer();
+            let count = self.wait(&mut events);
+            let mut woken = false;
+            for event in &events[..count] {
+                match event.data() {
+                    TOKEN_WAKE => woken = true,
+                    token if token >= TOKEN_LEAVING => self.farewell.ready(&self.epoll, token),
+                    listener => self.accept_some(listener as usize),
+                }
+            }
+            let now = Instant::now();
+            self.look_again(now);
+            self.farewell.expire(now);
+            self.resume_accepting(now);
+            if woken && self.obey() {
+                break;
+            }
+        }
+        self.wind_down();
+        Closed { listeners: self.listeners }
+    }
+
+    /// Waits for something to do; looks again for a while before it sleeps if connections come close together.
+    fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
+        let spin_until = match (self.busy_poll, self.last_accept.take()) {
+            (Some(span), Some(last)) => Some(last + span),
+            _ => None,
+        };
+        while spin_until.is_some_and(|until| Instant::now() < until) {
+            match self.epoll.wait(events, EpollTimeout::ZERO) {
+                Ok(0) | Err(_) => std::hint::spin_loop(),
+                Ok(count) => return count,
+            }
+        }
+        let due = [self.farewell.due(), self.paused_until, self.waiting.first().map(|one| one.since + SECOND_LOOK)];
+        let timeout = match due.into_iter().flatten().min() {
+            None => EpollTimeout::NONE,
+            // While somebody waits for a second look a place may come free at any time.
+            Some(_) if !self.waiting.is_empty() => EpollTimeout::from(1_u8),
+            Some(due) => {
+                let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+                EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
+            }
+        };
+        self.epoll.wait(events, timeout).unwrap_or(0)
+    }
+
+    /// Does what other threads asked for. True when it is time to go.
+    fn obey(&mut self) -> bool {
+        let _ = self.shared.wake.read();
+        let (wanted, to_see_off, stop) = {
+            let mut orders = self.shared.lock();
+            (orders.ruling.pass_credentials, std::mem::take(&mut orders.to_see_off), orders.stop.take())
+        };
+        for (socket, message) in to_see_off {
+            self.farewell.begin(&self.epoll, socket, &message);
+        }
+        if let Err(error) = self.pass_credentials(wanted) {
+            self.complain(&format!("setting SO_PASSCRED: {error}"));
+        }
+        match stop {
+            None => false,
+            Some(Stop::Now) => true,
+            Some(Stop::Accepting(answer)) => {
+                self.stop_accepting();
+                let _ = answer.send(true);
+                false
+            }
+            Some(Stop::IfQuiet(answer)) => {
+                let quiet = self.limits.total() == 0 && self.farewell.is_empty() && self.waiting.is_empty();
+                // Whoever asked and did not wait for the answer wants nothing any more.
+                answer.send(quiet).is_ok() && quiet
+            }
+        }
+    }
+
+    fn accept_some(&mut self, index: usize) {
+        for _ in 0..ACCEPTS_PER_TURN {
+            let Some(listener) = self.listeners.get(index).filter(|_| self.accepting) else { return };
+            match sys::accept(listener.as_fd()) {
+                Ok(socket) => {
+                    if self.busy_poll.is_some() {
+                        self.last_accept = Some(Instant::now());
+                    }
+                    self.judge(socket, index, None);
+                    self.activity.stir();
+                }
+                Err(error) => match error.raw_os_error().map(Errno::from_raw) {
+                    Some(Errno::EAGAIN) => return,
+                    // It left before we came to it, or a signal: the next one.
+                    Some(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
+                    Some(Errno::EMFILE | Errno::ENFILE) => {
+                        if !self.accept_with_reserve(index) {
+                            return self.pause();
+                        }
+                    }
+                    // Out of memory for a socket, or something new: neither spin nor give up.
+                    _ => {
+                        self.complain(&format!("accepting from {}: {error}", listener.address()));
+                        return self.pause();
+                    }
+                },
+            }
+        }
+    }
+
+    /// Out of descriptors: those on their way out go first; when there are none, the reserve makes room
+    /// for one peer, who is judged, recorded and told, but cannot stay.
+    fn accept_with_reserve(&mut self, index: usize) -> bool {
+        if self.farewell.hurry_oldest() {
+            return true;
+        }
+        self.complain("out of file descriptors: connections are refused (LimitNOFILE=, fs.file-max)");
+        if self.reserve.take().is_none() {
+            return false;
+        }
+        let accepted = self.listeners.get(index).map(|listener| sys::accept(listener.as_fd()));
+        let told = match accepted {
+            Some(Ok(socket)) => {
+                self.judge_without_room(socket, index);
+                true
+            }
+            _ => false,
+        };
+        self.reserve = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).ok().map(OwnedFd::from);
+        told && self.reserve.is_some()
+    }
+
+    fn pause(&mut self) {
+        self.paused_until = Some(Instant::now() + PAUSE);
+        self.listen_for(EpollFlags::empty());
+    }
+
+    fn resume_accepting(&mut self, now: Instant) {
+        if self.paused_until.is_some_and(|until| until <= now) {
+            self.paused_until = None;
+            if self.reserve.is_none() {
+                self.reserve = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).ok().map(OwnedFd::from);
+            }
+            if self.accepting {
+                self.listen_for(EpollFlags::EPOLLIN);
+            }
+        }
+    }
+
+    fn listen_for(&self, interest: EpollFlags) {
+        for (token, listener) in self.listeners.iter().enumerate() {
+            let _ = self.epoll.modify(listener, &mut EpollEvent::new(interest, token as u64));
+        }
+    }
+
+    /// Says once what should not be.
+    fn complain(&mut self, what: &str) {
+        if !self.complained {
+            self.complained = true;
+            self.audit.write(Record::note(Severity::Warning, what));
+        }
+    }
+
+    /// Those over a limit, once more: a place may have come free since.
+    fn look_again(&mut self, now: Instant) {
+        for one in std::mem::take(&mut self.waiting) {
+            self.judge(one.socket, one.listener, Some((one.since, now)));
+        }
+    }
+
+    /// Who is it, may they in, is there a place? `waited`: since when they have been looked at, and now.
+    fn judge(&mut self, socket: OwnedFd, index: usize, waited: Option<(Instant, Instant)>) {
+        let (ruling, generation) = self.ruling();
+        let Some(peer) = self.identify(&socket, index, &ruling) else {
+            return self.farewell.begin(&self.epoll, socket, &self.shared.replies.denied);
+        };
+        let (rule, permit, mut peer) = match self.verdict(&socket, index, &ruling, peer) {
+            Ok(admitted) => admitted,
+            Err(None) => return self.farewell.begin(&self.epoll, socket, &self.shared.replies.denied),
+            Err(Some((excess, rule, peer))) => {
+                let since = match waited {
+                    None if self.waiting.len() < MOST_WAITING => Some(Instant::now()),
+                    Some((since, now)) if now.saturating_duration_since(since) < SECOND_LOOK => Some(since),
+                    _ => None,
+                };
+                if let Some(since) = since {
+                    return self.waiting.push(Waiting { socket, listener: index, since });
+                }
+                self.record_refusal(excess, &rule, peer, &socket, index);
+                return self.farewell.begin(&self.epoll, socket, &self.shared.replies.busy);
+            }
+        };
+        let connection = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
+        let listener = Arc::clone(self.listeners[index].address());
+        self.audit.admitted();
+        if self.audit.writes_connections() {
+            let details = peer.details(&socket);
+            self.audit.write(Record {
+                rule: Some(rule.name().as_str().into()),
+                socket: Some(Arc::clone(&listener)),
+                connection: Some(connection),
+                about: Some(About::peer(&peer, details)),
+                ..Record::new(Event::Admitted)
+            });
+        }
+        peer.release_process();
+        let pass_credentials = self.pass_credentials == Some(true);
+        (self.admit)(Admission { socket, peer, rule, permit, connection, listener, generation, pass_credentials });
+    }
+
+    /// As [`judge`](Self::judge) where there is no descriptor for anyone to stay.
+    fn judge_without_room(&mut self, socket: OwnedFd, index: usize) {
+        let (ruling, _) = self.ruling();
+        let reply = match self.identify(&socket, index, &ruling) {
+            None => &self.shared.replies.denied,
+            Some(peer) => match self.verdict(&socket, index, &ruling, peer) {
+                Err(None) => &self.shared.replies.denied,
+                Ok((rule, _, peer)) | Err(Some((_, rule, peer))) => {
+                    self.record_refusal(Excess::Total, &rule, peer, &socket, index);
+                    &self.shared.replies.busy
+                }
+            },
+        };
+        self.farewell.at_once(socket, reply);
+    }
+
+    fn ruling(&self) -> (Ruling<T>, u64) {
+        let orders = self.shared.lock();
+        (orders.ruling.clone(), self.shared.generation.load(Ordering::Acquire))
+    }
+
+    /// Asks the kernel; records the denial where it does not answer.
+    fn identify(&self, socket: &OwnedFd, index: usize, ruling: &Ruling<T>) -> Option<Peer> {
+        let asked = if ruling.policy.depends_on_units() { Peer::of(socket) } else { Peer::credentials_of(socket) };
+        if asked.is_err() {
+            self.audit.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
+                reason: Some(Reason::NoCredentials),
+                rule: Some("default".into()),
+                socket: Some(Arc::clone(self.listeners[index].address())),
+                ..Record::new(Event::Denied)
+            });
+        }
+        asked.ok()
+    }
+
+    /// Policy, then limits. `Err(None)`: denied, and recorded. `Err(Some)`: no place, not yet recorded.
+    #[allow(clippy::type_complexity)]
+    fn verdict(
+        &self,
+        socket: &OwnedFd,
+        index: usize,
+        ruling: &Ruling<T>,
+        mut peer: Peer,
+    ) -> Result<(Arc<Rule<T>>, Permit, Peer), Option<(Excess, Arc<Rule<T>>, Peer)>> {
+        match ruling.policy.decide(&peer) {
+            Verdict::Denied(rule) => {
+                let uid = peer.uid();
+                self.audit.turned_away(Event::Denied, Reason::Policy, Some(uid), || Record {
+                    reason: Some(Reason::Policy),
+                    rule: Some(rule.map_or("default", |rule| rule.name().as_str()).into()),
+                    socket: Some(Arc::clone(self.listeners[index].address())),
+                    about: Some({
+                        let details = peer.details(socket);
+                        About::peer(&peer, details)
+                    }),
+                    ..Record::new(Event::Denied)
+                });
+                Err(None)
+            }
+            Verdict::Admitted(rule) => {
+                let rule = Arc::clone(rule);
+                let per_user = rule.terms().connections_per_user().unwrap_or(ruling.caps.connections_per_user);
+                match self.limits.acquire(peer.uid(), ruling.caps.connections, per_user) {
+                    Ok(permit) => Ok((rule, permit, peer)),
+                    Err(excess) => Err(Some((excess, rule, peer))),
+                }
+            }
+        }
+    }
+
+    fn record_refusal(&self, excess: Excess, rule: &Rule<T>, mut peer: Peer, socket: &OwnedFd, index: usize) {
+        let reason = match excess {
+            Excess::User => Reason::UserLimit,
+            Excess::Total => Reason::TotalLimit,
+        };
+        self.audit.turned_away(Event::Refused, reason, Some(peer.uid()), || Record {
+            reason: Some(reason),
+            rule: Some(rule.name().as_str().into()),
+            socket: Some(Arc::clone(self.listeners[index].address())),
+            about: Some({
+                let details = peer.details(socket);
+                About::peer(&peer, details)
+            }),
+            ..Record::new(Event::Refused)
+        });
+    }
+
+    /// Nobody else is accepted; those waiting for a place get their answer.
+    fn stop_accepting(&mut self) {
+        self.accepting = false;
+        self.listen_for(EpollFlags::empty());
+        let now = Instant::now();
+        for one in std::mem::take(&mut self.waiting) {
+            self.judge(one.socket, one.listener, Some((now, now + SECOND_LOOK)));
+        }
+    }
+
+    /// Sees off whoever is on their way out.
+    fn wind_down(&mut self) {
+        self.stop_accepting();
+        let mut events = [EpollEvent::empty(); 64];
+        while let Some(due) = self.farewell.due() {
+            let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            let timeout = EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX);
+            let count = self.epoll.wait(&mut events, timeout).unwrap_or(0);
+            for event in &events[..count] {
+                if event.data() != TOKEN_WAKE && event.data() >= TOKEN_LEAVING {
+                    self.farewell.ready(&self.epoll, event.data());
+                }
+            }
+            let mut woken = self.shared.lock();
+            let late = std::mem::take(&mut woken.to_see_off);
+            drop(woken);
+            late.into_iter().for_each(|(socket, message)| self.farewell.begin(&self.epoll, socket, &message));
+            self.farewell.expire(Instant::now());
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Records become journal entries, on a thread of their own, through tracing and tracing-journald.
+//!
+//! Sole user of tracing-journald. That crate sends with a blocking socket and swallows errors; so before each record this
+//! module makes sure that journald is there and takes one more, waiting as long as it must (nobody waits for us). Where no
+//! journal can be reached, the record goes to standard error as a line of text; if there was one before, a
+//! denial or refusal is also counted into a summary for when it is back.
+
+use std::collections::HashMap;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use tracing::dispatcher::{self, Dispatch};
+use tracing_subscriber::layer::SubscriberExt;
+
+use crate::audit::{Audit, Next, Record, Severity};
+use crate::ids::{Gid, Uid};
+use crate::peer::printable;
+use crate::service::{Beat, Watched};
+
+/// journald's native socket (systemd-journald.service(8)).
+const SOCKET: &str = "/run/systemd/journal/socket";
+
+/// How long a user's name stays known before the user database is asked again.
+const NAMES_LAST: Duration = Duration::from_secs(10);
+/// How many users' names are remembered at once.
+const MOST_NAMES: usize = 1024;
+
+/// The thread that writes.
+pub struct Writer {
+    thread: thread::JoinHandle<()>,
+    finished: Receiver<()>,
+    audit: Audit,
+    beat: Arc<Beat>,
+}
+
+impl Writer {
+    /// Starts to write what `audit` takes in. `identifier` becomes SYSLOG_IDENTIFIER.
+    ///
+    /// # Errors
+    /// What starting a thread says.
+    pub fn start(audit: &Audit, identifier: &str) -> io::Result<Self> {
+        let beat = Arc::new(Beat::default());
+        let mut journal = Journal::new(identifier.to_owned(), Arc::clone(&beat), audit.clone());
+        let (finishing, finished) = mpsc::channel();
+        let run = move || {
+            journal.run();
+            // The other end waits for this or is gone.
+            let _ = finishing.send(());
+        };
+        let thread = thread::Builder::new().name("journal".to_owned()).spawn(run)?;
+        Ok(Self { thread, finished, audit: audit.clone(), beat })
+    }
+
+    /// For the watchdog.
+    pub fn watched(&self) -> Watched {
+        let audit = self.audit.clone();
+        Watched { name: "journal".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || audit.nudge()) }
+    }
+
+    /// Writes what waits, summaries included, and ends. `patience_left` is asked every second
+    /// while journald takes nothing; once it says no, what is left goes to standard error.
+    pub fn finish(self, mut patience_left: impl FnMut() -> bool) {
+        self.audit.close();
+        while self.finished.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
+            if !patience_left() {
+                self.audit.give_up();
+                // Text to standard error takes no time, unless that is the stopped journal too.
+                let _ = self.finished.recv_timeout(Duration::from_secs(1));
+                return;
+            }
+        }
+        let _ = self.thread.join();
+    }
+}
+
+struct Journal {
+    audit: Audit,
+    identifier: String,
+    beat: Arc<Beat>,
+    probe: Option<UnixDatagram>,
+    journald: Option<Dispatch>,
+    was_reached: bool,
+    names: HashMap<Uid, Option<String>>,
+    names_since: Instant,
+    namespace_is_partial: bool,
+}
+
+impl Journal {
+    fn new(identifier: String, beat: Arc<Beat>, audit: Audit) -> Self {
+        Self {
+            audit,
+            identifier,
+            beat,
+            probe: None,
+            journald: None,
+            was_reached: false,
+            names: HashMap::new(),
+            names_since: Instant::now(),
+            namespace_is_partial: crate::peer::unmapped_ids().is_some(),
+        }
+    }
+
+    fn run(&mut self) {
+        loop {
+            self.beat.answer();
+            match self.audit.next() {
+                Next::Write(record) => self.write(&record),
+                Next::Nothing => {}
+                Next::Finished => return,
+            }
+        }
+    }
+
+    fn write(&mut self, record: &Record) {
+        let user = record.about.as_ref().and_then(|about| self.name_of(about.uid));
+        let message = record.message(user.as_deref());
+        if self.is_ready() {
+            self.was_reached = true;
+            self.emit(record, user.as_deref(), &message);
+            return;
+        }
+        let level = match record.event.severity() {
+            Severity::Error => "error: ",
+            Severity::Warning => "warning: ",
+            Severity::Notice | Severity::Info => "",
+        };
+        let mut stderr = io::stderr().lock();
+        let _ = writeln!(stderr, "{}: {level}{message}", self.identifier);
+        if self.was_reached && !self.audit.has_given_up() {
+            self.audit.count_again(record);
+        }
+    }
+
+    /// Whether journald can be reached; waits while it can but takes nothing.
+    fn is_ready(&mut self) -> bool {
+        // connect(2) fails where nothing is bound to the path, as after systemd-journald.socket was
+        // stopped, and finds the new socket after it was started again.
+        let probe = match self.probe.take().map_or_else(UnixDatagram::unbound, Ok) {
+            Ok(probe) if probe.connect(SOCKET).is_ok() => probe,
+            _ => return false,
+        };
+        let takes_one = loop {
+            // A connected datagram socket polls writable only while the receiver's queue has room.
+            let mut question = [PollFd::new(probe.as_fd(), PollFlags::POLLOUT)];
+            match poll(&mut question, PollTimeout::from(250_u16)) {
+                Ok(0) if self.audit.has_given_up() => break false,
+                Ok(0) => self.beat.answer(),
+                Ok(_) => {
+                    let answer = question[0].revents().unwrap_or(PollFlags::empty());
+                    break answer.contains(PollFlags::POLLOUT) && !answer.contains(PollFlags::POLLERR);
+                }
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(_) => break false,
+            }
+        };
+        self.probe = Some(probe);
+        takes_one && self.connect()
+    }
+
+    fn connect(&mut self) -> bool {
+        if self.journald.is_none() {
+            let layer = match tracing_journald::layer() {
+                Ok(layer) => layer,
+                Err(_) => return false,
+            };
+            // No prefix: the contract's field names are the journal's. The crate's own mapping of
+            // levels to priorities loses nothing: INFO is notice (5), DEBUG is info (6).
+            let layer = layer.with_field_prefix(None).with_syslog_identifier(self.identifier.clone());
+            self.journald = Some(Dispatch::new(tracing_subscriber::registry().with(layer)));
+        }
+        true
+    }
+
+    fn emit(&self, record: &Record, user: Option<&str>, message: &str) {
+        let Some(journald) = &self.journald else { return };
+        let about = record.about.as_ref();
+        let details = about.map(|about| &about.details);
+        let groups = about.filter(|about| !about.groups.is_empty()).map(|about| join(&about.groups));
+        // One list of fields, four levels: tracing wants the level when it is compiled.
+        macro_rules! event {
+            ($level:expr) => {
+                tracing::event!(
+                    target: "peergate",
+                    $level,
+                    MESSAGE_ID = record.event.message_id(),
+                    GATE_VERDICT = record.event.verdict(),
+                    GATE_REASON = record.reason.map(crate::audit::Reason::as_str),
+                    GATE_RULE = record.rule.as_deref(),
+                    GATE_SOCKET = record.socket.as_deref(),
+                    GATE_CONNECTION = record.connection,
+                    GATE_COUNT = record.count,
+                    GATE_LINES = record.lines,
+                    GATE_BYTES = record.bytes,
+                    GATE_DURATION_USEC = record.duration.map(|span| u64::try_from(span.as_micros()).unwrap_or(u64::MAX)),
+                    PEER_UID = about.map(|about| about.uid.raw()),
+                    PEER_USER = user,
+                    PEER_GID = about.and_then(|about| about.gid).map(Gid::raw),
+                    PEER_GROUPS = groups.as_deref(),
+                    PEER_PID = about.and_then(|about| about.pid),
+                    PEER_COMM = details.and_then(|details| details.comm.as_deref()),
+                    PEER_UNIT = details.and_then(|details| details.unit.as_deref()),
+                    PEER_LABEL = details.and_then(|details| details.label.as_deref()),
+                    "{message}"
+                )
+            };
+        }
+        dispatcher::with_default(journald, || match record.event.severity() {
+            Severity::Error => event!(tracing::Level::ERROR),
+            Severity::Warning => event!(tracing::Level::WARN),
+            Severity::Notice => event!(tracing::Level::INFO),
+            Severity::Info => event!(tracing::Level::DEBUG),
+        });
+    }
+
+    /// The user's name, from the user database, now and then afresh.
+    fn name_of(&mut self, uid: Uid) -> Option<String> {
+        if !uid.is_known() && self.namespace_is_partial {
+            return Some("unmapped".to_owned());
+        }
+        if self.names_since.elapsed() > NAMES_LAST || self.names.len() >= MOST_NAMES {
+            self.names.clear();
+            self.names_since = Instant::now();
+        }
+        let look_up = || {
+            let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid.raw())).ok()??;
+            Some(printable(&user.name))
+        };
+        self.names.entry(uid).or_insert_with(look_up).clone()
+    }
+}
+
+fn join(groups: &[Gid]) -> String {
+    groups.iter().enumerate().fold(String::new(), |mut list, (i, group)| {
+        if i > 0 {
+            list.push(',');
+        }
+        list.push_str(&group.raw().to_string());
+        list
+    })
+}

@@ -1,0 +1,157 @@
+//! Who holds how many connections. A [`Permit`] gives its place back when it is dropped, on whichever
+//! thread and for whatever reason, so the count is the number of permits alive and never drifts.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::ids::Uid;
+
+/// The terms of a rule that the gate itself needs to know. Implement it for your own type of terms;
+/// the default answers leave every limit to the general [`Caps`].
+pub trait Terms: Send + Sync + 'static {
+    /// How many connections each user admitted by the rule may hold at once, where the rule says so.
+    fn connections_per_user(&self) -> Option<u32> {
+        None
+    }
+}
+
+impl Terms for () {}
+
+/// How many connections may be admitted at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caps {
+    /// In all.
+    pub connections: usize,
+    /// For each user id, unless the rule that admits them says otherwise.
+    pub connections_per_user: u32,
+}
+
+/// Which limit stood in the way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Excess {
+    /// This user holds as many as allowed.
+    User,
+    /// All users together do.
+    Total,
+}
+
+/// Counts the permits alive. Cheap to clone; all clones count together.
+#[derive(Clone, Default)]
+pub struct Limits {
+    counts: Arc<Mutex<Counts>>,
+}
+
+#[derive(Default)]
+struct Counts {
+    total: usize,
+    by_user: HashMap<Uid, u32>,
+}
+
+impl Limits {
+    /// No permit given yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A permit for `uid`, if that leaves at most `total` in all and `per_user` of this user.
+    ///
+    /// # Errors
+    /// [`Excess`]: which of the two would be exceeded; the user's own limit is named first.
+    pub fn acquire(&self, uid: Uid, total: usize, per_user: u32) -> Result<Permit, Excess> {
+        let mut counts = self.lock();
+        let held = counts.by_user.get(&uid).copied().unwrap_or(0);
+        if held >= per_user {
+            return Err(Excess::User);
+        }
+        if counts.total >= total {
+            return Err(Excess::Total);
+        }
+        Ok(self.grant(&mut counts, uid))
+    }
+
+    /// A permit for a connection that was admitted before this process began, over any limit.
+    pub fn resume(&self, uid: Uid) -> Permit {
+        let mut counts = self.lock();
+        self.grant(&mut counts, uid)
+    }
+
+    /// How many permits are alive.
+    pub fn total(&self) -> usize {
+        self.lock().total
+    }
+
+    fn grant(&self, counts: &mut Counts, uid: Uid) -> Permit {
+        counts.total += 1;
+        *counts.by_user.entry(uid).or_insert(0) += 1;
+        Permit { counts: Arc::clone(&self.counts), uid }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Counts> {
+        // Nothing below can panic half-way, so a poisoned count is still a true one.
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Limits {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Limits({} held)", self.total())
+    }
+}
+
+/// The right to one connection, given back when dropped.
+#[must_use = "a permit that is dropped admits nobody"]
+pub struct Permit {
+    counts: Arc<Mutex<Counts>>,
+    uid: Uid,
+}
+
+impl fmt::Debug for Permit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Permit(uid {})", self.uid)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.total -= 1;
+        if let Some(held) = counts.by_user.get_mut(&self.uid) {
+            *held -= 1;
+            if *held == 0 {
+                counts.by_user.remove(&self.uid);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALICE: Uid = Uid::new(1000);
+    const BOB: Uid = Uid::new(1001);
+
+    #[test]
+    fn the_limit_is_reached_but_never_passed() {
+        let limits = Limits::new();
+        let held: Vec<_> = (0..3).map(|_| limits.acquire(ALICE, 10, 3).unwrap()).collect();
+        assert_eq!(limits.acquire(ALICE, 10, 3).unwrap_err(), Excess::User);
+        assert_eq!(limits.acquire(BOB, 3, 3).unwrap_err(), Excess::Total);
+        let bob = limits.acquire(BOB, 4, 3).unwrap();
+        assert_eq!(limits.total(), 4);
+        drop((held, bob));
+        assert_eq!(limits.total(), 0);
+        assert!(limits.lock().by_user.is_empty(), "a user without connections costs nothing");
+    }
+
+    #[test]
+    fn a_place_given_back_can_be_taken_again() {
+        let limits = Limits::new();
+        for _ in 0..100 {
+            let permit = limits.acquire(ALICE, 1, 1).unwrap();
+            assert!(limits.acquire(ALICE, 1, 1).is_err());
+            drop(permit);
+        }
+    }
+}

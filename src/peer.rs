@@ -1,0 +1,312 @@
+//! A socket becomes a [`Peer`]: what the kernel vouches for about the process on the other end.
+//!
+//! Sole user of the credentials' socket options (unix(7), socket(7)). Knows the kernel, not the policy.
+//!
+//! | fact | from | fixed when | since |
+//! | --- | --- | --- | --- |
+//! | effective uid, gid; pid | SO_PEERCRED | connect(2) | Linux 2.2 |
+//! | supplementary groups | SO_PEERGROUPS | connect(2) | Linux 4.13 |
+//! | the process itself | SO_PEERPIDFD | connect(2) | Linux 6.5 |
+//! | units, command name | /proc/PID, tied to the process by its pidfd | asked | |
+//! | security label | SO_PEERSEC | connect(2) | Linux 2.6.2 |
+//!
+//! A pid is only a number, and is given to another process once its owner has been waited for. So
+//! whatever is read from `/proc/PID` counts only if the pidfd shows afterwards that the process had
+//! not ended in the meantime: until then its number cannot have passed on.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{getsockopt, sockopt};
+
+use crate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use crate::sys;
+use crate::unit::Units;
+
+/// Who is on the other end of a connected AF_UNIX socket, as of connect(2).
+#[derive(Debug)]
+pub struct Peer {
+    uid: Uid,
+    /// The effective gid first, then the supplementary ones; no duplicates of the first.
+    gids: Box<[Gid]>,
+    gids_complete: bool,
+    pid: i32,
+    pidfd: Option<OwnedFd>,
+    units: OnceLock<Option<Box<Units>>>,
+}
+
+/// What a record tells about a peer beyond its ids. Each is absent where it could not be tied to the
+/// very process that connected.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Details {
+    /// The command name of the process, `/proc/PID/comm`, with anything unprintable escaped.
+    pub comm: Option<String>,
+    /// The innermost systemd unit that it runs in.
+    pub unit: Option<String>,
+    /// Its label in the system's security module, with anything unprintable escaped.
+    pub label: Option<String>,
+}
+
+impl Peer {
+    /// Asks the kernel everything that a policy may want to know of the peer of `socket`.
+    ///
+    /// Holds a descriptor (the pidfd) until [`release_process`](Self::release_process) or drop.
+    ///
+    /// # Errors
+    /// What getsockopt(2) says, as for a socket that is no AF_UNIX stream socket. Treat it as a denial.
+    ///
+    /// ```
+    /// use std::os::unix::net::UnixStream;
+    ///
+    /// let (ours, _theirs) = UnixStream::pair()?;
+    /// let peer = peergate::Peer::of(&ours)?;
+    /// assert_eq!(peer.pid(), Some(std::process::id() as i32));
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    pub fn of(socket: &impl AsFd) -> io::Result<Self> {
+        let mut peer = Self::credentials_of(socket)?;
+        peer.hold_process(socket);
+        Ok(peer)
+    }
+
+    /// As [`of`](Self::of), without the process: two system calls, no descriptor, but no units either
+    /// until [`hold_process`](Self::hold_process).
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn credentials_of(socket: &impl AsFd) -> io::Result<Self> {
+        let socket = socket.as_fd();
+        let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
+        let gid = known_gid(credentials.gid());
+        // No more than a handful for most users, so that one call is enough.
+        let (supplementary, gids_complete) = match sys::peer_groups(socket, 32) {
+            Ok(groups) => (groups, true),
+            Err(_) => (Vec::new(), false),
+        };
+        let supplementary = supplementary.into_iter().map(known_gid).filter(|other| *other != gid);
+        let gids = std::iter::once(gid).chain(supplementary).collect();
+        let uid = known_uid(credentials.uid());
+        Ok(Self { uid, gids, gids_complete, pid: credentials.pid(), pidfd: None, units: OnceLock::new() })
+    }
+
+    /// Takes hold of the process that connected, so that its units can be told. Without effect on
+    /// kernels before 6.5, for a peer in another pid namespace and (before 6.16) for one that has been
+    /// waited for already: such a peer has no units.
+    pub fn hold_process(&mut self, socket: &impl AsFd) {
+        if self.pidfd.is_none() && self.pid > 0 {
+            self.pidfd = getsockopt(&socket.as_fd(), sockopt::PeerPidfd).ok();
+        }
+    }
+
+    /// Lets go of the process, and with it of the descriptor. Units that were asked for stay known.
+    pub fn release_process(&mut self) {
+        self.pidfd = None;
+    }
+
+    /// A live process as it would be judged if it connected now: its effective ids and groups from
+    /// `/proc/PID/status`, its units as for a peer.
+    ///
+    /// # Errors
+    /// ESRCH where there is no such process or it ended meanwhile; what reading /proc says.
+    pub fn of_process(pid: i32) -> io::Result<Self> {
+        let gone = || io::Error::from_raw_os_error(libc::ESRCH);
+        if pid <= 0 {
+            return Err(gone());
+        }
+        let pidfd = sys::pidfd_open(pid)?;
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let (uid, gids) = ids_of_status(&status).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        if has_ended(pidfd.as_fd()) {
+            return Err(gone());
+        }
+        Ok(Self { uid, gids, gids_complete: true, pid, pidfd: Some(pidfd), units: OnceLock::new() })
+    }
+
+    /// The effective user id.
+    pub fn uid(&self) -> Uid {
+        self.uid
+    }
+
+    /// The effective group id.
+    pub fn gid(&self) -> Gid {
+        self.gids.first().copied().unwrap_or(Gid::new(OVERFLOW_ID))
+    }
+
+    /// The effective group id and all supplementary ones.
+    pub fn gids(&self) -> &[Gid] {
+        &self.gids
+    }
+
+    /// The process id as this pid namespace numbers it; `None` for a peer that has none here.
+    pub fn pid(&self) -> Option<i32> {
+        (self.pid > 0).then_some(self.pid)
+    }
+
+    /// The systemd units around the process; `None` where they cannot be tied to it. Read at the first
+    /// call, and then remembered.
+    pub fn units(&self) -> Option<&Units> {
+        let read = || self.read_proc("cgroup").and_then(|text| Units::from_proc_cgroup(&text)).map(Box::new);
+        self.units.get_or_init(read).as_deref()
+    }
+
+    /// Sets what [`units`](Self::units) answers, for a connection that another process judged before us.
+    pub fn remember_units(&self, units: Option<Units>) {
+        let _ = self.units.set(units.map(Box::new));
+    }
+
+    /// The units, if they were asked for already.
+    pub fn remembered_units(&self) -> Option<&Units> {
+        self.units.get().and_then(Option::as_deref)
+    }
+
+    /// What a record tells beyond the ids. Costs several system calls: ask only where one is written.
+    pub fn details(&mut self, socket: &impl AsFd) -> Details {
+        self.hold_process(socket);
+        Details {
+            comm: self.read_proc("comm").map(|comm| printable(comm.strip_suffix('\n').unwrap_or(&comm))),
+            unit: self.units().map(|units| printable(units.name())),
+            label: sys::peer_label(socket.as_fd()).ok().and_then(|label| label_text(&label)),
+        }
+    }
+
+    /// Reads a file below /proc/PID, and makes sure that the process it told of is ours.
+    fn read_proc(&self, file: &str) -> Option<String> {
+        let pidfd = self.pidfd.as_ref()?;
+        let bytes = fs::read(format!("/proc/{}/{file}", self.pid)).ok()?;
+        (!has_ended(pidfd.as_fd())).then(|| String::from_utf8_lossy(&bytes).into_owned())
+    }
+}
+
+impl Subject for Peer {
+    fn uid(&self) -> Uid {
+        self.uid
+    }
+
+    fn gids(&self) -> &[Gid] {
+        &self.gids
+    }
+
+    fn gids_complete(&self) -> bool {
+        self.gids_complete
+    }
+
+    fn units(&self) -> Option<&Units> {
+        Peer::units(self)
+    }
+}
+
+/// A pidfd polls readable once its process has ended, waited for or not (pidfd_open(2)).
+/// Where the question itself fails, the answer is the safe one.
+fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
+    let mut question = [PollFd::new(pidfd, PollFlags::POLLIN)];
+    !matches!(poll(&mut question, PollTimeout::ZERO), Ok(0))
+}
+
+/// Reads the effective uid, the effective gid and the groups from the text of /proc/PID/status, proc(5).
+fn ids_of_status(status: &str) -> Option<(Uid, Box<[Gid]>)> {
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let effective = |name| field(name)?.split_whitespace().nth(1)?.parse::<u32>().ok();
+    let uid = known_uid(effective("Uid")?);
+    let gid = known_gid(effective("Gid")?);
+    let groups: Result<Vec<u32>, _> = field("Groups")?.split_whitespace().map(str::parse).collect();
+    let groups = groups.ok()?.into_iter().map(known_gid).filter(|group| *group != gid);
+    Some((uid, std::iter::once(gid).chain(groups).collect()))
+}
+
+/// The administrator may have moved the overflow ids; to everyone else they are [`OVERFLOW_ID`].
+fn known_uid(raw: u32) -> Uid {
+    static OVERFLOW: OnceLock<u32> = OnceLock::new();
+    Uid::new(overflow_as_default(raw, &OVERFLOW, "/proc/sys/kernel/overflowuid"))
+}
+
+fn known_gid(raw: u32) -> Gid {
+    static OVERFLOW: OnceLock<u32> = OnceLock::new();
+    Gid::new(overflow_as_default(raw, &OVERFLOW, "/proc/sys/kernel/overflowgid"))
+}
+
+fn overflow_as_default(raw: u32, cached: &OnceLock<u32>, file: &str) -> u32 {
+    let read = || fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(OVERFLOW_ID);
+    if raw == *cached.get_or_init(read) { OVERFLOW_ID } else { raw }
+}
+
+/// How much of `/proc/self/uid_map` and `gid_map` is missing: a process in a user namespace that does not
+/// map every id sees all the others as [`OVERFLOW_ID`] (user_namespaces(7)).
+///
+/// `None` where every id is mapped, else a sentence that says what is and what to look for.
+pub fn unmapped_ids() -> Option<String> {
+    let mapped = |file: &str| -> Option<u64> {
+        let text = fs::read_to_string(file).ok()?;
+        Some(text.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<u64>().ok()).sum())
+    };
+    let (uids, gids) = (mapped("/proc/self/uid_map")?, mapped("/proc/self/gid_map")?);
+    // 2^32 - 1 ids exist; the last number is no id.
+    let all = u64::from(u32::MAX);
+    (uids < all || gids < all).then(|| {
+        format!(
+            "this user namespace maps {uids} user ids and {gids} group ids: every other user reads as {OVERFLOW_ID} \
+             (unmapped) and is denied; look for PrivateUsers=, for PrivateTmp=, ProtectSystem= or another \
+             mount directive in a user unit, or for a container"
+        )
+    })
+}
+
+fn label_text(label: &[u8]) -> Option<String> {
+    // The module may or may not count the closing NUL.
+    let label = label.strip_suffix(b"\0").unwrap_or(label);
+    (!label.is_empty()).then(|| printable(&String::from_utf8_lossy(label)))
+}
+
+/// `text` with every control character, and the backslash that marks one, escaped: what a peer chose
+/// must not move a terminal's cursor or end a line of the record.
+pub fn printable(text: &str) -> String {
+    if text.chars().all(|c| !needs_escape(c)) {
+        return text.to_owned();
+    }
+    text.chars().fold(String::with_capacity(text.len() + 8), |mut out, c| {
+        if needs_escape(c) {
+            out.extend(c.escape_default());
+        } else {
+            out.push(c);
+        }
+        out
+    })
+}
+
+/// Controls, and the characters that reorder or hide what stands around them.
+fn needs_escape(c: char) -> bool {
+    c.is_control()
+        || c == '\\'
+        || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn effective_ids_are_read_from_status() {
+        let status = "Name:\tx\nUid:\t1000\t0\t1\t2\nGid:\t5\t6\t7\t8\nGroups:\t6 24 27 \n";
+        let (uid, gids) = ids_of_status(status).unwrap();
+        assert_eq!(uid, Uid::new(0));
+        assert_eq!(&*gids, [Gid::new(6), Gid::new(24), Gid::new(27)]);
+    }
+
+    #[test]
+    fn a_name_chosen_by_a_peer_cannot_move_the_cursor_or_end_the_line() {
+        assert_eq!(printable("a\nb\u{1b}[2J\u{202e}\\"), "a\\nb\\u{1b}[2J\\u{202e}\\\\");
+        assert_eq!(printable("köln"), "köln");
+    }
+
+    #[test]
+    fn a_process_that_has_ended_has_no_facts() {
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let peer = Peer::of_process(child.id() as i32).unwrap();
+        assert_eq!(peer.read_proc("comm").as_deref(), Some("sleep\n"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(peer.read_proc("comm"), None);
+    }
+}

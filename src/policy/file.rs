@@ -1,0 +1,503 @@
+//! A policy and the application's own settings from one TOML file.
+//!
+//! ```toml
+//! [deny.contractors]
+//! users = ["2000-2999"]
+//!
+//! [allow.owner]
+//! users = ["self"]
+//!
+//! [allow.operators]
+//! groups = ["adm"]
+//! units = ["backup@*.service"]
+//! anything-else = "belongs to the rule's terms"
+//!
+//! [anything-else]
+//! belongs-to = "the application"
+//! ```
+//!
+//! Tables under `deny` and `allow` are rules. The keys `users`, `groups` and `units` say whom a rule is for; what
+//! else an allow rule holds are its terms, of the type that the application chooses. A deny rule has no terms.
+//! Every other table is the application's.
+//!
+//! A file is taken as a whole or not at all, and all that is wrong with it is told at once.
+//!
+//! Imports [`policy`](super) and [`ids`](crate::ids); for whoever configures a gate from a file.
+//!
+//! ```
+//! use peergate::ids::Uid;
+//! use peergate::policy::file::{self, Loaded, Source, SystemNames};
+//!
+//! #[derive(Debug, Default, serde::Deserialize)]
+//! #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+//! struct Terms {
+//!     may_update: bool,
+//! }
+//!
+//! let text = "[allow.owner]\nusers = ['self']\nmay-update = true\n";
+//! let Loaded { policy, .. } = file::parse::<Terms, ()>(&Source::new("x.toml", text), Uid::new(1000), &SystemNames)?;
+//! assert!(policy.rules().all(|rule| rule.terms().may_update));
+//!
+//! let wrong = Source::new("x.toml", "[allow.owner]\nusers = ['2999-2000']\nmay-updat = true\n");
+//! let faults = file::parse::<Terms, ()>(&wrong, Uid::new(1000), &SystemNames).unwrap_err();
+//! assert_eq!(faults.0.len(), 2);
+//! assert!(faults.to_string().starts_with("x.toml:2:10: "));
+//! # Ok::<(), peergate::policy::file::Faults>(())
+//! ```
+
+mod names;
+mod source;
+mod table;
+
+use std::collections::HashMap;
+use std::io;
+use std::ops::Range;
+
+use serde::de::DeserializeOwned;
+use toml::Spanned;
+use toml::de::{DeInteger, DeTable, DeValue};
+
+use super::set::HIGHEST;
+use super::{Glob, Group, Kind, Place, Policy, Rule, RuleName, User};
+use crate::ids::{Gid, Uid};
+use table::{Keys, Spot, sentence};
+
+pub use names::{Names, SystemNames};
+pub use source::{Fault, Faults, ReadError, Source};
+
+/// What a file holds.
+#[derive(Debug)]
+pub struct Loaded<T, A> {
+    /// The rules.
+    pub policy: Policy<T>,
+    /// The application's tables.
+    pub application: A,
+    /// What does not stop the file from being used, but is hardly meant.
+    pub warnings: Vec<Fault>,
+}
+
+/// The keys that say whom a rule is for.
+const WHO: [&str; 3] = ["users", "groups", "units"];
+
+/// Reads a policy. `me` is whom `self` stands for; `names` is asked for each name that the file mentions.
+///
+/// `T` is read from an allow rule's further keys, `A` from the further tables. Both are refused keys that they do
+/// not name as fields; in deeper tables that is for their types to say (`#[serde(deny_unknown_fields)]`).
+///
+/// # Errors
+/// Everything that is wrong with the file.
+pub fn parse<T, A>(source: &Source, me: Uid, names: &dyn Names) -> Result<Loaded<T, A>, Faults>
+where
+    T: DeserializeOwned + Default,
+    A: DeserializeOwned + Default,
+{
+    let (root, syntax) = DeTable::parse_recoverable(source.text());
+    let mut reader = Reader::new(source, names);
+    reader.syntax(&syntax);
+
+    let span = root.span();
+    let mut root = root.into_inner();
+    let deny = root.remove("deny");
+    let allow = root.remove("allow");
+    let rules: Vec<Rule<T>> =
+        [(Kind::Deny, deny), (Kind::Allow, allow)].into_iter().flat_map(|(kind, t)| reader.rules(kind, t)).collect();
+    let application = reader.application(root, span);
+    let some_allow = rules.iter().any(|rule| rule.name().kind() == Kind::Allow);
+
+    let policy = match Policy::new(rules, me) {
+        Ok(policy) if reader.faults.is_empty() => policy,
+        Ok(_) => return Err(reader.faults()),
+        // Each value was checked as it was read; this is for what we failed to see.
+        Err(error) if reader.faults.is_empty() => {
+            reader.fault(reader.headers.get(error.rule()).copied().unwrap_or(0), error.to_string());
+            return Err(reader.faults());
+        }
+        Err(_) => return Err(reader.faults()),
+    };
+    if !some_allow {
+        reader
+            .warnings
+            .push((0, "no allow rule, so everyone is denied; expected one such as [allow.owner]".to_owned()));
+    }
+    reader.warn_of_useless_rules(&policy);
+    Ok(Loaded { policy, application, warnings: reader.warnings() })
+}
+
+/// Goes through a file and notes what is wrong.
+struct Reader<'s> {
+    source: &'s Source,
+    names: &'s dyn Names,
+    known: HashMap<(Key, String), Option<u32>>,
+    /// Where each rule's name is written.
+    headers: HashMap<String, usize>,
+    faults: Vec<Spot>,
+    warnings: Vec<Spot>,
+    /// Where the text is no TOML, so that what was made of it is guesswork.
+    garbled: Vec<Range<usize>>,
+}
+
+/// Which kind of name a value is.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Key {
+    Users,
+    Groups,
+}
+
+impl Key {
+    fn name(self) -> &'static str {
+        if self == Self::Users { "users" } else { "groups" }
+    }
+
+    fn one(self) -> &'static str {
+        if self == Self::Users { "user" } else { "group" }
+    }
+
+    fn expected(self) -> &'static str {
+        match self {
+            Self::Users => "expected a user's name, an id, a range such as \"2000-2999\", \"self\" or \"any\"",
+            Self::Groups => "expected a group's name, an id, a range such as \"2000-2999\", or \"any\"",
+        }
+    }
+
+    fn array(self) -> &'static str {
+        match self {
+            Self::Users => "expected an array such as [\"self\", \"alice\", 1001, \"2000-2999\"]",
+            Self::Groups => "expected an array such as [\"adm\", 1001, \"2000-2999\"]",
+        }
+    }
+}
+
+/// A value of `users` or `groups`, before it is known which.
+enum Value {
+    Me,
+    Any,
+    Id(u32),
+    Range(u32, u32),
+    Name(String, Option<u32>),
+}
+
+impl<'s> Reader<'s> {
+    fn new(source: &'s Source, names: &'s dyn Names) -> Self {
+        Self {
+            source,
+            names,
+            known: HashMap::new(),
+            headers: HashMap::new(),
+            faults: Vec::new(),
+            warnings: Vec::new(),
+            garbled: Vec::new(),
+        }
+    }
+
+    fn fault(&mut self, at: usize, message: impl Into<String>) {
+        // A syntax fault garbles what follows it; the fault itself says enough.
+        if !self.garbled.iter().any(|range| range.contains(&at)) {
+            self.faults.push((at, message.into()));
+        }
+    }
+
+    fn warn(&mut self, at: usize, message: impl Into<String>) {
+        self.warnings.push((at, message.into()));
+    }
+
+    fn syntax(&mut self, errors: &[toml::de::Error]) {
+        let text = self.source.text();
+        for error in errors {
+            let at = error.span().map_or(0, |span| span.start).min(text.len());
+            let before = text.as_bytes()[..at].iter().rposition(|&byte| byte == b'\n');
+            let line = before.map_or(0, |newline| newline + 1);
+            let rest = text.get(line..).unwrap_or_default();
+            // Below a broken [header] the keys seem to belong to the table before it.
+            let end = if rest.trim_start().starts_with('[') { rest.find("\n[") } else { rest.find('\n') };
+            self.garbled.push(line..end.map_or(text.len(), |end| line + end) + 1);
+            self.faults.push((at, sentence(None, error.message())));
+        }
+    }
+
+    fn rules<T: DeserializeOwned + Default>(
+        &mut self,
+        kind: Kind,
+        table: Option<Spanned<DeValue<'_>>>,
+    ) -> Vec<Rule<T>> {
+        let Some(table) = table else { return Vec::new() };
+        let at = table.span().start;
+        let DeValue::Table(table) = table.into_inner() else {
+            let kind = kind.as_str();
+            self.fault(
+                at,
+                format!("`{kind}` is not a table; expected rules, each under a header such as [{kind}.NAME]"),
+            );
+            return Vec::new();
+        };
+        in_file_order(table).into_iter().filter_map(|(name, value)| self.rule(kind, &name, value)).collect()
+    }
+
+    fn rule<T: DeserializeOwned + Default>(
+        &mut self,
+        kind: Kind,
+        name: &Spanned<std::borrow::Cow<'_, str>>,
+        value: Spanned<DeValue<'_>>,
+    ) -> Option<Rule<T>> {
+        let at = name.span().start;
+        let full = RuleName::new(kind, name.get_ref());
+        if let Err(problem) = full.check() {
+            self.fault(at, problem);
+        }
+        let span = value.span();
+        let DeValue::Table(mut table) = value.into_inner() else {
+            let kind = kind.as_str();
+            self.fault(at, format!("`{full}` is not a table; expected a rule under a header such as [{kind}.NAME]"));
+            return None;
+        };
+        self.headers.insert(full.to_string(), at);
+
+        let (users, groups, units) = (table.remove("users"), table.remove("groups"), table.remove("units"));
+        if users.is_none() && groups.is_none() && units.is_none() && self.garbled.is_empty() {
+            self.fault(
+                at,
+                format!("`{full}` does not say whom it is for; expected `users`, `groups` or `units` in it"),
+            );
+        }
+        let terms = self.terms(kind, table, span);
+        let mut rule = match kind {
+            Kind::Allow => Rule::allow(name.get_ref(), terms),
+            Kind::Deny => Rule::deny(name.get_ref()),
+        };
+        if let Some(users) = users {
+            rule = rule.users(self.values(kind, Key::Users, &users).into_iter().map(|value| match value {
+                Value::Me => User::Me,
+                Value::Any => User::Any,
+                Value::Id(id) => User::Id(Uid::new(id)),
+                Value::Range(low, high) => User::Range(Uid::new(low), Uid::new(high)),
+                Value::Name(name, id) => User::Named(name, id.map(Uid::new)),
+            }));
+        }
+        if let Some(groups) = groups {
+            rule = rule.groups(self.values(kind, Key::Groups, &groups).into_iter().filter_map(|value| match value {
+                Value::Me => None,
+                Value::Any => Some(Group::Any),
+                Value::Id(id) => Some(Group::Id(Gid::new(id))),
+                Value::Range(low, high) => Some(Group::Range(Gid::new(low), Gid::new(high))),
+                Value::Name(name, id) => Some(Group::Named(name, id.map(Gid::new))),
+            }));
+        }
+        if let Some(units) = units {
+            rule = rule.units(self.patterns(&units));
+        }
+        Some(rule.at(Place { file: self.source.path().clone(), line: self.source.place(at).0 }))
+    }
+
+    /// An allow rule's further keys.
+    fn terms<T: DeserializeOwned + Default>(&mut self, kind: Kind, mut table: DeTable<'_>, span: Range<usize>) -> T {
+        let keys = if kind == Kind::Allow { Keys::of::<T>() } else { Keys::Fixed(&[]) };
+        let aside = if kind == Kind::Deny { " (a deny rule has no terms)" } else { "" };
+        self.unknown_keys(&mut table, keys, &WHO, aside);
+        if kind == Kind::Deny { T::default() } else { self.typed(table, span) }
+    }
+
+    /// The tables besides the rules.
+    fn application<A: DeserializeOwned + Default>(&mut self, mut table: DeTable<'_>, span: Range<usize>) -> A {
+        self.unknown_keys(&mut table, Keys::of::<A>(), &["deny", "allow"], "");
+        self.typed(table, span)
+    }
+
+    fn unknown_keys(&mut self, table: &mut DeTable<'_>, keys: Keys, others: &[&'static str], aside: &str) {
+        let unknown: Vec<_> = table.keys().filter(|key| !keys.contains(key.get_ref())).cloned().collect();
+        if unknown.is_empty() {
+            return;
+        }
+        let listed = keys.listed_after(others);
+        for key in unknown {
+            table.remove(key.get_ref().as_ref());
+            self.fault(key.span().start, format!("unknown key `{}`; expected one of {listed}{aside}", key.get_ref()));
+        }
+    }
+
+    fn typed<R: DeserializeOwned + Default>(&mut self, table: DeTable<'_>, span: Range<usize>) -> R {
+        let (value, faults) = table::read(table, span);
+        for (at, message) in faults {
+            self.fault(at, message);
+        }
+        value
+    }
+
+    /// The values of `users` or `groups`.
+    fn values(&mut self, kind: Kind, key: Key, value: &Spanned<DeValue<'_>>) -> Vec<Value> {
+        self.elements(key.name(), key.array(), value, |reader, element| {
+            let found = match element.get_ref() {
+                DeValue::String(text) => reader.value(kind, key, text, element.span().start),
+                DeValue::Integer(number) => id(number).map(Value::Id).ok_or_else(|| {
+                    format!("`{number}` is no id; expected a whole number from 0 to {HIGHEST}, without leading zeros")
+                }),
+                other => Err(format!("{} in `{}`; {}", a(other), key.name(), key.expected())),
+            };
+            if matches!(found, Ok(Value::Id(crate::ids::OVERFLOW_ID))) {
+                reader.warn(element.span().start, overflow(key));
+            }
+            found
+        })
+    }
+
+    /// One value of `users` or `groups`.
+    fn value(&mut self, kind: Kind, key: Key, text: &str, at: usize) -> Result<Value, String> {
+        let numeric = text.contains(|c: char| c.is_ascii_digit())
+            && text.chars().all(|c| c.is_ascii_digit() || "+-.,:_ ".contains(c));
+        match text {
+            "any" => Ok(Value::Any),
+            "self" if key == Key::Users => Ok(Value::Me),
+            "self" => Err(format!("\"self\" in `groups`, where it means nothing; {}", key.expected())),
+            _ if numeric => number_or_range(text).map_err(|problem| format!("{problem}; {}", key.expected())),
+            _ if !could_be_a_name(text) => {
+                Err(format!("{text:?}, which is no {}'s name; {}", key.one(), key.expected()))
+            }
+            name => self.name(kind, key, name, at),
+        }
+    }
+
+    fn name(&mut self, kind: Kind, key: Key, name: &str, at: usize) -> Result<Value, String> {
+        let one = key.one();
+        let id = self.look_up(key, name).map_err(|error| {
+            format!("the {one} {name:?} could not be looked up ({error}); expected the user database to answer")
+        })?;
+        match id {
+            Some(crate::ids::OVERFLOW_ID) => self.warn(at, overflow(key)),
+            Some(_) => {}
+            None if kind == Kind::Allow => self.warn(
+                at,
+                format!("the {one} {name:?} does not exist and so matches nobody; expected a {one} the system knows"),
+            ),
+            None => {
+                return Err(format!(
+                    "the {one} {name:?} does not exist, and a denial must not be lost; expected a {one} the system knows"
+                ));
+            }
+        }
+        Ok(Value::Name(name.to_owned(), id))
+    }
+
+    fn look_up(&mut self, key: Key, name: &str) -> io::Result<Option<u32>> {
+        if let Some(id) = self.known.get(&(key, name.to_owned())) {
+            return Ok(*id);
+        }
+        let id = match key {
+            Key::Users => self.names.uid(name)?.map(Uid::raw),
+            Key::Groups => self.names.gid(name)?.map(Gid::raw),
+        };
+        self.known.insert((key, name.to_owned()), id);
+        Ok(id)
+    }
+
+    /// The values of `units`.
+    fn patterns(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<String> {
+        const ARRAY: &str = "expected an array such as [\"backup.service\", \"session-*.scope\"]";
+        self.elements("units", ARRAY, value, |_, element| match element.get_ref() {
+            DeValue::String(text) => Glob::new(text).map(|_| text.clone().into_owned()),
+            other => Err(format!("{} in `units`; expected a unit's name such as \"backup.service\"", a(other))),
+        })
+    }
+
+    /// The elements of an array that are right; those that are not become faults.
+    fn elements<R>(
+        &mut self,
+        key: &str,
+        expected: &str,
+        value: &Spanned<DeValue<'_>>,
+        mut read: impl FnMut(&mut Self, &Spanned<DeValue<'_>>) -> Result<R, String>,
+    ) -> Vec<R> {
+        let at = value.span().start;
+        let DeValue::Array(elements) = value.get_ref() else {
+            self.fault(at, format!("`{key}` is {}; {expected}", a(value.get_ref())));
+            return Vec::new();
+        };
+        if elements.is_empty() {
+            self.fault(at, format!("`{key}` is empty; {expected}"));
+        }
+        let mut good = Vec::with_capacity(elements.len());
+        for element in elements {
+            match read(self, element) {
+                Ok(value) => good.push(value),
+                Err(problem) => self.fault(element.span().start, problem),
+            }
+        }
+        good
+    }
+
+    fn warn_of_useless_rules<T>(&mut self, policy: &Policy<T>) {
+        let at = |reader: &Self, name: &RuleName| reader.headers.get(name.as_str()).copied().unwrap_or(0);
+        for rule in policy.for_nobody() {
+            let name = rule.name();
+            let message = format!("{name} can match nobody as it stands; expected a user or group that exists here");
+            self.warn(at(self, name), message);
+        }
+        for super::Hidden { rule, by } in policy.hidden() {
+            let (name, by_name) = (rule.name(), by.name());
+            let line = by.place().map_or(String::new(), |place| format!(" (line {})", place.line));
+            let message = format!(
+                "{name} never decides: {by_name}{line} comes first for everyone it is for; \
+                 expected it before {by_name}, or not at all"
+            );
+            self.warn(at(self, name), message);
+        }
+    }
+
+    fn faults(&mut self) -> Faults {
+        Faults(self.placed(|reader| std::mem::take(&mut reader.faults)))
+    }
+
+    fn warnings(&mut self) -> Vec<Fault> {
+        self.placed(|reader| std::mem::take(&mut reader.warnings))
+    }
+
+    fn placed(&mut self, which: impl Fn(&mut Self) -> Vec<Spot>) -> Vec<Fault> {
+        let mut spots = which(self);
+        spots.sort_by_key(|(at, _)| *at);
+        spots.dedup();
+        spots.into_iter().map(|(at, message)| self.source.fault(at, message)).collect()
+    }
+}
+
+/// A table keeps its entries by name; for rules it is the order in the file that counts.
+fn in_file_order<'t>(table: DeTable<'t>) -> Vec<(Spanned<std::borrow::Cow<'t, str>>, Spanned<DeValue<'t>>)> {
+    let mut entries: Vec<_> = table.into_iter().collect();
+    entries.sort_by_key(|(key, _)| key.span().start);
+    entries
+}
+
+fn overflow(key: Key) -> String {
+    format!(
+        "the id 65534 stands for every {} that cannot be told apart here, so it is taken for nobody; \
+         expected another id",
+        key.one()
+    )
+}
+
+/// "an array".
+fn a(value: &DeValue<'_>) -> String {
+    let kind = value.type_str();
+    let article = if kind.starts_with(['a', 'i']) { "an" } else { "a" };
+    format!("{article} {kind}")
+}
+
+fn id(number: &DeInteger<'_>) -> Option<u32> {
+    u32::from_str_radix(number.as_str(), number.radix()).ok().filter(|&id| id <= HIGHEST)
+}
+
+fn number_or_range(text: &str) -> Result<Value, String> {
+    let number = |digits: &str| {
+        let plain = digits.bytes().all(|byte| byte.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'));
+        let id = digits.parse::<u32>().ok().filter(|&id| plain && id <= HIGHEST);
+        id.ok_or_else(|| format!("{digits:?} in {text:?}, which is no id from 0 to {HIGHEST}"))
+    };
+    let Some((low, high)) = text.split_once('-') else { return number(text).map(Value::Id) };
+    let (low, high) = (number(low)?, number(high)?);
+    if low > high { Err(format!("the range {text:?}, which runs backwards")) } else { Ok(Value::Range(low, high)) }
+}
+
+/// Whether a database of users may hold this name. Names of directory services may have spaces inside, and more.
+fn could_be_a_name(text: &str) -> bool {
+    !text.is_empty()
+        && text.len() <= 256
+        && text.trim() == text
+        && !text.starts_with('-')
+        && !text.contains(|c: char| c.is_control() || ":/,".contains(c))
+}

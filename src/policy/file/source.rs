@@ -1,0 +1,214 @@
+//! A configuration file's text, and faults with their place in it. Used by [`file`](super), which makes these
+//! names public.
+
+use std::fmt::{self, Write as _};
+use std::fs::OpenOptions;
+use std::io::{self, Read as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::ids::Uid;
+
+/// The longest file that is read.
+const LONGEST: u64 = 1 << 20;
+
+/// Something wrong with a file, or worth a warning: where, what was found, and what was expected. Its
+/// [`Display`](fmt::Display) form is one line, `FILE:LINE:COLUMN: FOUND; expected …`, free of control characters.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    file: Arc<Path>,
+    place: Option<(usize, usize)>,
+    message: String,
+}
+
+impl Fault {
+    /// A fault of the file as a whole, such as its mode.
+    pub fn of_file(file: impl AsRef<Path>, message: impl Into<String>) -> Self {
+        Self { file: file.as_ref().into(), place: None, message: message.into() }
+    }
+
+    /// The file.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
+    /// Line and column, both from 1, the column counted in characters. `None` for a fault of the file as a whole,
+    /// such as its mode.
+    pub fn place(&self) -> Option<(usize, usize)> {
+        self.place
+    }
+
+    /// What was found, and what was expected.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_harmless(f, &self.file.to_string_lossy())?;
+        if let Some((line, column)) = self.place {
+            write!(f, ":{line}:{column}")?;
+        }
+        f.write_str(": ")?;
+        write_harmless(f, &self.message)
+    }
+}
+
+/// Keys and values are quoted from a file that may hold anything: they must not forge a line or steer a terminal.
+fn write_harmless(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
+    text.chars().try_for_each(|c| if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) })
+}
+
+/// All faults of a file, in the order of their places; one line each in the [`Display`](fmt::Display) form.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Faults(pub Vec<Fault>);
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (number, fault) in self.0.iter().enumerate() {
+            let separator = if number == 0 { "" } else { "\n" };
+            write!(f, "{separator}{fault}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Faults {}
+
+/// A file's path and text.
+#[derive(Clone, Debug)]
+pub struct Source {
+    path: Arc<Path>,
+    text: String,
+    /// Where each line begins.
+    lines: Vec<usize>,
+}
+
+/// Why a file gives no text.
+#[derive(Debug)]
+pub enum ReadError {
+    /// There is no such file.
+    Missing,
+    /// The system refused to open or read it.
+    Unreadable(io::Error),
+    /// It is there, but not to be trusted, or not text.
+    Refused(Fault),
+}
+
+impl fmt::Display for ReadError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("no such file"),
+            Self::Unreadable(error) => error.fmt(f),
+            Self::Refused(fault) => fault.fmt(f),
+        }
+    }
+}
+
+impl std::error::Error for ReadError {}
+
+impl Source {
+    /// Text from elsewhere than a file; `path` is what faults call it.
+    pub fn new(path: impl AsRef<Path>, text: impl Into<String>) -> Self {
+        let text = text.into();
+        let newlines = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
+        let lines = std::iter::once(0).chain(newlines.map(|(at, _)| at + 1)).collect();
+        Self { path: path.as_ref().into(), text, lines }
+    }
+
+    /// Reads a file of at most 1 MiB of UTF-8 which only its owner may write, and whose owner is root or `me`.
+    ///
+    /// # Errors
+    /// See [`ReadError`]. Never waits, whatever the path leads to.
+    pub fn read(path: &Path, me: Uid) -> Result<Self, ReadError> {
+        let refuse = |message: String| Err(ReadError::Refused(Fault::of_file(path, message)));
+        // Non-blocking, or a FIFO would hold us up.
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
+        let file = opened.map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ReadError::Missing,
+            _ => ReadError::Unreadable(error),
+        })?;
+        // The open file is judged, not the path, which may lead elsewhere by now.
+        let status = file.metadata().map_err(ReadError::Unreadable)?;
+        if !status.is_file() {
+            return refuse("not a regular file; expected a file of text".into());
+        }
+        if status.uid() != 0 && status.uid() != me.raw() {
+            return refuse(format!("owned by uid {}; expected root or the service's user, uid {me}", status.uid()));
+        }
+        if status.mode() & 0o022 != 0 {
+            let mode = status.mode() & 0o7777;
+            return refuse(format!("others than its owner may write it (mode {mode:04o}); expected mode 0644 or less"));
+        }
+        let mut bytes = Vec::new();
+        file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(ReadError::Unreadable)?;
+        if bytes.len() as u64 > LONGEST {
+            return refuse(format!("longer than {LONGEST} bytes; expected at most that"));
+        }
+        Self::from_bytes(path, bytes).map_err(ReadError::Refused)
+    }
+
+    /// Text from bytes that should be UTF-8.
+    ///
+    /// # Errors
+    /// The place of the first byte that is not.
+    pub fn from_bytes(path: impl AsRef<Path>, bytes: Vec<u8>) -> Result<Self, Fault> {
+        String::from_utf8(bytes).map(|text| Self::new(path.as_ref(), text)).map_err(|error| {
+            let valid = error.utf8_error().valid_up_to();
+            let byte = error.as_bytes()[valid];
+            let whole = Self::new(path.as_ref(), String::from_utf8_lossy(&error.as_bytes()[..valid]));
+            whole.fault(valid, format!("the byte {byte:#04x}, which is not UTF-8; expected text in UTF-8"))
+        })
+    }
+
+    /// The path.
+    pub fn path(&self) -> &Arc<Path> {
+        &self.path
+    }
+
+    /// The text.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// A fault at this byte offset.
+    pub(super) fn fault(&self, offset: usize, message: impl Into<String>) -> Fault {
+        Fault { file: self.path.clone(), place: Some(self.place(offset)), message: message.into() }
+    }
+
+    /// Line and column of a byte offset.
+    pub(super) fn place(&self, offset: usize) -> (usize, usize) {
+        let line = self.lines.partition_point(|&start| start <= offset.min(self.text.len()));
+        let before = &self.text.as_bytes()[self.lines[line - 1]..offset.min(self.text.len())];
+        // Characters begin with a byte that does not continue another.
+        let column = before.iter().filter(|&&byte| byte & 0xC0 != 0x80).count() + 1;
+        (line, column)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_count_lines_and_characters_from_one() {
+        let source = Source::new("f", "ab\nöd x\n");
+        for (offset, place) in [(0, (1, 1)), (2, (1, 3)), (3, (2, 1)), (5, (2, 2)), (7, (2, 4)), (99, (3, 1))] {
+            assert_eq!(source.place(offset), place, "{offset}");
+        }
+    }
+
+    #[test]
+    fn a_byte_that_is_no_text_is_a_fault_with_its_place() {
+        let fault = Source::from_bytes("f", b"a\n\xc3\xb6\xff".to_vec()).unwrap_err();
+        assert_eq!(fault.to_string(), "f:2:2: the byte 0xff, which is not UTF-8; expected text in UTF-8");
+    }
+
+    #[test]
+    fn a_fault_cannot_forge_a_line_or_steer_a_terminal() {
+        let fault = Source::new("f\n", "").fault(0, "unknown key `a\nb\u{1b}[2J\u{9b}`");
+        assert_eq!(fault.to_string(), r"f\n:1:1: unknown key `a\nb\u{1b}[2J\u{9b}`");
+    }
+}

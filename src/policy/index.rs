@@ -1,0 +1,213 @@
+//! Which rules a uid or a gid can touch, looked up instead of scanned for. Used by [`policy`](super) alone.
+//!
+//! The id space is cut into segments inside which the same rules apply. Each segment lists these rules in the order
+//! of decision and ends with the first one that needs nothing but the id itself: nothing behind it could decide.
+
+use std::collections::BTreeSet;
+
+use super::matcher::Matcher;
+use super::set::IdSet;
+
+/// No rule: higher than the number of any.
+pub(super) const NONE: u32 = u32::MAX;
+
+/// Rules that overlap in many places would make long lists in many segments. Beyond this many entries (16 MiB)
+/// a policy is scanned instead; a file of ordinary rules stays thousands of times below.
+const MOST_ENTRIES: usize = 4 << 20;
+
+/// The candidates for one id, or for every subject.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidates<'i> {
+    /// The first rule that this id alone decides, or [`NONE`].
+    pub(super) sure: u32,
+    /// Rules before it that depend on another id too, ascending.
+    pub(super) by_ids: &'i [u32],
+    /// Rules before it that depend on the unit, ascending.
+    pub(super) by_unit: &'i [u32],
+}
+
+/// The look-up tables of a policy.
+#[derive(Debug)]
+pub(super) struct Index {
+    users: Table,
+    groups: Table,
+    /// Rules that depend on nothing but the unit, ascending.
+    anyone: Vec<u32>,
+}
+
+impl Index {
+    /// `None` where the tables would grow out of proportion to the rules.
+    pub(super) fn new(matchers: &[Matcher]) -> Option<Self> {
+        let (mut by_uid, mut by_gid, mut anyone) = (Vec::new(), Vec::new(), Vec::new());
+        for (number, matcher) in (0..NONE).zip(matchers) {
+            let entry = |set| Entry { number, set, needs_unit: matcher.units.is_some(), alone: matcher.is_one_key() };
+            match (&matcher.users, &matcher.groups) {
+                // Listed under the rarer of the two, so that few subjects meet it.
+                (Some(users), Some(groups)) if groups.size() < users.size() => by_gid.push(entry(groups)),
+                (Some(users), _) => by_uid.push(entry(users)),
+                (None, Some(groups)) => by_gid.push(entry(groups)),
+                (None, None) => anyone.push(number),
+            }
+        }
+        let mut left = MOST_ENTRIES;
+        Some(Self { users: Table::new(&by_uid, &mut left)?, groups: Table::new(&by_gid, &mut left)?, anyone })
+    }
+
+    pub(super) fn of_uid(&self, uid: u32) -> Candidates<'_> {
+        self.users.at(uid)
+    }
+
+    pub(super) fn of_gid(&self, gid: u32) -> Candidates<'_> {
+        self.groups.at(gid)
+    }
+
+    /// Whether any rule is listed by gid.
+    pub(super) fn has_groups(&self) -> bool {
+        self.groups.segments.len() > 1
+    }
+
+    /// The rules that depend on nothing but the unit.
+    pub(super) fn anyone(&self) -> &[u32] {
+        &self.anyone
+    }
+}
+
+struct Entry<'s> {
+    number: u32,
+    set: &'s IdSet,
+    needs_unit: bool,
+    /// The set is all that the rule depends on.
+    alone: bool,
+}
+
+#[derive(Debug)]
+struct Table {
+    /// The first id of each segment, ascending from 0. A segment ends where the next begins.
+    starts: Vec<u32>,
+    segments: Vec<Segment>,
+    /// The lists of all segments, one behind the other.
+    lists: Vec<u32>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Segment {
+    sure: u32,
+    by_ids: (u32, u32),
+    by_unit: (u32, u32),
+}
+
+impl Table {
+    fn new(entries: &[Entry<'_>], left: &mut usize) -> Option<Self> {
+        // Where a rule begins to apply, and where it ceases to.
+        let mut edges: Vec<(u32, bool, usize)> = Vec::new();
+        for (place, entry) in entries.iter().enumerate() {
+            for &(low, high) in entry.set.ranges() {
+                edges.push((low, true, place));
+                edges.push((high + 1, false, place));
+            }
+        }
+        edges.sort_unstable();
+
+        let empty = Segment { sure: NONE, by_ids: (0, 0), by_unit: (0, 0) };
+        let mut table = Self { starts: vec![0], segments: vec![empty], lists: Vec::new() };
+        let mut active: BTreeSet<usize> = BTreeSet::new();
+        for group in edges.chunk_by(|a, b| a.0 == b.0) {
+            for &(_, begins, place) in group {
+                // A rule's own ranges never touch, so no rule ends and begins at the same id.
+                if begins {
+                    active.insert(place)
+                } else {
+                    active.remove(&place)
+                };
+            }
+            let listed: Vec<&Entry<'_>> = first_to_sure(active.iter().map(|&place| &entries[place]));
+            *left = left.checked_sub(listed.len() + 8)?;
+            table.begin(group[0].0, &listed);
+        }
+        Some(table)
+    }
+
+    /// Appends a segment that begins at `start`.
+    fn begin(&mut self, start: u32, listed: &[&Entry<'_>]) {
+        let sure = listed.last().filter(|entry| entry.alone).map_or(NONE, |entry| entry.number);
+        let conditional = listed.iter().filter(|entry| !entry.alone);
+        let by_ids = self.list(conditional.clone().filter(|entry| !entry.needs_unit));
+        let by_unit = self.list(conditional.filter(|entry| entry.needs_unit));
+        let segment = Segment { sure, by_ids, by_unit };
+        if start == 0 {
+            self.segments[0] = segment;
+        } else {
+            self.starts.push(start);
+            self.segments.push(segment);
+        }
+    }
+
+    fn list<'e>(&mut self, entries: impl Iterator<Item = &'e &'e Entry<'e>>) -> (u32, u32) {
+        let end_of = |lists: &Vec<u32>| u32::try_from(lists.len()).unwrap_or(NONE);
+        let start = end_of(&self.lists);
+        self.lists.extend(entries.map(|entry| entry.number));
+        (start, end_of(&self.lists))
+    }
+
+    fn at(&self, id: u32) -> Candidates<'_> {
+        let segment = self.segments[self.starts.partition_point(|&start| start <= id) - 1];
+        let list = |(start, end): (u32, u32)| &self.lists[start as usize..end as usize];
+        Candidates { sure: segment.sure, by_ids: list(segment.by_ids), by_unit: list(segment.by_unit) }
+    }
+}
+
+/// The entries up to and with the first one that decides alone.
+fn first_to_sure<'e>(entries: impl Iterator<Item = &'e Entry<'e>>) -> Vec<&'e Entry<'e>> {
+    let mut listed = Vec::new();
+    for entry in entries {
+        listed.push(entry);
+        if entry.alone {
+            break;
+        }
+    }
+    listed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn users(low: u32, high: u32) -> Matcher {
+        Matcher { deny: false, users: Some(IdSet::new([(low, high)])), groups: None, units: None }
+    }
+
+    #[test]
+    fn a_segment_lists_no_rule_behind_one_that_needs_only_the_id() {
+        let mut both = users(0, 100);
+        both.groups = Some(IdSet::new([(0, 500)]));
+        let index = Index::new(&[both, users(50, 60), users(55, 70)]).unwrap();
+        let at = |uid| (index.of_uid(uid).sure, index.of_uid(uid).by_ids.to_vec());
+        assert_eq!(at(10), (NONE, vec![0]));
+        assert_eq!(at(55), (1, vec![0]));
+        assert_eq!(at(61), (2, vec![0]));
+        assert_eq!(at(101), (NONE, vec![]));
+    }
+
+    #[test]
+    fn a_rule_with_both_keys_is_listed_under_the_rarer_one() {
+        let mut rule = users(0, 70_000);
+        rule.groups = Some(IdSet::new([(4, 4)]));
+        let index = Index::new(&[rule]).unwrap();
+        assert_eq!(index.of_uid(1000).by_ids, []);
+        assert_eq!(index.of_gid(4).by_ids, [0]);
+        assert_eq!(index.of_gid(5).by_ids, []);
+    }
+
+    #[test]
+    fn rules_that_overlap_everywhere_are_not_tabulated() {
+        // Nested ranges, each with a condition besides: every segment would list nearly all of them.
+        let nested = |n: u32| Matcher {
+            deny: false,
+            users: Some(IdSet::new([(n, 60_000 - n)])),
+            groups: Some(IdSet::new([(0, 60_000)])),
+            units: None,
+        };
+        assert!(Index::new(&(0..100).map(nested).collect::<Vec<_>>()).is_some());
+        assert!(Index::new(&(0..5000).map(nested).collect::<Vec<_>>()).is_none());
+    }
+}

@@ -1,0 +1,376 @@
+//! The service manager's side of a service: readiness, status, watchdog, signals, the descriptor store.
+//!
+//! Sole user of sd-notify. Everything here is a no-op, not an error, where there is no service manager.
+//! The protocols are sd_notify(3)'s and systemd.service(5)'s; they work alike on systemd 252 and later.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use sd_notify::NotifyState;
+
+use crate::sys;
+
+/// Marks a SIGHUP whose sender waits for an answer ([`request_reload`]).
+const ANSWER_WANTED: i32 = 0x6563_686f;
+/// The answers: taken, refused.
+const TAKEN: Signal = Signal::SIGUSR1;
+const REFUSED: Signal = Signal::SIGUSR2;
+
+/// Tells the service manager how we are. Where NOTIFY_SOCKET is unset, or its owner gone, nothing
+/// happens: a service must not fail because nobody listens to its status.
+#[derive(Clone, Debug)]
+pub struct Notifier {
+    present: bool,
+}
+
+impl Notifier {
+    /// Reads the environment once.
+    pub fn from_env() -> Self {
+        Self { present: std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty()) }
+    }
+
+    /// Whether somebody asked to be told.
+    pub fn is_present(&self) -> bool {
+        self.present
+    }
+
+    /// `READY=1`: we accept.
+    pub fn ready(&self, status: &str) {
+        self.send(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
+    }
+
+    /// `RELOADING=1` and the clock, in one datagram, as Type=notify-reload wants it too.
+    pub fn reloading(&self) {
+        match NotifyState::monotonic_usec_now() {
+            Ok(now) => self.send(&[NotifyState::Reloading, now]),
+            Err(_) => self.send(&[NotifyState::Reloading]),
+        }
+    }
+
+    /// `STOPPING=1`.
+    pub fn stopping(&self, status: &str) {
+        self.send(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
+    }
+
+    /// `STATUS=`, one line.
+    pub fn status(&self, status: &str) {
+        self.send(&[NotifyState::Status(&one_line(status))]);
+    }
+
+    /// `EXTEND_TIMEOUT_USEC=`: what we are doing needs this much longer.
+    pub fn extend_timeout(&self, by: Duration) {
+        self.send(&[NotifyState::ExtendTimeoutUsec(u32::try_from(by.as_micros()).unwrap_or(u32::MAX))]);
+    }
+
+    fn watchdog(&self) {
+        self.send(&[NotifyState::Watchdog]);
+    }
+
+    /// Errors end here on purpose: there is nobody left to tell.
+    fn send(&self, state: &[NotifyState<'_>]) {
+        if !self.present {
+            return;
+        }
+        let _ = match abstract_name() {
+            // sd-notify takes the name for a path.
+            Some(name) => send_abstract(&name, state),
+            None => sd_notify::notify(state),
+        };
+    }
+}
+
+fn abstract_name() -> Option<Vec<u8>> {
+    use std::os::unix::ffi::OsStrExt;
+    let socket = std::env::var_os("NOTIFY_SOCKET")?;
+    socket.as_bytes().strip_prefix(b"@").map(<[u8]>::to_vec)
+}
+
+fn send_abstract(name: &[u8], state: &[NotifyState<'_>]) -> io::Result<()> {
+    let message: String = state.iter().map(|field| format!("{field}\n")).collect();
+    let socket = UnixDatagram::unbound()?;
+    socket.send_to_addr(message.as_bytes(), &SocketAddr::from_abstract_name(name)?)?;
+    Ok(())
+}
+
+/// A newline would begin a field of its own.
+fn one_line(text: &str) -> String {
+    text.replace('\n', " ")
+}
+
+/// The service manager's store for descriptors that are to outlive this process (FDSTORE=1 in
+/// sd_notify(3), FileDescriptorStoreMax= in systemd.service(5)).
+#[derive(Clone, Debug)]
+pub struct Store {
+    capacity: usize,
+}
+
+/// What sendmsg(2) takes at once: SCM_MAX_FD is 253.
+const MOST_AT_ONCE: usize = 250;
+
+impl Store {
+    /// How many descriptors the store takes: `$FDSTORE` (systemd 254), else the variable named by
+    /// `fallback`, for older systemds. Zero where there is neither or no service manager.
+    pub fn from_env(fallback: &str) -> Self {
+        let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
+        let present = Notifier::from_env().is_present() && abstract_name().is_none();
+        let capacity = number("FDSTORE").or_else(|| number(fallback)).filter(|_| present).unwrap_or(0);
+        Self { capacity }
+    }
+
+    /// How many descriptors it takes.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Puts `fds` into the store under one name. Returns before the manager has them: see [`settle`](Self::settle).
+    ///
+    /// # Errors
+    /// What sending says; some of them may have been stored by then.
+    pub fn put(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        for batch in fds.chunks(MOST_AT_ONCE) {
+            sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(name)], batch)?;
+        }
+        Ok(())
+    }
+
+    /// Takes everything stored under `name` out of the store again.
+    pub fn forget(&self, name: &str) {
+        if self.capacity > 0 {
+            let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+        }
+    }
+
+    /// Waits until the manager has dealt with everything sent so far (`BARRIER=1`, systemd 246): it
+    /// closes its end of a pipe when it comes to it.
+    ///
+    /// # Errors
+    /// TimedOut when it has not within `patience`; what making the pipe or sending says.
+    pub fn settle(&self, patience: Duration) -> io::Result<()> {
+        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
+        drop(theirs);
+        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
+        match poll(&mut question, timeout)? {
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One thread's sign of life. The thread calls [`answer`](Beat::answer) whenever it comes round; the
+/// [`Watchdog`] sees whether it did since it last asked.
+#[derive(Debug, Default)]
+pub struct Beat {
+    asked: AtomicU64,
+    answered: AtomicU64,
+}
+
+impl Beat {
+    /// The thread came round.
+    pub fn answer(&self) {
+        let asked = self.asked.load(Ordering::Acquire);
+        // Only when asked: this is on the busiest path there is.
+        if self.answered.load(Ordering::Relaxed) != asked {
+            self.answered.store(asked, Ordering::Release);
+        }
+    }
+
+    fn ask(&self) {
+        self.asked.fetch_add(1, Ordering::Release);
+    }
+
+    fn is_answered(&self) -> bool {
+        self.answered.load(Ordering::Acquire) == self.asked.load(Ordering::Acquire)
+    }
+}
+
+/// A thread under watch: its sign of life, and how to make it look around.
+pub struct Watched {
+    /// For messages.
+    pub name: String,
+    /// Shared with the thread.
+    pub beat: Arc<Beat>,
+    /// Makes the thread come round once.
+    pub nudge: Box<dyn Fn() + Send>,
+}
+
+/// `WATCHDOG=1`, but only while every thread makes progress. A thread that hangs keeps the message
+/// back, and the service manager ends and restarts us (WatchdogSec= in systemd.service(5)).
+pub struct Watchdog {
+    threads: Vec<Watched>,
+    pause: Duration,
+    due: Instant,
+    asked: bool,
+}
+
+impl Watchdog {
+    /// Reads WATCHDOG_USEC and WATCHDOG_PID; `None` where the manager set no watchdog for us, or one
+    /// of no length.
+    pub fn from_env(threads: Vec<Watched>) -> Option<Self> {
+        let timeout = sd_notify::watchdog_enabled().filter(|timeout| !timeout.is_zero())?;
+        // Asked at one tick, told at the next: two ticks and a half fit into the timeout. A timeout
+        // beyond all reason is as good as a day.
+        let pause = (timeout / 5).clamp(Duration::from_millis(1), Duration::from_secs(86_400));
+        Some(Self { threads, pause, due: Instant::now(), asked: false })
+    }
+
+    /// When [`tick`](Self::tick) wants to be called next.
+    pub fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// Tells the manager if all answered, and asks anew. Returns the names of those that did not.
+    pub fn tick(&mut self, notifier: &Notifier) -> Vec<&str> {
+        let now = Instant::now();
+        if now < self.due {
+            return Vec::new();
+        }
+        self.due = now + self.pause;
+        let silent: Vec<_> = self.threads.iter().filter(|thread| !thread.beat.is_answered()).collect();
+        if silent.is_empty() {
+            if self.asked {
+                notifier.watchdog();
+            }
+            self.asked = true;
+            for thread in &self.threads {
+                thread.beat.ask();
+                (thread.nudge)();
+            }
+        }
+        silent.into_iter().map(|thread| thread.name.as_str()).collect()
+    }
+}
+
+/// Tells one thread that others have done something worth a look, at most once until it has looked:
+/// threads that are busy pay for one atomic read, and a service that is idle wakes nobody.
+#[derive(Debug)]
+pub struct Activity {
+    awaited: AtomicBool,
+    event: EventFd,
+}
+
+impl Activity {
+    /// Nothing has happened yet, and nobody waits.
+    ///
+    /// # Errors
+    /// What eventfd(2) says.
+    pub fn new() -> io::Result<Self> {
+        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Self { awaited: AtomicBool::new(false), event })
+    }
+
+    /// Something happened.
+    pub fn stir(&self) {
+        if self.awaited.load(Ordering::SeqCst) && self.awaited.swap(false, Ordering::SeqCst) {
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// Asks for the next stir to make the descriptor readable. Look once more after this call: what
+    /// happened before it does not.
+    pub fn watch(&self) {
+        let _ = self.event.read();
+        self.awaited.store(true, Ordering::SeqCst);
+    }
+}
+
+impl AsFd for Activity {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// SIGTERM or SIGINT.
+    Stop,
+    /// SIGHUP; `answer_to` is the process that waits to hear how it went.
+    Reload {
+        /// See [`answer_reload`].
+        answer_to: Option<i32>,
+    },
+}
+
+/// The signals we act on, as something to poll.
+#[derive(Debug)]
+pub struct Signals(SignalFd);
+
+impl Signals {
+    /// Blocks SIGTERM, SIGINT and SIGHUP for this thread and all that it starts from now on, and
+    /// receives them here instead.
+    ///
+    /// # Errors
+    /// What sigprocmask(2) or signalfd(2) says.
+    pub fn catch() -> io::Result<Self> {
+        let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+        signals.thread_block()?;
+        Ok(Self(SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// The next one that has arrived.
+    pub fn next(&self) -> Option<Request> {
+        let signal = self.0.read_signal().ok()??;
+        if signal.ssi_signo != Signal::SIGHUP as u32 {
+            return Some(Request::Stop);
+        }
+        let wants_answer = signal.ssi_code == libc::SI_QUEUE && signal.ssi_int == ANSWER_WANTED;
+        Some(Request::Reload { answer_to: wants_answer.then_some(signal.ssi_pid as i32) })
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Tells the process that waits in [`request_reload`] how it went.
+pub fn answer_reload(pid: i32, taken: bool) {
+    let signal = if taken { TAKEN } else { REFUSED };
+    let _ = sys::queue_signal(pid, signal as i32, ANSWER_WANTED);
+}
+
+/// Asks the service `pid` to reload and waits for its answer: whether the new configuration is in force.
+/// Made for ExecReload=, which is to return when the reload is done, not when it was asked for.
+///
+/// # Errors
+/// ESRCH where there is no such process or it ended before it answered, EPERM where it is not ours,
+/// TimedOut where `patience` ran out.
+pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
+    if pid <= 1 {
+        return Err(io::Error::from_raw_os_error(libc::ESRCH));
+    }
+    let process: OwnedFd = sys::pidfd_open(pid)?;
+    let answers: SigSet = [TAKEN, REFUSED].into_iter().collect();
+    answers.thread_block()?;
+    let answer = SignalFd::with_flags(&answers, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+    sys::queue_signal(pid, Signal::SIGHUP as i32, ANSWER_WANTED)?;
+    let until = Instant::now() + patience;
+    loop {
+        let left = until.saturating_duration_since(Instant::now());
+        let mut question =
+            [PollFd::new(answer.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut question, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX))? == 0 {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        if let Some(signal) = answer.read_signal()? {
+            if signal.ssi_pid == pid as u32 {
+                return Ok(signal.ssi_signo == TAKEN as u32);
+            }
+        } else {
+            // It may have answered and ended, but then the answer was there to read.
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
+    }
+}

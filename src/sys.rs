@@ -1,0 +1,134 @@
+//! The few calls that no crate wraps safely: the only unsafe code of the package.
+//!
+//! Each function is a thin, total wrapper: it checks what the kernel returns and hands out owned
+//! types. Only the library's own modules may use this one.
+
+#![allow(unsafe_code)]
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+/// Linux's `SCM`/`SO` numbers that libc may lack on the oldest version we build with.
+const SO_COOKIE: libc::c_int = 57;
+
+/// Takes possession of a descriptor that the service manager promised us by number.
+///
+/// Marks it close-on-exec. Fails with EBADF where nothing is open at that number.
+/// May be called once per number and before anything else in the process opens descriptors there;
+/// [`activation`](crate::activation) alone calls it.
+pub(crate) fn adopt_fd(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_SETFD on an arbitrary number has no effect but on that number's flags, or EBADF.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open (just checked), and by the LISTEN_FDS protocol it is ours and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// accept4(2): the next waiting connection, non-blocking and close-on-exec.
+pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: null address pointers tell the kernel not to write an address.
+    let fd = unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
+    if fd == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: accept4 returned a new descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// pidfd_open(2): a handle on the process that has this number now. Linux 5.3.
+pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
+    // SAFETY: takes two integers, writes no memory.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
+    if fd == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: pidfd_open returned a new descriptor that nobody else knows.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// SO_PEERGROUPS: the supplementary groups of the peer at connect, unix(7). Linux 4.13.
+/// `room` is the number of groups to make room for at first; one more call follows where it is short.
+pub(crate) fn peer_groups(socket: BorrowedFd<'_>, room: usize) -> io::Result<Vec<u32>> {
+    let mut groups: Vec<u32> = Vec::with_capacity(room);
+    loop {
+        let mut length =
+            libc::socklen_t::try_from(groups.capacity() * size_of::<u32>()).unwrap_or(libc::socklen_t::MAX);
+        match getsockopt(socket, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &mut length) {
+            Ok(()) => {
+                let count = length as usize / size_of::<u32>();
+                // SAFETY: the kernel wrote `length` bytes, no more than the capacity it was told.
+                unsafe { groups.set_len(count.min(groups.capacity())) };
+                return Ok(groups);
+            }
+            // The kernel says how much room it needs; the list is fixed at connect and will not grow.
+            Err(e) if e.raw_os_error() == Some(libc::ERANGE) => {
+                let needed = length as usize / size_of::<u32>();
+                if needed <= groups.capacity() {
+                    return Err(e);
+                }
+                groups.reserve_exact(needed);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// SO_PEERSEC: the security label of the peer at connect, unix(7); the bytes as the LSM gave them.
+/// ENOPROTOOPT where no security module has labels.
+pub(crate) fn peer_label(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
+    let mut label: Vec<u8> = Vec::with_capacity(256);
+    loop {
+        let mut length = libc::socklen_t::try_from(label.capacity()).unwrap_or(libc::socklen_t::MAX);
+        match getsockopt(socket, libc::SO_PEERSEC, label.as_mut_ptr().cast(), &mut length) {
+            Ok(()) => {
+                // SAFETY: the kernel wrote `length` bytes, no more than the capacity it was told.
+                unsafe { label.set_len((length as usize).min(label.capacity())) };
+                return Ok(label);
+            }
+            Err(e) if e.raw_os_error() == Some(libc::ERANGE) && length as usize > label.capacity() => {
+                label.reserve_exact(length as usize);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+}
+
+/// SO_COOKIE: a number that names this socket, and no other, until the system goes down, whichever
+/// process holds it (socket(7)). Linux 4.6, for every socket family since 4.12.
+pub(crate) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = MaybeUninit::<u64>::uninit();
+    let mut length = size_of::<u64>() as libc::socklen_t;
+    getsockopt(socket, SO_COOKIE, cookie.as_mut_ptr().cast(), &mut length)?;
+    if length as usize != size_of::<u64>() {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: the kernel wrote all eight bytes (checked by `length`).
+    Ok(unsafe { cookie.assume_init() })
+}
+
+/// Sends `signal` with `value` attached, so that the receiver can tell it from a bare kill(1): sigqueue(3).
+pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> {
+    let value = libc::sigval { sival_ptr: value as usize as *mut libc::c_void };
+    // SAFETY: the value is a number, never dereferenced on either side.
+    match unsafe { libc::sigqueue(pid, signal, value) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn getsockopt(
+    socket: BorrowedFd<'_>,
+    option: libc::c_int,
+    value: *mut libc::c_void,
+    length: &mut libc::socklen_t,
+) -> io::Result<()> {
+    // SAFETY: every caller passes a buffer of at least `*length` bytes that outlives the call.
+    match unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, value, length) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

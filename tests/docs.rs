@@ -1,0 +1,208 @@
+//! What is written about the program is what the program does: manual pages, completions, journal catalog, the
+//! shipped configuration and the package's papers, each held against its source.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+#[path = "../packaging/generate.rs"]
+mod generate;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(root().join(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+#[test]
+fn completions_and_option_lists_follow_the_command_lines_definition() {
+    for (path, wanted) in generate::files(root()).unwrap() {
+        let found = fs::read(root().join(&path)).unwrap();
+        assert!(
+            found == wanted,
+            "{} does not follow src/bin/echod/cli.rs: run `cargo run --example generate`",
+            path.display()
+        );
+    }
+}
+
+/// The catalog's entries, by MESSAGE_ID: header lines and text.
+fn catalog() -> BTreeMap<String, (Vec<String>, String)> {
+    let text = read("packaging/echod.catalog");
+    let mut entries = BTreeMap::new();
+    for entry in text.split("\n-- ").skip(1) {
+        let (id, rest) = entry.split_once('\n').unwrap();
+        let (header, body) = rest.split_once("\n\n").unwrap_or_else(|| panic!("{id}: no text"));
+        let old = entries.insert(id.to_owned(), (header.lines().map(str::to_owned).collect(), body.to_owned()));
+        assert!(old.is_none(), "{id} has two entries");
+    }
+    entries
+}
+
+/// What stands between double quotes in a source file, for whoever looks for names.
+fn literals(path: &str) -> BTreeSet<String> {
+    read(path).split('"').skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+#[test]
+fn every_message_id_has_an_entry_in_the_catalog_and_every_entry_an_id() {
+    let is_id = |text: &String| text.len() == 32 && text.chars().all(|c| c.is_ascii_hexdigit());
+    let ids: BTreeSet<String> = literals("src/audit.rs").into_iter().filter(is_id).collect();
+    assert!(ids.contains("72261db9963c465c8c6121daadeb1cbc"), "src/audit.rs no longer holds the ids");
+    assert_eq!(ids, catalog().into_keys().collect());
+}
+
+#[test]
+fn an_entry_of_the_catalog_has_a_subject_who_wrote_it_and_where_to_read_on() {
+    for (id, (header, body)) in catalog() {
+        for key in ["Subject: ", "Defined-By: echod", "Documentation: man:"] {
+            assert!(header.iter().any(|line| line.starts_with(key)), "{id} lacks {key:?}");
+        }
+        // What happened, what it means, what to do.
+        assert!(body.trim().split("\n\n").count() >= 2, "{id} does not say enough");
+        for line in body.lines() {
+            assert!(line.chars().count() <= 80, "{id}: a terminal would break {line:?}");
+        }
+    }
+}
+
+/// Fields of a record that are the product's own, as far as `text` names them.
+fn fields(text: &str) -> BTreeSet<String> {
+    text.split(|c: char| !c.is_ascii_uppercase() && c != '_')
+        .filter(|word| word.starts_with("GATE_") || word.starts_with("PEER_"))
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn the_manual_page_and_the_catalog_name_the_fields_that_are_written_and_no_others() {
+    let is_field = |name: &String| fields(name).contains(name);
+    let written: BTreeSet<String> =
+        ["src/journal.rs", "src/audit.rs"].into_iter().flat_map(literals).filter(is_field).collect();
+    assert!(written.contains("GATE_VERDICT"), "the names of the fields are to be found elsewhere now");
+    assert_eq!(fields(&read("packaging/man/echod.8")), written);
+    let unknown: Vec<_> = fields(&read("packaging/echod.catalog")).difference(&written).cloned().collect();
+    assert_eq!(unknown, [] as [String; 0]);
+}
+
+/// Runs `echod check` on `text`, in a file that only its owner may write; what it prints, where it finds a fault.
+fn faults(name: &str, text: &str) -> Option<String> {
+    let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("docs-{}", std::process::id()));
+    fs::create_dir_all(&directory).unwrap();
+    let file = directory.join(name);
+    fs::write(&file, text).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    let check = Command::new(env!("CARGO_BIN_EXE_echod")).arg("check").arg("--config").arg(&file).output().unwrap();
+    let _ = fs::remove_file(&file);
+    let _ = fs::remove_dir(&directory);
+    let said = String::from_utf8_lossy(&check.stdout) + String::from_utf8_lossy(&check.stderr);
+    (!check.status.success()).then(|| format!("{text}\n{said}"))
+}
+
+/// The shipped configuration with its commented settings in force.
+fn uncommented(text: &str) -> String {
+    let is_setting = |line: &str| line.starts_with(|c: char| c.is_ascii_lowercase()) && line.contains(" = ");
+    let lines = text.lines().map(|line| match line.strip_prefix('#') {
+        Some(rest) if is_setting(rest) => rest,
+        _ => line,
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_shipped_configuration_is_accepted_as_it_is_and_with_every_setting_spelled_out() {
+    let text = read("packaging/echod.toml");
+    assert_eq!(faults("shipped", &text), None);
+    assert_ne!(uncommented(&text), text);
+    assert_eq!(faults("spelled-out", &uncommented(&text)), None);
+}
+
+#[test]
+fn a_configuration_with_a_fault_would_be_noticed_here() {
+    assert!(faults("faulty", "[limits]\nconections = 1\n").is_some());
+}
+
+/// The settings in the tables that are no rules: `limits.connections`.
+fn settings(toml: &str) -> BTreeSet<String> {
+    let mut table = String::new();
+    let mut found = BTreeSet::new();
+    for line in toml.lines() {
+        if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
+            name.clone_into(&mut table);
+        } else if let Some((key, _)) = line.split_once(" = ").filter(|_| !table.contains('.') && !line.starts_with('#'))
+        {
+            found.insert(format!("{table}.{key}"));
+        }
+    }
+    found
+}
+
+#[test]
+fn manual_page_and_shipped_configuration_know_the_same_settings() {
+    let mut section = String::new();
+    let mut documented = BTreeSet::new();
+    for line in read("packaging/man/echod.toml.5").lines() {
+        if let Some(name) = line.strip_prefix(".Sh ") {
+            section = name.to_lowercase();
+        } else if let Some(key) = line.strip_prefix(".It Ic ").filter(|_| section != "rules") {
+            documented.insert(format!("{section}.{}", key.replace("\\-", "-")));
+        }
+    }
+    assert_eq!(documented, settings(&uncommented(&read("packaging/echod.toml"))));
+}
+
+#[test]
+fn a_default_is_the_same_in_the_manual_page_as_in_the_shipped_configuration() {
+    let page = read("packaging/man/echod.toml.5").replace(".Li ", "").replace("\\(dq", "\"").replace("\\-", "-");
+    for line in uncommented(&read("packaging/echod.toml")).lines().skip_while(|line| *line != "[limits]") {
+        let Some((key, value)) = line.split_once(" = ") else { continue };
+        let value = value.split('#').next().unwrap().trim();
+        let after = page.split(&format!(".It Ic {key}\n")).last().unwrap();
+        let default = after.split("Default").nth(1).unwrap().split_whitespace().next().unwrap();
+        assert_eq!(default.trim_end_matches('.'), value, "{key}");
+    }
+}
+
+#[test]
+fn the_examples_of_the_manual_pages_are_accepted() {
+    let page = read("packaging/man/echod.toml.5");
+    let blocks = page.split(".Bd -literal -offset indent\n").skip(1).map(|rest| rest.split(".Ed").next().unwrap());
+    let examples: Vec<String> = blocks.filter(|b| b.starts_with('[')).map(|b| b.replace("\\-", "-")).collect();
+    assert!(examples.len() >= 4, "the manual page has lost its examples");
+    for (number, example) in examples.iter().enumerate() {
+        assert_eq!(faults(&format!("example-{number}"), example), None);
+    }
+}
+
+#[test]
+fn every_crate_of_the_lock_file_has_its_licence_in_the_packages_copyright() {
+    let copyright = read("debian/copyright");
+    let listed: BTreeSet<String> = copyright
+        .lines()
+        .filter_map(|line| line.strip_prefix("Comment: "))
+        .flat_map(|line| line.split(", ").map(str::to_owned))
+        .filter(|entry| entry.split(' ').count() == 2)
+        .collect();
+    let lock = read("Cargo.lock");
+    let value = |package: &str, key: &str| {
+        let line = package.lines().find_map(|line| line.strip_prefix(&format!("{key} = ")));
+        line.map(|value| value.trim_matches('"').to_owned())
+    };
+    let locked: BTreeSet<String> = lock
+        .split("[[package]]")
+        .filter(|package| value(package, "source").is_some())
+        .map(|package| format!("{} {}", value(package, "name").unwrap(), value(package, "version").unwrap()))
+        .collect();
+    assert_eq!(locked, listed, "run packaging/vendor and packaging/copyright");
+}
+
+#[test]
+fn the_packages_version_is_the_programs() {
+    // An entry that packaging/build-deb adds for another version stands above the release's own.
+    let release = format!("\npeergate ({}-", env!("CARGO_PKG_VERSION"));
+    assert!(format!("\n{}", read("debian/changelog")).contains(&release));
+}

@@ -1,0 +1,703 @@
+//! What a policy decides, against a slow and obvious model of it, and what a wrong file is told.
+
+use std::cell::Cell;
+use std::io;
+
+use peergate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use peergate::policy::file::{self, Fault, Loaded, Names, Source};
+use peergate::policy::{Group, Kind, Policy, Rule, User, Verdict};
+use peergate::unit::Units;
+
+/// A subject that counts how often it is asked for its units.
+#[derive(Debug)]
+struct Somebody {
+    uid: u32,
+    gids: Vec<Gid>,
+    complete: bool,
+    units: Option<Units>,
+    asked: Cell<u32>,
+}
+
+impl Somebody {
+    fn new(uid: u32, gids: &[u32], unit: Option<&str>) -> Self {
+        let gids = gids.iter().copied().map(Gid::new).collect();
+        let units = unit.map(|path| Units::from_path(path).unwrap());
+        Self { uid, gids, complete: true, units, asked: Cell::new(0) }
+    }
+}
+
+impl Subject for Somebody {
+    fn uid(&self) -> Uid {
+        Uid::new(self.uid)
+    }
+
+    fn gids(&self) -> &[Gid] {
+        &self.gids
+    }
+
+    fn gids_complete(&self) -> bool {
+        self.complete
+    }
+
+    fn units(&self) -> Option<&Units> {
+        self.asked.set(self.asked.get() + 1);
+        self.units.as_ref()
+    }
+}
+
+/// The name of the deciding rule, or `default`.
+fn decide<T>(policy: &Policy<T>, who: &Somebody) -> String {
+    policy.decide(who).rule().map_or("default".to_owned(), |rule| rule.name().to_string())
+}
+
+/// The model: the contract's sentences, written down one by one, rule by rule.
+mod model {
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    pub struct Entry {
+        pub kind: Kind,
+        pub name: String,
+        /// Inclusive ranges.
+        pub users: Option<Vec<(u32, u32)>>,
+        pub groups: Option<Vec<(u32, u32)>>,
+        pub units: Option<Vec<String>>,
+    }
+
+    fn known(id: u32) -> bool {
+        id != OVERFLOW_ID && id != u32::MAX
+    }
+
+    fn within(ranges: &[(u32, u32)], id: u32) -> bool {
+        known(id) && ranges.iter().any(|(low, high)| (*low..=*high).contains(&id))
+    }
+
+    fn fits(pattern: &[u8], name: &[u8]) -> bool {
+        match (pattern.split_first(), name.split_first()) {
+            (None, _) => name.is_empty(),
+            (Some((b'*', rest)), _) => (0..=name.len()).any(|taken| fits(rest, &name[taken..])),
+            (Some((byte, rest)), Some((first, tail))) => (*byte == b'?' || byte == first) && fits(rest, tail),
+            (Some(_), None) => false,
+        }
+    }
+
+    /// Some(true): holds; Some(false): does not; None: cannot be told.
+    fn user(entry: &Entry, who: &Somebody) -> Option<bool> {
+        let Some(users) = &entry.users else { return Some(true) };
+        if known(who.uid) { Some(within(users, who.uid)) } else { None }
+    }
+
+    fn group(entry: &Entry, who: &Somebody) -> Option<bool> {
+        let Some(groups) = &entry.groups else { return Some(true) };
+        if who.gids.iter().any(|gid| within(groups, gid.raw())) {
+            Some(true)
+        } else if !who.complete || who.gids.iter().any(|gid| !known(gid.raw())) {
+            None
+        } else {
+            Some(false)
+        }
+    }
+
+    fn unit(entry: &Entry, who: &Somebody, me: u32) -> Option<bool> {
+        let Some(patterns) = &entry.units else { return Some(true) };
+        let units = who.units.as_ref()?;
+        let mut names: Vec<&String> = units.system().iter().collect();
+        if let Some((owner, own)) = units.user() {
+            let owner = owner.raw();
+            if known(owner) && (owner == me || entry.users.is_some() && owner == who.uid) {
+                names.extend(own);
+            }
+        }
+        Some(names.iter().any(|name| patterns.iter().any(|pattern| fits(pattern.as_bytes(), name.as_bytes()))))
+    }
+
+    /// Whether the rule decides, if its keys came out like this.
+    fn decides(entry: &Entry, keys: &[Option<bool>]) -> bool {
+        match entry.kind {
+            Kind::Allow => keys.iter().all(|key| *key == Some(true)),
+            Kind::Deny => !keys.contains(&Some(false)),
+        }
+    }
+
+    /// The deciding rule's name, and whether the units had to be known for that.
+    pub fn decide(entries: &[Entry], who: &Somebody, me: u32) -> (String, bool) {
+        let mut asked = false;
+        for kind in [Kind::Deny, Kind::Allow] {
+            for entry in entries.iter().filter(|entry| entry.kind == kind) {
+                let (user, group) = (user(entry, who), group(entry, who));
+                if !decides(entry, &[user, group]) {
+                    continue;
+                }
+                asked |= entry.units.is_some();
+                if decides(entry, &[user, group, unit(entry, who, me)]) {
+                    return (format!("{}.{}", kind.as_str(), entry.name), asked);
+                }
+            }
+        }
+        ("default".to_owned(), asked)
+    }
+}
+
+/// xorshift64*: the same numbers in every run.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) as usize % limit
+    }
+
+    fn one_in(&mut self, chance: usize) -> bool {
+        self.below(chance) == 0
+    }
+
+    fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
+        &from[self.below(from.len())]
+    }
+
+    /// Few ids, so that rules and subjects meet; those at the edges among them.
+    fn id(&mut self) -> u32 {
+        *self.pick(&[0, 1, 2, 3, 4, 5, 6, 1000, 65_533, 65_534, 65_535, u32::MAX - 2, u32::MAX - 1])
+    }
+
+    fn ranges(&mut self) -> Vec<(u32, u32)> {
+        let count = 1 + self.below(3);
+        let range = |random: &mut Self| {
+            let (a, b) = (random.id(), random.id());
+            match random.below(8) {
+                0 => (0, u32::MAX - 1),
+                1..=3 => (a.min(b), a.max(b)),
+                _ => (a, a),
+            }
+        };
+        (0..count).map(|_| range(self)).collect()
+    }
+
+    fn patterns(&mut self) -> Vec<String> {
+        const PATTERNS: [&str; 8] =
+            ["a.service", "b.service", "*.service", "?.slice", "user@*.service", "session-*.scope", "*", "mail*.s*"];
+        (0..1 + self.below(2)).map(|_| (*self.pick(&PATTERNS)).to_owned()).collect()
+    }
+
+    fn entry(&mut self, number: usize) -> model::Entry {
+        let kind = if self.one_in(3) { Kind::Deny } else { Kind::Allow };
+        let mut entry = model::Entry { kind, name: format!("r{number}"), users: None, groups: None, units: None };
+        while entry.users.is_none() && entry.groups.is_none() && entry.units.is_none() {
+            entry.users = self.one_in(2).then(|| self.ranges());
+            entry.groups = self.one_in(3).then(|| self.ranges());
+            entry.units = self.one_in(3).then(|| self.patterns());
+        }
+        entry
+    }
+
+    fn somebody(&mut self) -> Somebody {
+        const UNITS: [&str; 9] = [
+            "a.service",
+            "system.slice/a.service",
+            "x.slice/b.service",
+            "user.slice/user-1.slice/session-3.scope",
+            "user@1.service/app.slice/a.service",
+            "user@1000.service/a.service",
+            "user@2.service/mail.service",
+            "user@65534.service/a.service",
+            "init.scope",
+        ];
+        let uid = if self.one_in(12) { u32::MAX } else { self.id() };
+        let gids: Vec<u32> = (0..1 + self.below(4)).map(|_| self.id()).collect();
+        let unit = (!self.one_in(4)).then(|| *self.pick(&UNITS));
+        let mut somebody = Somebody::new(uid, &gids, unit);
+        somebody.complete = !self.one_in(10);
+        somebody
+    }
+}
+
+fn rule(entry: &model::Entry) -> Rule<()> {
+    let mut rule = match entry.kind {
+        Kind::Allow => Rule::allow(&entry.name, ()),
+        Kind::Deny => Rule::deny(&entry.name),
+    };
+    if let Some(users) = &entry.users {
+        rule = rule.users(users.iter().map(|(low, high)| User::from(*low..=*high)));
+    }
+    if let Some(groups) = &entry.groups {
+        rule = rule.groups(groups.iter().map(|(low, high)| Group::from(*low..=*high)));
+    }
+    if let Some(units) = &entry.units {
+        rule = rule.units(units.clone());
+    }
+    rule
+}
+
+fn toml(entries: &[model::Entry]) -> String {
+    fn list<V>(key: &str, values: &Option<Vec<V>>, show: impl Fn(&V) -> String) -> String {
+        let shown = values.as_ref().map(|values| values.iter().map(show).collect::<Vec<_>>().join(", "));
+        shown.map_or(String::new(), |shown| format!("{key} = [{shown}]\n"))
+    }
+    let ids = |range: &(u32, u32)| match *range {
+        (0, high) if high == u32::MAX - 1 => "\"any\"".to_owned(),
+        (low, high) if low == high => low.to_string(),
+        (low, high) => format!("\"{low}-{high}\""),
+    };
+    let rule = |entry: &model::Entry| {
+        let head = format!("[{}.{}]\n", entry.kind.as_str(), entry.name);
+        let units = list("units", &entry.units, |unit| format!("'{unit}'"));
+        head + &list("users", &entry.users, ids) + &list("groups", &entry.groups, ids) + &units
+    };
+    entries.iter().map(rule).collect()
+}
+
+/// A user database without users.
+struct Nobody;
+
+impl Names for Nobody {
+    fn uid(&self, _: &str) -> io::Result<Option<Uid>> {
+        Ok(None)
+    }
+
+    fn gid(&self, _: &str) -> io::Result<Option<Gid>> {
+        Ok(None)
+    }
+}
+
+#[test]
+fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and_subjects() {
+    let mut random = Random(0x9E37_79B9_7F4A_7C15);
+    let (mut by_default, mut admitted, mut unknown) = (0, 0, 0);
+    for round in 0..3000 {
+        let most = if round % 50 == 0 { 80 } else { 8 };
+        let entries: Vec<_> = (0..random.below(most)).map(|number| random.entry(number)).collect();
+        let me = *random.pick(&[1, 1000, 65_534]);
+        let policy = Policy::new(entries.iter().map(rule), Uid::new(me)).unwrap();
+        let text = toml(&entries);
+        let read = file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Nobody).unwrap();
+        for _ in 0..20 {
+            let somebody = random.somebody();
+            let (expected, needs_units) = model::decide(&entries, &somebody, me);
+            assert_eq!(decide(&policy, &somebody), expected, "{somebody:?}\n{text}");
+            assert_eq!(somebody.asked.get(), u32::from(needs_units), "{somebody:?}\n{text}");
+            assert_eq!(decide(&read.policy, &somebody), expected, "read from a file\n{text}");
+
+            let explanation = policy.explain(&somebody);
+            assert_eq!(explanation.rule().map_or("default", |rule| rule.as_str()), expected);
+            assert_eq!(explanation.is_admitted(), expected.starts_with("allow."));
+            let matched = explanation.consulted().iter().filter(|consulted| consulted.matched).count();
+            assert_eq!(matched, usize::from(expected != "default"), "only the deciding rule matches");
+
+            by_default += u32::from(expected == "default");
+            admitted += u32::from(explanation.is_admitted());
+            unknown += u32::from(!somebody.complete || !Uid::new(somebody.uid).is_known());
+        }
+    }
+    // The cases are of all sorts, or the agreement would mean little.
+    for count in [by_default, admitted, unknown] {
+        assert!(count > 5_000, "{by_default} by default, {admitted} admitted, {unknown} with something unknown");
+    }
+}
+
+#[test]
+fn ten_thousand_rules_decide_as_the_model_does() {
+    let mut random = Random(7);
+    let entry = |number: u32| model::Entry {
+        kind: if number % 3 == 0 { Kind::Deny } else { Kind::Allow },
+        name: format!("r{number}"),
+        users: (number % 2 == 0).then(|| vec![(number, number + number % 7)]),
+        groups: (number % 2 == 1).then(|| vec![(number, number)]),
+        units: None,
+    };
+    let entries: Vec<_> = (0..10_000).map(entry).collect();
+    let policy = Policy::new(entries.iter().map(rule), Uid::new(1)).unwrap();
+    for _ in 0..500 {
+        let ids = [random.below(12_000) as u32, random.below(12_000) as u32, random.below(12_000) as u32];
+        let somebody = Somebody::new(ids[0], &ids[1..], None);
+        assert_eq!(decide(&policy, &somebody), model::decide(&entries, &somebody, 1).0, "{ids:?}");
+    }
+}
+
+/// A user database of alice, nobody and the group adm, which fails on one name.
+struct Database;
+
+impl Names for Database {
+    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
+        match name {
+            "alice" => Ok(Some(Uid::new(1001))),
+            "nobody" => Ok(Some(Uid::new(OVERFLOW_ID))),
+            "ldap" => Err(io::Error::from(io::ErrorKind::TimedOut)),
+            _ => Ok(None),
+        }
+    }
+
+    fn gid(&self, name: &str) -> io::Result<Option<Gid>> {
+        Ok((name == "adm").then_some(Gid::new(4)))
+    }
+}
+
+const ME: Uid = Uid::new(1000);
+const OWNER: &str = "[allow.owner]\nusers = ['self']\n";
+
+fn load(text: &str) -> Result<Loaded<(), ()>, String> {
+    file::parse(&Source::new("f", text), ME, &Database).map_err(|faults| faults.to_string())
+}
+
+/// The faults of a file, or its warnings.
+fn told(text: &str) -> Vec<String> {
+    match load(text) {
+        Ok(loaded) => loaded.warnings.iter().map(Fault::to_string).collect(),
+        Err(faults) => faults.lines().map(str::to_owned).collect(),
+    }
+}
+
+#[test]
+fn without_rules_of_its_own_a_policy_admits_the_owner_and_not_root() {
+    let policy: Policy<()> = Policy::owner_only(ME);
+    assert_eq!(decide(&policy, &Somebody::new(1000, &[1000], None)), "allow.owner");
+    assert_eq!(decide(&policy, &Somebody::new(0, &[0], None)), "default");
+}
+
+#[test]
+fn a_deny_rule_comes_before_every_allow_rule_wherever_it_is_written() {
+    let loaded = load("[allow.all]\nusers = ['any']\n[deny.alice]\nusers = ['alice']\n").unwrap();
+    assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "deny.alice");
+    assert_eq!(decide(&loaded.policy, &Somebody::new(1002, &[1001], None)), "allow.all");
+}
+
+#[test]
+fn allow_rules_are_consulted_in_the_order_of_the_file_not_of_their_names() {
+    let loaded = load("[allow.z]\nusers = ['1-9']\n[allow.a]\nusers = ['1-99']\n").unwrap();
+    assert_eq!(decide(&loaded.policy, &Somebody::new(5, &[5], None)), "allow.z");
+    assert_eq!(decide(&loaded.policy, &Somebody::new(50, &[5], None)), "allow.a");
+    let places: Vec<_> = loaded.policy.rules().map(|rule| rule.place().unwrap().to_string()).collect();
+    assert_eq!(places, ["f:1", "f:3"]);
+}
+
+#[test]
+fn an_id_that_names_nobody_is_admitted_by_no_rule_on_users_and_caught_by_every_deny_rule_on_them() {
+    let unmapped = Somebody::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
+    let any = load("[allow.any]\nusers = ['any', '0-4294967294', 65534]\n").unwrap();
+    assert_eq!(decide(&any.policy, &unmapped), "default");
+    let denied = load("[deny.alice]\nusers = ['alice']\n[allow.any]\nusers = ['any']\n").unwrap();
+    assert_eq!(decide(&denied.policy, &unmapped), "deny.alice");
+    let groups = load("[deny.adm]\ngroups = ['adm']\n[allow.any]\nusers = ['any']\n").unwrap();
+    assert_eq!(decide(&groups.policy, &Somebody::new(5, &[5, OVERFLOW_ID], None)), "deny.adm");
+    assert_eq!(decide(&groups.policy, &Somebody::new(5, &[5], None)), "allow.any");
+}
+
+#[test]
+fn a_unit_that_cannot_be_told_admits_nobody_and_denies_whom_a_deny_rule_is_for() {
+    let loaded = load(concat!(
+        "[deny.scopes]\nusers = [5]\nunits = ['session-*.scope']\n",
+        "[allow.backup]\nusers = [6]\nunits = ['backup.service']\n",
+        "[allow.rest]\nusers = [5]\n",
+    ))
+    .unwrap();
+    let verdict = |uid, unit| decide(&loaded.policy, &Somebody::new(uid, &[uid], unit));
+    assert_eq!(verdict(5, None), "deny.scopes");
+    assert_eq!(verdict(5, Some("session-1.scope")), "deny.scopes");
+    assert_eq!(verdict(5, Some("system.slice/a.service")), "allow.rest");
+    assert_eq!(verdict(6, None), "default");
+    assert_eq!(verdict(6, Some("system.slice/backup.service")), "allow.backup");
+}
+
+#[test]
+fn nobody_gains_by_calling_a_unit_of_their_own_like_one_of_the_systems() {
+    let loaded = load("[allow.backup]\nunits = ['backup.service']\n").unwrap();
+    let verdict = |uid, unit| decide(&loaded.policy, &Somebody::new(uid, &[uid], Some(unit)));
+    assert_eq!(verdict(34, "system.slice/backup.service"), "allow.backup");
+    assert_eq!(verdict(1001, "user@1001.service/app.slice/backup.service"), "default");
+    // The owner of the service may: it is their own manager's word to their own service.
+    assert_eq!(verdict(1000, "user@1000.service/app.slice/backup.service"), "allow.backup");
+
+    // Beside `users` a user's own unit counts, but only for that user: not for a set-uid program they start.
+    let loaded = load("[allow.backup]\nusers = [0, 1001]\nunits = ['backup.service']\n").unwrap();
+    let verdict = |uid, unit| decide(&loaded.policy, &Somebody::new(uid, &[uid], Some(unit)));
+    assert_eq!(verdict(1001, "user@1001.service/app.slice/backup.service"), "allow.backup");
+    assert_eq!(verdict(0, "user@1001.service/app.slice/backup.service"), "default");
+}
+
+#[test]
+fn the_units_are_asked_for_only_where_a_rule_depends_on_them() {
+    let loaded = load(concat!(
+        "[deny.first]\nusers = [7]\n",
+        "[allow.alice]\nusers = ['alice']\nunits = ['a.service']\n",
+        "[allow.six]\nusers = [6]\n",
+        "[allow.late]\nusers = [6]\nunits = ['a.service']\n",
+    ))
+    .unwrap();
+    for (uid, times) in [(7, 0), (6, 0), (8, 0), (1001, 1), (OVERFLOW_ID, 0)] {
+        let somebody = Somebody::new(uid, &[uid], Some("b.service"));
+        let _ = loaded.policy.decide(&somebody);
+        assert_eq!(somebody.asked.get(), times, "uid {uid}");
+    }
+    assert!(loaded.policy.depends_on_units());
+    assert!(!load(OWNER).unwrap().policy.depends_on_units());
+}
+
+#[test]
+fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
+    let loaded = load(concat!(
+        "[deny.contractors]\nusers = ['2000-2999']\n",
+        "[allow.owner]\nusers = ['self']\n",
+        "[allow.backup]\nusers = ['alice']\ngroups = ['adm', 'any']\nunits = ['backup.service']\n",
+    ))
+    .unwrap();
+    let explain = |uid, gids: &[u32], unit| loaded.policy.explain(&Somebody::new(uid, gids, unit)).to_string();
+    assert_eq!(
+        explain(1001, &[1001, 4], Some("system.slice/backup.service")),
+        "admitted by allow.backup\n\
+         \x20 deny.contractors (f:1) does not match:\n\
+         \x20   users: no, uid 1001 is not among 2000-2999\n\
+         \x20 allow.owner (f:3) does not match:\n\
+         \x20   users: no, uid 1001 is not among self (1000)\n\
+         \x20 allow.backup (f:5) matches:\n\
+         \x20   users: yes, uid 1001 is among alice (1001)\n\
+         \x20   groups: yes, gid 1001 is among adm (4), any\n\
+         \x20   units: yes, /system.slice/backup.service is in backup.service\n"
+    );
+    let text = explain(2001, &[2001], None);
+    assert!(text.starts_with("denied by deny.contractors\n") && !text.contains("allow."), "{text}");
+    let text = explain(1001, &[1001], None);
+    assert!(text.starts_with("denied by default\n"), "{text}");
+    assert!(text.contains("units: not known, the unit cannot be told"), "{text}");
+    let text = explain(5, &[OVERFLOW_ID], None);
+    assert!(text.contains("groups: not known, one of the gids names no group here"), "{text}");
+    assert!(text.contains("units: not asked, the other keys settle it"), "{text}");
+}
+
+#[test]
+fn an_explanation_cannot_be_forged_by_the_name_of_a_unit() {
+    let loaded = load("[allow.a]\nunits = ['a.service']\n").unwrap();
+    let somebody = Somebody::new(5, &[5], Some("x\nadmitted by allow.a\u{1b}[2J.service"));
+    let text = loaded.policy.explain(&somebody).to_string();
+    assert_eq!(text.lines().next(), Some("denied by default"));
+    assert!(!text.contains('\u{1b}') && !text.lines().any(|line| line.starts_with("admitted")), "{text}");
+}
+
+#[test]
+fn a_rule_built_in_code_is_checked_like_one_from_a_file() {
+    let error = |rule: Rule<()>| Policy::new([rule], ME).unwrap_err().to_string();
+    let owner = || Rule::allow("owner", ());
+    assert!(error(owner()).starts_with("allow.owner: the rule says nothing about whom it is for; expected"));
+    assert!(error(owner().users(Vec::<User>::new())).contains("`users` is empty"));
+    assert!(error(owner().groups(Vec::<Group>::new())).contains("`groups` is empty"));
+    assert!(error(owner().units(Vec::<String>::new())).contains("`units` is empty"));
+    assert!(error(owner().users([User::Range(Uid::new(9), Uid::new(8))])).contains("the range 9-8"));
+    assert!(error(owner().users([Uid::new(u32::MAX)])).contains("the id 4294967295"));
+    assert!(error(owner().units(["a/b.service"])).contains("expected a unit's name"));
+    for name in ["", ".a", "-a", "a b", "ö", "a\n", &"a".repeat(65)] {
+        assert!(error(Rule::allow(name, ()).users([User::Any])).contains("the rule's name"), "{name:?}");
+    }
+    let twice = [owner().users([User::Me]), owner().users([User::Any])];
+    assert!(Policy::new(twice, ME).unwrap_err().to_string().contains("a second rule of this name"));
+    // A deny rule and an allow rule may share a name: their full names differ.
+    assert!(Policy::new([owner().users([User::Me]), Rule::deny("owner").users([User::Any])], ME).is_ok());
+}
+
+#[test]
+fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() {
+    const USERS: &str = "expected a user's name, an id, a range such as \"2000-2999\", \"self\" or \"any\"";
+    const GROUPS: &str = "expected a group's name, an id, a range such as \"2000-2999\", or \"any\"";
+    const UNIT: &str = "expected a unit's name such as \"backup.service\", or a pattern such as \"backup@*.service\"";
+    const IN_NAMES: &str = "where a unit's name has letters, digits, and any of : - _ . \\ @";
+    const ID: &str = "expected a whole number from 0 to 4294967294, without leading zeros";
+    let text = concat!(
+        "[deny.gone]\nusers = ['mallory', 'ldap']\nline-length = 5\n",
+        "[deny.empty]\n",
+        "[allow.ranges]\nusers = ['2999-2000', 4294967295, '1-4294967295', '', '1,2', '007', -3, true, 'a:b']\n",
+        "[allow.groups]\ngroups = ['self', ' adm', '5-']\nusers = []\nunits = 'a.service'\n",
+        "[allow.units]\nunits = ['', 'a/b.service', \"a\\n.service\", 'backup', 5]\n",
+        "[allow.'a b']\nusers = ['self']\n",
+        "[allow]\nwrong = 5\n",
+        "[limits]\n",
+    );
+    let expected = [
+        "f:2:10: the user \"mallory\" does not exist, and a denial must not be lost; expected a user the system knows",
+        "f:2:21: the user \"ldap\" could not be looked up (timed out); expected the user database to answer",
+        "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `units` (a deny rule has no terms)",
+        "f:4:7: `deny.empty` does not say whom it is for; expected `users`, `groups` or `units` in it",
+        &format!("f:6:10: the range \"2999-2000\", which runs backwards; {USERS}"),
+        &format!("f:6:23: `4294967295` is no id; {ID}"),
+        &format!("f:6:35: \"4294967295\" in \"1-4294967295\", which is no id from 0 to 4294967294; {USERS}"),
+        &format!("f:6:51: \"\", which is no user's name; {USERS}"),
+        &format!("f:6:55: \"1,2\" in \"1,2\", which is no id from 0 to 4294967294; {USERS}"),
+        &format!("f:6:62: \"007\" in \"007\", which is no id from 0 to 4294967294; {USERS}"),
+        &format!("f:6:69: `-3` is no id; {ID}"),
+        &format!("f:6:73: a boolean in `users`; {USERS}"),
+        &format!("f:6:79: \"a:b\", which is no user's name; {USERS}"),
+        &format!("f:8:11: \"self\" in `groups`, where it means nothing; {GROUPS}"),
+        &format!("f:8:19: \" adm\", which is no group's name; {GROUPS}"),
+        &format!("f:8:27: \"\" in \"5-\", which is no id from 0 to 4294967294; {GROUPS}"),
+        "f:9:9: `users` is empty; expected an array such as [\"self\", \"alice\", 1001, \"2000-2999\"]",
+        "f:10:9: `units` is a string; expected an array such as [\"backup.service\", \"session-*.scope\"]",
+        &format!("f:12:10: an empty unit name; {UNIT}"),
+        &format!("f:12:14: '/' in \"a/b.service\", {IN_NAMES}; {UNIT}"),
+        &format!("f:12:29: '\\n' in \"a\\n.service\", {IN_NAMES}; {UNIT}"),
+        &format!("f:12:44: \"backup\" is not the name of a unit that can hold processes; {UNIT}"),
+        "f:12:54: an integer in `units`; expected a unit's name such as \"backup.service\"",
+        "f:13:8: the rule's name \"a b\"; expected at most 64 letters, digits, `_`, `.` or `-`, of which the first is \
+         a letter or a digit",
+        "f:16:1: `allow.wrong` is not a table; expected a rule under a header such as [allow.NAME]",
+        "f:17:2: unknown key `limits`; expected one of `deny`, `allow`",
+    ];
+    assert_eq!(told(text), expected);
+}
+
+#[test]
+fn rules_that_are_no_tables_are_faults() {
+    let fault = |text| told(text).join("\n");
+    let expected = "f:1:9: `allow` is not a table; expected rules, each under a header such as [allow.NAME]";
+    assert_eq!(fault("allow = 5\n"), expected);
+    assert!(fault("[[deny]]\nusers = ['self']\n").contains("`deny` is not a table; expected rules"));
+}
+
+#[test]
+fn text_that_is_no_toml_is_told_with_its_place_and_does_not_hide_other_faults() {
+    let told = told(concat!(
+        "[allow.owner\nusers = ['self']\n",
+        "[deny.x]\nusers = [alice]\n",
+        "[deny.y]\nuser = ['alice']\na = 1\na = 2\n",
+    ));
+    assert!(told[0].starts_with("f:1:13: ") && told[0].contains("; expected"), "{told:#?}");
+    assert!(told.iter().any(|line| line.starts_with("f:4:10: ")), "{told:#?}");
+    assert!(told.iter().any(|line| line.starts_with("f:6:1: unknown key `user`")), "{told:#?}");
+    assert!(told.iter().any(|line| line.starts_with("f:8:1: duplicate key")), "{told:#?}");
+    assert!(!told.iter().any(|line| line.starts_with("f:2:")), "what follows a broken header is not judged: {told:#?}");
+}
+
+#[test]
+fn an_allow_rule_for_an_account_that_is_gone_is_a_warning_and_stops_nothing() {
+    let text = "[allow.staff]\nusers = ['mallory', 'alice']\ngroups = ['gone', 'adm']\n";
+    assert_eq!(
+        told(text),
+        [
+            "f:2:10: the user \"mallory\" does not exist and so matches nobody; expected a user the system knows",
+            "f:3:11: the group \"gone\" does not exist and so matches nobody; expected a group the system knows",
+        ]
+    );
+    assert_eq!(decide(&load(text).unwrap().policy, &Somebody::new(1001, &[4], None)), "allow.staff");
+    assert_eq!(
+        told("[allow.old]\nusers = ['mallory']\n")[0],
+        "f:1:8: allow.old can match nobody as it stands; expected a user or group that exists here"
+    );
+}
+
+#[test]
+fn a_lookup_that_fails_is_a_fault_even_in_an_allow_rule() {
+    assert!(load("[allow.x]\nusers = ['ldap']\n").unwrap_err().contains("could not be looked up"));
+}
+
+#[test]
+fn naming_the_overflow_id_is_a_warning() {
+    for value in ["65534", "'65534'", "'nobody'"] {
+        let told = told(&format!("{OWNER}[allow.x]\nusers = [{value}]\n"));
+        assert!(told[1].starts_with("f:4:10: the id 65534 stands for every user"), "{value}: {told:#?}");
+    }
+}
+
+#[test]
+fn a_file_that_admits_nobody_is_a_warning() {
+    for text in ["", "# nothing\n", "[deny.x]\nusers = ['alice']\n"] {
+        assert_eq!(told(text), ["f:1:1: no allow rule, so everyone is denied; expected one such as [allow.owner]"]);
+    }
+}
+
+#[test]
+fn a_rule_that_an_earlier_one_hides_is_a_warning() {
+    let hidden = |text: &str| -> Vec<String> {
+        let found = |warning: &String| warning.split(';').next().unwrap().to_owned();
+        told(text).iter().filter(|warning| warning.contains("never decides")).map(found).collect()
+    };
+    assert_eq!(
+        hidden("[allow.range]\nusers = ['2100-2199']\n[deny.contractors]\nusers = ['2000-2999']\n"),
+        ["f:1:8: allow.range never decides: deny.contractors (line 3) comes first for everyone it is for"]
+    );
+    assert_eq!(
+        hidden("[allow.any]\nusers = ['any']\n[allow.adm]\ngroups = ['adm']\n"),
+        ["f:3:8: allow.adm never decides: allow.any (line 1) comes first for everyone it is for"]
+    );
+    // Two rules together may hide a third; one with a condition of its own hides nothing.
+    assert_eq!(hidden("[allow.a]\nusers = ['1-5']\n[allow.b]\nusers = ['6-9']\n[allow.c]\nusers = ['4-8']\n").len(), 1);
+    assert_eq!(hidden("[allow.a]\nusers = ['any']\nunits = ['a.service']\n[allow.b]\nusers = ['4-8']\n").len(), 0);
+    assert_eq!(hidden("[allow.a]\ngroups = [1, 2]\n[allow.b]\ngroups = [2]\nusers = [5]\n").len(), 1);
+    assert_eq!(hidden("[allow.a]\nusers = ['1-5']\n[allow.b]\nusers = ['5-6']\n").len(), 0);
+}
+
+#[test]
+fn what_is_called_hidden_never_decides() {
+    let mut random = Random(42);
+    let mut hidden = 0;
+    for _ in 0..2000 {
+        let entries: Vec<_> = (0..random.below(10)).map(|number| random.entry(number)).collect();
+        let loaded = file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &Nobody).unwrap();
+        let told = loaded.warnings.iter().filter(|warning| warning.message().contains("never decides"));
+        let names: Vec<_> = told.map(|warning| warning.message().split(' ').next().unwrap()).collect();
+        hidden += names.len();
+        for _ in 0..50 {
+            let mut somebody = random.somebody();
+            somebody.complete = true;
+            if Uid::new(somebody.uid).is_known() && somebody.gids.iter().all(|gid| gid.is_known()) {
+                let decided = decide(&loaded.policy, &somebody);
+                assert!(!names.contains(&decided.as_str()), "{decided}\n{}", toml(&entries));
+            }
+        }
+    }
+    assert!(hidden > 500, "{hidden}");
+}
+
+/// Parses; checks that what comes of it is sound, whatever the text.
+fn check_any(text: &str) {
+    match file::parse::<(), ()>(&Source::new("f", text), ME, &Database) {
+        Ok(loaded) => {
+            // Whatever the rules on users say, whom nobody can name is not admitted by them.
+            let by_users = loaded.policy.rules().all(|rule| rule.listed_users().is_some());
+            let unmapped = Somebody::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
+            assert!(!by_users || matches!(loaded.policy.decide(&unmapped), Verdict::Denied(_)), "{text:?}");
+        }
+        Err(faults) => {
+            assert!(!faults.0.is_empty(), "{text:?}");
+            let lines: Vec<&str> = text.split('\n').collect();
+            for fault in &faults.0 {
+                let (line, column) = fault.place().unwrap();
+                assert!(line <= lines.len() && column <= lines[line - 1].chars().count() + 1, "{fault}\n{text:?}");
+                assert!(!fault.to_string().chars().any(char::is_control), "{fault:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn no_text_makes_the_reader_panic() {
+    const WHOLE: &str = concat!(
+        "[deny.x]\nusers = ['2000-2999', 0x1F, \"a\\u00e9\"]\n[allow.'b.c']\ngroups = [\"adm\", 4]\nusers=['self']\n",
+        "units = ['a@*.service']\n[[t]]\na.b = { c = [1, 2.5, 1979-05-27T07:32:00Z] } # é\n\"\"\"x\ny\"\"\" = '''z'''\n",
+    );
+    const ODD: [char; 18] =
+        ['[', ']', '"', '\'', '\n', '\r', '=', '.', '{', '}', ',', '#', 'é', '\0', '-', '0', '\u{1b}', '\u{10ffff}'];
+    let mut random = Random(3);
+    for _ in 0..10_000 {
+        let mut text: Vec<char> = WHOLE.chars().collect();
+        for _ in 0..1 + random.below(6) {
+            let at = random.below(text.len());
+            match random.below(4) {
+                0 => drop(text.drain(at..(at + 1 + random.below(20)).min(text.len()))),
+                1 => text.insert(at, *random.pick(&ODD)),
+                2 => text[at] = *random.pick(&ODD),
+                _ => text.truncate(at.max(1)),
+            }
+            if text.is_empty() {
+                text.push('[');
+            }
+        }
+        check_any(&text.into_iter().collect::<String>());
+    }
+}
+
+#[test]
+fn deep_nesting_is_not_followed_down_the_stack() {
+    for open in ["[", "{a=", "a."] {
+        check_any(&format!("x = {}", open.repeat(200_000)));
+    }
+    check_any(&("a.".repeat(100_000) + "b = 1"));
+    check_any(&format!("[{}b]\n", "a.".repeat(100_000)));
+    check_any(&format!("[allow.{}b]\n", "a.".repeat(100_000)));
+}
