@@ -548,6 +548,12 @@ impl<T: Terms> Gate<T> {
             self.audit.write(record);
         }
         peer.release_process();
+        // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
+        // the listener had it has yet to get it. What waits for accept carries credentials in any case.
+        let pass_credentials = self.pass_credentials == Some(true);
+        if pass_credentials {
+            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &true);
+        }
         (self.admit)(Admission {
             socket: arrival.socket,
             peer,
@@ -556,7 +562,7 @@ impl<T: Terms> Gate<T> {
             connection: arrival.number,
             listener: Arc::clone(self.listeners[arrival.listener].address()),
             generation,
-            pass_credentials: self.pass_credentials == Some(true),
+            pass_credentials,
         });
     }
 
