@@ -1,7 +1,7 @@
 //! The policy: named rules, and the decision about one subject.
 //!
 //! Pure: no sockets, no clock, no log, no files, no user database. Everyone may import it; it imports only
-//! [`ids`](crate::ids) and [`unit`](crate::unit). (Its submodule [`file`], which reads a policy from a file, does
+//! [`ids`](crate::ids) and [`unit`](crate::unit). (Its submodule [`mod@file`], which reads a policy from a file, does
 //! touch files and the user database, and imports this one.)
 //!
 //! Deny rules are consulted first, then allow rules, each in the order given; the first that matches decides.
