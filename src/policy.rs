@@ -71,7 +71,7 @@
 //! - `groups`, where no known group matches, and one of the groups names nobody or the list is incomplete.
 //! - `units`, where the peer's units cannot be tied to the very process that connected.
 //!
-//! An allow rule matches only if all of its keys hold. A deny rule matches unless one of its keys does not hold.
+//! An allow rule matches only if all of its keys hold, and never for a uid that names nobody. A deny rule matches unless one of its keys does not hold.
 //!
 //! # Names of units
 //!

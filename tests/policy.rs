@@ -86,7 +86,10 @@ mod model {
 
     /// Some(true): holds; Some(false): does not; None: cannot be told.
     fn user(entry: &Entry, who: &Somebody) -> Option<bool> {
-        let Some(users) = &entry.users else { return Some(true) };
+        let Some(users) = &entry.users else {
+            // Whoever names nobody is admitted by no rule, whatever it asks for.
+            return if entry.kind == Kind::Allow && !known(who.uid) { None } else { Some(true) };
+        };
         if known(who.uid) { Some(within(users, who.uid)) } else { None }
     }
 
