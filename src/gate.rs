@@ -180,6 +180,7 @@ impl<T: Terms> Door<T> {
             paused_until: None,
             pass_credentials: None,
             pacing: Pacing::new(setup.busy_poll),
+            allowance: 1,
             complained: false,
             accepting: true,
         };
@@ -292,6 +293,16 @@ impl<T> Shared<T> {
     }
 }
 
+/// Asks the kernel for what `policy` depends on and nothing else.
+pub fn learn<T>(peer: &mut Peer, socket: &impl AsFd, policy: &Policy<T>) {
+    if policy.depends_on_groups() {
+        peer.learn_groups(socket);
+    }
+    if policy.depends_on_units() {
+        peer.hold_process(socket);
+    }
+}
+
 struct Gate<T> {
     shared: Arc<Shared<T>>,
     epoll: Epoll,
@@ -308,6 +319,9 @@ struct Gate<T> {
     paused_until: Option<Instant>,
     pass_credentials: Option<bool>,
     pacing: Pacing,
+    /// How many to accept before looking for anything else: grows while more wait, so that one who comes
+    /// alone costs no second accept(2) in vain.
+    allowance: usize,
     complained: bool,
     accepting: bool,
 }
@@ -325,7 +339,8 @@ struct Arrival {
 
 impl<T: Terms> Gate<T> {
     fn prepare(&mut self) -> io::Result<()> {
-        self.epoll.add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        self.epoll
+            .add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let pass_credentials = self.shared.lock().ruling.pass_credentials;
         self.pass_credentials(pass_credentials)?;
         self.reserve = Some(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
@@ -396,7 +411,6 @@ impl<T: Terms> Gate<T> {
 
     /// Does what other threads asked for. True when it is time to go.
     fn obey(&mut self) -> bool {
-        let _ = self.shared.wake.read();
         let (wanted, to_see_off, stop) = {
             let mut orders = self.shared.lock();
             (orders.ruling.pass_credentials, std::mem::take(&mut orders.to_see_off), orders.stop.take())
@@ -424,7 +438,9 @@ impl<T: Terms> Gate<T> {
     }
 
     fn accept_some(&mut self, index: usize) {
-        for _ in 0..ACCEPTS_PER_TURN {
+        let allowance = self.allowance;
+        self.allowance = (2 * allowance).min(ACCEPTS_PER_TURN);
+        for _ in 0..allowance {
             let Some(listener) = self.listeners.get(index).filter(|_| self.accepting) else { return };
             match sys::accept(listener.as_fd()) {
                 Ok(socket) => {
@@ -433,7 +449,10 @@ impl<T: Terms> Gate<T> {
                     self.activity.stir();
                 }
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                    Some(Errno::EAGAIN) => return,
+                    Some(Errno::EAGAIN) => {
+                        self.allowance = 1;
+                        return;
+                    }
                     // It left before we came to it, or a signal: the next one.
                     Some(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
                     Some(Errno::EMFILE | Errno::ENFILE) => {
@@ -591,7 +610,11 @@ impl<T: Terms> Gate<T> {
     /// Asks the kernel; records the denial where it does not answer.
     fn identify(&self, arrival: &Arrival, ruling: &Ruling<T>) -> Option<Peer> {
         let socket = &arrival.socket;
-        let asked = if ruling.policy.depends_on_units() { Peer::of(socket) } else { Peer::credentials_of(socket) };
+        // Each fact costs a call: only those that the policy needs.
+        let asked = Peer::ids_of(socket).map(|mut peer| {
+            learn(&mut peer, socket, &ruling.policy);
+            peer
+        });
         if asked.is_err() {
             self.audit.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
                 reason: Some(Reason::NoCredentials),

@@ -19,7 +19,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recv, rec
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Admission, Usher};
+use peergate::gate::{Admission, Usher, learn};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
 use peergate::pacing::Pacing;
@@ -158,7 +158,8 @@ impl Worker {
             beat: Arc::new(Beat::default()),
         });
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        // Edge-triggered, it never needs to be read: each write makes a new edge.
+        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let mut serving = Loop::new(Arc::clone(&mailbox), epoll, ruling, surroundings);
         let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || serving.run())?;
         Ok(Self { mailbox, number, thread: Some(thread) })
@@ -339,7 +340,7 @@ impl Loop {
             let count = self.wait(&mut events);
             for event in &events[..count] {
                 match event.data() {
-                    TOKEN_WAKE => drop(self.mailbox.wake.read()),
+                    TOKEN_WAKE => {}
                     slot => self.turn(slot as usize),
                 }
             }
@@ -619,9 +620,7 @@ impl Loop {
     /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
     fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
         let policy = &self.ruling.policy;
-        if policy.depends_on_units() {
-            connection.peer.hold_process(&connection.socket);
-        }
+        learn(&mut connection.peer, &connection.socket, policy);
         let verdict = policy.decide(&connection.peer);
         connection.peer.release_process();
         match verdict {
