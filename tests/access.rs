@@ -330,7 +330,8 @@ fn explain(config: &Path, args: &[&str]) -> (i32, String) {
 #[test]
 fn explain_and_the_running_service_agree_about_a_live_process() {
     needs_root();
-    let policy = "[deny.tainted]\ngroups = [64100]\n[allow.those]\nusers = [64001, 64002]\n[allow.staff]\ngroups = [64200]\n";
+    let policy =
+        "[deny.tainted]\ngroups = [64100]\n[allow.those]\nusers = [64001, 64002]\n[allow.staff]\ngroups = [64200]\n";
     let echod = Start::serving(policy).ready();
     for (who, expected) in [
         ("64001:64001", "admitted by allow.those"),

@@ -275,9 +275,9 @@ pub fn show(bytes: &[u8]) -> String {
         return text;
     }
     // Unequal bytes must stay unequal.
-    let sum = bytes.iter().fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| {
-        (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let sum = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
     format!("{}...{} ({} bytes, hash {sum:x})", &text[..500], &text[text.len() - 500..], bytes.len())
 }
 
@@ -531,7 +531,8 @@ impl Journald {
         thread::spawn(move || {
             let mut buffer = vec![0; 1 << 20];
             loop {
-                let gone = state.try_wait(|state| (!state.stopped || state.epoch != epoch).then_some(state.epoch != epoch));
+                let gone =
+                    state.try_wait(|state| (!state.stopped || state.epoch != epoch).then_some(state.epoch != epoch));
                 if gone != Some(false) {
                     return;
                 }
@@ -769,15 +770,7 @@ impl Start {
         // As PID 1, keep the listeners; of what comes from the store the program has the only copy.
         let mut sockets = self.sockets;
         sockets.retain(|(name, _)| !name.starts_with("echod-") && name != "stored");
-        Echod {
-            process,
-            manager,
-            stdout,
-            stderr,
-            sockets,
-            place: self.place,
-            config: self.args.clone(),
-        }
+        Echod { process, manager, stdout, stderr, sockets, place: self.place, config: self.args.clone() }
     }
 
     /// Starts it and waits until it says that it is ready.
@@ -865,7 +858,8 @@ impl Echod {
 
     /// `echod reload PID`: its exit code and what it said.
     pub fn reload(&self) -> (i32, String) {
-        let asked = Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &self.pid().to_string()]).output().unwrap();
+        let asked =
+            Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &self.pid().to_string()]).output().unwrap();
         (asked.status.code().unwrap(), String::from_utf8(asked.stderr).unwrap())
     }
 
@@ -879,7 +873,8 @@ impl Echod {
     /// Waits for the end: exit status, standard output, standard error.
     pub fn wait(mut self) -> (ExitStatus, String, String) {
         let status = self.wait_for_exit();
-        let all = |output: &Shared<(String, bool)>| output.try_wait(|(text, ended)| ended.then(|| text.clone())).unwrap();
+        let all =
+            |output: &Shared<(String, bool)>| output.try_wait(|(text, ended)| ended.then(|| text.clone())).unwrap();
         (status, all(&self.stdout), all(&self.stderr))
     }
 

@@ -167,8 +167,7 @@ fn activate(count: usize, program: &str, args: impl Iterator<Item = String>) -> 
         let mut byte = [0];
         let mut parts = [IoSliceMut::new(&mut byte)];
         let mut control = nix::cmsg_space!([RawFd; 250]);
-        let message =
-            recvmsg::<()>(io::stdin().as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty())?;
+        let message = recvmsg::<()>(io::stdin().as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty())?;
         for one in message.cmsgs()? {
             let ControlMessageOwned::ScmRights(fds) = one else { continue };
             for fd in fds {
