@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recv, recvmsg, send};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, Shutdown, UnixCredentials, recv, recvmsg, send, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
@@ -502,6 +502,7 @@ impl Loop {
     /// The end of a connection that is in no place any more.
     fn part(&mut self, mut connection: Box<Connection>, outcome: Outcome) {
         let reason = match &outcome {
+            Outcome::Over(None) if self.ending.is_some() => Some(Reason::Stopping),
             Outcome::Over(reason) => *reason,
             Outcome::TooLong => Some(Reason::LineLength),
             Outcome::Stranger(_) => Some(Reason::Sender),
@@ -673,24 +674,12 @@ impl Loop {
                     carried.push((*connection).at_rest());
                 }
                 Outcome::Goes => {
-                    // Everything received is echoed, a fragment too; then the end.
-                    let limit = self.limit_of(&connection);
-                    connection.state = State::Finishing;
-                    match connection.flush(limit, &mut self.buffers, &self.around.audit) {
-                        Outcome::Goes => {
-                            let mut event = EpollEvent::new(connection.interest(), slot as u64);
-                            let _ = self.epoll.modify(&connection.socket, &mut event);
-                            self.connections[slot] = Some(connection);
-                        }
-                        Outcome::Over(None) => {
-                            self.free.push(slot);
-                            self.part(connection, Outcome::Over(Some(Reason::Stopping)));
-                        }
-                        other => {
-                            self.free.push(slot);
-                            self.part(connection, other);
-                        }
-                    }
+                    // Everything received by now is echoed, a fragment too; then the end. On our side what is in the
+                    // queue can still be read, and after it comes the end of file; the peer can add nothing to it.
+                    let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Read);
+                    let mut event = EpollEvent::new(connection.interest(), slot as u64);
+                    let _ = self.epoll.modify(&connection.socket, &mut event);
+                    self.connections[slot] = Some(connection);
                 }
                 over => {
                     self.free.push(slot);
