@@ -22,6 +22,7 @@ use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::{Admission, Usher};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
+use peergate::pacing::Pacing;
 use peergate::peer::Peer;
 use peergate::policy::{Policy, Rule, Verdict};
 use peergate::service::{Activity, Beat, Watched};
@@ -287,7 +288,7 @@ struct Loop {
     buffers: Buffers,
     too_long: Arc<[u8]>,
     nothing: Arc<[u8]>,
-    last_event: Option<Instant>,
+    pacing: Pacing,
     ending: Option<Ending>,
 }
 
@@ -307,6 +308,7 @@ struct Buffers {
 
 impl Loop {
     fn new(mailbox: Arc<Mailbox>, epoll: Epoll, ruling: Ruling, around: Surroundings) -> Self {
+        let pacing = Pacing::new(around.busy_poll);
         Self {
             mailbox,
             epoll,
@@ -325,7 +327,7 @@ impl Loop {
             },
             too_long: Arc::from(line::TOO_LONG),
             nothing: Arc::from(&b""[..]),
-            last_event: None,
+            pacing,
             ending: None,
         }
     }
@@ -351,38 +353,16 @@ impl Loop {
         }
     }
 
-    /// Waits for events. As long as they come closer together than `busy_poll` lasts, it looks again
-    /// for so long before it sleeps: to be woken costs more than that.
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
-        if let (Some(span), Some(last)) = (self.around.busy_poll, self.last_event) {
-            loop {
-                if let Ok(count @ 1..) = self.epoll.wait(events, EpollTimeout::ZERO) {
-                    self.last_event = Some(Instant::now());
-                    return count;
-                }
-                if self.mailbox.waiting.load(Ordering::SeqCst) {
-                    return 0;
-                }
-                if last.elapsed() >= span {
-                    break;
-                }
-                std::hint::spin_loop();
-            }
-            self.last_event = None;
+        let mailbox = &self.mailbox;
+        let has_mail = || mailbox.waiting.load(Ordering::SeqCst);
+        if let Some(count) = self.pacing.look(&self.epoll, events, has_mail) {
+            return count;
         }
-        self.mailbox.asleep.store(true, Ordering::SeqCst);
-        let count = if self.mailbox.waiting.load(Ordering::SeqCst) {
-            0
-        } else {
-            let asleep_since = self.around.busy_poll.map(|_| Instant::now());
-            let count = self.epoll.wait(events, self.timeout()).unwrap_or(0);
-            if let (Some(span), Some(since)) = (self.around.busy_poll, asleep_since) {
-                let now = Instant::now();
-                // It was worth looking: the next event came sooner than the look would have lasted.
-                self.last_event = (now.duration_since(since) < span).then_some(now);
-            }
-            count
-        };
+        // Said before the last look into the mailbox, so that whoever posts after it wakes us.
+        mailbox.asleep.store(true, Ordering::SeqCst);
+        let timeout = if has_mail() { EpollTimeout::ZERO } else { self.timeout() };
+        let count = self.pacing.sleep(&self.epoll, events, timeout);
         self.mailbox.asleep.store(false, Ordering::SeqCst);
         count
     }
