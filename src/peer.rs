@@ -26,6 +26,14 @@ use crate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
 use crate::sys;
 use crate::unit::Units;
 
+impl Uid {
+    /// The user whose rights this process uses (geteuid(2)): whom [`User::Me`](crate::policy::User::Me) usually
+    /// stands for.
+    pub fn effective() -> Self {
+        Self::new(nix::unistd::geteuid().as_raw())
+    }
+}
+
 /// Who is on the other end of a connected AF_UNIX socket, as of connect(2).
 #[derive(Debug)]
 pub struct Peer {
