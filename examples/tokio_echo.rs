@@ -81,7 +81,7 @@ async fn meet(guest: UnixStream, listener: Arc<str>, gate: Arc<Gate>) -> io::Res
     };
     match gate.inside.acquire(peer.uid(), gate.caps.connections, gate.caps.connections_per_user) {
         Ok(_permit) => {
-            gate.audit.admitted();
+            gate.audit.admitted(&mut peer, &guest, &listener, rule.name());
             peer.release_process();
             echo(guest).await
         }

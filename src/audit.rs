@@ -181,7 +181,7 @@ pub struct About {
     pub uid: Uid,
     /// PEER_GID; a summary has none, it stands for all of the user's.
     pub gid: Option<Gid>,
-    /// PEER_GROUPS: the supplementary groups; empty where the record is not about a connection's start.
+    /// PEER_GROUPS: the effective group and the supplementary ones; empty where the record is not about a connection's start.
     pub groups: Box<[Gid]>,
     /// PEER_PID.
     pub pid: Option<i32>,
@@ -192,8 +192,7 @@ pub struct About {
 impl About {
     /// Everything a record may tell of `peer`, details included.
     pub fn peer(peer: &Peer, details: Details) -> Self {
-        let groups = peer.gids().get(1..).unwrap_or_default().into();
-        Self { uid: peer.uid(), gid: Some(peer.gid()), groups, pid: peer.pid(), details }
+        Self { uid: peer.uid(), gid: Some(peer.gid()), groups: peer.gids().into(), pid: peer.pid(), details }
     }
 
     /// What is still known of `peer` when its connection ends.
@@ -201,6 +200,21 @@ impl About {
         let unit = peer.remembered_units().map(|units| crate::peer::printable(units.name()));
         let details = Details { unit, ..Details::default() };
         Self { uid: peer.uid(), gid: Some(peer.gid()), groups: Box::default(), pid: peer.pid(), details }
+    }
+}
+
+/// Where a peer connected: the listening socket's address, and the connection's number where it has one.
+#[derive(Clone, Copy, Debug)]
+pub struct At<'a> {
+    /// GATE_SOCKET.
+    pub listener: &'a Arc<str>,
+    /// GATE_CONNECTION.
+    pub connection: Option<u64>,
+}
+
+impl<'a> From<&'a Arc<str>> for At<'a> {
+    fn from(listener: &'a Arc<str>) -> Self {
+        Self { listener, connection: None }
     }
 }
 
@@ -246,6 +260,15 @@ impl Record {
             duration: None,
             about: None,
             text: None,
+        }
+    }
+
+    fn at(event: Event, at: At<'_>, rule: Option<&RuleName>) -> Self {
+        Self {
+            rule: Some(rule.map_or("default", RuleName::as_str).into()),
+            socket: Some(Arc::clone(at.listener)),
+            connection: at.connection,
+            ..Self::new(event)
         }
     }
 
@@ -490,32 +513,39 @@ impl Audit {
         self.0.scope.load(Ordering::Relaxed) >= Scope::Lines as u8
     }
 
-    /// Records that `peer`, connected to the socket at the address `listener`, was denied by `rule`, or because
-    /// no rule allows it. For whoever accepts connections without a [`Door`](crate::Door), which does this itself.
-    pub fn denied(&self, peer: &mut Peer, connection: &impl AsFd, listener: &Arc<str>, rule: Option<&RuleName>) {
-        self.turned_away_peer(Event::Denied, Reason::Policy, peer, connection, listener, rule);
+    /// Records that `peer` was denied by `rule`, or because no rule allows it.
+    pub fn denied<'a>(&self, peer: &mut Peer, socket: &impl AsFd, at: impl Into<At<'a>>, rule: Option<&RuleName>) {
+        self.turned_away_peer(Event::Denied, Reason::Policy, peer, socket, at.into(), rule);
     }
 
-    /// Records that `peer` was admitted by `rule`, but found no place. Otherwise as [`denied`](Self::denied).
-    pub fn refused(
+    /// Records that `peer` was admitted by `rule`, but found no place.
+    pub fn refused<'a>(
         &self,
         peer: &mut Peer,
-        connection: &impl AsFd,
-        listener: &Arc<str>,
+        socket: &impl AsFd,
+        at: impl Into<At<'a>>,
         rule: &RuleName,
         excess: Excess,
     ) {
-        self.turned_away_peer(Event::Refused, excess.into(), peer, connection, listener, Some(rule));
+        self.turned_away_peer(Event::Refused, excess.into(), peer, socket, at.into(), Some(rule));
     }
 
     /// Records that somebody was denied of whom the kernel would tell nothing ([`Peer::of`] failed).
-    pub fn unidentified(&self, listener: &Arc<str>) {
+    pub fn unidentified<'a>(&self, at: impl Into<At<'a>>) {
         self.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
             reason: Some(Reason::NoCredentials),
-            rule: Some("default".into()),
-            socket: Some(Arc::clone(listener)),
-            ..Record::new(Event::Denied)
+            ..Record::at(Event::Denied, at.into(), None)
         });
+    }
+
+    /// Records that `peer` was admitted by `rule`. Counted in any case, written where the settings say so.
+    pub fn admitted<'a>(&self, peer: &mut Peer, socket: &impl AsFd, at: impl Into<At<'a>>, rule: &RuleName) {
+        self.0.admitted.fetch_add(1, Ordering::Relaxed);
+        if self.writes_connections() {
+            let details = peer.details(socket);
+            let about = Some(About::peer(peer, details));
+            self.write(Record { about, ..Record::at(Event::Admitted, at.into(), Some(rule)) });
+        }
     }
 
     fn turned_away_peer(
@@ -523,19 +553,14 @@ impl Audit {
         event: Event,
         reason: Reason,
         peer: &mut Peer,
-        connection: &impl AsFd,
-        listener: &Arc<str>,
+        socket: &impl AsFd,
+        at: At<'_>,
         rule: Option<&RuleName>,
     ) {
         self.turned_away(event, reason, Some(peer.uid()), || {
-            let details = peer.details(connection);
-            Record {
-                reason: Some(reason),
-                rule: Some(rule.map_or("default", RuleName::as_str).into()),
-                socket: Some(Arc::clone(listener)),
-                about: Some(About::peer(peer, details)),
-                ..Record::new(event)
-            }
+            let details = peer.details(socket);
+            let about = Some(About::peer(peer, details));
+            Record { reason: Some(reason), about, ..Record::at(event, at, rule) }
         });
     }
 
@@ -561,11 +586,6 @@ impl Audit {
         let mut state = self.lock();
         state.push(record);
         self.wake(state);
-    }
-
-    /// Counts a peer admitted.
-    pub fn admitted(&self) {
-        self.0.admitted.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Keeps a record that no summary stands for. Where there is no room it is only counted, and the
