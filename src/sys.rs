@@ -9,6 +9,8 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::sys::signal::SigSet;
+
 /// Linux's `SCM`/`SO` numbers that libc may lack on the oldest version we build with.
 const SO_COOKIE: libc::c_int = 57;
 
@@ -118,6 +120,21 @@ pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> 
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// The set of these signals. By number, because nix has no names for the real-time ones.
+pub(crate) fn signal_set(numbers: &[i32]) -> SigSet {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: writes the whole set, and nothing else.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: sigemptyset has just made it.
+    let mut set = unsafe { set.assume_init() };
+    for number in numbers {
+        // SAFETY: a valid set; a number that is no signal changes nothing.
+        unsafe { libc::sigaddset(&mut set, *number) };
+    }
+    // SAFETY: made by sigemptyset and sigaddset alone.
+    unsafe { SigSet::from_sigset_t_unchecked(set) }
 }
 
 fn getsockopt(
