@@ -1,6 +1,6 @@
 //! The small echo that inetd-style servers start for each connection: standard input and output are the socket.
 //! Only the benchmark uses it, behind socat, s6-ipcserver and systemd-socket-activate --inetd.
-use std::io::{Read, Write};
+use std::io::{BufRead, Read, Write};
 
 fn main() -> std::io::Result<()> {
     let (mut input, mut output) = (std::io::stdin().lock(), std::io::stdout().lock());
@@ -12,12 +12,13 @@ fn main() -> std::io::Result<()> {
             return Ok(());
         }
         answer.clear();
-        for piece in chunk[..n].split_inclusive(|&b| b == b'\n') {
+        let mut rest = &chunk[..n];
+        while !rest.is_empty() {
             if at_start {
                 answer.extend_from_slice(b"> ");
             }
-            answer.extend_from_slice(piece);
-            at_start = piece.ends_with(b"\n");
+            rest.read_until(b'\n', &mut answer)?;
+            at_start = answer.ends_with(b"\n");
         }
         // Standard output is line-buffered; an answer that ends inside a line still has to leave.
         output.write_all(&answer)?;

@@ -168,7 +168,7 @@ pub struct About {
     pub uid: Uid,
     /// PEER_GID; a summary has none, it stands for all of the user's.
     pub gid: Option<Gid>,
-    /// PEER_GROUPS: the supplementary groups; empty where the record is not about a connection's start.
+    /// PEER_GROUPS: the effective group and the supplementary ones; empty where the record is not about a connection's start.
     pub groups: Box<[Gid]>,
     /// PEER_PID.
     pub pid: Option<i32>,
@@ -179,8 +179,7 @@ pub struct About {
 impl About {
     /// Everything a record may tell of `peer`, details included.
     pub fn peer(peer: &Peer, details: Details) -> Self {
-        let groups = peer.gids().get(1..).unwrap_or_default().into();
-        Self { uid: peer.uid(), gid: Some(peer.gid()), groups, pid: peer.pid(), details }
+        Self { uid: peer.uid(), gid: Some(peer.gid()), groups: peer.gids().into(), pid: peer.pid(), details }
     }
 
     /// What is still known of `peer` when its connection ends.

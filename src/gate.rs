@@ -22,6 +22,7 @@ use self::farewell::Farewell;
 use crate::activation::Listener;
 use crate::audit::{About, Audit, Event, Reason, Record, Severity};
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
+use crate::pacing::Pacing;
 use crate::peer::Peer;
 use crate::policy::{Policy, Rule, Verdict};
 use crate::service::{Activity, Beat, Watched};
@@ -178,8 +179,8 @@ impl<T: Terms> Door<T> {
             reserve: None,
             paused_until: None,
             pass_credentials: None,
-            busy_poll: setup.busy_poll,
-            last_accept: None,
+            pacing: Pacing::new(setup.busy_poll),
+            allowance: 1,
             complained: false,
             accepting: true,
         };
@@ -292,6 +293,16 @@ impl<T> Shared<T> {
     }
 }
 
+/// Asks the kernel for what `policy` depends on and nothing else.
+pub fn learn<T>(peer: &mut Peer, socket: &impl AsFd, policy: &Policy<T>) {
+    if policy.depends_on_groups() {
+        peer.learn_groups(socket);
+    }
+    if policy.depends_on_units() {
+        peer.hold_process(socket);
+    }
+}
+
 struct Gate<T> {
     shared: Arc<Shared<T>>,
     epoll: Epoll,
@@ -301,27 +312,35 @@ struct Gate<T> {
     admit: Box<dyn FnMut(Admission<T>) + Send>,
     activity: Arc<Activity>,
     farewell: Farewell,
-    waiting: Vec<Waiting>,
+    /// Those over a limit who get a second look.
+    waiting: Vec<Arrival>,
     /// Held open only to be closed when descriptors run out: one can then still be accepted and told.
     reserve: Option<OwnedFd>,
     paused_until: Option<Instant>,
     pass_credentials: Option<bool>,
-    busy_poll: Option<Duration>,
-    last_accept: Option<Instant>,
+    pacing: Pacing,
+    /// How many to accept before looking for anything else: grows while more wait, so that one who comes
+    /// alone costs no second accept(2) in vain.
+    allowance: usize,
     complained: bool,
     accepting: bool,
 }
 
-/// One over a limit who gets a second look.
-struct Waiting {
+/// Somebody at the door.
+struct Arrival {
     socket: OwnedFd,
+    /// Which listener they came to.
     listener: usize,
-    since: Instant,
+    /// GATE_CONNECTION, whatever becomes of them.
+    number: u64,
+    /// When they were found over a limit for the first time.
+    over_limit_since: Option<Instant>,
 }
 
 impl<T: Terms> Gate<T> {
     fn prepare(&mut self) -> io::Result<()> {
-        self.epoll.add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        self.epoll
+            .add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let pass_credentials = self.shared.lock().ruling.pass_credentials;
         self.pass_credentials(pass_credentials)?;
         self.reserve = Some(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
@@ -370,17 +389,14 @@ impl<T: Terms> Gate<T> {
 
     /// Waits for something to do; looks again for a while before it sleeps if connections come close together.
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
-        let spin_until = match (self.busy_poll, self.last_accept.take()) {
-            (Some(span), Some(last)) => Some(last + span),
-            _ => None,
-        };
-        while spin_until.is_some_and(|until| Instant::now() < until) {
-            match self.epoll.wait(events, EpollTimeout::ZERO) {
-                Ok(0) | Err(_) => std::hint::spin_loop(),
-                Ok(count) => return count,
-            }
+        if let Some(count) = self.pacing.look(&self.epoll, events, || false) {
+            return count;
         }
-        let due = [self.farewell.due(), self.paused_until, self.waiting.first().map(|one| one.since + SECOND_LOOK)];
+        let due = [
+            self.farewell.due(),
+            self.paused_until,
+            self.waiting.first().and_then(|one| Some(one.over_limit_since? + SECOND_LOOK)),
+        ];
         let timeout = match due.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
             // While somebody waits for a second look a place may come free at any time.
@@ -390,12 +406,11 @@ impl<T: Terms> Gate<T> {
                 EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
             }
         };
-        self.epoll.wait(events, timeout).unwrap_or(0)
+        self.pacing.sleep(&self.epoll, events, timeout)
     }
 
     /// Does what other threads asked for. True when it is time to go.
     fn obey(&mut self) -> bool {
-        let _ = self.shared.wake.read();
         let (wanted, to_see_off, stop) = {
             let mut orders = self.shared.lock();
             (orders.ruling.pass_credentials, std::mem::take(&mut orders.to_see_off), orders.stop.take())
@@ -423,18 +438,21 @@ impl<T: Terms> Gate<T> {
     }
 
     fn accept_some(&mut self, index: usize) {
-        for _ in 0..ACCEPTS_PER_TURN {
+        let allowance = self.allowance;
+        self.allowance = (2 * allowance).min(ACCEPTS_PER_TURN);
+        for _ in 0..allowance {
             let Some(listener) = self.listeners.get(index).filter(|_| self.accepting) else { return };
             match sys::accept(listener.as_fd()) {
                 Ok(socket) => {
-                    if self.busy_poll.is_some() {
-                        self.last_accept = Some(Instant::now());
-                    }
-                    self.judge(socket, index, None);
+                    let arrival = self.arrival(socket, index);
+                    self.judge(arrival, Instant::now());
                     self.activity.stir();
                 }
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                    Some(Errno::EAGAIN) => return,
+                    Some(Errno::EAGAIN) => {
+                        self.allowance = 1;
+                        return;
+                    }
                     // It left before we came to it, or a signal: the next one.
                     Some(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
                     Some(Errno::EMFILE | Errno::ENFILE) => {
@@ -465,7 +483,8 @@ impl<T: Terms> Gate<T> {
         let accepted = self.listeners.get(index).map(|listener| sys::accept(listener.as_fd()));
         let told = match accepted {
             Some(Ok(socket)) => {
-                self.judge_without_room(socket, index);
+                let arrival = self.arrival(socket, index);
+                self.judge_without_room(arrival);
                 true
             }
             _ => false,
@@ -505,67 +524,82 @@ impl<T: Terms> Gate<T> {
         }
     }
 
+    fn arrival(&self, socket: OwnedFd, listener: usize) -> Arrival {
+        let number = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
+        Arrival { socket, listener, number, over_limit_since: None }
+    }
+
     /// Those over a limit, once more: a place may have come free since.
     fn look_again(&mut self, now: Instant) {
-        for one in std::mem::take(&mut self.waiting) {
-            self.judge(one.socket, one.listener, Some((one.since, now)));
+        for arrival in std::mem::take(&mut self.waiting) {
+            self.judge(arrival, now);
         }
     }
 
-    /// Who is it, may they in, is there a place? `waited`: since when they have been looked at, and now.
-    fn judge(&mut self, socket: OwnedFd, index: usize, waited: Option<(Instant, Instant)>) {
+    /// Who is it, may they in, is there a place?
+    fn judge(&mut self, mut arrival: Arrival, now: Instant) {
         let (ruling, generation) = self.ruling();
-        let Some(peer) = self.identify(&socket, index, &ruling) else {
-            return self.farewell.begin(&self.epoll, socket, &self.shared.replies.denied);
+        let judged = match self.identify(&arrival, &ruling) {
+            Some(peer) => self.verdict(&arrival, &ruling, peer),
+            None => Err(None),
         };
-        let (rule, permit, mut peer) = match self.verdict(&socket, index, &ruling, peer) {
+        let (rule, permit, peer) = match judged {
             Ok(admitted) => admitted,
-            Err(None) => return self.farewell.begin(&self.epoll, socket, &self.shared.replies.denied),
+            Err(None) => return self.farewell.begin(&self.epoll, arrival.socket, &self.shared.replies.denied),
             Err(Some((excess, rule, peer))) => {
-                let since = match waited {
-                    None if self.waiting.len() < MOST_WAITING => Some(Instant::now()),
-                    Some((since, now)) if now.saturating_duration_since(since) < SECOND_LOOK => Some(since),
-                    _ => None,
-                };
-                if let Some(since) = since {
-                    return self.waiting.push(Waiting { socket, listener: index, since });
+                let over_since = *arrival.over_limit_since.get_or_insert(now);
+                if now.saturating_duration_since(over_since) < SECOND_LOOK && self.waiting.len() < MOST_WAITING {
+                    return self.waiting.push(arrival);
                 }
-                self.record_refusal(excess, &rule, peer, &socket, index);
-                return self.farewell.begin(&self.epoll, socket, &self.shared.replies.busy);
+                self.record_refusal(excess, &rule, peer, &arrival);
+                return self.farewell.begin(&self.epoll, arrival.socket, &self.shared.replies.busy);
             }
         };
-        let connection = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
-        let listener = Arc::clone(self.listeners[index].address());
+        self.let_in(arrival, rule, permit, peer, generation);
+    }
+
+    fn let_in(&mut self, arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
         self.audit.admitted();
         if self.audit.writes_connections() {
-            let details = peer.details(&socket);
-            self.audit.write(Record {
-                rule: Some(rule.name().as_str().into()),
-                socket: Some(Arc::clone(&listener)),
-                connection: Some(connection),
-                about: Some(About::peer(&peer, details)),
-                ..Record::new(Event::Admitted)
-            });
+            let details = peer.details(&arrival.socket);
+            let about = About::peer(&peer, details);
+            let record = self.record(Event::Admitted, &arrival, rule.name().as_str(), Some(about));
+            self.audit.write(record);
         }
         peer.release_process();
+        // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
+        // the listener had it has yet to get it. What waits for accept carries credentials in any case.
         let pass_credentials = self.pass_credentials == Some(true);
-        (self.admit)(Admission { socket, peer, rule, permit, connection, listener, generation, pass_credentials });
+        if pass_credentials {
+            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &true);
+        }
+        (self.admit)(Admission {
+            socket: arrival.socket,
+            peer,
+            rule,
+            permit,
+            connection: arrival.number,
+            listener: Arc::clone(self.listeners[arrival.listener].address()),
+            generation,
+            pass_credentials,
+        });
     }
 
     /// As [`judge`](Self::judge) where there is no descriptor for anyone to stay.
-    fn judge_without_room(&mut self, socket: OwnedFd, index: usize) {
+    fn judge_without_room(&mut self, arrival: Arrival) {
         let (ruling, _) = self.ruling();
-        let reply = match self.identify(&socket, index, &ruling) {
-            None => &self.shared.replies.denied,
-            Some(peer) => match self.verdict(&socket, index, &ruling, peer) {
-                Err(None) => &self.shared.replies.denied,
-                Ok((rule, _, peer)) | Err(Some((_, rule, peer))) => {
-                    self.record_refusal(Excess::Total, &rule, peer, &socket, index);
-                    &self.shared.replies.busy
-                }
-            },
+        let judged = match self.identify(&arrival, &ruling) {
+            Some(peer) => self.verdict(&arrival, &ruling, peer),
+            None => Err(None),
         };
-        self.farewell.at_once(socket, reply);
+        let reply = match judged {
+            Err(None) => &self.shared.replies.denied,
+            Ok((rule, _, peer)) | Err(Some((_, rule, peer))) => {
+                self.record_refusal(Excess::Total, &rule, peer, &arrival);
+                &self.shared.replies.busy
+            }
+        };
+        self.farewell.at_once(arrival.socket, reply);
     }
 
     fn ruling(&self) -> (Ruling<T>, u64) {
@@ -574,14 +608,17 @@ impl<T: Terms> Gate<T> {
     }
 
     /// Asks the kernel; records the denial where it does not answer.
-    fn identify(&self, socket: &OwnedFd, index: usize, ruling: &Ruling<T>) -> Option<Peer> {
-        let asked = if ruling.policy.depends_on_units() { Peer::of(socket) } else { Peer::credentials_of(socket) };
+    fn identify(&self, arrival: &Arrival, ruling: &Ruling<T>) -> Option<Peer> {
+        let socket = &arrival.socket;
+        // Each fact costs a call: only those that the policy needs.
+        let asked = Peer::ids_of(socket).map(|mut peer| {
+            learn(&mut peer, socket, &ruling.policy);
+            peer
+        });
         if asked.is_err() {
             self.audit.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
                 reason: Some(Reason::NoCredentials),
-                rule: Some("default".into()),
-                socket: Some(Arc::clone(self.listeners[index].address())),
-                ..Record::new(Event::Denied)
+                ..self.record(Event::Denied, arrival, "default", None)
             });
         }
         asked.ok()
@@ -591,23 +628,19 @@ impl<T: Terms> Gate<T> {
     #[allow(clippy::type_complexity)]
     fn verdict(
         &self,
-        socket: &OwnedFd,
-        index: usize,
+        arrival: &Arrival,
         ruling: &Ruling<T>,
         mut peer: Peer,
     ) -> Result<(Arc<Rule<T>>, Permit, Peer), Option<(Excess, Arc<Rule<T>>, Peer)>> {
         match ruling.policy.decide(&peer) {
             Verdict::Denied(rule) => {
                 let uid = peer.uid();
-                self.audit.turned_away(Event::Denied, Reason::Policy, Some(uid), || Record {
-                    reason: Some(Reason::Policy),
-                    rule: Some(rule.map_or("default", |rule| rule.name().as_str()).into()),
-                    socket: Some(Arc::clone(self.listeners[index].address())),
-                    about: Some({
-                        let details = peer.details(socket);
-                        About::peer(&peer, details)
-                    }),
-                    ..Record::new(Event::Denied)
+                self.audit.turned_away(Event::Denied, Reason::Policy, Some(uid), || {
+                    let details = peer.details(&arrival.socket);
+                    let rule = rule.map_or("default", |rule| rule.name().as_str());
+                    let about = About::peer(&peer, details);
+                    let record = self.record(Event::Denied, arrival, rule, Some(about));
+                    Record { reason: Some(Reason::Policy), ..record }
                 });
                 Err(None)
             }
@@ -622,31 +655,34 @@ impl<T: Terms> Gate<T> {
         }
     }
 
-    fn record_refusal(&self, excess: Excess, rule: &Rule<T>, mut peer: Peer, socket: &OwnedFd, index: usize) {
+    fn record_refusal(&self, excess: Excess, rule: &Rule<T>, mut peer: Peer, arrival: &Arrival) {
         let reason = match excess {
             Excess::User => Reason::UserLimit,
             Excess::Total => Reason::TotalLimit,
         };
-        self.audit.turned_away(Event::Refused, reason, Some(peer.uid()), || Record {
-            reason: Some(reason),
-            rule: Some(rule.name().as_str().into()),
-            socket: Some(Arc::clone(self.listeners[index].address())),
-            about: Some({
-                let details = peer.details(socket);
-                About::peer(&peer, details)
-            }),
-            ..Record::new(Event::Refused)
+        self.audit.turned_away(Event::Refused, reason, Some(peer.uid()), || {
+            let details = peer.details(&arrival.socket);
+            let record = self.record(Event::Refused, arrival, rule.name().as_str(), Some(About::peer(&peer, details)));
+            Record { reason: Some(reason), ..record }
         });
+    }
+
+    fn record(&self, event: Event, arrival: &Arrival, rule: &str, about: Option<About>) -> Record {
+        Record {
+            rule: Some(rule.into()),
+            socket: Some(Arc::clone(self.listeners[arrival.listener].address())),
+            connection: Some(arrival.number),
+            about,
+            ..Record::new(event)
+        }
     }
 
     /// Nobody else is accepted; those waiting for a place get their answer.
     fn stop_accepting(&mut self) {
         self.accepting = false;
         self.listen_for(EpollFlags::empty());
-        let now = Instant::now();
-        for one in std::mem::take(&mut self.waiting) {
-            self.judge(one.socket, one.listener, Some((now, now + SECOND_LOOK)));
-        }
+        // Late enough for the last look.
+        self.look_again(Instant::now() + SECOND_LOOK);
     }
 
     /// Sees off whoever is on their way out.

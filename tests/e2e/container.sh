@@ -53,8 +53,9 @@ container_boot() {
             mkdir "$hierarchy/peergate-$container_name"
             echo "$BASHPID" >"$hierarchy/peergate-$container_name/cgroup.procs"
         done
-        # From 258 on systemd runs on the unified hierarchy only; nspawn can't see that from outside.
-        [[ $container_name != sid-* ]] || export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
+        # The unified hierarchy is what Debian runs on, and all that systemd knows from 258 on; nspawn would follow this
+        # machine's. Debian 12 does follow it, so that on a hybrid machine that layout is tested too.
+        [[ $container_name == bookworm-* ]] || export SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1
         exec systemd-nspawn --quiet --directory="$container_dir" --boot --register=no --keep-unit --private-network \
             --console=passive --settings=no --link-journal=no </dev/null >"$container_base/console" 2>&1
     ) &

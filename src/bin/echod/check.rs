@@ -1,6 +1,7 @@
 //! `echod check`: the policy and the settings in force, or everything that is wrong with them. For main.
 
 use std::fmt::{self, Write as _};
+use std::io::{self, Write as _};
 use std::path::Path;
 
 use peergate::policy::{Group, Rule, User};
@@ -13,10 +14,14 @@ use crate::config::{Config, Terms};
 pub fn run(config: Option<&Path>) -> u8 {
     match Config::load(config) {
         Ok(config) => {
+            if let Some(unmapped) = peergate::peer::unmapped_ids() {
+                eprintln!("warning: {unmapped}");
+            }
             for warning in &config.warnings {
                 eprintln!("warning: {warning}");
             }
-            print!("{}", Summary(&config));
+            // Whoever reads may have seen enough; that changes nothing of the answer.
+            let _ = write!(io::stdout(), "{}", Summary(&config));
             0
         }
         Err(error) => {

@@ -19,9 +19,10 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, Shutdown, UnixCredentials,
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Admission, Usher};
+use peergate::gate::{Admission, Usher, learn};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
+use peergate::pacing::Pacing;
 use peergate::peer::Peer;
 use peergate::policy::{Policy, Rule, Verdict};
 use peergate::service::{Activity, Beat, Watched};
@@ -157,7 +158,8 @@ impl Worker {
             beat: Arc::new(Beat::default()),
         });
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        // Edge-triggered, it never needs to be read: each write makes a new edge.
+        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let mut serving = Loop::new(Arc::clone(&mailbox), epoll, ruling, surroundings);
         let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || serving.run())?;
         Ok(Self { mailbox, number, thread: Some(thread) })
@@ -287,7 +289,7 @@ struct Loop {
     buffers: Buffers,
     too_long: Arc<[u8]>,
     nothing: Arc<[u8]>,
-    last_event: Option<Instant>,
+    pacing: Pacing,
     ending: Option<Ending>,
 }
 
@@ -307,6 +309,7 @@ struct Buffers {
 
 impl Loop {
     fn new(mailbox: Arc<Mailbox>, epoll: Epoll, ruling: Ruling, around: Surroundings) -> Self {
+        let pacing = Pacing::new(around.busy_poll);
         Self {
             mailbox,
             epoll,
@@ -325,7 +328,7 @@ impl Loop {
             },
             too_long: Arc::from(line::TOO_LONG),
             nothing: Arc::from(&b""[..]),
-            last_event: None,
+            pacing,
             ending: None,
         }
     }
@@ -337,7 +340,7 @@ impl Loop {
             let count = self.wait(&mut events);
             for event in &events[..count] {
                 match event.data() {
-                    TOKEN_WAKE => drop(self.mailbox.wake.read()),
+                    TOKEN_WAKE => {}
                     slot => self.turn(slot as usize),
                 }
             }
@@ -351,38 +354,16 @@ impl Loop {
         }
     }
 
-    /// Waits for events. As long as they come closer together than `busy_poll` lasts, it looks again
-    /// for so long before it sleeps: to be woken costs more than that.
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
-        if let (Some(span), Some(last)) = (self.around.busy_poll, self.last_event) {
-            loop {
-                if let Ok(count @ 1..) = self.epoll.wait(events, EpollTimeout::ZERO) {
-                    self.last_event = Some(Instant::now());
-                    return count;
-                }
-                if self.mailbox.waiting.load(Ordering::SeqCst) {
-                    return 0;
-                }
-                if last.elapsed() >= span {
-                    break;
-                }
-                std::hint::spin_loop();
-            }
-            self.last_event = None;
+        let mailbox = &self.mailbox;
+        let has_mail = || mailbox.waiting.load(Ordering::SeqCst);
+        if let Some(count) = self.pacing.look(&self.epoll, events, has_mail) {
+            return count;
         }
-        self.mailbox.asleep.store(true, Ordering::SeqCst);
-        let count = if self.mailbox.waiting.load(Ordering::SeqCst) {
-            0
-        } else {
-            let asleep_since = self.around.busy_poll.map(|_| Instant::now());
-            let count = self.epoll.wait(events, self.timeout()).unwrap_or(0);
-            if let (Some(span), Some(since)) = (self.around.busy_poll, asleep_since) {
-                let now = Instant::now();
-                // It was worth looking: the next event came sooner than the look would have lasted.
-                self.last_event = (now.duration_since(since) < span).then_some(now);
-            }
-            count
-        };
+        // Said before the last look into the mailbox, so that whoever posts after it wakes us.
+        mailbox.asleep.store(true, Ordering::SeqCst);
+        let timeout = if has_mail() { EpollTimeout::ZERO } else { self.timeout() };
+        let count = self.pacing.sleep(&self.epoll, events, timeout);
         self.mailbox.asleep.store(false, Ordering::SeqCst);
         count
     }
@@ -640,9 +621,7 @@ impl Loop {
     /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
     fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
         let policy = &self.ruling.policy;
-        if policy.depends_on_units() {
-            connection.peer.hold_process(&connection.socket);
-        }
+        learn(&mut connection.peer, &connection.socket, policy);
         let verdict = policy.decide(&connection.peer);
         connection.peer.release_process();
         match verdict {

@@ -1,0 +1,53 @@
+# A user's own service, under the user's own systemd: the same units' twins, the same policy, the same records.
+
+_socket=/run/user/1001/echo.sock
+
+_start() {
+    of alice systemctl --user daemon-reload
+    of alice systemctl --user start echo.socket
+}
+
+_user_unit_is() {
+    expect "state of alice's $1" "$2" "$(of alice systemctl --user is-active "$1" || true)"
+}
+
+the_first_byte_starts_the_users_service() {
+    _start
+    _user_unit_is echo.socket active
+    _user_unit_is echo.service inactive
+    talk alice 'hello\nfragment' "$_socket" >/tmp/claim/answer
+    expect_bytes "echo" '> hello\n> fragment' /tmp/claim/answer
+    _user_unit_is echo.service active
+    unit_is echo.service inactive
+}
+
+root_is_denied_by_a_users_service_and_the_user_finds_it_in_their_journal() {
+    _start
+    _mine() { of alice journalctl --user --quiet "$(since)" --unit=echo --output=json "MESSAGE_ID=$(id_of denied)"; }
+    expect "denials before" "" "$(_mine)"
+    talk root 'hello\n' "$_socket" >/tmp/claim/answer
+    expect_bytes "answer" 'Unauthorized access\n' /tmp/claim/answer
+    record=$(await_records 1 denied _UID=1001)
+    expect "uid" 0 "$(jq --raw-output .PEER_UID <<<"$record")"
+    expect "user" root "$(jq --raw-output .PEER_USER <<<"$record")"
+    expect "group" 0 "$(jq --raw-output .PEER_GID <<<"$record")"
+    expect "records that alice finds" 1 "$(_mine | wc -l)"
+}
+
+a_users_service_reads_the_users_own_configuration() {
+    configure_user alice <<<'[allow.admin]
+users = ["root"]'
+    _start
+    talk root 'hello\n' "$_socket" >/tmp/claim/answer
+    expect_bytes "root, named by a rule" '> hello\n' /tmp/claim/answer
+    talk alice 'hello\n' "$_socket" >/tmp/claim/answer
+    expect_bytes "alice, named by none" 'Unauthorized access\n' /tmp/claim/answer
+}
+
+a_users_service_sees_true_ids() {
+    # In a user namespace of its own, root would read as 65534.
+    _start
+    talk alice 'hello\n' "$_socket" >/tmp/claim/answer
+    pid=$(of alice systemctl --user show --property=MainPID --value echo.service)
+    expect "user namespace of the service" "$(readlink /proc/1/ns/user)" "$(readlink "/proc/$pid/ns/user")"
+}
