@@ -301,10 +301,14 @@ impl Other {
 
     /// Started by another program, such as unshare(1); makes `count` connections.
     pub fn wrapped(wrapper: &[&str], options: &[&str], count: usize, socket: &Path) -> Self {
+        Self::of_program(&peer_program(), wrapper, options, count, socket)
+    }
+
+    /// As [`wrapped`](Self::wrapped), with a copy of the helper that every user may run.
+    pub fn of_program(program: &Path, wrapper: &[&str], options: &[&str], count: usize, socket: &Path) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(PATIENCE)).unwrap();
-        let peer = peer_program();
-        let words: Vec<&OsStr> = wrapper.iter().map(OsStr::new).chain([peer.as_os_str()]).collect();
+        let words: Vec<&OsStr> = wrapper.iter().map(OsStr::new).chain([program.as_os_str()]).collect();
         let process = Command::new(words[0])
             .args(&words[1..])
             .args(options)
