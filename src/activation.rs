@@ -49,6 +49,15 @@ impl Listener {
         &self.address
     }
 
+    /// The same socket as the standard library's type, for a runtime that wants it; non-blocking already. Keep
+    /// the listener: with it goes the file that [`bind`] made.
+    ///
+    /// # Errors
+    /// What duplicating the descriptor says, fcntl(2).
+    pub fn to_std(&self) -> io::Result<UnixListener> {
+        self.fd.try_clone().map(UnixListener::from)
+    }
+
     /// Whether the socket is the service manager's, who keeps listening when we are gone.
     pub fn is_inherited(&self) -> bool {
         self.bound.is_none()

@@ -115,6 +115,7 @@ pub struct Policy<T> {
     rules: Vec<Arc<Rule<T>>>,
     matchers: Vec<Matcher>,
     index: Option<Index>,
+    depends_on_groups: bool,
     depends_on_units: bool,
     me: Uid,
 }
@@ -175,8 +176,9 @@ impl<T> Policy<T> {
             matchers.push(matcher(rule, me).map_err(|problem| PolicyError::new(rule.name(), problem))?);
         }
         let index = Index::new(&matchers);
+        let depends_on_groups = matchers.iter().any(|matcher| matcher.groups.is_some());
         let depends_on_units = matchers.iter().any(|matcher| matcher.units.is_some());
-        Ok(Self { rules, matchers, index, depends_on_units, me })
+        Ok(Self { rules, matchers, index, depends_on_groups, depends_on_units, me })
     }
 
     /// The policy where there is no file: a single rule `allow.owner`, which admits `me`.
@@ -188,7 +190,7 @@ impl<T> Policy<T> {
         let users = Some(IdSet::new([User::Me.range(me)].into_iter().flatten()));
         let matchers = vec![Matcher { deny: false, users, groups: None, units: None }];
         let index = Index::new(&matchers);
-        Self { rules: vec![Arc::new(rule)], matchers, index, depends_on_units: false, me }
+        Self { rules: vec![Arc::new(rule)], matchers, index, depends_on_groups: false, depends_on_units: false, me }
     }
 
     /// The verdict on a subject.
@@ -217,6 +219,11 @@ impl<T> Policy<T> {
         self.rules.is_empty()
     }
 
+    /// Whether any rule has a `groups` key.
+    pub fn depends_on_groups(&self) -> bool {
+        self.depends_on_groups
+    }
+
     /// Whether any rule has a `units` key.
     pub fn depends_on_units(&self) -> bool {
         self.depends_on_units
@@ -237,7 +244,9 @@ impl<T> Policy<T> {
     fn deciding(&self, who: &dyn Subject) -> Option<usize> {
         let asked = Asked::new(who);
         match &self.index {
-            Some(index) if who.uid().is_known() && groups_are_known(who) => self.look_up(index, &asked),
+            Some(index) if who.uid().is_known() && (!self.depends_on_groups || groups_are_known(who)) => {
+                self.look_up(index, &asked)
+            }
             _ => self.matchers.iter().position(|matcher| matcher.matches(&asked, self.me)),
         }
     }

@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sd_notify::NotifyState;
 
+use crate::clock::later;
 use crate::sys;
 
 /// Marks a SIGHUP whose sender waits for an answer ([`request_reload`]).
@@ -279,8 +280,12 @@ impl Activity {
     /// Asks for the next stir to make the descriptor readable. Look once more after this call: what
     /// happened before it does not.
     pub fn watch(&self) {
-        let _ = self.event.read();
         self.awaited.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes the descriptor unreadable again, until the first stir after the next [`watch`](Self::watch).
+    pub fn calm(&self) {
+        let _ = self.event.read();
     }
 }
 
@@ -316,6 +321,22 @@ impl Signals {
         let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
         signals.thread_block()?;
         Ok(Self(SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// Waits for the next one.
+    ///
+    /// # Errors
+    /// What poll(2) says.
+    pub fn wait(&self) -> io::Result<Request> {
+        loop {
+            if let Some(request) = self.next() {
+                return Ok(request);
+            }
+            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// The next one that has arrived.
@@ -356,7 +377,7 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     answers.thread_block()?;
     let answer = SignalFd::with_flags(&answers, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
     sys::queue_signal(pid, Signal::SIGHUP as i32, ANSWER_WANTED)?;
-    let until = Instant::now() + patience;
+    let until = later(Instant::now(), patience);
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let mut question =

@@ -52,6 +52,7 @@ mod table;
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use toml::Spanned;
@@ -78,6 +79,33 @@ pub struct Loaded<T, A> {
 
 /// The keys that say whom a rule is for.
 const WHO: [&str; 3] = ["users", "groups", "units"];
+
+/// Reads the file at `path`, with the system's own users and groups. `me` is whom `self` stands for. For the type
+/// parameters see [`parse`]; an application without tables of its own takes `()` for `A`.
+///
+/// # Errors
+/// Everything that is wrong with the file; that includes a file that is missing, unreadable, or writable by others
+/// than root and `me` (see [`Source::read`]).
+///
+/// ```no_run
+/// use peergate::Uid;
+/// use peergate::policy::file;
+///
+/// let policy = file::load::<(), ()>("/etc/hello.toml", Uid::effective())?.policy;
+/// # Ok::<(), file::Faults>(())
+/// ```
+pub fn load<T, A>(path: impl AsRef<Path>, me: Uid) -> Result<Loaded<T, A>, Faults>
+where
+    T: DeserializeOwned + Default,
+    A: DeserializeOwned + Default,
+{
+    let path = path.as_ref();
+    let source = Source::read(path, me).map_err(|error| match error {
+        ReadError::Refused(fault) => Faults(vec![fault]),
+        error => Faults(vec![Fault::of_file(path, error.to_string())]),
+    })?;
+    parse(&source, me, &SystemNames)
+}
 
 /// Reads a policy. `me` is whom `self` stands for; `names` is asked for each name that the file mentions.
 ///

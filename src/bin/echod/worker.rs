@@ -15,11 +15,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recv, recvmsg, send};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, Shutdown, UnixCredentials, recv, recvmsg, send, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Admission, Usher};
+use peergate::gate::{Admission, Usher, learn};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
 use peergate::pacing::Pacing;
@@ -158,7 +158,8 @@ impl Worker {
             beat: Arc::new(Beat::default()),
         });
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        // Edge-triggered, it never needs to be read: each write makes a new edge.
+        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let mut serving = Loop::new(Arc::clone(&mailbox), epoll, ruling, surroundings);
         let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || serving.run())?;
         Ok(Self { mailbox, number, thread: Some(thread) })
@@ -339,7 +340,7 @@ impl Loop {
             let count = self.wait(&mut events);
             for event in &events[..count] {
                 match event.data() {
-                    TOKEN_WAKE => drop(self.mailbox.wake.read()),
+                    TOKEN_WAKE => {}
                     slot => self.turn(slot as usize),
                 }
             }
@@ -501,6 +502,7 @@ impl Loop {
     /// The end of a connection that is in no place any more.
     fn part(&mut self, mut connection: Box<Connection>, outcome: Outcome) {
         let reason = match &outcome {
+            Outcome::Over(None) if self.ending.is_some() => Some(Reason::Stopping),
             Outcome::Over(reason) => *reason,
             Outcome::TooLong => Some(Reason::LineLength),
             Outcome::Stranger(_) => Some(Reason::Sender),
@@ -619,9 +621,7 @@ impl Loop {
     /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
     fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
         let policy = &self.ruling.policy;
-        if policy.depends_on_units() {
-            connection.peer.hold_process(&connection.socket);
-        }
+        learn(&mut connection.peer, &connection.socket, policy);
         let verdict = policy.decide(&connection.peer);
         connection.peer.release_process();
         match verdict {
@@ -674,24 +674,12 @@ impl Loop {
                     carried.push((*connection).at_rest());
                 }
                 Outcome::Goes => {
-                    // Everything received is echoed, a fragment too; then the end.
-                    let limit = self.limit_of(&connection);
-                    connection.state = State::Finishing;
-                    match connection.flush(limit, &mut self.buffers, &self.around.audit) {
-                        Outcome::Goes => {
-                            let mut event = EpollEvent::new(connection.interest(), slot as u64);
-                            let _ = self.epoll.modify(&connection.socket, &mut event);
-                            self.connections[slot] = Some(connection);
-                        }
-                        Outcome::Over(None) => {
-                            self.free.push(slot);
-                            self.part(connection, Outcome::Over(Some(Reason::Stopping)));
-                        }
-                        other => {
-                            self.free.push(slot);
-                            self.part(connection, other);
-                        }
-                    }
+                    // Everything received by now is echoed, a fragment too; then the end. On our side what is in the
+                    // queue can still be read, and after it comes the end of file; the peer can add nothing to it.
+                    let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Read);
+                    let mut event = EpollEvent::new(connection.interest(), slot as u64);
+                    let _ = self.epoll.modify(&connection.socket, &mut event);
+                    self.connections[slot] = Some(connection);
                 }
                 over => {
                     self.free.push(slot);
