@@ -127,7 +127,7 @@ pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> 
 #[repr(C)]
 union OneCredential {
     header: libc::cmsghdr,
-    // SAFETY (of the constant): CMSG_SPACE computes, it touches no memory.
+    // SAFETY: CMSG_SPACE computes, it touches no memory.
     bytes: [u8; unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize],
 }
 
