@@ -64,7 +64,7 @@ users = ["alice"]'
         "MESSAGE": "~Denied bob \\(uid 1002\\) gid 1002 pid [0-9]+ \\(nc\\) in peer-guest\\.service: no rule allows it",
         "MESSAGE_ID": "72261db9963c465c8c6121daadeb1cbc", "PRIORITY": "4", "SYSLOG_IDENTIFIER": "echod",
         "GATE_VERDICT": "denied", "GATE_REASON": "policy", "GATE_RULE": "default", "GATE_SOCKET": "/run/echo.sock",
-        "PEER_UID": "1002", "PEER_USER": "bob", "PEER_GID": "1002",
+        "GATE_CONNECTION": "~[0-9]+", "PEER_UID": "1002", "PEER_USER": "bob", "PEER_GID": "1002",
         "PEER_GROUPS": "~(1002,)?2001", "PEER_PID": "~[0-9]+", "PEER_COMM": "nc", "PEER_UNIT": "peer-guest.service"
     }'
     pid=$(jq --raw-output .PEER_PID <<<"$record")

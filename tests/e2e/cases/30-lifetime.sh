@@ -14,9 +14,8 @@ TOML
 
 # A connection of a user's to talk over line by line: _open alice; _say line; _hear → the next line. One at a time.
 _open() {
-    local answers
     mkfifo /tmp/claim/to
-    as "$1" nc -U "${2:-/run/echo.sock}" </tmp/claim/to >/tmp/claim/from 2>/tmp/claim/nc-errors &
+    as "$1" nc -N -U "${2:-/run/echo.sock}" </tmp/claim/to >/tmp/claim/from 2>/tmp/claim/nc-errors &
     client=$!
     exec {to}>/tmp/claim/to
     exec {from}< <(exec tail --follow --lines=+1 --sleep-interval=0.05 --pid="$client" /tmp/claim/from)
@@ -177,8 +176,6 @@ a_stop_is_final() {
     exec {to}>&-
     wait "$client"
     expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
-    record=$(await_records 1 closed)
-    expect "lines" 1 "$(jq --raw-output .GATE_LINES <<<"$record")"
     systemctl start echo.socket
     expect "a new connection" "> x" "$(talk alice 'x\n')"
 }
@@ -223,10 +220,10 @@ it_exits_when_idle_and_the_next_client_starts_it_again() {
 nobody_is_lost_who_connects_while_it_exits_for_being_idle() {
     # With a span this short about every connection meets an exit under way; far more starts than any of systemd's limits.
     _policy $'[service]\nidle-exit = "1ms"'
-    for ((i = 0; i < 200; i++)); do
+    for ((i = 0; i < 50; i++)); do
         answer=$(talk alice "$i\n") || fail "connection $i: no answer"
         expect "connection $i" "> $i" "$answer"
     done
     unit_is echo.socket active
-    figure "200 connections, $(journalctl --quiet "$(since)" --output=cat JOB_TYPE=start UNIT=echo.service | grep --count '^Started') starts"
+    figure "50 connections, $(journalctl --quiet "$(since)" --output=cat JOB_TYPE=start UNIT=echo.service | grep --count '^Started') starts"
 }
