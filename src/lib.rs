@@ -95,6 +95,7 @@ pub mod pacing;
 pub mod peer;
 pub mod policy;
 pub mod service;
+mod subject;
 mod sys;
 pub mod unit;
 
@@ -105,3 +106,4 @@ pub use ids::{Gid, Uid};
 pub use limits::{Caps, Limits, Permit, Terms};
 pub use peer::Peer;
 pub use policy::{Group, Policy, Rule, User, Verdict};
+pub use subject::Subject;
