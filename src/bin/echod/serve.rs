@@ -126,6 +126,7 @@ impl Service {
         let Start { listeners, inheritance, config, config_path, store, notifier, signals } = start;
         let activity = Arc::new(Activity::new().map_err(|error| format!("eventfd: {error}"))?);
         let limits = Limits::new();
+        // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
         // Filled in before the door opens; empty for as long as the door's own thread needs no worker.
         let (doors, to_doors) = mpsc::channel::<Vec<crate::worker::Door>>();
@@ -138,7 +139,6 @@ impl Service {
             replies: Replies::default(),
             activity: Arc::clone(&activity),
             first_connection: inheritance.next_connection,
-            busy_poll,
         };
         let door = Door::open(setup, move |admission| {
             let workers = known.get_or_insert_with(|| to_doors.recv().unwrap_or_default());
