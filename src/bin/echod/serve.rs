@@ -376,9 +376,11 @@ impl Service {
 
     /// Nobody else is accepted; live connections are left to the next process, or ended in order.
     fn close(mut self, journal: Writer) {
+        // Counted before anybody hears of it: who then ends by themselves is one of those who ended.
+        let total = self.limits.total();
         self.notifier.stopping("stopping");
         self.door.stop_accepting();
-        let total = self.limits.total();
+        let total = total.max(self.limits.total());
         let carry = if total > 0 { self.store.capacity().saturating_sub(1) } else { 0 };
         self.notifier.extend_timeout(DRAIN * 6);
         let carried = end_workers(&mut self.workers, carry);
