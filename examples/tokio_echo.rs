@@ -33,6 +33,9 @@ struct Gate {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Before the runtime has threads: the environment is read, and signals are blocked for all that come.
     let listeners = activation::adopt(|_| false)?.listeners;
+    if listeners.is_empty() {
+        return Err("no listening socket: nothing was passed".into());
+    }
     let signals = Signals::catch()?;
     let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
     let audit = Audit::default();

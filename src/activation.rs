@@ -217,6 +217,22 @@ impl Declared {
     }
 }
 
+/// How many descriptors LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES declare to process `me`, and their names if there is one
+/// for each; or why they are not heeded. Public for the fuzz target alone.
+#[doc(hidden)]
+pub fn declared(
+    fds: Option<String>,
+    pid: Option<String>,
+    names: Option<String>,
+    me: u32,
+) -> Result<Option<(usize, Vec<String>)>, String> {
+    match Declared::parse(fds, pid, names, me) {
+        Ok(declared) => Ok(declared.map(|declared| (declared.count, declared.names))),
+        Err(Ignored::Reason(reason)) => Err(reason),
+        Err(Ignored::Refused(refused)) => Err(refused.to_string()),
+    }
+}
+
 /// What a passed descriptor is.
 #[derive(Debug, PartialEq, Eq)]
 enum Kind {

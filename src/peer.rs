@@ -22,7 +22,8 @@ use std::sync::OnceLock;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
-use crate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use crate::ids::{Gid, OVERFLOW_ID, Uid};
+use crate::subject::Subject;
 use crate::sys;
 use crate::unit::Units;
 
@@ -220,6 +221,17 @@ impl Subject for Peer {
     fn units(&self) -> Option<&Units> {
         Peer::units(self)
     }
+}
+
+/// Reads from a socket that has SO_PASSCRED (unix(7)): how many bytes, and the user whose process sent them, by its real
+/// uid; `None` where that names nobody. One answer never joins what different users sent. Descriptors that come along
+/// are closed. Never waits.
+///
+/// # Errors
+/// What recvmsg(2) says; EAGAIN where nothing has come.
+pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
+    let (count, sender) = sys::receive(socket.as_fd(), buffer)?;
+    Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
 }
 
 /// A pidfd polls readable once its process has ended, waited for or not (pidfd_open(2)).

@@ -301,10 +301,14 @@ impl Other {
 
     /// Started by another program, such as unshare(1); makes `count` connections.
     pub fn wrapped(wrapper: &[&str], options: &[&str], count: usize, socket: &Path) -> Self {
+        Self::of_program(&peer_program(), wrapper, options, count, socket)
+    }
+
+    /// As [`wrapped`](Self::wrapped), with a copy of the helper that every user may run.
+    pub fn of_program(program: &Path, wrapper: &[&str], options: &[&str], count: usize, socket: &Path) -> Self {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_read_timeout(Some(PATIENCE)).unwrap();
-        let peer = peer_program();
-        let words: Vec<&OsStr> = wrapper.iter().map(OsStr::new).chain([peer.as_os_str()]).collect();
+        let words: Vec<&OsStr> = wrapper.iter().map(OsStr::new).chain([program.as_os_str()]).collect();
         let process = Command::new(words[0])
             .args(&words[1..])
             .args(options)
@@ -374,11 +378,17 @@ pub struct Told {
     pub capacity: usize,
     /// A manager that is too busy: descriptors of barriers, never closed.
     pub unsettled: Option<Vec<OwnedFd>>,
-    /// The service's standard error has ended.
-    pub is_over: bool,
+    /// How many processes have begun, and how many have ended: told everything they will ever tell.
+    begun: usize,
+    ended: usize,
 }
 
 impl Told {
+    /// The service has ended, and all that it told is here.
+    pub fn is_over(&self) -> bool {
+        self.ended >= self.begun
+    }
+
     pub fn has(&self, field: &str) -> bool {
         self.count(field) > 0
     }
@@ -422,10 +432,12 @@ impl Manager {
             while let Ok(message) = receive(&socket, &mut buffer) {
                 let (count, fds) = message.unwrap_or_default();
                 let text = String::from_utf8_lossy(&buffer[..count]).into_owned();
-                if text == "END" {
-                    return;
+                match text.as_str() {
+                    "END" => return,
+                    // From the test itself, after the last word of the process that has ended.
+                    "OVER" => filled.change(|told| told.ended += 1),
+                    _ => filled.change(|told| told.take_in(&text, fds)),
                 }
-                filled.change(|told| told.take_in(&text, fds));
             }
         });
         Self { told, _place: place, path }
@@ -441,7 +453,7 @@ impl Manager {
         let mut over = false;
         let answer = self.told.try_wait(|told| match question(told) {
             Some(answer) => Some(Some(answer)),
-            None if told.is_over => {
+            None if told.is_over() => {
                 over = true;
                 Some(None)
             }
@@ -762,9 +774,12 @@ impl Start {
         let mut process =
             command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let stdout = collect(process.stdout.take().unwrap(), || {});
-        let told = manager.told.clone();
-        told.change(|told| told.is_over = false);
-        let stderr = collect(process.stderr.take().unwrap(), move || told.change(|told| told.is_over = true));
+        manager.told.change(|told| told.begun += 1);
+        let notify = manager.socket().to_owned();
+        let stderr = collect(process.stderr.take().unwrap(), move || {
+            // Fails where a test has removed the socket: then nobody asks.
+            let _ = UnixDatagram::unbound().and_then(|socket| socket.send_to(b"OVER", notify));
+        });
         let fds: Vec<RawFd> = self.sockets.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
         send_fds(&control, &fds);
         // As PID 1, keep the listeners; of what comes from the store the program has the only copy.
@@ -785,7 +800,7 @@ impl Start {
         let before = manager.told.lock().count("READY=1");
         let echod = self.spawn_with(manager);
         let ready = echod.manager.told.try_wait(|told| {
-            (told.count("READY=1") > before).then_some(true).or_else(|| told.is_over.then_some(false))
+            (told.count("READY=1") > before).then_some(true).or_else(|| told.is_over().then_some(false))
         });
         assert!(ready == Some(true), "not ready: {}", echod.stderr());
         echod

@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, Shutdown, UnixCredentials, recv, recvmsg, send, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
@@ -23,7 +23,7 @@ use peergate::gate::{Admission, Usher, learn};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
 use peergate::pacing::Pacing;
-use peergate::peer::Peer;
+use peergate::peer::{self, Peer};
 use peergate::policy::{Policy, Rule, Verdict};
 use peergate::service::{Activity, Beat, Watched};
 
@@ -304,7 +304,6 @@ struct Buffers {
     input: Box<[u8]>,
     output: Vec<u8>,
     spare: Vec<Vec<u8>>,
-    control: Vec<u8>,
 }
 
 impl Loop {
@@ -319,13 +318,7 @@ impl Loop {
             connections: Vec::new(),
             free: Vec::new(),
             timeouts: BinaryHeap::new(),
-            buffers: Buffers {
-                input: vec![0; READ].into(),
-                output: Vec::new(),
-                spare: Vec::new(),
-                // Exactly one message: passed descriptors find no room and are closed by the kernel.
-                control: nix::cmsg_space!(UnixCredentials),
-            },
+            buffers: Buffers { input: vec![0; READ].into(), output: Vec::new(), spare: Vec::new() },
             too_long: Arc::from(line::TOO_LONG),
             nothing: Arc::from(&b""[..]),
             pacing,
@@ -846,12 +839,10 @@ impl Connection {
         let socket = self.socket.as_raw_fd();
         let input = &mut buffers.input[..most];
         let received = if self.pass_credentials {
-            match self.receive_with_sender(input, &mut buffers.control) {
-                Ok((count @ 1.., sender)) if sender != Some(self.peer.uid()) => {
-                    let _ = count;
-                    return Input::Stranger(sender);
-                }
-                other => other.map(|(count, _)| count),
+            match peer::receive(&self.socket, input) {
+                Ok((1.., sender)) if sender != Some(self.peer.uid()) => return Input::Stranger(sender),
+                Ok((count, _)) => Ok(count),
+                Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
             }
         } else {
             recv(socket, input, MsgFlags::empty())
@@ -862,19 +853,6 @@ impl Connection {
             Err(Errno::EAGAIN | Errno::EINTR) => Input::Nothing,
             Err(_) => Input::Broken,
         }
-    }
-
-    /// The kernel never joins what different processes sent into one answer (unix(7), SO_PASSCRED).
-    fn receive_with_sender(&self, input: &mut [u8], control: &mut [u8]) -> Result<(usize, Option<Uid>), Errno> {
-        let mut parts = [IoSliceMut::new(input)];
-        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(control), MsgFlags::MSG_CMSG_CLOEXEC)?;
-        let sender = message.cmsgs().ok().and_then(|mut all| {
-            all.find_map(|one| match one {
-                ControlMessageOwned::ScmCredentials(sender) => Some(Uid::new(sender.uid())),
-                _ => None,
-            })
-        });
-        Ok((message.bytes, sender.filter(|uid| uid.is_known())))
     }
 
     fn record_lines(&self, echoed: &[u8], audit: &Audit) {
