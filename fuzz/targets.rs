@@ -20,7 +20,8 @@ mod echod {
 use std::io::{self, BufReader};
 
 use jiff::tz::TimeZone;
-use peergate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use peergate::Subject;
+use peergate::ids::{Gid, OVERFLOW_ID, Uid};
 use peergate::policy::file::{Faults, Names, Source};
 use peergate::unit::Units;
 

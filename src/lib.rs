@@ -9,8 +9,8 @@
 //!
 //! 1. [`activation`] adopts the listening sockets that systemd passed.
 //! 2. [`peer`] asks the kernel who connected: [`Peer`].
-//! 3. [`policy`] gives a [`Verdict`](policy::Verdict): admitted by a rule, or denied.
-//! 4. [`limits`] hands out a [`Permit`](limits::Permit), or says which limit is in the way.
+//! 3. [`policy`] gives a [`Verdict`]: admitted by a rule, or denied.
+//! 4. [`limits`] hands out a [`Permit`], or says which limit is in the way.
 //! 5. [`audit`] counts every verdict and keeps the record, [`journal`] writes it.
 //! 6. [`gate`] does all that on a thread of its own, and sees off whoever is turned away. A service with
 //!    another runtime leaves it out and calls the others itself.
@@ -95,6 +95,7 @@ pub mod pacing;
 pub mod peer;
 pub mod policy;
 pub mod service;
+mod subject;
 mod sys;
 pub mod unit;
 
@@ -105,3 +106,4 @@ pub use ids::{Gid, Uid};
 pub use limits::{Caps, Limits, Permit, Terms};
 pub use peer::Peer;
 pub use policy::{Group, Policy, Rule, User, Verdict};
+pub use subject::Subject;

@@ -22,7 +22,8 @@ use std::sync::OnceLock;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
-use crate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use crate::ids::{Gid, OVERFLOW_ID, Uid};
+use crate::subject::Subject;
 use crate::sys;
 use crate::unit::Units;
 

@@ -1,14 +1,15 @@
 //! The policy: named rules, and the decision about one subject.
 //!
 //! Pure: no sockets, no clock, no log, no files, no user database. Everyone may import it; it imports only
-//! [`ids`](crate::ids) and [`unit`](crate::unit). (Its submodule [`mod@file`], which reads a policy from a file, does
+//! [`ids`](crate::ids), [`unit`](crate::unit) and [`Subject`]. (Its submodule [`mod@file`], which reads a policy from a file, does
 //! touch files and the user database, and imports this one.)
 //!
 //! Deny rules are consulted first, then allow rules, each in the order given; the first that matches decides.
 //! Whom no rule matches is denied. Inside a rule every key must hold; inside a key any value may.
 //!
 //! ```
-//! use peergate::ids::{Gid, Subject, Uid};
+//! use peergate::ids::{Gid, Uid};
+//! use peergate::Subject;
 //! use peergate::policy::{Policy, Rule, User, Verdict};
 //! use peergate::unit::Units;
 //!
@@ -99,7 +100,8 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::ids::{Subject, Uid};
+use crate::ids::Uid;
+use crate::subject::Subject;
 use glob::Glob;
 use index::{Candidates, Index, NONE};
 use matcher::{Asked, Matcher, groups_are_known};

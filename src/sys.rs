@@ -127,11 +127,9 @@ pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> 
 #[repr(C)]
 union OneCredential {
     header: libc::cmsghdr,
-    bytes: [u8; ONE_CREDENTIAL],
+    // SAFETY: CMSG_SPACE computes, it touches no memory.
+    bytes: [u8; unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize],
 }
-
-// SAFETY: CMSG_SPACE computes, it touches no memory.
-const ONE_CREDENTIAL: usize = unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize;
 
 /// recvmsg(2) on a socket with SO_PASSCRED: how many bytes came, and who sent them (unix(7)); `None` where the kernel
 /// attached nobody. Never waits.

@@ -6,7 +6,8 @@
 use std::cell::Cell;
 use std::io;
 
-use peergate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use peergate::Subject;
+use peergate::ids::{Gid, OVERFLOW_ID, Uid};
 use peergate::policy::file::{self, Fault, Loaded, Names, Source};
 use peergate::policy::{Group, Kind, Policy, Rule, User, Verdict};
 use peergate::unit::Units;

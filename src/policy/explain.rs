@@ -5,7 +5,7 @@ use std::fmt;
 use super::Policy;
 use super::matcher::{Answer, Asked, Matcher};
 use super::rule::{Kind, Place, Rule, RuleName};
-use crate::ids::Subject;
+use crate::subject::Subject;
 use crate::unit::Units;
 
 /// A verdict and the way to it. Its [`Display`](fmt::Display) form begins with one of

@@ -4,7 +4,8 @@ use std::cell::OnceCell;
 
 use super::glob::Glob;
 use super::set::IdSet;
-use crate::ids::{Gid, Subject, Uid};
+use crate::ids::{Gid, Uid};
+use crate::subject::Subject;
 use crate::unit::Units;
 
 /// Whether a condition holds. The order makes the minimum Kleene's "and".
