@@ -15,10 +15,11 @@ test: check e2e
 
 # What needs neither root nor a booted systemd. As root, more of it runs: the tests whose peers really are other users.
 check:
-	@tools/require cargo:cargo cc:gcc
+	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux systemd-analyze:systemd
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
 	cargo test --locked
+	@tools/features
 
 # The program and its units on real systems: each release booted with its own systemd.
 e2e:
