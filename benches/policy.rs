@@ -1,7 +1,8 @@
 //! What a decision costs. The claim: rules that neither the uid nor a gid of a peer touches cost it nothing, so the
 //! three columns of each bench are alike. Run by `cargo bench --bench policy`.
 use divan::{Bencher, black_box};
-use peergate::ids::{Gid, Subject, Uid};
+use peergate::Subject;
+use peergate::ids::{Gid, Uid};
 use peergate::policy::{Group, Policy, Rule, User};
 use peergate::unit::Units;
 

@@ -49,6 +49,15 @@ impl Listener {
         &self.address
     }
 
+    /// The same socket as the standard library's type, for a runtime that wants it; non-blocking already. Keep
+    /// the listener: with it goes the file that [`bind`] made.
+    ///
+    /// # Errors
+    /// What duplicating the descriptor says, fcntl(2).
+    pub fn to_std(&self) -> io::Result<UnixListener> {
+        self.fd.try_clone().map(UnixListener::from)
+    }
+
     /// Whether the socket is the service manager's, who keeps listening when we are gone.
     pub fn is_inherited(&self) -> bool {
         self.bound.is_none()
@@ -205,6 +214,22 @@ impl Declared {
         // As many names as descriptors, or none can be trusted to belong to its neighbour.
         let names = if names.len() == count { names } else { Vec::new() };
         Ok(Some(Self { count, names }))
+    }
+}
+
+/// How many descriptors LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES declare to process `me`, and their names if there is one
+/// for each; or why they are not heeded. Public for the fuzz target alone.
+#[doc(hidden)]
+pub fn declared(
+    fds: Option<String>,
+    pid: Option<String>,
+    names: Option<String>,
+    me: u32,
+) -> Result<Option<(usize, Vec<String>)>, String> {
+    match Declared::parse(fds, pid, names, me) {
+        Ok(declared) => Ok(declared.map(|declared| (declared.count, declared.names))),
+        Err(Ignored::Reason(reason)) => Err(reason),
+        Err(Ignored::Refused(refused)) => Err(refused.to_string()),
     }
 }
 

@@ -13,12 +13,16 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write as _;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::clock::later;
 use crate::ids::{Gid, Uid};
+use crate::limits::Excess;
 use crate::peer::{Details, Peer};
+use crate::policy::RuleName;
 
 /// Records that may wait for the journal; what comes on top is counted instead.
 const MOST_WAITING: usize = 4096;
@@ -161,6 +165,15 @@ impl Reason {
     }
 }
 
+impl From<Excess> for Reason {
+    fn from(excess: Excess) -> Self {
+        match excess {
+            Excess::User => Self::UserLimit,
+            Excess::Total => Self::TotalLimit,
+        }
+    }
+}
+
 /// Who a record is about.
 #[derive(Clone, Debug)]
 pub struct About {
@@ -187,6 +200,21 @@ impl About {
         let unit = peer.remembered_units().map(|units| crate::peer::printable(units.name()));
         let details = Details { unit, ..Details::default() };
         Self { uid: peer.uid(), gid: Some(peer.gid()), groups: Box::default(), pid: peer.pid(), details }
+    }
+}
+
+/// Where a peer connected: the listening socket's address, and the connection's number where it has one.
+#[derive(Clone, Copy, Debug)]
+pub struct At<'a> {
+    /// GATE_SOCKET.
+    pub listener: &'a Arc<str>,
+    /// GATE_CONNECTION.
+    pub connection: Option<u64>,
+}
+
+impl<'a> From<&'a Arc<str>> for At<'a> {
+    fn from(listener: &'a Arc<str>) -> Self {
+        Self { listener, connection: None }
     }
 }
 
@@ -232,6 +260,15 @@ impl Record {
             duration: None,
             about: None,
             text: None,
+        }
+    }
+
+    fn at(event: Event, at: At<'_>, rule: Option<&RuleName>) -> Self {
+        Self {
+            rule: Some(rule.map_or("default", RuleName::as_str).into()),
+            socket: Some(Arc::clone(at.listener)),
+            connection: at.connection,
+            ..Self::new(event)
         }
     }
 
@@ -385,6 +422,13 @@ pub struct Totals {
 #[derive(Clone)]
 pub struct Audit(Arc<Shared>);
 
+/// With the default [`Settings`].
+impl Default for Audit {
+    fn default() -> Self {
+        Self::new(Settings::default())
+    }
+}
+
 struct Shared {
     state: Mutex<State>,
     wake: Condvar,
@@ -469,6 +513,57 @@ impl Audit {
         self.0.scope.load(Ordering::Relaxed) >= Scope::Lines as u8
     }
 
+    /// Records that `peer` was denied by `rule`, or because no rule allows it.
+    pub fn denied<'a>(&self, peer: &mut Peer, socket: &impl AsFd, at: impl Into<At<'a>>, rule: Option<&RuleName>) {
+        self.turned_away_peer(Event::Denied, Reason::Policy, peer, socket, at.into(), rule);
+    }
+
+    /// Records that `peer` was admitted by `rule`, but found no place.
+    pub fn refused<'a>(
+        &self,
+        peer: &mut Peer,
+        socket: &impl AsFd,
+        at: impl Into<At<'a>>,
+        rule: &RuleName,
+        excess: Excess,
+    ) {
+        self.turned_away_peer(Event::Refused, excess.into(), peer, socket, at.into(), Some(rule));
+    }
+
+    /// Records that somebody was denied of whom the kernel would tell nothing ([`Peer::of`] failed).
+    pub fn unidentified<'a>(&self, at: impl Into<At<'a>>) {
+        self.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
+            reason: Some(Reason::NoCredentials),
+            ..Record::at(Event::Denied, at.into(), None)
+        });
+    }
+
+    /// Records that `peer` was admitted by `rule`. Counted in any case, written where the settings say so.
+    pub fn admitted<'a>(&self, peer: &mut Peer, socket: &impl AsFd, at: impl Into<At<'a>>, rule: &RuleName) {
+        self.0.admitted.fetch_add(1, Ordering::Relaxed);
+        if self.writes_connections() {
+            let details = peer.details(socket);
+            let about = Some(About::peer(peer, details));
+            self.write(Record { about, ..Record::at(Event::Admitted, at.into(), Some(rule)) });
+        }
+    }
+
+    fn turned_away_peer(
+        &self,
+        event: Event,
+        reason: Reason,
+        peer: &mut Peer,
+        socket: &impl AsFd,
+        at: At<'_>,
+        rule: Option<&RuleName>,
+    ) {
+        self.turned_away(event, reason, Some(peer.uid()), || {
+            let details = peer.details(socket);
+            let about = Some(About::peer(peer, details));
+            Record { reason: Some(reason), about, ..Record::at(event, at, rule) }
+        });
+    }
+
     /// Counts a peer turned away, and either keeps a record of it, made by `record`, or adds one to the
     /// next summary. `record` is called only where its work is not in vain.
     pub fn turned_away(&self, event: Event, reason: Reason, uid: Option<Uid>, record: impl FnOnce() -> Record) {
@@ -491,11 +586,6 @@ impl Audit {
         let mut state = self.lock();
         state.push(record);
         self.wake(state);
-    }
-
-    /// Counts a peer admitted.
-    pub fn admitted(&self) {
-        self.0.admitted.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Keeps a record that no summary stands for. Where there is no room it is only counted, and the
@@ -650,7 +740,7 @@ impl State {
         let full = self.windows.len() >= MOST_TRACKED && !self.windows.contains_key(&(uid, reason));
         let key = (if full { None } else { uid }, reason);
         let interval = self.settings.interval;
-        self.next_tick.get_or_insert(now + interval);
+        self.next_tick.get_or_insert(later(now, interval));
         self.windows.entry(key).or_insert_with(|| Window {
             since: now,
             written: 0,
@@ -682,9 +772,9 @@ impl State {
             !over
         });
         summaries.into_iter().for_each(|summary| self.push(summary));
-        let earliest = self.windows.values().map(|window| window.since + interval).min();
+        let earliest = self.windows.values().map(|window| later(window.since, interval)).min();
         // Where there was no room, look again in an interval's time, not at once.
-        self.next_tick = earliest.map(|due| if due <= now { now + interval } else { due });
+        self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due });
         if self.windows.is_empty() {
             self.windows.shrink_to(64);
         }

@@ -20,7 +20,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 
 use self::farewell::Farewell;
 use crate::activation::Listener;
-use crate::audit::{About, Audit, Event, Reason, Record, Severity};
+use crate::audit::{At, Audit, Record, Severity};
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
 use crate::pacing::Pacing;
 use crate::peer::Peer;
@@ -51,6 +51,13 @@ pub struct Ruling<T> {
     /// Whether the kernel shall attach the sender's credentials to all data (SO_PASSCRED, unix(7)) on
     /// connections admitted from now on.
     pub pass_credentials: bool,
+}
+
+impl<T> Ruling<T> {
+    /// This policy, the default [`Caps`], no credentials attached to data.
+    pub fn new(policy: Policy<T>) -> Self {
+        Self { policy: Arc::new(policy), caps: Caps::default(), pass_credentials: false }
+    }
 }
 
 impl<T> Clone for Ruling<T> {
@@ -113,6 +120,31 @@ pub struct Setup<T> {
     pub first_connection: u64,
     /// How long to look for the next connection before sleeping, while they come that close together.
     pub busy_poll: Option<Duration>,
+}
+
+impl<T> Setup<T> {
+    /// A gate before `listeners` that rules by `policy` and records in `audit`; everything else as most services
+    /// want it. Change the fields to have it otherwise.
+    ///
+    /// # Errors
+    /// InvalidInput where there is no listener, so that nobody could ever come; what eventfd(2) says.
+    pub fn new(listeners: Vec<Listener>, policy: Policy<T>, audit: Audit) -> io::Result<Self> {
+        if listeners.is_empty() {
+            let message =
+                "no listening socket: nothing was passed (systemd-socket-activate -l PATH PROGRAM passes one)";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        Ok(Self {
+            listeners,
+            ruling: Ruling::new(policy),
+            limits: Limits::new(),
+            audit,
+            replies: Replies::default(),
+            activity: Arc::new(Activity::new()?),
+            first_connection: 1,
+            busy_poll: None,
+        })
+    }
 }
 
 /// What a running gate can be asked, from any thread.
@@ -180,6 +212,7 @@ impl<T: Terms> Door<T> {
             paused_until: None,
             pass_credentials: None,
             pacing: Pacing::new(setup.busy_poll),
+            allowance: 1,
             complained: false,
             accepting: true,
         };
@@ -292,6 +325,16 @@ impl<T> Shared<T> {
     }
 }
 
+/// Asks the kernel for what `policy` depends on and nothing else.
+pub fn learn<T>(peer: &mut Peer, socket: &impl AsFd, policy: &Policy<T>) {
+    if policy.depends_on_groups() {
+        peer.learn_groups(socket);
+    }
+    if policy.depends_on_units() {
+        peer.hold_process(socket);
+    }
+}
+
 struct Gate<T> {
     shared: Arc<Shared<T>>,
     epoll: Epoll,
@@ -308,6 +351,9 @@ struct Gate<T> {
     paused_until: Option<Instant>,
     pass_credentials: Option<bool>,
     pacing: Pacing,
+    /// How many to accept before looking for anything else: grows while more wait, so that one who comes
+    /// alone costs no second accept(2) in vain.
+    allowance: usize,
     complained: bool,
     accepting: bool,
 }
@@ -325,7 +371,8 @@ struct Arrival {
 
 impl<T: Terms> Gate<T> {
     fn prepare(&mut self) -> io::Result<()> {
-        self.epoll.add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        self.epoll
+            .add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let pass_credentials = self.shared.lock().ruling.pass_credentials;
         self.pass_credentials(pass_credentials)?;
         self.reserve = Some(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
@@ -396,7 +443,6 @@ impl<T: Terms> Gate<T> {
 
     /// Does what other threads asked for. True when it is time to go.
     fn obey(&mut self) -> bool {
-        let _ = self.shared.wake.read();
         let (wanted, to_see_off, stop) = {
             let mut orders = self.shared.lock();
             (orders.ruling.pass_credentials, std::mem::take(&mut orders.to_see_off), orders.stop.take())
@@ -424,7 +470,9 @@ impl<T: Terms> Gate<T> {
     }
 
     fn accept_some(&mut self, index: usize) {
-        for _ in 0..ACCEPTS_PER_TURN {
+        let allowance = self.allowance;
+        self.allowance = (2 * allowance).min(ACCEPTS_PER_TURN);
+        for _ in 0..allowance {
             let Some(listener) = self.listeners.get(index).filter(|_| self.accepting) else { return };
             match sys::accept(listener.as_fd()) {
                 Ok(socket) => {
@@ -433,7 +481,10 @@ impl<T: Terms> Gate<T> {
                     self.activity.stir();
                 }
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
-                    Some(Errno::EAGAIN) => return,
+                    Some(Errno::EAGAIN) => {
+                        self.allowance = 1;
+                        return;
+                    }
                     // It left before we came to it, or a signal: the next one.
                     Some(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
                     Some(Errno::EMFILE | Errno::ENFILE) => {
@@ -540,14 +591,14 @@ impl<T: Terms> Gate<T> {
     }
 
     fn let_in(&mut self, arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
-        self.audit.admitted();
-        if self.audit.writes_connections() {
-            let details = peer.details(&arrival.socket);
-            let about = About::peer(&peer, details);
-            let record = self.record(Event::Admitted, &arrival, rule.name().as_str(), Some(about));
-            self.audit.write(record);
-        }
+        self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
+        // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
+        // the listener had it has yet to get it. What waits for accept carries credentials in any case.
+        let pass_credentials = self.pass_credentials == Some(true);
+        if pass_credentials {
+            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &true);
+        }
         (self.admit)(Admission {
             socket: arrival.socket,
             peer,
@@ -556,7 +607,7 @@ impl<T: Terms> Gate<T> {
             connection: arrival.number,
             listener: Arc::clone(self.listeners[arrival.listener].address()),
             generation,
-            pass_credentials: self.pass_credentials == Some(true),
+            pass_credentials,
         });
     }
 
@@ -585,12 +636,13 @@ impl<T: Terms> Gate<T> {
     /// Asks the kernel; records the denial where it does not answer.
     fn identify(&self, arrival: &Arrival, ruling: &Ruling<T>) -> Option<Peer> {
         let socket = &arrival.socket;
-        let asked = if ruling.policy.depends_on_units() { Peer::of(socket) } else { Peer::credentials_of(socket) };
+        // Each fact costs a call: only those that the policy needs.
+        let asked = Peer::ids_of(socket).map(|mut peer| {
+            learn(&mut peer, socket, &ruling.policy);
+            peer
+        });
         if asked.is_err() {
-            self.audit.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
-                reason: Some(Reason::NoCredentials),
-                ..self.record(Event::Denied, arrival, "default", None)
-            });
+            self.audit.unidentified(self.at(arrival));
         }
         asked.ok()
     }
@@ -605,14 +657,8 @@ impl<T: Terms> Gate<T> {
     ) -> Result<(Arc<Rule<T>>, Permit, Peer), Option<(Excess, Arc<Rule<T>>, Peer)>> {
         match ruling.policy.decide(&peer) {
             Verdict::Denied(rule) => {
-                let uid = peer.uid();
-                self.audit.turned_away(Event::Denied, Reason::Policy, Some(uid), || {
-                    let details = peer.details(&arrival.socket);
-                    let rule = rule.map_or("default", |rule| rule.name().as_str());
-                    let about = About::peer(&peer, details);
-                    let record = self.record(Event::Denied, arrival, rule, Some(about));
-                    Record { reason: Some(Reason::Policy), ..record }
-                });
+                let rule = rule.map(|rule| rule.name());
+                self.audit.denied(&mut peer, &arrival.socket, self.at(arrival), rule);
                 Err(None)
             }
             Verdict::Admitted(rule) => {
@@ -627,25 +673,11 @@ impl<T: Terms> Gate<T> {
     }
 
     fn record_refusal(&self, excess: Excess, rule: &Rule<T>, mut peer: Peer, arrival: &Arrival) {
-        let reason = match excess {
-            Excess::User => Reason::UserLimit,
-            Excess::Total => Reason::TotalLimit,
-        };
-        self.audit.turned_away(Event::Refused, reason, Some(peer.uid()), || {
-            let details = peer.details(&arrival.socket);
-            let record = self.record(Event::Refused, arrival, rule.name().as_str(), Some(About::peer(&peer, details)));
-            Record { reason: Some(reason), ..record }
-        });
+        self.audit.refused(&mut peer, &arrival.socket, self.at(arrival), rule.name(), excess);
     }
 
-    fn record(&self, event: Event, arrival: &Arrival, rule: &str, about: Option<About>) -> Record {
-        Record {
-            rule: Some(rule.into()),
-            socket: Some(Arc::clone(self.listeners[arrival.listener].address())),
-            connection: Some(arrival.number),
-            about,
-            ..Record::new(event)
-        }
+    fn at<'a>(&'a self, arrival: &Arrival) -> At<'a> {
+        At { listener: self.listeners[arrival.listener].address(), connection: Some(arrival.number) }
     }
 
     /// Nobody else is accepted; those waiting for a place get their answer.

@@ -1,10 +1,8 @@
-//! The identifiers that the kernel, the policy and the record share, and what a policy may ask of a peer.
+//! The identifiers that the kernel, the policy and the record share.
 //!
-//! Pure data: everyone may import this module, it imports nobody but [`unit`](crate::unit).
+//! Pure data: everyone may import this module, it imports nobody.
 
 use std::fmt;
-
-use crate::unit::Units;
 
 /// The id that stands for "not mapped in this user namespace": the kernel's default for
 /// `/proc/sys/kernel/overflowuid` and `overflowgid` (user_namespaces(7)).
@@ -51,20 +49,3 @@ macro_rules! id {
 
 id!(Uid);
 id!(Gid);
-
-/// What a policy may ask of the one it judges. Implemented by [`Peer`](crate::Peer) for a live
-/// connection and by anything that describes somebody who is not connected (`echod explain`).
-pub trait Subject {
-    /// The effective user id, which may be one that names nobody ([`Uid::is_known`]).
-    fn uid(&self) -> Uid;
-
-    /// The effective group id and all supplementary groups, in no particular order; some may name nobody.
-    fn gids(&self) -> &[Gid];
-
-    /// Whether [`gids`](Subject::gids) holds all of them. `false` where the kernel refused to tell.
-    fn gids_complete(&self) -> bool;
-
-    /// The systemd units around the very process that connected, or `None` where they cannot be
-    /// tied to it. May cost system calls; a policy asks only when a rule depends on the answer.
-    fn units(&self) -> Option<&Units>;
-}

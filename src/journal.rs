@@ -30,6 +30,12 @@ const SOCKET: &str = "/run/systemd/journal/socket";
 const NAMES_LAST: Duration = Duration::from_secs(10);
 /// How many users' names are remembered at once.
 const MOST_NAMES: usize = 1024;
+/// How much is sent from one socket before the next is opened. What journald has not read yet counts against its
+/// sender's buffer (net.core.wmem_default, 208 KiB), and once that is full send(2) waits, which [`Journal::is_ready`]
+/// could not see: journald's queue, which it does see, holds more than that (net.unix.max_dgram_qlen, 512 by systemd).
+const SENT_FROM_ONE: usize = 64 * 1024;
+/// What a datagram costs its sender besides its bytes, at most.
+const DATAGRAM: usize = 1024;
 
 /// The thread that writes.
 pub struct Writer {
@@ -85,6 +91,7 @@ struct Journal {
     beat: Arc<Beat>,
     probe: Option<UnixDatagram>,
     journald: Option<Dispatch>,
+    sent: usize,
     was_reached: bool,
     names: HashMap<Uid, Option<String>>,
     names_since: Instant,
@@ -99,6 +106,7 @@ impl Journal {
             beat,
             probe: None,
             journald: None,
+            sent: 0,
             was_reached: false,
             names: HashMap::new(),
             names_since: Instant::now(),
@@ -137,8 +145,19 @@ impl Journal {
         }
     }
 
-    /// Whether journald can be reached; waits while it can but takes nothing.
+    /// Whether journald can be reached and takes one more; waits while it can be reached but takes nothing.
     fn is_ready(&mut self) -> bool {
+        if !self.takes_one() {
+            return false;
+        }
+        if self.journald.is_some() && self.sent < SENT_FROM_ONE {
+            return true;
+        }
+        // To open one sends an empty datagram: that took the place we waited for.
+        self.connect() && self.takes_one()
+    }
+
+    fn takes_one(&mut self) -> bool {
         // connect(2) fails where nothing is bound to the path, as after systemd-journald.socket was
         // stopped, and finds the new socket after it was started again.
         let probe = match self.probe.take().map_or_else(UnixDatagram::unbound, Ok) {
@@ -160,28 +179,25 @@ impl Journal {
             }
         };
         self.probe = Some(probe);
-        takes_one && self.connect()
+        takes_one
     }
 
     fn connect(&mut self) -> bool {
-        if self.journald.is_none() {
-            let layer = match tracing_journald::layer() {
-                Ok(layer) => layer,
-                Err(_) => return false,
-            };
-            // No prefix: the contract's field names are the journal's. The crate's own mapping of
-            // levels to priorities loses nothing: INFO is notice (5), DEBUG is info (6).
-            let layer = layer.with_field_prefix(None).with_syslog_identifier(self.identifier.clone());
-            self.journald = Some(Dispatch::new(tracing_subscriber::registry().with(layer)));
-        }
+        let Ok(layer) = tracing_journald::layer() else { return false };
+        // No prefix: the contract's field names are the journal's. The crate's own mapping of
+        // levels to priorities loses nothing: INFO is notice (5), DEBUG is info (6).
+        let layer = layer.with_field_prefix(None).with_syslog_identifier(self.identifier.clone());
+        self.journald = Some(Dispatch::new(tracing_subscriber::registry().with(layer)));
+        self.sent = 0;
         true
     }
 
-    fn emit(&self, record: &Record, user: Option<&str>, message: &str) {
+    fn emit(&mut self, record: &Record, user: Option<&str>, message: &str) {
         let Some(journald) = &self.journald else { return };
         let about = record.about.as_ref();
         let details = about.map(|about| &about.details);
         let groups = about.filter(|about| !about.groups.is_empty()).map(|about| join(&about.groups));
+        self.sent += DATAGRAM + 2 * message.len() + groups.as_ref().map_or(0, String::len);
         // One list of fields, four levels: tracing wants the level when it is compiled.
         macro_rules! event {
             ($level:expr) => {

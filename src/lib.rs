@@ -9,38 +9,83 @@
 //!
 //! 1. [`activation`] adopts the listening sockets that systemd passed.
 //! 2. [`peer`] asks the kernel who connected: [`Peer`].
-//! 3. [`policy`] gives a [`Verdict`](policy::Verdict): admitted by a rule, or denied.
-//! 4. [`limits`] hands out a [`Permit`](limits::Permit), or says which limit is in the way.
+//! 3. [`policy`] gives a [`Verdict`]: admitted by a rule, or denied.
+//! 4. [`limits`] hands out a [`Permit`], or says which limit is in the way.
 //! 5. [`audit`] counts every verdict and keeps the record, [`journal`] writes it.
 //! 6. [`gate`] does all that on a thread of its own, and sees off whoever is turned away. A service with
 //!    another runtime leaves it out and calls the others itself.
 //!
 //! [`service`] is the service manager's side: readiness, watchdog, signals, reload, the descriptor store.
 //!
+//! The names that most services need are here at the root; the modules hold the rest.
+//!
 //! # A service behind the gate
+//!
+//! The whole of it, with a thread for each connection:
+//!
+//! ```no_run
+//! use std::io::Write;
+//! use std::os::unix::net::UnixStream;
+//! use std::thread;
+//!
+//! use peergate::journal::Writer;
+//! use peergate::service::{Notifier, Signals};
+//! use peergate::{Admission, Audit, Door, Policy, Rule, Setup, Uid, User, activation};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let passed = activation::adopt(|_| false)?; // before there is a second thread
+//!     let signals = Signals::catch()?;
+//!     let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
+//!     let audit = Audit::default();
+//!     let journal = Writer::start(&audit, "hello")?;
+//!     let mut door = Door::open(Setup::new(passed.listeners, policy, audit)?, |guest: Admission<()>| {
+//!         thread::spawn(move || {
+//!             let mut socket = UnixStream::from(guest.socket);
+//!             let _ = writeln!(socket, "Hello, user {}, admitted by {}", guest.peer.uid(), guest.rule.name());
+//!             drop(guest.permit); // the place in the limits was taken until here
+//!         });
+//!     })?;
+//!     Notifier::from_env().ready("serving");
+//!     signals.wait()?;
+//!     door.shut();
+//!     journal.finish(|| false);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # The gate's parts, under another runtime
+//!
+//! Everything that takes a socket takes [`AsFd`](std::os::fd::AsFd), so it may be tokio's as well as the standard
+//! library's (`examples/tokio_echo.rs`):
 //!
 //! ```
 //! use std::os::unix::net::UnixStream;
-//! use peergate::ids::Uid;
-//! use peergate::policy::{Policy, Rule, User, Verdict};
-//! use peergate::Peer;
+//! use peergate::{Peer, Policy, Rule, Uid, User, Verdict};
 //!
-//! let me = Uid::new(nix::unistd::geteuid().as_raw());
-//! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], me)?;
+//! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
 //!
 //! let (ours, _theirs) = UnixStream::pair()?;
 //! match policy.decide(&Peer::of(&ours)?) {
-//!     Verdict::Admitted(rule) => println!("welcome, by {}", rule.name()),
-//!     Verdict::Denied(_) => println!("no"),
+//!     Verdict::Admitted(rule) => assert_eq!(rule.name().as_str(), "allow.owner"),
+//!     Verdict::Denied(_) => unreachable!("we are the owner"),
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
+//!
+//! # What it rests on
+//!
+//! Linux 5.3 or later ([`peer`] says which fact needs which kernel) and, for activation, the journal and the
+//! descriptor store, systemd 252 or later. Where there is no systemd, [`activation::bind`] makes a listener, records
+//! go to standard error, and [`service`] does nothing. No public function panics.
+//!
+//! The library alone, without what only the program in this package needs: `default-features = false`.
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod activation;
 pub mod audit;
+mod clock;
 pub mod gate;
 pub mod handover;
 pub mod ids;
@@ -50,7 +95,15 @@ pub mod pacing;
 pub mod peer;
 pub mod policy;
 pub mod service;
+mod subject;
 mod sys;
 pub mod unit;
 
+pub use activation::Listener;
+pub use audit::Audit;
+pub use gate::{Admission, Door, Setup};
+pub use ids::{Gid, Uid};
+pub use limits::{Caps, Limits, Permit, Terms};
 pub use peer::Peer;
+pub use policy::{Group, Policy, Rule, User, Verdict};
+pub use subject::Subject;

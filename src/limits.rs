@@ -27,6 +27,13 @@ pub struct Caps {
     pub connections_per_user: u32,
 }
 
+/// 1,024 in all, 64 for each user.
+impl Default for Caps {
+    fn default() -> Self {
+        Self { connections: 1024, connections_per_user: 64 }
+    }
+}
+
 /// Which limit stood in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Excess {

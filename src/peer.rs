@@ -22,17 +22,26 @@ use std::sync::OnceLock;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
-use crate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use crate::ids::{Gid, OVERFLOW_ID, Uid};
+use crate::subject::Subject;
 use crate::sys;
 use crate::unit::Units;
+
+impl Uid {
+    /// The user whose rights this process uses (geteuid(2)): whom [`User::Me`](crate::policy::User::Me) usually
+    /// stands for.
+    pub fn effective() -> Self {
+        Self::new(nix::unistd::geteuid().as_raw())
+    }
+}
 
 /// Who is on the other end of a connected AF_UNIX socket, as of connect(2).
 #[derive(Debug)]
 pub struct Peer {
     uid: Uid,
-    /// The effective gid first, then the supplementary ones; no duplicates of the first.
-    gids: Box<[Gid]>,
-    gids_complete: bool,
+    gid: Gid,
+    /// The effective gid first, then the supplementary ones; no duplicates of the first. `None`: not known.
+    groups: Option<Box<[Gid]>>,
     pid: i32,
     pidfd: Option<OwnedFd>,
     units: OnceLock<Option<Box<Units>>>,
@@ -78,18 +87,33 @@ impl Peer {
     /// # Errors
     /// As [`of`](Self::of).
     pub fn credentials_of(socket: &impl AsFd) -> io::Result<Self> {
-        let socket = socket.as_fd();
-        let credentials = getsockopt(&socket, sockopt::PeerCredentials)?;
-        let gid = known_gid(credentials.gid());
+        let mut peer = Self::ids_of(socket)?;
+        peer.learn_groups(socket);
+        Ok(peer)
+    }
+
+    /// As [`of`](Self::of), without process and supplementary groups: one system call. Until
+    /// [`learn_groups`](Self::learn_groups) the groups are incomplete, which no policy that asks for them takes for less.
+    ///
+    /// # Errors
+    /// As [`of`](Self::of).
+    pub fn ids_of(socket: &impl AsFd) -> io::Result<Self> {
+        let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
+        let (uid, gid) = (known_uid(credentials.uid()), known_gid(credentials.gid()));
+        let pid = credentials.pid();
+        Ok(Self { uid, gid, groups: None, pid, pidfd: None, units: OnceLock::new() })
+    }
+
+    /// Asks for the supplementary groups, unless they are known. They are fixed at connect: to ask later
+    /// gives the same answer. Where the kernel gives none, they stay incomplete.
+    pub fn learn_groups(&mut self, socket: &impl AsFd) {
+        if self.groups.is_some() {
+            return;
+        }
         // No more than a handful for most users, so that one call is enough.
-        let (supplementary, gids_complete) = match sys::peer_groups(socket, 32) {
-            Ok(groups) => (groups, true),
-            Err(_) => (Vec::new(), false),
-        };
-        let supplementary = supplementary.into_iter().map(known_gid).filter(|other| *other != gid);
-        let gids = std::iter::once(gid).chain(supplementary).collect();
-        let uid = known_uid(credentials.uid());
-        Ok(Self { uid, gids, gids_complete, pid: credentials.pid(), pidfd: None, units: OnceLock::new() })
+        if let Ok(groups) = sys::peer_groups(socket.as_fd(), 32) {
+            self.groups = Some(united(self.gid, groups.into_iter().map(known_gid)));
+        }
     }
 
     /// Takes hold of the process that connected, so that its units can be told. Without effect on
@@ -118,11 +142,11 @@ impl Peer {
         }
         let pidfd = sys::pidfd_open(pid)?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let (uid, gids) = ids_of_status(&status).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        let (uid, gid, groups) = ids_of_status(&status).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
         if has_ended(pidfd.as_fd()) {
             return Err(gone());
         }
-        Ok(Self { uid, gids, gids_complete: true, pid, pidfd: Some(pidfd), units: OnceLock::new() })
+        Ok(Self { uid, gid, groups: Some(groups), pid, pidfd: Some(pidfd), units: OnceLock::new() })
     }
 
     /// The effective user id.
@@ -132,12 +156,12 @@ impl Peer {
 
     /// The effective group id.
     pub fn gid(&self) -> Gid {
-        self.gids.first().copied().unwrap_or(Gid::new(OVERFLOW_ID))
+        self.gid
     }
 
-    /// The effective group id and all supplementary ones.
+    /// The effective group id and, as far as they are known, all supplementary ones.
     pub fn gids(&self) -> &[Gid] {
-        &self.gids
+        self.groups.as_deref().unwrap_or(std::slice::from_ref(&self.gid))
     }
 
     /// The process id as this pid namespace numbers it; `None` for a peer that has none here.
@@ -162,9 +186,10 @@ impl Peer {
         self.units.get().and_then(Option::as_deref)
     }
 
-    /// What a record tells beyond the ids. Costs several system calls: ask only where one is written.
+    /// What a record tells beyond the ids; learns the groups too. Costs several system calls: ask only where one is written.
     pub fn details(&mut self, socket: &impl AsFd) -> Details {
         self.hold_process(socket);
+        self.learn_groups(socket);
         Details {
             comm: self.read_proc("comm").map(|comm| printable(comm.strip_suffix('\n').unwrap_or(&comm))),
             unit: self.units().map(|units| printable(units.name())),
@@ -186,16 +211,27 @@ impl Subject for Peer {
     }
 
     fn gids(&self) -> &[Gid] {
-        &self.gids
+        Peer::gids(self)
     }
 
     fn gids_complete(&self) -> bool {
-        self.gids_complete
+        self.groups.is_some()
     }
 
     fn units(&self) -> Option<&Units> {
         Peer::units(self)
     }
+}
+
+/// Reads from a socket that has SO_PASSCRED (unix(7)): how many bytes, and the user whose process sent them, by its real
+/// uid; `None` where that names nobody. One answer never joins what different users sent. Descriptors that come along
+/// are closed. Never waits.
+///
+/// # Errors
+/// What recvmsg(2) says; EAGAIN where nothing has come.
+pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
+    let (count, sender) = sys::receive(socket.as_fd(), buffer)?;
+    Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
 }
 
 /// A pidfd polls readable once its process has ended, waited for or not (pidfd_open(2)).
@@ -206,14 +242,18 @@ fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
 }
 
 /// Reads the effective uid, the effective gid and the groups from the text of /proc/PID/status, proc(5).
-fn ids_of_status(status: &str) -> Option<(Uid, Box<[Gid]>)> {
+fn ids_of_status(status: &str) -> Option<(Uid, Gid, Box<[Gid]>)> {
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     let effective = |name| field(name)?.split_whitespace().nth(1)?.parse::<u32>().ok();
     let uid = known_uid(effective("Uid")?);
     let gid = known_gid(effective("Gid")?);
     let groups: Result<Vec<u32>, _> = field("Groups")?.split_whitespace().map(str::parse).collect();
-    let groups = groups.ok()?.into_iter().map(known_gid).filter(|group| *group != gid);
-    Some((uid, std::iter::once(gid).chain(groups).collect()))
+    Some((uid, gid, united(gid, groups.ok()?.into_iter().map(known_gid))))
+}
+
+/// The effective gid is not among what the kernel calls the groups, or only by chance.
+fn united(gid: Gid, supplementary: impl Iterator<Item = Gid>) -> Box<[Gid]> {
+    std::iter::once(gid).chain(supplementary.filter(|other| *other != gid)).collect()
 }
 
 /// The administrator may have moved the overflow ids; to everyone else they are [`OVERFLOW_ID`].
@@ -289,8 +329,8 @@ mod tests {
     #[test]
     fn effective_ids_are_read_from_status() {
         let status = "Name:\tx\nUid:\t1000\t0\t1\t2\nGid:\t5\t6\t7\t8\nGroups:\t6 24 27 \n";
-        let (uid, gids) = ids_of_status(status).unwrap();
-        assert_eq!(uid, Uid::new(0));
+        let (uid, gid, gids) = ids_of_status(status).unwrap();
+        assert_eq!((uid, gid), (Uid::new(0), Gid::new(6)));
         assert_eq!(&*gids, [Gid::new(6), Gid::new(24), Gid::new(27)]);
     }
 

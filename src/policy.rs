@@ -1,14 +1,15 @@
 //! The policy: named rules, and the decision about one subject.
 //!
 //! Pure: no sockets, no clock, no log, no files, no user database. Everyone may import it; it imports only
-//! [`ids`](crate::ids) and [`unit`](crate::unit). (Its submodule [`mod@file`], which reads a policy from a file, does
+//! [`ids`](crate::ids), [`unit`](crate::unit) and [`Subject`]. (Its submodule [`mod@file`], which reads a policy from a file, does
 //! touch files and the user database, and imports this one.)
 //!
 //! Deny rules are consulted first, then allow rules, each in the order given; the first that matches decides.
 //! Whom no rule matches is denied. Inside a rule every key must hold; inside a key any value may.
 //!
 //! ```
-//! use peergate::ids::{Gid, Subject, Uid};
+//! use peergate::ids::{Gid, Uid};
+//! use peergate::Subject;
 //! use peergate::policy::{Policy, Rule, User, Verdict};
 //! use peergate::unit::Units;
 //!
@@ -71,7 +72,7 @@
 //! - `groups`, where no known group matches, and one of the groups names nobody or the list is incomplete.
 //! - `units`, where the peer's units cannot be tied to the very process that connected.
 //!
-//! An allow rule matches only if all of its keys hold. A deny rule matches unless one of its keys does not hold.
+//! An allow rule matches only if all of its keys hold, and never for a uid that names nobody. A deny rule matches unless one of its keys does not hold.
 //!
 //! # Names of units
 //!
@@ -99,7 +100,8 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
-use crate::ids::{Subject, Uid};
+use crate::ids::Uid;
+use crate::subject::Subject;
 use glob::Glob;
 use index::{Candidates, Index, NONE};
 use matcher::{Asked, Matcher, groups_are_known};
@@ -115,6 +117,8 @@ pub struct Policy<T> {
     rules: Vec<Arc<Rule<T>>>,
     matchers: Vec<Matcher>,
     index: Option<Index>,
+    depends_on_groups: bool,
+    depends_on_units: bool,
     me: Uid,
 }
 
@@ -174,7 +178,9 @@ impl<T> Policy<T> {
             matchers.push(matcher(rule, me).map_err(|problem| PolicyError::new(rule.name(), problem))?);
         }
         let index = Index::new(&matchers);
-        Ok(Self { rules, matchers, index, me })
+        let depends_on_groups = matchers.iter().any(|matcher| matcher.groups.is_some());
+        let depends_on_units = matchers.iter().any(|matcher| matcher.units.is_some());
+        Ok(Self { rules, matchers, index, depends_on_groups, depends_on_units, me })
     }
 
     /// The policy where there is no file: a single rule `allow.owner`, which admits `me`.
@@ -186,7 +192,7 @@ impl<T> Policy<T> {
         let users = Some(IdSet::new([User::Me.range(me)].into_iter().flatten()));
         let matchers = vec![Matcher { deny: false, users, groups: None, units: None }];
         let index = Index::new(&matchers);
-        Self { rules: vec![Arc::new(rule)], matchers, index, me }
+        Self { rules: vec![Arc::new(rule)], matchers, index, depends_on_groups: false, depends_on_units: false, me }
     }
 
     /// The verdict on a subject.
@@ -215,9 +221,14 @@ impl<T> Policy<T> {
         self.rules.is_empty()
     }
 
+    /// Whether any rule has a `groups` key.
+    pub fn depends_on_groups(&self) -> bool {
+        self.depends_on_groups
+    }
+
     /// Whether any rule has a `units` key.
     pub fn depends_on_units(&self) -> bool {
-        self.matchers.iter().any(|matcher| matcher.units.is_some())
+        self.depends_on_units
     }
 
     /// Whom [`User::Me`] stands for.
@@ -235,7 +246,9 @@ impl<T> Policy<T> {
     fn deciding(&self, who: &dyn Subject) -> Option<usize> {
         let asked = Asked::new(who);
         match &self.index {
-            Some(index) if who.uid().is_known() && groups_are_known(who) => self.look_up(index, &asked),
+            Some(index) if who.uid().is_known() && (!self.depends_on_groups || groups_are_known(who)) => {
+                self.look_up(index, &asked)
+            }
             _ => self.matchers.iter().position(|matcher| matcher.matches(&asked, self.me)),
         }
     }

@@ -17,10 +17,17 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sd_notify::NotifyState;
 
+use crate::clock::later;
 use crate::sys;
 
-/// Marks a SIGHUP whose sender waits for an answer ([`request_reload`]).
+/// Marks a signal whose sender waits for an answer ([`request_reload`]), and the answer.
 const ANSWER_WANTED: i32 = 0x6563_686f;
+/// The signal of one who waits for an answer. Not SIGHUP: of several that arrive before the first is read, the kernel
+/// keeps one, and nobody would answer the others. Real-time signals queue (signal(7)).
+fn asking() -> i32 {
+    libc::SIGRTMIN() + 1
+}
+
 /// The answers: taken, refused.
 const TAKEN: Signal = Signal::SIGUSR1;
 const REFUSED: Signal = Signal::SIGUSR2;
@@ -279,8 +286,12 @@ impl Activity {
     /// Asks for the next stir to make the descriptor readable. Look once more after this call: what
     /// happened before it does not.
     pub fn watch(&self) {
-        let _ = self.event.read();
         self.awaited.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes the descriptor unreadable again, until the first stir after the next [`watch`](Self::watch).
+    pub fn calm(&self) {
+        let _ = self.event.read();
     }
 }
 
@@ -295,7 +306,7 @@ impl AsFd for Activity {
 pub enum Request {
     /// SIGTERM or SIGINT.
     Stop,
-    /// SIGHUP; `answer_to` is the process that waits to hear how it went.
+    /// SIGHUP, or [`request_reload`]; `answer_to` is the process that waits to hear how it went.
     Reload {
         /// See [`answer_reload`].
         answer_to: Option<i32>,
@@ -307,24 +318,42 @@ pub enum Request {
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT and SIGHUP for this thread and all that it starts from now on, and
+    /// Blocks SIGTERM, SIGINT, SIGHUP and the signal of [`request_reload`] for this thread and all that it starts from now on, and
     /// receives them here instead.
     ///
     /// # Errors
     /// What sigprocmask(2) or signalfd(2) says.
     pub fn catch() -> io::Result<Self> {
-        let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+        let stop_or_reload = [Signal::SIGTERM as i32, Signal::SIGINT as i32, Signal::SIGHUP as i32, asking()];
+        let signals = sys::signal_set(&stop_or_reload);
         signals.thread_block()?;
         Ok(Self(SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+    }
+
+    /// Waits for the next one.
+    ///
+    /// # Errors
+    /// What poll(2) says.
+    pub fn wait(&self) -> io::Result<Request> {
+        loop {
+            if let Some(request) = self.next() {
+                return Ok(request);
+            }
+            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// The next one that has arrived.
     pub fn next(&self) -> Option<Request> {
         let signal = self.0.read_signal().ok()??;
-        if signal.ssi_signo != Signal::SIGHUP as u32 {
+        if [Signal::SIGTERM, Signal::SIGINT].iter().any(|stop| *stop as u32 == signal.ssi_signo) {
             return Some(Request::Stop);
         }
-        let wants_answer = signal.ssi_code == libc::SI_QUEUE && signal.ssi_int == ANSWER_WANTED;
+        let wants_answer =
+            signal.ssi_signo == asking() as u32 && signal.ssi_code == libc::SI_QUEUE && signal.ssi_int == ANSWER_WANTED;
         Some(Request::Reload { answer_to: wants_answer.then_some(signal.ssi_pid as i32) })
     }
 }
@@ -355,8 +384,8 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     let answers: SigSet = [TAKEN, REFUSED].into_iter().collect();
     answers.thread_block()?;
     let answer = SignalFd::with_flags(&answers, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-    sys::queue_signal(pid, Signal::SIGHUP as i32, ANSWER_WANTED)?;
-    let until = Instant::now() + patience;
+    sys::queue_signal(pid, asking(), ANSWER_WANTED)?;
+    let until = later(Instant::now(), patience);
     loop {
         let left = until.saturating_duration_since(Instant::now());
         let mut question =

@@ -9,6 +9,8 @@ use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use nix::sys::signal::SigSet;
+
 /// Linux's `SCM`/`SO` numbers that libc may lack on the oldest version we build with.
 const SO_COOKIE: libc::c_int = 57;
 
@@ -118,6 +120,64 @@ pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> 
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
+}
+
+/// Room for the credentials of one message and nothing else: descriptors that a peer sends along find none, and the
+/// kernel closes them (MSG_CTRUNC, recvmsg(2)).
+#[repr(C)]
+union OneCredential {
+    header: libc::cmsghdr,
+    // SAFETY: CMSG_SPACE computes, it touches no memory.
+    bytes: [u8; unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize],
+}
+
+/// recvmsg(2) on a socket with SO_PASSCRED: how many bytes came, and who sent them (unix(7)); `None` where the kernel
+/// attached nobody. Never waits.
+pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<libc::ucred>)> {
+    let mut control = MaybeUninit::<OneCredential>::zeroed();
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of::<OneCredential>() as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
+    // SAFETY: buffer and control outlive the call, and the lengths are theirs.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
+    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    // SAFETY: the kernel has set msg_controllen to what it wrote; the macro checks it against a header's size.
+    let first = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    if first.is_null() {
+        return Ok((count, None));
+    }
+    // SAFETY: not null, so a whole header is there, in aligned memory of ours.
+    let header = unsafe { first.read() };
+    // SAFETY: CMSG_LEN computes, it touches no memory.
+    let whole = unsafe { libc::CMSG_LEN(size_of::<libc::ucred>() as u32) };
+    let is_credentials = header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_CREDENTIALS;
+    if !is_credentials || (header.cmsg_len as usize) < whole as usize {
+        return Ok((count, None));
+    }
+    // SAFETY: behind the header, within what the kernel wrote (checked by cmsg_len).
+    let data = unsafe { libc::CMSG_DATA(first) };
+    // SAFETY: as above; read_unaligned asks for no alignment.
+    Ok((count, Some(unsafe { data.cast::<libc::ucred>().read_unaligned() })))
+}
+
+/// The set of these signals. By number, because nix has no names for the real-time ones.
+pub(crate) fn signal_set(numbers: &[i32]) -> SigSet {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: writes the whole set, and nothing else.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: sigemptyset has just made it.
+    let mut set = unsafe { set.assume_init() };
+    for number in numbers {
+        // SAFETY: a valid set; a number that is no signal changes nothing.
+        unsafe { libc::sigaddset(&mut set, *number) };
+    }
+    // SAFETY: made by sigemptyset and sigaddset alone.
+    unsafe { SigSet::from_sigset_t_unchecked(set) }
 }
 
 fn getsockopt(

@@ -30,7 +30,8 @@ impl Units {
     /// outside this control group namespace, a system without systemd.
     ///
     /// Where systemd has a hierarchy of its own (cgroup v1 and hybrid: `name=systemd`) that one
-    /// tells, else the unified one (`0::`).
+    /// tells, else the unified one (`0::`). A process at the very top of the former, where systemd puts none, is
+    /// in a system that uses the latter: one booted unified, in a container on a hybrid machine.
     pub fn from_proc_cgroup(text: &str) -> Option<Self> {
         let path_of = |wanted: fn(&str, &str) -> bool| {
             text.lines().find_map(|line| {
@@ -40,6 +41,7 @@ impl Units {
             })
         };
         let path = path_of(|_, controllers| controllers == "name=systemd")
+            .filter(|path| *path != "/")
             .or_else(|| path_of(|number, controllers| number == "0" && controllers.is_empty()))?;
         Self::from_path(path)
     }

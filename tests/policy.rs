@@ -6,7 +6,8 @@
 use std::cell::Cell;
 use std::io;
 
-use peergate::ids::{Gid, OVERFLOW_ID, Subject, Uid};
+use peergate::Subject;
+use peergate::ids::{Gid, OVERFLOW_ID, Uid};
 use peergate::policy::file::{self, Fault, Loaded, Names, Source};
 use peergate::policy::{Group, Kind, Policy, Rule, User, Verdict};
 use peergate::unit::Units;
@@ -86,7 +87,10 @@ mod model {
 
     /// Some(true): holds; Some(false): does not; None: cannot be told.
     fn user(entry: &Entry, who: &Somebody) -> Option<bool> {
-        let Some(users) = &entry.users else { return Some(true) };
+        let Some(users) = &entry.users else {
+            // Whoever names nobody is admitted by no rule, whatever it asks for.
+            return if entry.kind == Kind::Allow && !known(who.uid) { None } else { Some(true) };
+        };
         if known(who.uid) { Some(within(users, who.uid)) } else { None }
     }
 

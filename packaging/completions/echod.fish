@@ -43,7 +43,7 @@ complete -c echod -n "__fish_echod_using_subcommand explain" -l group -d 'A supp
 complete -c echod -n "__fish_echod_using_subcommand explain" -l unit -d 'The systemd unit they connect from' -r
 complete -c echod -n "__fish_echod_using_subcommand explain" -l config -d 'Judge by this file instead of the one that would be served by' -r -F
 complete -c echod -n "__fish_echod_using_subcommand explain" -s h -l help -d 'Print help'
-complete -c echod -n "__fish_echod_using_subcommand report" -l since -d 'Only records from this time on, as journalctl(1) takes it' -r
+complete -c echod -n "__fish_echod_using_subcommand report" -l since -d 'Only records from this time on, as journalctl(1) takes it, such as "yesterday" or "-2h"' -r
 complete -c echod -n "__fish_echod_using_subcommand report" -l until -d 'Only records up to this time' -r
 complete -c echod -n "__fish_echod_using_subcommand report" -l user -d 'Records of this user\'s own echod'
 complete -c echod -n "__fish_echod_using_subcommand report" -l system -d 'Records of the system\'s echod'

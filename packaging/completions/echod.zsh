@@ -52,7 +52,7 @@ _arguments "${_arguments_options[@]}" : \
 ;;
 (report)
 _arguments "${_arguments_options[@]}" : \
-'--since=[Only records from this time on, as journalctl(1) takes it]:TIME:_default' \
+'--since=[Only records from this time on, as journalctl(1) takes it, such as "yesterday" or "-2h"]:TIME:_default' \
 '--until=[Only records up to this time]:TIME:_default' \
 '(--system)--user[Records of this user'\''s own echod]' \
 '--system[Records of the system'\''s echod]' \

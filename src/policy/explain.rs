@@ -5,7 +5,7 @@ use std::fmt;
 use super::Policy;
 use super::matcher::{Answer, Asked, Matcher};
 use super::rule::{Kind, Place, Rule, RuleName};
-use crate::ids::Subject;
+use crate::subject::Subject;
 use crate::unit::Units;
 
 /// A verdict and the way to it. Its [`Display`](fmt::Display) form begins with one of
@@ -130,6 +130,9 @@ fn findings<T>(policy: &Policy<T>, rule: &Rule<T>, matcher: &Matcher, asked: &As
             Answer::Unknown => format!("uid {uid} names nobody here"),
         };
         findings.push(Finding { key: "users", answer: Some(answer), why });
+    } else if !matcher.deny && !asked.who.uid().is_known() {
+        let why = format!("uid {} names nobody here, and nobody is admitted", asked.who.uid());
+        findings.push(Finding { key: "users", answer: Some(Answer::Unknown), why });
     }
     if let (Some(groups), Some(answer)) = (rule.listed_groups(), matcher.group(asked.who)) {
         let listed = list(groups.iter().map(ToString::to_string));

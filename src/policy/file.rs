@@ -52,6 +52,7 @@ mod table;
 use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use toml::Spanned;
@@ -78,6 +79,33 @@ pub struct Loaded<T, A> {
 
 /// The keys that say whom a rule is for.
 const WHO: [&str; 3] = ["users", "groups", "units"];
+
+/// Reads the file at `path`, with the system's own users and groups. `me` is whom `self` stands for. For the type
+/// parameters see [`parse`]; an application without tables of its own takes `()` for `A`.
+///
+/// # Errors
+/// Everything that is wrong with the file; that includes a file that is missing, unreadable, or writable by others
+/// than root and `me` (see [`Source::read`]).
+///
+/// ```no_run
+/// use peergate::Uid;
+/// use peergate::policy::file;
+///
+/// let policy = file::load::<(), ()>("/etc/hello.toml", Uid::effective())?.policy;
+/// # Ok::<(), file::Faults>(())
+/// ```
+pub fn load<T, A>(path: impl AsRef<Path>, me: Uid) -> Result<Loaded<T, A>, Faults>
+where
+    T: DeserializeOwned + Default,
+    A: DeserializeOwned + Default,
+{
+    let path = path.as_ref();
+    let source = Source::read(path, me).map_err(|error| match error {
+        ReadError::Refused(fault) => Faults(vec![fault]),
+        error => Faults(vec![Fault::of_file(path, error.to_string())]),
+    })?;
+    parse(&source, me, &SystemNames)
+}
 
 /// Reads a policy. `me` is whom `self` stands for; `names` is asked for each name that the file mentions.
 ///
@@ -132,7 +160,7 @@ struct Reader<'s> {
     headers: HashMap<String, usize>,
     faults: Vec<Spot>,
     warnings: Vec<Spot>,
-    /// Where the text is no TOML, so that what was made of it is guesswork.
+    /// Where the text is no TOML, so that what was made of it is guesswork. Ascending and disjoint.
     garbled: Vec<Range<usize>>,
 }
 
@@ -191,7 +219,8 @@ impl<'s> Reader<'s> {
 
     fn fault(&mut self, at: usize, message: impl Into<String>) {
         // A syntax fault garbles what follows it; the fault itself says enough.
-        if !self.garbled.iter().any(|range| range.contains(&at)) {
+        let before = self.garbled.partition_point(|range| range.start <= at);
+        if before == 0 || !self.garbled[before - 1].contains(&at) {
             self.faults.push((at, message.into()));
         }
     }
@@ -202,15 +231,25 @@ impl<'s> Reader<'s> {
 
     fn syntax(&mut self, errors: &[toml::de::Error]) {
         let text = self.source.text();
+        let mut lines: Vec<usize> = Vec::new();
         for error in errors {
-            let at = error.span().map_or(0, |span| span.start).min(text.len());
-            let before = text.as_bytes()[..at].iter().rposition(|&byte| byte == b'\n');
-            let line = before.map_or(0, |newline| newline + 1);
-            let rest = text.get(line..).unwrap_or_default();
-            // Below a broken [header] the keys seem to belong to the table before it.
-            let end = if rest.trim_start().starts_with('[') { rest.find("\n[") } else { rest.find('\n') };
-            self.garbled.push(line..end.map_or(text.len(), |end| line + end) + 1);
+            let at = error.span().map_or(0, |span| span.start);
+            lines.push(self.source.line(at));
             self.faults.push((at, sentence(None, error.message())));
+        }
+        lines.sort_unstable();
+        for line in lines {
+            let mut garbled = self.source.span_of_line(line);
+            if self.garbled.last().is_some_and(|last| last.end >= garbled.end) {
+                continue;
+            }
+            let line = text.get(garbled.clone()).unwrap_or_default();
+            if line.trim_start().starts_with('[') {
+                // Below a broken [header] the keys seem to belong to the table before it.
+                let below = text.get(garbled.end - 1..).unwrap_or_default();
+                garbled.end = below.find("\n[").map_or(text.len() + 1, |next| garbled.end + next);
+            }
+            self.garbled.push(garbled);
         }
     }
 
@@ -284,7 +323,7 @@ impl<'s> Reader<'s> {
         if let Some(units) = units {
             rule = rule.units(self.patterns(&units));
         }
-        Some(rule.at(Place { file: self.source.path().clone(), line: self.source.place(at).0 }))
+        Some(rule.at(Place { file: self.source.path().clone(), line: self.source.line(at) }))
     }
 
     /// An allow rule's further keys.
@@ -452,7 +491,7 @@ impl<'s> Reader<'s> {
         let mut spots = which(self);
         spots.sort_by_key(|(at, _)| *at);
         spots.dedup();
-        spots.into_iter().map(|(at, message)| self.source.fault(at, message)).collect()
+        self.source.faults(spots)
     }
 }
 

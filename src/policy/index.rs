@@ -199,6 +199,17 @@ mod tests {
     }
 
     #[test]
+    fn nobody_meets_the_rules_for_others_however_many_there_are() {
+        let others: Vec<_> = (0..10_000).map(|n| users(10 * n, 10 * n + 3)).collect();
+        let index = Index::new(&others).unwrap();
+        for uid in 0..100_000 {
+            let Candidates { sure, by_ids, by_unit } = index.of_uid(uid);
+            assert_eq!(sure, if uid % 10 < 4 && uid != 65_534 { uid / 10 } else { NONE });
+            assert_eq!((by_ids.len(), by_unit.len()), (0, 0));
+        }
+    }
+
+    #[test]
     fn rules_that_overlap_everywhere_are_not_tabulated() {
         // Nested ranges, each with a condition besides: every segment would list nearly all of them.
         let nested = |n: u32| Matcher {

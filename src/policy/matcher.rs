@@ -4,7 +4,8 @@ use std::cell::OnceCell;
 
 use super::glob::Glob;
 use super::set::IdSet;
-use crate::ids::{Gid, Subject, Uid};
+use crate::ids::{Gid, Uid};
+use crate::subject::Subject;
 use crate::unit::Units;
 
 /// Whether a condition holds. The order makes the minimum Kleene's "and".
@@ -71,9 +72,11 @@ impl Matcher {
         self.units.is_some() && self.decides(ids)
     }
 
-    /// What the keys `users` and `groups` say together.
+    /// What the keys `users` and `groups` say together. An allow rule without `users` admits every user, but nobody
+    /// without a name: a uid that stands for all whom this namespace cannot tell apart.
     pub(super) fn ids(&self, who: &dyn Subject) -> Answer {
-        let user = self.user(who).unwrap_or(Answer::Yes);
+        let anyone = if self.deny || who.uid().is_known() { Answer::Yes } else { Answer::Unknown };
+        let user = self.user(who).unwrap_or(anyone);
         if user == Answer::No { user } else { user.min(self.group(who).unwrap_or(Answer::Yes)) }
     }
 

@@ -97,12 +97,12 @@ pub struct Who {
 /// Which part of the journal to look at.
 #[derive(Debug, Args)]
 pub struct Report {
-    /// Only records from this time on, as journalctl(1) takes it
-    #[arg(long, value_name = "TIME")]
+    /// Only records from this time on, as journalctl(1) takes it, such as "yesterday" or "-2h"
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub since: Option<String>,
 
     /// Only records up to this time
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true)]
     pub until: Option<String>,
 
     /// Records of this user's own echod

@@ -226,7 +226,11 @@ impl Config {
         }
     }
 
-    fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
+    /// Makes a configuration of a file's text. `me` is whom "self" stands for.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the file.
+    pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
         let Loaded { policy, application, warnings } = file::parse::<Terms, Tables>(source, me, names)?;
         let Tables { limits, audit, service } = application;
         let source = Some(source.path().to_path_buf());

@@ -8,7 +8,8 @@ use std::fmt;
 use std::io::{self, Write as _};
 
 use nix::unistd::{Group, User, getgrouplist};
-use peergate::ids::{Gid, Subject, Uid};
+use peergate::Subject;
+use peergate::ids::{Gid, Uid};
 use peergate::peer::Peer;
 use peergate::unit::Units;
 

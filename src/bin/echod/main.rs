@@ -12,6 +12,7 @@ mod config;
 mod explain;
 mod handover;
 mod line;
+mod report;
 mod serve;
 mod worker;
 
@@ -53,7 +54,7 @@ fn main() -> ExitCode {
     let code = match cli.command {
         Some(Command::Check { config }) => check::run(config.as_deref()),
         Some(Command::Explain(explain)) => explain::run(&explain),
-        Some(Command::Report(_)) => EX_USAGE,
+        Some(Command::Report(asked)) => report::run(&asked),
         Some(Command::Reload { pid }) => reload(pid),
         None => match serve(cli.serve) {
             Ok(()) => 0,

@@ -14,7 +14,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
 use peergate::audit::{self, About, Audit, Event, Reason, Record, Severity, Totals};
-use peergate::gate::{Door, Replies, Ruling as Admitting, Setup};
+use peergate::gate::{Door, Replies, Ruling as Admitting, Setup, learn};
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
@@ -36,6 +36,8 @@ const DRAIN: Duration = Duration::from_secs(5);
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(60);
 /// More workers than this gain nothing by themselves; who wants more says so.
 const MOST_WORKERS: usize = 16;
+/// How often the main thread lets itself be woken by what others do.
+const NOTICE_PAUSE: Duration = Duration::from_secs(1);
 
 impl peergate::limits::Terms for Terms {
     fn connections_per_user(&self) -> Option<u32> {
@@ -93,6 +95,8 @@ struct Service {
     signals: Signals,
     activity: Arc<Activity>,
     watchdog: Option<Watchdog>,
+    /// Until then nobody wakes this thread by what they do.
+    unwatched_until: Instant,
     status: Status,
     idle: Idle,
 }
@@ -145,7 +149,7 @@ impl Service {
         .map_err(|error| format!("opening the gate: {error}"))?;
         let around =
             Surroundings { audit: audit.clone(), usher: door.usher(), activity: Arc::clone(&activity), busy_poll };
-        let count = config.service.workers.map_or_else(|| processors().min(MOST_WORKERS), Into::into);
+        let count = config.service.workers.map_or_else(default_workers, Into::into);
         let workers: Vec<Worker> = (0..count)
             .map(|number| Worker::start(number, serving(&config), around.clone()))
             .collect::<Result<_, _>>()
@@ -166,6 +170,7 @@ impl Service {
             signals,
             activity,
             watchdog: Watchdog::from_env(watched),
+            unwatched_until: now,
             status: Status { said: String::new(), at: now, due: false },
             idle: Idle { totals: Totals::default(), since: now, not_before: now },
         };
@@ -199,9 +204,7 @@ impl Service {
 
     /// A connection that some process admitted before, by the policy in force; who is denied is seen off.
     fn judge(&self, mut connection: Carried) -> Option<(Carried, Arc<Rule<Terms>>, Permit)> {
-        if self.config.policy.depends_on_units() {
-            connection.peer.hold_process(&connection.socket);
-        }
+        learn(&mut connection.peer, &connection.socket, &self.config.policy);
         match self.config.policy.decide(&connection.peer) {
             Verdict::Admitted(rule) => {
                 let (rule, permit) = (Arc::clone(rule), self.limits.resume(connection.peer.uid()));
@@ -238,10 +241,13 @@ impl Service {
     /// Does what comes up, until it is time to end.
     fn attend(&mut self) -> End {
         loop {
-            self.activity.watch();
+            let now = Instant::now();
+            if now >= self.unwatched_until {
+                self.activity.watch();
+                self.unwatched_until = now;
+            }
             // What happened before the watch began wakes nobody: look for it now.
             self.notice_changes();
-            let now = Instant::now();
             if self.status.due && now >= self.status.at + STATUS_PAUSE {
                 self.say_status(now);
             }
@@ -267,10 +273,11 @@ impl Service {
         }
     }
 
-    fn sleep(&self) {
+    fn sleep(&mut self) {
         let status = self.status.due.then(|| self.status.at + STATUS_PAUSE);
         let watchdog = self.watchdog.as_ref().map(Watchdog::due);
-        let due = [status, watchdog, self.idle_exit_due()].into_iter().flatten().min();
+        let watch = (self.unwatched_until > Instant::now()).then_some(self.unwatched_until);
+        let due = [status, watchdog, watch, self.idle_exit_due()].into_iter().flatten().min();
         let timeout = due.map_or(PollTimeout::NONE, |due| {
             let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
@@ -281,6 +288,11 @@ impl Service {
         ];
         // EINTR or an event: the loop looks at everything anyway.
         let _ = poll(&mut events, timeout);
+        if events[1].any() == Some(true) {
+            // Enough for now: who comes and goes all the time need not wake this thread each time.
+            self.activity.calm();
+            self.unwatched_until = Instant::now() + NOTICE_PAUSE;
+        }
     }
 
     fn notice_changes(&mut self) {
@@ -436,6 +448,12 @@ fn end_workers(workers: &mut [Worker], carry: usize) -> Vec<Carried> {
     let carried = replies.iter().flatten().collect();
     workers.iter_mut().for_each(Worker::join);
     carried
+}
+
+/// The clients of a local socket run on the same processors, and need as much of them: a worker for every second
+/// one. More workers than that see fewer events at a time and pay more for each (benches/README.md).
+fn default_workers() -> usize {
+    (processors() / 2).clamp(1, MOST_WORKERS)
 }
 
 fn processors() -> usize {

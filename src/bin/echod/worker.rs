@@ -5,7 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -15,15 +15,15 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recv, recvmsg, send};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Admission, Usher};
+use peergate::gate::{Admission, Usher, learn};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
 use peergate::pacing::Pacing;
-use peergate::peer::Peer;
+use peergate::peer::{self, Peer};
 use peergate::policy::{Policy, Rule, Verdict};
 use peergate::service::{Activity, Beat, Watched};
 
@@ -158,7 +158,8 @@ impl Worker {
             beat: Arc::new(Beat::default()),
         });
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TOKEN_WAKE))?;
+        // Edge-triggered, it never needs to be read: each write makes a new edge.
+        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let mut serving = Loop::new(Arc::clone(&mailbox), epoll, ruling, surroundings);
         let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || serving.run())?;
         Ok(Self { mailbox, number, thread: Some(thread) })
@@ -303,7 +304,6 @@ struct Buffers {
     input: Box<[u8]>,
     output: Vec<u8>,
     spare: Vec<Vec<u8>>,
-    control: Vec<u8>,
 }
 
 impl Loop {
@@ -318,13 +318,7 @@ impl Loop {
             connections: Vec::new(),
             free: Vec::new(),
             timeouts: BinaryHeap::new(),
-            buffers: Buffers {
-                input: vec![0; READ].into(),
-                output: Vec::new(),
-                spare: Vec::new(),
-                // Exactly one message: passed descriptors find no room and are closed by the kernel.
-                control: nix::cmsg_space!(UnixCredentials),
-            },
+            buffers: Buffers { input: vec![0; READ].into(), output: Vec::new(), spare: Vec::new() },
             too_long: Arc::from(line::TOO_LONG),
             nothing: Arc::from(&b""[..]),
             pacing,
@@ -339,7 +333,7 @@ impl Loop {
             let count = self.wait(&mut events);
             for event in &events[..count] {
                 match event.data() {
-                    TOKEN_WAKE => drop(self.mailbox.wake.read()),
+                    TOKEN_WAKE => {}
                     slot => self.turn(slot as usize),
                 }
             }
@@ -501,6 +495,7 @@ impl Loop {
     /// The end of a connection that is in no place any more.
     fn part(&mut self, mut connection: Box<Connection>, outcome: Outcome) {
         let reason = match &outcome {
+            Outcome::Over(None) if self.ending.is_some() => Some(Reason::Stopping),
             Outcome::Over(reason) => *reason,
             Outcome::TooLong => Some(Reason::LineLength),
             Outcome::Stranger(_) => Some(Reason::Sender),
@@ -619,9 +614,7 @@ impl Loop {
     /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
     fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
         let policy = &self.ruling.policy;
-        if policy.depends_on_units() {
-            connection.peer.hold_process(&connection.socket);
-        }
+        learn(&mut connection.peer, &connection.socket, policy);
         let verdict = policy.decide(&connection.peer);
         connection.peer.release_process();
         match verdict {
@@ -674,24 +667,12 @@ impl Loop {
                     carried.push((*connection).at_rest());
                 }
                 Outcome::Goes => {
-                    // Everything received is echoed, a fragment too; then the end.
-                    let limit = self.limit_of(&connection);
-                    connection.state = State::Finishing;
-                    match connection.flush(limit, &mut self.buffers, &self.around.audit) {
-                        Outcome::Goes => {
-                            let mut event = EpollEvent::new(connection.interest(), slot as u64);
-                            let _ = self.epoll.modify(&connection.socket, &mut event);
-                            self.connections[slot] = Some(connection);
-                        }
-                        Outcome::Over(None) => {
-                            self.free.push(slot);
-                            self.part(connection, Outcome::Over(Some(Reason::Stopping)));
-                        }
-                        other => {
-                            self.free.push(slot);
-                            self.part(connection, other);
-                        }
-                    }
+                    // Everything received by now is echoed, a fragment too; then the end. On our side what is in the
+                    // queue can still be read, and after it comes the end of file; the peer can add nothing to it.
+                    let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Read);
+                    let mut event = EpollEvent::new(connection.interest(), slot as u64);
+                    let _ = self.epoll.modify(&connection.socket, &mut event);
+                    self.connections[slot] = Some(connection);
                 }
                 over => {
                     self.free.push(slot);
@@ -858,12 +839,10 @@ impl Connection {
         let socket = self.socket.as_raw_fd();
         let input = &mut buffers.input[..most];
         let received = if self.pass_credentials {
-            match self.receive_with_sender(input, &mut buffers.control) {
-                Ok((count @ 1.., sender)) if sender != Some(self.peer.uid()) => {
-                    let _ = count;
-                    return Input::Stranger(sender);
-                }
-                other => other.map(|(count, _)| count),
+            match peer::receive(&self.socket, input) {
+                Ok((1.., sender)) if sender != Some(self.peer.uid()) => return Input::Stranger(sender),
+                Ok((count, _)) => Ok(count),
+                Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
             }
         } else {
             recv(socket, input, MsgFlags::empty())
@@ -874,19 +853,6 @@ impl Connection {
             Err(Errno::EAGAIN | Errno::EINTR) => Input::Nothing,
             Err(_) => Input::Broken,
         }
-    }
-
-    /// The kernel never joins what different processes sent into one answer (unix(7), SO_PASSCRED).
-    fn receive_with_sender(&self, input: &mut [u8], control: &mut [u8]) -> Result<(usize, Option<Uid>), Errno> {
-        let mut parts = [IoSliceMut::new(input)];
-        let message = recvmsg::<()>(self.socket.as_raw_fd(), &mut parts, Some(control), MsgFlags::MSG_CMSG_CLOEXEC)?;
-        let sender = message.cmsgs().ok().and_then(|mut all| {
-            all.find_map(|one| match one {
-                ControlMessageOwned::ScmCredentials(sender) => Some(Uid::new(sender.uid())),
-                _ => None,
-            })
-        });
-        Ok((message.bytes, sender.filter(|uid| uid.is_known())))
     }
 
     fn record_lines(&self, echoed: &[u8], audit: &Audit) {

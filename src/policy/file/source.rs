@@ -4,6 +4,7 @@
 use std::fmt::{self, Write as _};
 use std::fs::OpenOptions;
 use std::io::{self, Read as _};
+use std::ops::Range;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
@@ -174,18 +175,47 @@ impl Source {
     }
 
     /// A fault at this byte offset.
-    pub(super) fn fault(&self, offset: usize, message: impl Into<String>) -> Fault {
+    fn fault(&self, offset: usize, message: impl Into<String>) -> Fault {
         Fault { file: self.path.clone(), place: Some(self.place(offset)), message: message.into() }
     }
 
-    /// Line and column of a byte offset.
-    pub(super) fn place(&self, offset: usize) -> (usize, usize) {
-        let line = self.lines.partition_point(|&start| start <= offset.min(self.text.len()));
-        let before = &self.text.as_bytes()[self.lines[line - 1]..offset.min(self.text.len())];
-        // Characters begin with a byte that does not continue another.
-        let column = before.iter().filter(|&&byte| byte & 0xC0 != 0x80).count() + 1;
-        (line, column)
+    /// Faults at these byte offsets, which ascend. One pass over the text, however many there are.
+    pub(super) fn faults(&self, spots: Vec<(usize, String)>) -> Vec<Fault> {
+        let (mut line, mut seen, mut column) = (0, 0, 1);
+        let fault = |(offset, message): (usize, String)| {
+            let offset = offset.min(self.text.len());
+            let now = self.line(offset);
+            if now != line {
+                (line, seen, column) = (now, self.lines[now - 1], 1);
+            }
+            column += characters(&self.text.as_bytes()[seen..offset]);
+            seen = offset;
+            Fault { file: self.path.clone(), place: Some((line, column)), message }
+        };
+        spots.into_iter().map(fault).collect()
     }
+
+    /// The number of the line that holds a byte offset, from 1.
+    pub(super) fn line(&self, offset: usize) -> usize {
+        self.lines.partition_point(|&start| start <= offset.min(self.text.len()))
+    }
+
+    /// Where a line begins and where it ends, behind its newline.
+    pub(super) fn span_of_line(&self, line: usize) -> Range<usize> {
+        self.lines[line - 1]..self.lines.get(line).copied().unwrap_or(self.text.len() + 1)
+    }
+
+    /// Line and column of a byte offset.
+    fn place(&self, offset: usize) -> (usize, usize) {
+        let offset = offset.min(self.text.len());
+        let line = self.line(offset);
+        (line, characters(&self.text.as_bytes()[self.lines[line - 1]..offset]) + 1)
+    }
+}
+
+/// How many characters begin in these bytes: each byte that does not continue another begins one.
+fn characters(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|&&byte| byte & 0xC0 != 0x80).count()
 }
 
 #[cfg(test)]
@@ -198,6 +228,9 @@ mod tests {
         for (offset, place) in [(0, (1, 1)), (2, (1, 3)), (3, (2, 1)), (5, (2, 2)), (7, (2, 4)), (99, (3, 1))] {
             assert_eq!(source.place(offset), place, "{offset}");
         }
+        let spots = [0, 2, 3, 5, 5, 7, 99].map(|offset| (offset, String::new()));
+        let places: Vec<_> = source.faults(spots.into()).iter().filter_map(Fault::place).collect();
+        assert_eq!(places, [(1, 1), (1, 3), (2, 1), (2, 2), (2, 2), (2, 4), (3, 1)]);
     }
 
     #[test]

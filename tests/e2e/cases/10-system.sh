@@ -63,9 +63,9 @@ users = ["alice"]'
     expect_record "$record" '{
         "MESSAGE": "~Denied bob \\(uid 1002\\) gid 1002 pid [0-9]+ \\(nc\\) in peer-guest\\.service: no rule allows it",
         "MESSAGE_ID": "72261db9963c465c8c6121daadeb1cbc", "PRIORITY": "4", "SYSLOG_IDENTIFIER": "echod",
-        "GATE_VERDICT": "denied", "GATE_REASON": "policy", "GATE_RULE": "default", "GATE_SOCKET": "~.+",
+        "GATE_VERDICT": "denied", "GATE_REASON": "policy", "GATE_RULE": "default", "GATE_SOCKET": "/run/echo.sock",
         "GATE_CONNECTION": "~[0-9]+", "PEER_UID": "1002", "PEER_USER": "bob", "PEER_GID": "1002",
-        "PEER_GROUPS": "1002,2001", "PEER_PID": "~[0-9]+", "PEER_COMM": "nc", "PEER_UNIT": "peer-guest.service"
+        "PEER_GROUPS": "~(1002,)?2001", "PEER_PID": "~[0-9]+", "PEER_COMM": "nc", "PEER_UNIT": "peer-guest.service"
     }'
     pid=$(jq --raw-output .PEER_PID <<<"$record")
     expect "pid in the message" "1" "$(jq --raw-output .MESSAGE <<<"$record" | grep --count "pid $pid ")"
@@ -87,11 +87,12 @@ admitted_and_closed_are_recorded_when_the_policy_asks_for_it() {
     printf 'one\ntwo\nend' | systemd-run --quiet --pipe --wait --collect --unit=peer-alice.service --uid=alice nc -N -U /run/echo.sock >/tmp/claim/answer
     expect_bytes "echo" '> one\n> two\n> end' /tmp/claim/answer
     admitted=$(await_records 1 admitted)
-    expect_record "$admitted" '{
+    # Whether the effective gid is repeated among the groups depends on who set them: systemd 252 does it, 257 does not.
+    expect_record "$(jq --compact-output 'del(.PEER_GROUPS)' <<<"$admitted")" '{
         "MESSAGE": "~Admitted alice .*", "MESSAGE_ID": "fb07ecd99a40415abb029457009dd51a", "PRIORITY": "6",
-        "SYSLOG_IDENTIFIER": "echod", "GATE_VERDICT": "admitted", "GATE_RULE": "allow.staff", "GATE_SOCKET": "~.+",
+        "SYSLOG_IDENTIFIER": "echod", "GATE_VERDICT": "admitted", "GATE_RULE": "allow.staff", "GATE_SOCKET": "/run/echo.sock",
         "GATE_CONNECTION": "~[0-9]+", "PEER_UID": "1001", "PEER_USER": "alice", "PEER_GID": "1001",
-        "PEER_GROUPS": "1001", "PEER_PID": "~[0-9]+", "PEER_COMM": "nc", "PEER_UNIT": "peer-alice.service"
+        "PEER_PID": "~[0-9]+", "PEER_COMM": "nc", "PEER_UNIT": "peer-alice.service"
     }'
     closed=$(await_records 1 closed)
     expect "verdict" closed "$(jq --raw-output .GATE_VERDICT <<<"$closed")"
@@ -130,12 +131,11 @@ TOML
     talk alice 'hello\n' >/tmp/claim/answer &
     client=$!
     await_property echo.service ExecMainStatus 78
-    await_records 1 faulty >/tmp/claim/record
     expect "result" exit-code "$(property echo.service Result)"
     expect "restarts by Restart=" 0 "$(property echo.service NRestarts)"
     unit_is echo.socket active
     for word in 'echod.toml:2' 'echod.toml:3' '9-3' 'colour'; do
-        journalctl --quiet --after-cursor="$records_since" --unit=echo.service --output=cat | grep --quiet --fixed-strings "$word" ||
+        journalctl --quiet "$(since)" --unit=echo.service --priority=err --output=cat | grep --quiet --fixed-strings "$word" ||
             fail "the journal doesn't say $word"
     done
     # The client still waits. Mend the fault, and it is served: nothing was lost, nothing has to be restarted by hand.
@@ -143,7 +143,7 @@ TOML
 users = ["alice"]'
     wait "$client"
     expect_bytes "the client that waited" '> hello\n' /tmp/claim/answer
-    starts=$(journalctl --quiet --after-cursor="$records_since" --unit=echo.service --output=cat JOB_TYPE=start + MESSAGE_ID=7d4958e842da4a758f6c1cdc7b36dcc5 UNIT=echo.service | grep --count '^Starting')
+    starts=$(journalctl --quiet "$(since)" --unit=echo.service --output=cat JOB_TYPE=start + MESSAGE_ID=7d4958e842da4a758f6c1cdc7b36dcc5 UNIT=echo.service | grep --count '^Starting')
     ((starts <= 3)) || fail "starts while the fault lasted:" "  expected: at most 3, one each 5 s" "  found: $starts"
 }
 
@@ -158,7 +158,7 @@ _wrong_socket() { # DROP-IN CLIENT-COMMAND…
     expect "restarts by Restart=" 0 "$(property echo.service NRestarts)"
     systemctl stop echo.socket
     journalctl --sync
-    journalctl --quiet --after-cursor="$records_since" --output=cat SYSLOG_IDENTIFIER=echod >/tmp/claim/said
+    journalctl --quiet "$(since)" --output=cat SYSLOG_IDENTIFIER=echod >/tmp/claim/said
 }
 
 a_datagram_socket_is_refused_by_name() {
@@ -185,9 +185,9 @@ a_connected_socket_is_refused_by_name() {
     systemctl stop echo.socket
     rm /run/systemd/system/echo@.service
     journalctl --sync
-    journalctl --quiet --after-cursor="$records_since" --output=cat SYSLOG_IDENTIFIER=echod >/tmp/claim/said
-    grep --quiet --ignore-case connected /tmp/claim/said || fail "doesn't say what it is:" "$(cat /tmp/claim/said)"
-    journalctl --quiet --after-cursor="$records_since" --output=cat _PID=1 | grep --quiet 'status=76' ||
+    journalctl --quiet "$(since)" --output=cat SYSLOG_IDENTIFIER=echod >/tmp/claim/said
+    grep --quiet 'does not listen (Accept=yes' /tmp/claim/said || fail "doesn't say what it is:" "$(cat /tmp/claim/said)"
+    journalctl --quiet "$(since)" --output=cat _PID=1 | grep --quiet 'status=76' ||
         fail "systemd saw no exit status 76"
 }
 

@@ -23,7 +23,7 @@ the_first_byte_starts_the_users_service() {
 
 root_is_denied_by_a_users_service_and_the_user_finds_it_in_their_journal() {
     _start
-    _mine() { of alice journalctl --user --quiet --after-cursor="$records_since" --unit=echo --output=json "MESSAGE_ID=$(id_of denied)"; }
+    _mine() { of alice journalctl --user --quiet "$(since)" --unit=echo --output=json "MESSAGE_ID=$(id_of denied)"; }
     expect "denials before" "" "$(_mine)"
     talk root 'hello\n' "$_socket" >/tmp/claim/answer
     expect_bytes "answer" 'Unauthorized access\n' /tmp/claim/answer

@@ -1,0 +1,111 @@
+//! The gate's parts under tokio's runtime: an echo for the user it runs as.
+//!
+//! [`peergate::Door`] brings a thread of its own. Where the runtime accepts, these are the steps that the door would
+//! take: ask, decide, find a place, record, see off.
+//!
+//! ```console
+//! $ cargo build --example tokio_echo
+//! $ systemd-socket-activate -l /tmp/echo.sock target/debug/examples/tokio_echo &
+//! $ nc -U /tmp/echo.sock
+//! ```
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use peergate::journal::Writer;
+use peergate::service::{Notifier, Signals};
+use peergate::{Audit, Caps, Limits, Listener, Peer, Policy, Rule, Uid, User, Verdict, activation};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, sink};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{sleep, timeout};
+
+/// What all connections share.
+struct Gate {
+    policy: Policy<()>,
+    caps: Caps,
+    inside: Limits,
+    /// Those on their way out: a flood of strangers must not cost all descriptors.
+    leaving: Limits,
+    audit: Audit,
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // Before the runtime has threads: the environment is read, and signals are blocked for all that come.
+    let listeners = activation::adopt(|_| false)?.listeners;
+    if listeners.is_empty() {
+        return Err("no listening socket: nothing was passed".into());
+    }
+    let signals = Signals::catch()?;
+    let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
+    let audit = Audit::default();
+    let journal = Writer::start(&audit, "tokio_echo")?;
+    let (inside, leaving) = (Limits::new(), Limits::new());
+    let gate = Arc::new(Gate { policy, caps: Caps::default(), inside, leaving, audit });
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        for listener in listeners {
+            tokio::spawn(accept(UnixListener::from_std(listener.to_std()?)?, listener, Arc::clone(&gate)));
+        }
+        Notifier::from_env().ready("serving");
+        tokio::task::spawn_blocking(move || signals.wait()).await?
+    })?;
+    drop(runtime);
+    journal.finish(|| false);
+    Ok(())
+}
+
+async fn accept(socket: UnixListener, listener: Listener, gate: Arc<Gate>) {
+    loop {
+        match socket.accept().await {
+            Ok((guest, _)) => _ = tokio::spawn(meet(guest, Arc::clone(listener.address()), Arc::clone(&gate))),
+            // Out of descriptors, or it left before we came to it: neither spin nor give up.
+            Err(_) => sleep(Duration::from_millis(10)).await,
+        }
+    }
+}
+
+/// Who is it, may they in, is there a place?
+async fn meet(guest: UnixStream, listener: Arc<str>, gate: Arc<Gate>) -> io::Result<()> {
+    let Ok(mut peer) = Peer::of(&guest) else {
+        gate.audit.unidentified(&listener);
+        return see_off(guest, b"Unauthorized access\n", &gate, Uid::new(0)).await;
+    };
+    let rule = match gate.policy.decide(&peer) {
+        Verdict::Admitted(rule) => rule,
+        Verdict::Denied(rule) => {
+            gate.audit.denied(&mut peer, &guest, &listener, rule.map(|rule| rule.name()));
+            return see_off(guest, b"Unauthorized access\n", &gate, peer.uid()).await;
+        }
+    };
+    match gate.inside.acquire(peer.uid(), gate.caps.connections, gate.caps.connections_per_user) {
+        Ok(_permit) => {
+            gate.audit.admitted(&mut peer, &guest, &listener, rule.name());
+            peer.release_process();
+            echo(guest).await
+        }
+        Err(excess) => {
+            gate.audit.refused(&mut peer, &guest, &listener, rule.name(), excess);
+            see_off(guest, b"Too many connections\n", &gate, peer.uid()).await
+        }
+    }
+}
+
+async fn echo(mut guest: UnixStream) -> io::Result<()> {
+    let (mut input, mut output) = guest.split();
+    copy(&mut input, &mut output).await?;
+    output.shutdown().await
+}
+
+/// The message, then a clean end of file: what the peer has sent is read first, up to a bound, because closing with
+/// data unread would reach the peer as ECONNRESET.
+async fn see_off(mut guest: UnixStream, message: &[u8], gate: &Gate, uid: Uid) -> io::Result<()> {
+    let Ok(_permit) = gate.leaving.acquire(uid, 256, 64) else { return Ok(()) };
+    let farewell = async {
+        guest.write_all(message).await?;
+        guest.shutdown().await?;
+        copy(&mut guest.take(64 * 1024), &mut sink()).await
+    };
+    timeout(Duration::from_secs(1), farewell).await.map(|_| ()).map_err(io::Error::from)
+}

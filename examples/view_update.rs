@@ -1,0 +1,113 @@
+//! A note that some users may view and others also update: the last idea of Bowen's article. The policy says who, in
+//! a file, by a key of our own on its rules: `may = "view"` or `may = "update"`.
+//!
+//! ```console
+//! $ cargo build --example view_update
+//! $ systemd-socket-activate -l /tmp/note.sock target/debug/examples/view_update examples/view_update.toml &
+//! $ nc -U /tmp/note.sock
+//! update Lunch is at one
+//! updated
+//! view
+//! Lunch is at one
+//! ```
+//!
+//! SIGHUP reads the file again; whoever is connected keeps the right they came with.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use peergate::audit::{Record, Severity};
+use peergate::gate::Ruling;
+use peergate::journal::Writer;
+use peergate::policy::file::{self, Faults};
+use peergate::service::{Notifier, Request, Signals};
+use peergate::{Admission, Audit, Door, Policy, Setup, Terms, Uid, activation};
+use serde::Deserialize;
+
+/// The longest command.
+const LONGEST: u64 = 4096;
+
+/// The terms of a rule: what else its table in the file may hold.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Access {
+    may: Right,
+}
+
+/// In rising order: who may update may view.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Right {
+    #[default]
+    View,
+    Update,
+}
+
+impl Terms for Access {}
+
+type Note = Arc<Mutex<String>>;
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let listeners = activation::adopt(|_| false)?.listeners; // before there is a second thread
+    let signals = Signals::catch()?;
+    let path = PathBuf::from(std::env::args_os().nth(1).unwrap_or_else(|| "/etc/view_update.toml".into()));
+    let policy = read(&path).map_err(|faults| faults.to_string())?;
+    let audit = Audit::default();
+    let journal = Writer::start(&audit, "view_update")?;
+    let note = Note::default();
+    let mut door = Door::open(Setup::new(listeners, policy, audit.clone())?, move |guest| {
+        let note = Arc::clone(&note);
+        thread::spawn(move || serve(guest, &note));
+    })?;
+    let notifier = Notifier::from_env();
+    notifier.ready("serving the note");
+    while let Request::Reload { .. } = signals.wait()? {
+        notifier.reloading();
+        match read(&path) {
+            Ok(policy) => _ = door.rule(Ruling::new(policy)),
+            Err(faults) => audit.write(Record::note(Severity::Error, faults.to_string())),
+        }
+        notifier.ready("serving the note");
+    }
+    door.shut();
+    journal.finish(|| false);
+    Ok(())
+}
+
+fn read(path: &std::path::Path) -> Result<Policy<Access>, Faults> {
+    file::load::<Access, ()>(path, Uid::effective()).map(|loaded| loaded.policy)
+}
+
+/// One guest, on a thread of its own. Its place in the limits is free when the admission is dropped.
+fn serve(guest: Admission<Access>, note: &Note) {
+    let Admission { socket, rule, permit, .. } = guest;
+    let socket = UnixStream::from(socket);
+    // An error means that the guest has left.
+    let _ = socket.set_nonblocking(false).and_then(|()| converse(&socket, rule.terms().may, note));
+    drop(permit);
+}
+
+fn converse(socket: &UnixStream, right: Right, note: &Note) -> io::Result<()> {
+    let (mut input, mut output) = (BufReader::new(socket), socket);
+    loop {
+        let mut line = Vec::new();
+        if input.by_ref().take(LONGEST).read_until(b'\n', &mut line)? == 0 {
+            return Ok(());
+        }
+        let line = String::from_utf8_lossy(&line);
+        let note = || note.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = match line.trim_end().split_once(' ').unwrap_or((line.trim_end(), "")) {
+            ("view", "") => format!("{}\n", *note()),
+            ("update", _) if right < Right::Update => "You may view, not update\n".to_owned(),
+            ("update", text) => {
+                text.clone_into(&mut note());
+                "updated\n".to_owned()
+            }
+            _ => "Say: view, or: update TEXT\n".to_owned(),
+        };
+        output.write_all(answer.as_bytes())?;
+    }
+}

@@ -1,0 +1,42 @@
+//! Tells each client what the kernel says of it. Everybody whom the kernel can name may ask.
+//!
+//! ```console
+//! $ cargo build --example whoami
+//! $ systemd-socket-activate -l /tmp/whoami.sock target/debug/examples/whoami &
+//! $ nc -U /tmp/whoami.sock </dev/null
+//! uid 1000, gid 1000, groups 4 27
+//! pid 4242, command nc, unit session-3.scope, label unconfined
+//! ```
+
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+
+use peergate::journal::Writer;
+use peergate::service::{Notifier, Signals};
+use peergate::{Admission, Audit, Door, Gid, Policy, Rule, Setup, Uid, User, activation};
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let listeners = activation::adopt(|_| false)?.listeners; // before there is a second thread
+    let signals = Signals::catch()?;
+    let policy = Policy::new([Rule::allow("everyone", ()).users([User::Any])], Uid::effective())?;
+    let audit = Audit::default();
+    let journal = Writer::start(&audit, "whoami")?;
+    let mut door = Door::open(Setup::new(listeners, policy, audit)?, answer)?;
+    Notifier::from_env().ready("telling everybody who they are");
+    signals.wait()?;
+    door.shut();
+    journal.finish(|| false);
+    Ok(())
+}
+
+/// Runs on the gate's thread and never blocks: the socket is non-blocking, and these few bytes fit into it.
+fn answer(mut guest: Admission<()>) {
+    let (known, peer) = (guest.peer.details(&guest.socket), &guest.peer);
+    let groups: Vec<_> = peer.gids().iter().skip(1).map(Gid::to_string).collect();
+    let or_unknown = |fact: Option<String>| fact.unwrap_or_else(|| "unknown".to_owned());
+    let ids = format!("uid {}, gid {}, groups {}", peer.uid(), peer.gid(), groups.join(" "));
+    let pid = or_unknown(peer.pid().map(|pid| pid.to_string()));
+    let [command, unit, label] = [known.comm, known.unit, known.label].map(or_unknown);
+    let answer = format!("{ids}\npid {pid}, command {command}, unit {unit}, label {label}\n");
+    let _ = UnixStream::from(guest.socket).write_all(answer.as_bytes());
+}

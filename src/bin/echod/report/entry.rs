@@ -1,0 +1,241 @@
+//! One line of `journalctl -o json` becomes an [`Entry`], whatever the line holds; and which entries to believe.
+//! Used by [`tally`](super::tally).
+//!
+//! Whoever may reach the journal's socket may write any field but those that begin with an underscore: these
+//! journald adds itself (systemd.journal-fields(7), "trusted fields"). So an entry is believed for who sent it:
+//!
+//! - the system's echod: `_SYSTEMD_UNIT=echo.service`, which only PID 1 can bring about; or `_UID=0` with an
+//!   executable called echod, for root's `echod --listen` outside systemd;
+//! - a user's own: this user's `_UID`, not the system's unit, and `_SYSTEMD_USER_UNIT=echo.service` or an executable or
+//!   a process called echod. What runs as this user already is the user; this only keeps other programs out.
+//!
+//! The name of an executable alone proves nothing: any user may call a program echod, or load a library of their own
+//! into /usr/bin/echod.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::Value;
+
+/// The unit that serves, of the system and of each user.
+const UNIT: &str = "echo.service";
+/// What the program is called.
+const PROGRAM: &str = "echod";
+
+/// The fields that [`Entry`] is made of, for journalctl's --output-fields. It adds those with two underscores unasked.
+pub const FIELDS: &str = "GATE_VERDICT,GATE_REASON,GATE_RULE,GATE_COUNT,GATE_DURATION_USEC,PEER_UID,PEER_USER,\
+                          PEER_COMM,PEER_UNIT,_UID,_SYSTEMD_UNIT,_SYSTEMD_USER_UNIT,_EXE,_COMM";
+
+/// A field that its sender chose. journalctl writes text as a string, bytes that are no UTF-8 as an array of numbers,
+/// a field that occurs several times as an array of these, and null for what is too long.
+#[derive(Debug, Default, Deserialize)]
+#[serde(from = "Value")]
+pub struct Field(Option<String>);
+
+impl Field {
+    /// The text; the first of several; what is no UTF-8 replaced. `None` where there is none.
+    pub fn text(&self) -> Option<&str> {
+        self.0.as_deref()
+    }
+
+    /// The number, where that is all there is.
+    pub fn number<N: std::str::FromStr>(&self) -> Option<N> {
+        let text = self.text()?;
+        // "+1" is not how echod writes one.
+        text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok())?
+    }
+}
+
+impl From<Value> for Field {
+    fn from(value: Value) -> Self {
+        match value {
+            Value::String(text) => Self(Some(text)),
+            Value::Number(number) => Self(Some(number.to_string())),
+            Value::Array(values) => match values.first() {
+                Some(Value::Number(_)) => {
+                    let byte = |value: &Value| value.as_u64().and_then(|number| u8::try_from(number).ok());
+                    let bytes: Option<Vec<u8>> = values.iter().map(byte).collect();
+                    Self(bytes.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()))
+                }
+                Some(_) => {
+                    // One level only: journalctl nests no deeper.
+                    let flat =
+                        |value: &Value| !matches!(value, Value::Array(inner) if inner.iter().any(Value::is_array));
+                    values.into_iter().filter(flat).map(Self::from).find(|field| field.0.is_some()).unwrap_or_default()
+                }
+                None => Self(None),
+            },
+            _ => Self(None),
+        }
+    }
+}
+
+/// A field that journald added. It occurs once or is not to be believed.
+#[derive(Debug, Default, Deserialize)]
+#[serde(from = "Value")]
+struct Trusted(Option<String>);
+
+impl From<Value> for Trusted {
+    fn from(value: Value) -> Self {
+        Self(if let Value::String(text) = value { Some(text) } else { None })
+    }
+}
+
+impl Trusted {
+    fn is(&self, text: &str) -> bool {
+        self.0.as_deref() == Some(text)
+    }
+}
+
+/// What the report wants of an entry. Any field may be missing.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Entry {
+    #[serde(rename = "__REALTIME_TIMESTAMP")]
+    time: Field,
+    #[serde(rename = "_UID")]
+    sender: Trusted,
+    #[serde(rename = "_SYSTEMD_UNIT")]
+    system_unit: Trusted,
+    #[serde(rename = "_SYSTEMD_USER_UNIT")]
+    user_unit: Trusted,
+    #[serde(rename = "_EXE")]
+    executable: Trusted,
+    #[serde(rename = "_COMM")]
+    process: Trusted,
+    /// GATE_VERDICT.
+    #[serde(rename = "GATE_VERDICT")]
+    pub verdict: Field,
+    /// GATE_REASON.
+    #[serde(rename = "GATE_REASON")]
+    pub reason: Field,
+    /// GATE_RULE.
+    #[serde(rename = "GATE_RULE")]
+    pub rule: Field,
+    /// GATE_COUNT.
+    #[serde(rename = "GATE_COUNT")]
+    pub count: Field,
+    /// GATE_DURATION_USEC.
+    #[serde(rename = "GATE_DURATION_USEC")]
+    pub duration: Field,
+    /// PEER_UID.
+    #[serde(rename = "PEER_UID")]
+    pub uid: Field,
+    /// PEER_USER.
+    #[serde(rename = "PEER_USER")]
+    pub user: Field,
+    /// PEER_COMM.
+    #[serde(rename = "PEER_COMM")]
+    pub program: Field,
+    /// PEER_UNIT.
+    #[serde(rename = "PEER_UNIT")]
+    pub unit: Field,
+}
+
+impl Entry {
+    /// Reads a line. `None` where it is not a JSON object.
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        // A derived struct may also be written as an array; journalctl never does.
+        let object = line.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+        object.then(|| serde_json::from_slice(line).ok())?
+    }
+
+    /// When journald took it in, in microseconds since 1970.
+    pub fn time(&self) -> Option<i64> {
+        self.time.number()
+    }
+}
+
+/// Whose echod to report on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The system's.
+    System,
+    /// The own one of the user with this id.
+    User(u32),
+}
+
+impl Scope {
+    /// Whether the entry was sent by the echod in question; see the top of this file.
+    pub fn believes(self, entry: &Entry) -> bool {
+        let executable = entry.executable.0.as_deref().map(Path::new).and_then(Path::file_name);
+        let executable = executable.is_some_and(|name| name == PROGRAM);
+        match self {
+            Self::System => entry.system_unit.is(UNIT) || (entry.sender.is("0") && executable),
+            Self::User(uid) => {
+                let named = entry.user_unit.is(UNIT) || executable || entry.process.is(PROGRAM);
+                entry.sender.is(&uid.to_string()) && !entry.system_unit.is(UNIT) && named
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(json: &str) -> Entry {
+        Entry::parse(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_field_is_read_in_every_form_that_journalctl_writes() {
+        let user = |value: &str| entry(&format!(r#"{{"PEER_USER":{value}}}"#)).user.text().map(str::to_owned);
+        assert_eq!(user(r#""köln""#).as_deref(), Some("köln"));
+        assert_eq!(user("[107,246,108,110]").as_deref(), Some("k\u{fffd}ln"), "bytes that are no UTF-8");
+        assert_eq!(user(r#"["a","b"]"#).as_deref(), Some("a"), "a field that occurs twice");
+        assert_eq!(user(r#"[null,[98,255],"c"]"#).as_deref(), Some("b\u{fffd}"), "a mixture");
+        for nothing in ["null", "[]", "[null]", "[256]", "[1,\"a\"]", "{}", "true", "[[[97]]]"] {
+            assert_eq!(user(nothing), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn a_number_is_digits_and_nothing_else() {
+        let uid = |value: &str| entry(&format!(r#"{{"PEER_UID":{value}}}"#)).uid.number::<u32>();
+        assert_eq!(uid(r#""1001""#), Some(1001));
+        assert_eq!(uid("1001"), Some(1001));
+        for nothing in [r#""""#, r#""+1""#, r#""-1""#, r#"" 1""#, r#""4294967296""#, "1.0", r#""1e3""#] {
+            assert_eq!(uid(nothing), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_json_object_is_no_entry() {
+        for line in ["", "null", "[]", "1", "{", r#"{"a":1"#, "-- No entries --", r#"{"PEER_USER":"\ud800"}"#] {
+            assert!(Entry::parse(line.as_bytes()).is_none(), "{line}");
+        }
+        assert!(Entry::parse(b"{\"PEER_USER\":\"\xff\"}").is_none());
+    }
+
+    #[test]
+    fn only_the_units_own_process_and_roots_echod_speak_for_the_system() {
+        let believed = |json| Scope::System.believes(&entry(json));
+        assert!(believed(r#"{"_SYSTEMD_UNIT":"echo.service","_UID":"61234","_EXE":"/usr/bin/echod"}"#));
+        assert!(believed(r#"{"_SYSTEMD_UNIT":"session-1.scope","_UID":"0","_EXE":"/usr/bin/echod"}"#));
+        for forged in [
+            r#"{"_UID":"1000","_EXE":"/usr/bin/echod","_COMM":"echod","SYSLOG_IDENTIFIER":"echod"}"#,
+            r#"{"_SYSTEMD_UNIT":"user@1000.service","_SYSTEMD_USER_UNIT":"echo.service","_UID":"1000","_COMM":"echod"}"#,
+            r#"{"_UID":"0","_EXE":"/usr/bin/logger","_COMM":"echod"}"#,
+            r#"{"_SYSTEMD_UNIT":["echo.service","x.service"],"_UID":"1000"}"#,
+            r#"{"SYSTEMD_UNIT":"echo.service","UNIT":"echo.service","_UID":"1000"}"#,
+            "{}",
+        ] {
+            assert!(!believed(forged), "{forged}");
+        }
+    }
+
+    #[test]
+    fn a_users_own_echod_is_neither_anothers_nor_the_systems() {
+        let believed = |json| Scope::User(1000).believes(&entry(json));
+        assert!(believed(r#"{"_SYSTEMD_UNIT":"user@1000.service","_SYSTEMD_USER_UNIT":"echo.service","_UID":"1000"}"#));
+        assert!(believed(r#"{"_UID":"1000","_EXE":"/home/a/target/debug/echod"}"#));
+        for other in [
+            r#"{"_SYSTEMD_USER_UNIT":"echo.service","_UID":"1001"}"#,
+            r#"{"_SYSTEMD_UNIT":"echo.service","_UID":"1000","_EXE":"/usr/bin/echod"}"#,
+            r#"{"_UID":"1000","_EXE":"/usr/bin/logger","_COMM":"logger"}"#,
+        ] {
+            assert!(!believed(other), "{other}");
+        }
+    }
+}

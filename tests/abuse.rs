@@ -1,0 +1,419 @@
+//! Whoever can reach the socket can attack it: floods, silence, greed, and a process without descriptors to spare.
+//! Those who behave must not notice. Needs no rights.
+
+mod common;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{BUSY, Client, DENIED, Echod, End, NOBODY, OWNER, Start, TOO_LONG, eventually, show};
+
+/// A field of /proc/PID/status in KiB, such as VmHWM, the most memory it ever held.
+fn memory(echod: &Echod, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", echod.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Processor time spent so far, in ticks of 10 ms.
+fn cpu(echod: &Echod) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", echod.pid())).unwrap();
+    let after_name = stat.rsplit_once(") ").unwrap().1;
+    after_name.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+fn descriptors(echod: &Echod) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", echod.pid())).unwrap().count()
+}
+
+/// Everything that holds a descriptor for somebody has let go again.
+fn expect_descriptors(echod: &Echod, before: usize) {
+    eventually("all descriptors are given back", || (descriptors(echod) <= before).then_some(()));
+}
+
+/// Talks until told to stop; the longest it ever waited for an answer.
+fn talk(client: &Client, stop: &AtomicBool) -> (usize, Duration) {
+    let mut longest = Duration::ZERO;
+    let mut count = 0;
+    loop {
+        let asked = Instant::now();
+        client.echo("are you there?");
+        longest = longest.max(asked.elapsed());
+        count += 1;
+        if stop.load(Ordering::Relaxed) {
+            return (count, longest);
+        }
+    }
+}
+
+/// Does `abuse` while an admitted client talks.
+fn while_somebody_talks(echod: &Echod, abuse: impl FnOnce()) {
+    let client = echod.connect();
+    client.echo("first");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let talker = scope.spawn(|| talk(&client, &stop));
+        abuse();
+        stop.store(true, Ordering::Relaxed);
+        let (count, longest) = talker.join().unwrap();
+        println!("an admitted client had {count} answers, the slowest after {longest:?}");
+    });
+}
+
+#[test]
+fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind() {
+    let echod = Start::serving(NOBODY).ready();
+    let before = descriptors(&echod);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for round in 0..1000 {
+                    let client = echod.connect();
+                    if round % 2 == 0 {
+                        let _ = client.try_send("let me in\n");
+                    }
+                    client.expect_end(DENIED);
+                }
+            });
+        }
+    });
+    expect_descriptors(&echod, before);
+    let stderr = echod.stop();
+    let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
+    let summed: usize = stderr
+        .lines()
+        .filter_map(|line| line.split_once(" more times in ")?.0.rsplit_once(' ')?.1.parse::<usize>().ok())
+        .sum();
+    println!("tried 4000, records {records}, in summaries {summed}");
+    assert_eq!(records + summed, 4000, "{stderr}");
+}
+
+#[test]
+fn the_denied_who_hold_on_get_no_descriptor_for_long_and_cannot_keep_others_out() {
+    let echod = Start::serving(NOBODY).ready();
+    let before = descriptors(&echod);
+    // Twice as many as may be on their way out at once; none of them closes.
+    let held: Vec<Client> = (0..600).map(|_| echod.connect()).collect();
+    expect_descriptors(&echod, before);
+    for client in &held {
+        client.expect_end(DENIED);
+    }
+}
+
+#[test]
+fn the_denied_who_connect_and_vanish_leave_nothing_behind() {
+    let echod = Start::serving(NOBODY).ready();
+    let before = descriptors(&echod);
+    for round in 0..2000 {
+        let client = echod.connect();
+        if round % 2 == 0 {
+            let _ = client.try_send("bye\n");
+        }
+    }
+    echod.connect().expect_end(DENIED);
+    expect_descriptors(&echod, before);
+    echod.stop();
+}
+
+#[test]
+fn the_admitted_who_connect_and_vanish_give_their_places_back() {
+    let echod = Start::serving(&format!("[limits]\nconnections = 10\nconnections-per-user = 10\n{OWNER}")).ready();
+    let before = descriptors(&echod);
+    for _ in 0..1000 {
+        drop(echod.connect());
+    }
+    let all: Vec<Client> = eventually("all places are free", || {
+        let all: Vec<Client> = (0..10).map(|_| echod.connect()).collect();
+        let inside = |client: &Client| {
+            client.send("in?\n");
+            client.read(1) == b">"
+        };
+        all.iter().all(inside).then_some(all)
+    });
+    echod.connect().expect_end(BUSY);
+    drop(all);
+    expect_descriptors(&echod, before);
+}
+
+#[test]
+fn a_flood_of_the_denied_does_not_stop_the_admitted() {
+    // A user of one limit's worth of places; the flood is of connections over it.
+    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
+    while_somebody_talks(&echod, || {
+        for _ in 0..300 {
+            echod.connect().expect_end(BUSY);
+        }
+    });
+}
+
+#[test]
+fn one_who_streams_as_fast_as_they_can_does_not_stop_the_others() {
+    let echod = Start::serving(&format!("[service]\nworkers = 1\n{OWNER}")).ready();
+    let stream = echod.connect();
+    let line = [vec![b's'; 1000], b"\n".to_vec()].concat();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..20_000 {
+                if stream.try_send(&line).is_err() {
+                    break;
+                }
+            }
+            let _ = stream.0.shutdown(std::net::Shutdown::Write);
+        });
+        let reader = scope.spawn(|| stream.rest());
+        while_somebody_talks(&echod, || {
+            let (output, end) = reader.join().unwrap();
+            assert_eq!((output.len(), end), (20_000 * 1003, End::Eof));
+        });
+    });
+}
+
+#[test]
+fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
+    const GREEDY: usize = 300;
+    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
+    let before = memory(&echod, "VmRSS");
+    let line = [vec![b'g'; 8000], b"\n".to_vec()].concat();
+    let greedy: Vec<Client> = (0..GREEDY).map(|_| echod.connect()).collect();
+    for client in &greedy {
+        client.0.set_nonblocking(true).unwrap();
+        // Until nothing more is taken: a while after the last byte that was.
+        let mut stalls = 0;
+        let mut sent = 0;
+        while stalls < 2 {
+            match (&client.0).write(&line[sent % line.len()..]) {
+                Ok(count) => sent += count,
+                Err(_) => {
+                    stalls += 1;
+                    thread::sleep(Duration::from_millis(1));
+                }
+            }
+        }
+    }
+    while_somebody_talks(&echod, || {});
+    let grown = memory(&echod, "VmHWM") - before;
+    println!("{GREEDY} who never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
+    // Twice the length of a line for each, and some room for the rest.
+    assert!(grown < GREEDY as u64 * 128 + 4096, "{grown} KiB");
+    drop(greedy);
+    echod.stop();
+}
+
+#[test]
+fn writers_of_nuls_without_a_newline_get_no_further_than_a_lines_length() {
+    let echod = Start::serving(OWNER).ready();
+    let before = memory(&echod, "VmHWM");
+    for _ in 0..30 {
+        let client = echod.connect();
+        let (output, end) = thread::scope(|scope| {
+            scope.spawn(|| while client.try_send([0; 65_536]).is_ok() {});
+            client.rest()
+        });
+        assert_eq!((show(&output), end), (show(TOO_LONG), End::Eof));
+    }
+    assert!(memory(&echod, "VmHWM") - before < 4096);
+}
+
+#[test]
+fn slow_loris_senders_are_served_line_by_line_and_stop_nobody() {
+    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 300\n{OWNER}")).ready();
+    let slow: Vec<Client> = (0..200).map(|_| echod.connect()).collect();
+    while_somebody_talks(&echod, || {
+        for byte in b"a byte at a time" {
+            for client in &slow {
+                client.send([*byte]);
+            }
+        }
+    });
+    for client in &slow {
+        client.send("\n");
+        client.expect("> a byte at a time\n");
+    }
+}
+
+#[test]
+fn a_thousand_idle_connections_cost_no_processor_time_and_little_memory() {
+    const IDLE: usize = 1000;
+    let limits = "[limits]\nconnections = 5000\nconnections-per-user = 5000\n";
+    let echod = Start::serving(&format!("{limits}{OWNER}")).ready();
+    let idle: Vec<Client> = (0..IDLE).map(|_| echod.connect()).collect();
+    idle.iter().for_each(|client| client.echo("in"));
+    let each = memory(&echod, "VmRSS") * 1024 / IDLE as u64;
+    println!("{IDLE} idle connections: {each} bytes each, the program itself included");
+    assert!(each < 32 * 1024);
+    let before = cpu(&echod);
+    // Another process does something worth a while; ours does nothing.
+    let other = Start::serving(OWNER).ready();
+    let client = other.connect();
+    (0..2000).for_each(|_| client.echo("meanwhile"));
+    assert!(cpu(&echod) - before <= 2, "idle connections cost {} ticks", cpu(&echod) - before);
+    idle.iter().for_each(|client| client.echo("still in"));
+}
+
+#[test]
+fn the_refused_get_their_message_also_a_thousand_at_once() {
+    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
+    let first = echod.connect();
+    first.echo("in");
+    let late: Vec<Client> = (0..1000).map(|_| echod.connect()).collect();
+    for client in &late {
+        client.expect_end(BUSY);
+    }
+    first.echo("still in");
+    echod.stop();
+}
+
+/// A program that may open so few descriptors that a handful of clients use them up.
+fn with_few_descriptors(config: &str) -> Echod {
+    Start::serving(config).wrapper(&["prlimit", "--nofile=40:40"]).ready()
+}
+
+#[test]
+fn out_of_descriptors_it_refuses_politely_does_not_spin_and_recovers() {
+    let echod = with_few_descriptors(&format!("[limits]\nconnections = 100\nconnections-per-user = 100\n{OWNER}"));
+    let before = descriptors(&echod);
+    let mut inside = Vec::new();
+    let mut refused = 0;
+    for _ in 0..60 {
+        let client = echod.connect();
+        let _ = client.try_send("in?\n");
+        let mut first = [0];
+        match (&client.0).read(&mut first).unwrap() {
+            1 if first == *b">" => {
+                client.expect(" in?\n");
+                inside.push(client);
+            }
+            1 => {
+                let (rest, end) = client.rest();
+                assert_eq!((show(&[&first[..], &rest].concat()), end), (show(BUSY), End::Eof));
+                refused += 1;
+            }
+            _ => panic!("turned away without a word"),
+        }
+    }
+    println!("{} got in, {refused} were refused", inside.len());
+    assert!(inside.len() >= 15 && refused >= 20, "{} in, {refused} refused", inside.len());
+
+    let spent = cpu(&echod);
+    let other = Start::serving(OWNER).ready();
+    let client = other.connect();
+    (0..2000).for_each(|_| client.echo("meanwhile"));
+    assert!(cpu(&echod) - spent <= 3, "it spins: {} ticks", cpu(&echod) - spent);
+
+    inside.iter().for_each(|client| client.echo("still in"));
+    for client in inside {
+        client.half_close();
+        client.expect_end(b"");
+    }
+    expect_descriptors(&echod, before);
+    let again: Vec<Client> = (0..15).map(|_| echod.connect()).collect();
+    again.iter().for_each(|client| client.echo("there is room again"));
+    let stderr = echod.stop();
+    assert!(stderr.contains("out of file descriptors"), "{stderr}");
+}
+
+#[test]
+fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
+    let policy = "[audit]\ninterval = \"1h\"\nburst = 1000\n";
+    let echod = with_few_descriptors(&format!("{policy}{NOBODY}"));
+    // All of them at once, so that those on their way out use up what there is.
+    for _ in 0..5 {
+        let clients: Vec<Client> = (0..100).map(|_| echod.connect()).collect();
+        for client in &clients {
+            client.expect_end(DENIED);
+        }
+    }
+    let stderr = echod.stop();
+    assert_eq!(stderr.lines().filter(|line| line.contains(": no rule allows it")).count(), 500, "{stderr}");
+}
+
+#[test]
+fn a_listener_queue_that_is_full_delays_but_loses_nobody() {
+    let start = Start::bare().config(OWNER);
+    let path = start.place().path("socket");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(5).unwrap()).unwrap();
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..20)
+            .map(|number| {
+                let path = &path;
+                scope.spawn(move || {
+                    // Blocks until there is room in the queue.
+                    let client = Client::connect(path);
+                    client.echo(&format!("client {number}"));
+                })
+            })
+            .collect();
+        let echod = start.socket("s", listener).ready();
+        clients.into_iter().for_each(|client| client.join().unwrap());
+        echod.stop();
+    });
+}
+
+#[test]
+fn descriptors_sent_along_with_the_data_are_closed_and_the_line_comes_back() {
+    let echod = Start::serving(OWNER).ready();
+    for verify in ["connection", "line"] {
+        echod.reload_with(&format!("[service]\nverify = \"{verify}\"\n{OWNER}"));
+        let client = echod.connect();
+        client.echo("first");
+        let before = descriptors(&echod);
+        for _ in 0..50 {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            common::send_fds(&client.0, &[std::os::fd::AsRawFd::as_raw_fd(&theirs)]);
+            client.send("\n");
+            client.expect("> .\n");
+            drop(theirs);
+            // Nobody holds the other end: it was closed over there.
+            Client::of(ours).expect_end(b"");
+        }
+        assert!(descriptors(&echod) <= before, "verify = {verify}");
+    }
+}
+
+#[test]
+fn a_soak_of_everything_at_once_ends_with_as_many_descriptors_as_it_began_with() {
+    let config = format!("[limits]\nconnections-per-user = 40\nline-length = 4096\nidle-timeout = \"1s\"\n{OWNER}");
+    let echod = Start::serving(&config).ready();
+    let before = descriptors(&echod);
+    thread::scope(|scope| {
+        for kind in 0..8 {
+            let echod = &echod;
+            scope.spawn(move || {
+                for round in 0..150 {
+                    let client = echod.connect();
+                    match (kind + round) % 6 {
+                        0 => drop(client),
+                        1 => {
+                            let _ = client.try_send("half a li");
+                        }
+                        2 => {
+                            let _ = client.try_send("one\ntwo\n");
+                            let _ = client.0.shutdown(std::net::Shutdown::Write);
+                            let (output, end) = client.rest();
+                            assert_eq!(end, End::Eof);
+                            assert!(output == b"> one\n> two\n" || output == BUSY, "{}", show(&output));
+                        }
+                        3 => {
+                            let _ = client.try_send(vec![b'l'; 5000]);
+                            let (output, end) = client.rest();
+                            assert_eq!(end, End::Eof);
+                            assert!(output == TOO_LONG || output == BUSY, "{}", show(&output));
+                        }
+                        4 => {
+                            let _ = client.try_send(vec![b'\n'; 3000]);
+                        }
+                        _ => assert_eq!(echod.reload().0, 0),
+                    }
+                }
+            });
+        }
+    });
+    expect_descriptors(&echod, before);
+    let stderr = echod.stop();
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}

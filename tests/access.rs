@@ -1,0 +1,368 @@
+//! Who gets in: peers that really run as other users and groups, judged by what the kernel says of them. Needs root,
+//! to become those users.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, Other, Start, needs_root};
+
+/// `uid:gid:groups` connects and is let in, or not.
+#[track_caller]
+fn expect(echod: &Echod, who: &str, admitted: bool) {
+    let other = Other::with(&["--as", who], &echod.socket());
+    expect_from(&other, who, admitted);
+}
+
+#[track_caller]
+fn expect_from(other: &Other, who: &str, admitted: bool) {
+    let client = other.client();
+    // A denied one may be gone before it can say anything.
+    let _ = client.try_send("who am I\n");
+    if admitted {
+        client.half_close();
+        let (answer, end) = client.rest();
+        assert_eq!((common::show(&answer), end), ("> who am I\\n".into(), common::End::Eof), "{who}");
+    } else {
+        let (answer, end) = client.rest();
+        assert_eq!((common::show(&answer), end), (common::show(DENIED), common::End::Eof), "{who}");
+    }
+}
+
+fn named_user() -> (&'static str, u32, u32) {
+    // On every Debian: base-passwd.
+    ("backup", 34, 34)
+}
+
+#[test]
+fn only_the_owner_gets_in_where_there_is_no_file() {
+    needs_root();
+    let start = Start::bare().env("CONFIGURATION_DIRECTORY", "/no/such/directory");
+    let listener = start.place().listener("socket");
+    let echod = start.socket("s", listener).ready();
+    echod.connect().echo("root is the owner here");
+    expect(&echod, "64001:64001", false);
+    expect(&echod, "64001:0:0", false);
+}
+
+#[test]
+fn root_has_no_privilege_where_the_service_runs_as_somebody_else() {
+    needs_root();
+    let echod = Start::serving(common::OWNER).run_as("64001:64001").ready();
+    echod.connect().expect_end(DENIED);
+    expect(&echod, "64001:64001", true);
+    expect(&echod, "64001:0:0", true);
+    expect(&echod, "64002:64001", false);
+    echod.stop();
+}
+
+#[test]
+fn users_are_named_numbered_ranged_or_any() {
+    needs_root();
+    let (name, uid, _) = named_user();
+    for (users, inside, outside) in [
+        (format!("[{ALICE}]"), vec![ALICE], vec![0, ALICE - 1, ALICE + 1]),
+        (format!("[\"{ALICE}\"]"), vec![ALICE], vec![0, BOB]),
+        ("[\"64001-64010\"]".into(), vec![64001, 64005, 64010], vec![64000, 64011, 0]),
+        (format!("[\"{name}\"]"), vec![uid], vec![uid + 1, 0]),
+        ("[\"any\"]".into(), vec![0, 1, ALICE, 4_000_000_000], vec![65_534]),
+        (format!("[{BOB}, \"64100-64101\", \"{name}\"]"), vec![BOB, 64100, uid], vec![ALICE, 64102]),
+    ] {
+        let echod = Start::serving(&format!("[allow.those]\nusers = {users}\n")).ready();
+        for uid in inside {
+            expect(&echod, &format!("{uid}:64900"), true);
+        }
+        for uid in outside {
+            expect(&echod, &format!("{uid}:64900"), false);
+        }
+    }
+}
+
+#[test]
+fn groups_are_the_effective_one_and_the_supplementary_ones_of_the_process() {
+    needs_root();
+    let echod = Start::serving("[allow.those]\ngroups = [\"adm\", 64100, \"64200-64210\"]\n").ready();
+    // adm is 4 on every Debian.
+    for (who, admitted) in [
+        ("64001:4", true),
+        ("64001:64001:4", true),
+        ("64001:64100", true),
+        ("64001:64001:64100", true),
+        ("64001:64001:1,2,3,64210", true),
+        ("64001:64001:64211", false),
+        ("64001:64001", false),
+        ("64001:64001:64099,64101", false),
+        // The uid is no group.
+        ("64100:64001", false),
+        // The user database does not say so, the process does.
+        ("0:0:4", true),
+        ("0:0", false),
+        // 65534 names nobody.
+        ("64001:65534", false),
+        ("64001:64100:65534", true),
+    ] {
+        expect(&echod, who, admitted);
+    }
+}
+
+#[test]
+fn the_database_alone_does_not_make_a_member() {
+    needs_root();
+    // backup is in group backup by the database; this process of backup's is not.
+    let (name, uid, _) = named_user();
+    let echod = Start::serving(&format!("[allow.those]\ngroups = [\"{name}\"]\n")).ready();
+    expect(&echod, &format!("{uid}:64001"), false);
+    expect(&echod, &format!("{uid}:{uid}"), true);
+}
+
+#[test]
+fn a_group_given_up_after_connecting_still_counts_and_one_taken_later_does_not() {
+    needs_root();
+    let echod = Start::serving("[allow.root]\nusers = [0]\n").ready();
+    // Connects as root, then becomes somebody else: judged as of connect(2).
+    let other = Other::with(&["--then", "64001", "--say-after", "still root's\n"], &echod.socket());
+    other.client().expect("> still root's\n");
+}
+
+#[test]
+fn every_key_of_a_rule_must_hold() {
+    needs_root();
+    let echod = Start::serving("[allow.both]\nusers = [64001]\ngroups = [64100]\n").ready();
+    expect(&echod, "64001:64100", true);
+    expect(&echod, "64001:64001:64100", true);
+    expect(&echod, "64001:64001", false);
+    expect(&echod, "64002:64100", false);
+}
+
+#[test]
+fn deny_rules_come_first_wherever_they_stand() {
+    needs_root();
+    let policy = "[allow.all]\nusers = [\"any\"]\n[deny.contractors]\nusers = [\"64001-64005\"]\n\
+                  [deny.tainted]\ngroups = [64100]\n";
+    let echod = Start::serving(policy).ready();
+    for (who, admitted) in [
+        ("64001:64001", false),
+        ("64005:64001", false),
+        ("64006:64006", true),
+        ("64006:64006:64100", false),
+        ("64006:64100", false),
+        ("0:0", true),
+    ] {
+        expect(&echod, who, admitted);
+    }
+}
+
+#[test]
+fn a_deny_rule_that_depends_on_what_names_nobody_counts_as_matched() {
+    needs_root();
+    let echod = Start::serving("[allow.all]\nusers = [\"any\"]\n[deny.tainted]\ngroups = [64100]\n").ready();
+    // One of its groups cannot be told: it might be the one.
+    expect(&echod, "64001:64001:65534", false);
+    expect(&echod, "64001:64001", true);
+}
+
+#[test]
+fn the_first_allow_rule_in_file_order_decides_on_the_terms() {
+    needs_root();
+    let policy = "[allow.first]\nusers = [64001]\nline-length = 10\n\
+                  [allow.second]\nusers = [\"any\"]\nline-length = 20\n";
+    let echod = Start::serving(policy).ready();
+    let alice = Other::user(ALICE, &echod.socket());
+    alice.client().send("123456789\n1234567890\n");
+    alice.client().expect_end("> 123456789\nLine too long\n");
+    let bob = Other::user(BOB, &echod.socket());
+    bob.client().send("1234567890\n1234567890123456789\n12345678901234567890\n");
+    bob.client().expect_end("> 1234567890\n> 1234567890123456789\nLine too long\n");
+}
+
+#[test]
+fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
+    needs_root();
+    let echod = Start::serving("[limits]\nconnections-per-user = 5\n[allow.all]\nusers = [\"any\"]\n").ready();
+    for uid in [ALICE, BOB] {
+        let who = format!("{uid}:{uid}");
+        let crowd = Other::wrapped(&[], &["--as", &who], 5, &echod.socket());
+        for client in &crowd.connections {
+            client.echo("in");
+        }
+        let late = Other::wrapped(&[], &["--as", &who], 3, &echod.socket());
+        for client in &late.connections {
+            client.expect_end(BUSY);
+        }
+        // Kept alive to the end of the test: BOB's limit is not what is left of ALICE's.
+        std::mem::forget(crowd);
+    }
+    echod.connect().echo("root has a limit of its own too");
+}
+
+#[test]
+fn a_rule_may_raise_or_lower_the_limit_for_those_it_admits() {
+    needs_root();
+    let policy = "[limits]\nconnections-per-user = 3\n\
+                  [allow.many]\nusers = [64001]\nconnections-per-user = 7\n\
+                  [allow.few]\nusers = [64002]\nconnections-per-user = 1\n\
+                  [allow.rest]\nusers = [\"any\"]\n";
+    let echod = Start::serving(policy).ready();
+    let mut stay = Vec::new();
+    for (uid, limit) in [(ALICE, 7), (BOB, 1), (64003, 3)] {
+        let who = format!("{uid}:{uid}");
+        let crowd = Other::wrapped(&[], &["--as", &who], limit + 2, &echod.socket());
+        let (inside, outside) = crowd.connections.split_at(limit);
+        inside.iter().for_each(|client| client.echo("in"));
+        outside.iter().for_each(|client| client.expect_end(BUSY));
+        inside.iter().for_each(|client| client.echo("still in"));
+        stay.push(crowd);
+    }
+}
+
+#[test]
+fn the_limit_on_all_connections_is_exact_over_all_users() {
+    needs_root();
+    let echod = Start::serving("[limits]\nconnections = 6\n[allow.all]\nusers = [\"any\"]\n").ready();
+    let alice = Other::wrapped(&[], &["--as", "64001:64001"], 4, &echod.socket());
+    let bob = Other::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
+    alice.connections.iter().chain(&bob.connections).for_each(|client| client.echo("in"));
+    echod.connect().expect_end(BUSY);
+    for client in bob.end() {
+        client.half_close();
+        client.expect_end(b"");
+    }
+    let again: Vec<Client> = (0..2).map(|_| echod.connect()).collect();
+    again.iter().for_each(|client| client.echo("in the places given back"));
+    echod.connect().expect_end(BUSY);
+}
+
+/// Every way a connection can end; after each its place can be taken again at once.
+#[test]
+fn a_place_is_given_back_however_a_connection_ends() {
+    let policy = |limit: usize| {
+        format!("[limits]\nconnections-per-user = 1\nconnections = 1\nline-length = {limit}\n{}", common::OWNER)
+    };
+    let echod = Start::serving(&policy(100)).ready();
+    type Way = (&'static str, fn(&Echod, Client));
+    let ways: [Way; 7] = [
+        ("half-closed", |_, client| {
+            client.half_close();
+            client.expect_end(b"");
+        }),
+        ("closed", |_, client| drop(client)),
+        ("closed in the middle of a line", |_, client| client.send("half")),
+        ("closed with its echo unread", |_, client| client.send("never read\n")),
+        ("too long a line", |_, client| {
+            client.send([b'x'; 101]);
+            client.expect_end(common::TOO_LONG);
+        }),
+        ("revoked", |echod, client| {
+            echod.reload_with(common::NOBODY);
+            client.expect_end(DENIED);
+        }),
+        ("shut down on both sides", |_, client| {
+            client.0.shutdown(std::net::Shutdown::Both).unwrap();
+        }),
+    ];
+    for (way, end) in ways {
+        for _ in 0..5 {
+            echod.reload_with(&policy(100));
+            let client = echod.connect();
+            client.echo("in");
+            echod.connect().expect_end(BUSY);
+            end(&echod, client);
+            echod.reload_with(&policy(100));
+            let next = echod.connect();
+            next.send("next\n");
+            let (answer, _) = {
+                next.half_close();
+                next.rest()
+            };
+            assert_eq!(common::show(&answer), "> next\\n", "after a connection was {way}");
+        }
+    }
+}
+
+#[test]
+fn an_idle_connection_ends_cleanly_and_an_active_one_stays() {
+    let echod = Start::serving(&format!("[limits]\nidle-timeout = \"300ms\"\n{}", common::OWNER)).ready();
+    let idle = echod.connect();
+    idle.echo("once");
+    let halfway = echod.connect();
+    halfway.send("a fragment is not echoed at a timeout");
+    let busy = echod.connect();
+    // For as long as the idle one lives the busy one talks; then it still does.
+    idle.0.set_nonblocking(true).unwrap();
+    let mut byte = [0];
+    loop {
+        busy.echo("busy");
+        match std::io::Read::read(&mut &idle.0, &mut byte) {
+            Ok(0) => break,
+            Ok(_) => panic!("an idle connection got a byte"),
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+    }
+    busy.echo("still here");
+    assert_eq!(halfway.rest().1, common::End::Eof);
+}
+
+#[test]
+fn a_rule_may_have_an_idle_timeout_of_its_own() {
+    needs_root();
+    let policy = "[limits]\nidle-timeout = \"50ms\"\n\
+                  [allow.patient]\nusers = [64001]\nidle-timeout = \"off\"\n[allow.rest]\nusers = [\"any\"]\n";
+    let echod = Start::serving(policy).ready();
+    let alice = Other::user(ALICE, &echod.socket());
+    alice.client().echo("I think");
+    let bob = Other::user(BOB, &echod.socket());
+    bob.client().expect_end(b"");
+    alice.client().echo("slowly");
+}
+
+fn explain(config: &Path, args: &[&str]) -> (i32, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_echod"))
+        .arg("explain")
+        .args(args)
+        .arg("--config")
+        .arg(config)
+        .output()
+        .unwrap();
+    (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+}
+
+#[test]
+fn explain_and_the_running_service_agree_about_a_live_process() {
+    needs_root();
+    let policy =
+        "[deny.tainted]\ngroups = [64100]\n[allow.those]\nusers = [64001, 64002]\n[allow.staff]\ngroups = [64200]\n";
+    let echod = Start::serving(policy).ready();
+    for (who, expected) in [
+        ("64001:64001", "admitted by allow.those"),
+        ("64001:64100", "denied by deny.tainted"),
+        ("64003:64003", "denied by default"),
+        ("64003:64003:64200", "admitted by allow.staff"),
+        ("64003:64200:64100", "denied by deny.tainted"),
+        ("0:0", "denied by default"),
+    ] {
+        let other = Other::with(&["--as", who], &echod.socket());
+        let (code, text) = explain(&echod.place.path("echod.toml"), &["--pid", &other.pid().to_string()]);
+        assert_eq!(text.lines().next(), Some(expected), "{who}");
+        let admitted = expected.starts_with("admitted");
+        assert_eq!(code, i32::from(!admitted), "{who}");
+        expect_from(&other, who, admitted);
+    }
+}
+
+#[test]
+fn the_manager_hears_of_nothing_but_the_truth() {
+    let echod = Start::serving(common::OWNER).ready();
+    let client = echod.connect();
+    client.echo("hello");
+    let status = "STATUS=1 connected, 1 admitted, 0 denied; policy of 1 rule";
+    wait_for_status(&echod.manager, status);
+    echod.reload_with(common::NOBODY);
+    client.expect_end(DENIED);
+    echod.connect().expect_end(DENIED);
+    wait_for_status(&echod.manager, "STATUS=0 connected, 1 admitted, 1 denied; policy of 1 rule");
+}
+
+fn wait_for_status(manager: &Manager, status: &str) {
+    manager.wait_for(status, 1);
+}

@@ -1,0 +1,141 @@
+//! Who may know whom, as ARCHITECTURE.md says: read from the sources themselves.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The sources below a directory, by their path relative to src/: code only, without comments and tests.
+fn sources(below: &str) -> BTreeMap<String, String> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = BTreeMap::new();
+    let mut directories = vec![src.join(below)];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).unwrap() {
+            let path: PathBuf = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else {
+                let name = path.strip_prefix(&src).unwrap().to_str().unwrap().to_owned();
+                found.insert(name, code(&fs::read_to_string(&path).unwrap()));
+            }
+        }
+    }
+    found
+}
+
+fn code(text: &str) -> String {
+    let text = text.split("\n#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    text.lines().filter(|line| !line.trim_start().starts_with("//")).fold(String::new(), |all, line| all + line + "\n")
+}
+
+/// The library's sources.
+fn library() -> BTreeMap<String, String> {
+    let mut sources = sources("");
+    sources.retain(|name, _| !name.starts_with("bin/"));
+    assert!(sources.len() > 10, "the sources are to be found elsewhere now");
+    sources
+}
+
+/// The files that hold one of these words.
+fn users_of(words: &[&str], sources: &BTreeMap<String, String>) -> Vec<String> {
+    let uses = |code: &str| words.iter().any(|word| code.contains(word));
+    sources.iter().filter(|(_, code)| uses(code)).map(|(name, _)| name.clone()).collect()
+}
+
+#[test]
+fn each_crate_that_speaks_to_systemd_has_one_module() {
+    let library = library();
+    assert_eq!(users_of(&["listenfd"], &library), ["activation.rs"]);
+    assert_eq!(users_of(&["sd_notify"], &library), ["service.rs"]);
+    assert_eq!(users_of(&["tracing_journald", "tracing_subscriber", "tracing::"], &library), ["journal.rs"]);
+    let program = sources("bin");
+    let none: [String; 0] = [];
+    assert_eq!(users_of(&["listenfd", "sd_notify", "tracing"], &program), none);
+}
+
+#[test]
+fn only_sys_is_unsafe() {
+    let all = sources("");
+    assert_eq!(users_of(&["unsafe {", "unsafe fn", "allow(unsafe_code)"], &all), ["sys.rs"]);
+    assert!(all["lib.rs"].contains("#![deny(unsafe_code)]"));
+    assert!(all["bin/echod/main.rs"].contains("#![forbid(unsafe_code)]"));
+}
+
+#[test]
+fn only_peer_asks_for_credentials() {
+    let words = ["PeerCredentials", "PeerPidfd", "peer_groups(", "peer_label("];
+    assert_eq!(users_of(&words, &library()), ["peer.rs", "sys.rs"]);
+}
+
+#[test]
+fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
+    let pure = |name: &String| name.starts_with("policy") && !name.starts_with("policy/file");
+    let policy: BTreeMap<_, _> = library().into_iter().filter(|(name, _)| pure(name)).collect();
+    assert!(policy.contains_key("policy.rs"));
+    let impure = ["std::os", "std::net", "std::time", "std::fs", "std::io", "std::env", "tracing", "nix::", "libc::"];
+    let none: [String; 0] = [];
+    assert_eq!(users_of(&impure, &policy), none);
+    for (name, code) in &policy {
+        let known: BTreeSet<_> = imports(code).into_iter().filter(|module| module != "policy").collect();
+        assert!(
+            known.iter().all(|module| ["ids", "unit", "subject"].contains(&module.as_str())),
+            "{name} imports {known:?}"
+        );
+    }
+}
+
+#[test]
+fn the_framing_knows_only_bytes() {
+    let line = &sources("bin")["bin/echod/line.rs"];
+    for word in ["use peergate", "use crate", "use nix", "std::os", "std::net", "std::time", "std::fs"] {
+        assert!(!line.contains(word), "line.rs: {word}");
+    }
+}
+
+#[test]
+fn nothing_in_the_library_names_the_program() {
+    let none: [String; 0] = [];
+    assert_eq!(users_of(&["echod"], &library()), none);
+}
+
+#[test]
+fn the_program_uses_the_public_surface_alone() {
+    for (name, code) in sources("bin") {
+        assert!(!code.contains("#[path") && !code.contains("include!"), "{name} takes in the library's sources");
+    }
+}
+
+/// The library's top-level modules that a source names.
+fn imports(code: &str) -> BTreeSet<String> {
+    let after = code.split("crate::").skip(1);
+    let words = after.filter_map(|rest| rest.split(|c: char| !c.is_ascii_lowercase() && c != '_').next());
+    words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+#[test]
+fn no_two_modules_import_each_other() {
+    let mut known: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (name, code) in library() {
+        let module = name.trim_end_matches(".rs").split('/').next().unwrap().to_owned();
+        if module != "lib" {
+            known.entry(module).or_default().extend(imports(&code));
+        }
+    }
+    assert!(known["gate"].contains("peer"), "imports are written otherwise now");
+    // Whom a module reaches, itself included only by a cycle.
+    for start in known.keys() {
+        let mut reached = BTreeSet::new();
+        let mut next: Vec<&String> = known[start].iter().filter(|other| *other != start).collect();
+        while let Some(module) = next.pop() {
+            if reached.insert(module.clone()) {
+                next.extend(known.get(module).into_iter().flatten().filter(|other| *other != module));
+            }
+        }
+        // These two are one: ids are what units are told by, and units belong to a subject.
+        let one: &[&str] = if ["ids", "unit"].contains(&start.as_str()) { &["ids", "unit"] } else { &[] };
+        assert!(
+            !reached.contains(start) || one.contains(&start.as_str()),
+            "{start} imports itself by way of {reached:?}"
+        );
+    }
+}

@@ -1,0 +1,47 @@
+# Rules by unit: the same user, from one unit of systemd's and from another.
+
+_from() { # UNIT USER 'what to say'
+    printf "$3" | systemd-run --quiet --pipe --wait --collect --unit="$1" --uid="$2" nc -N -U /run/echo.sock
+}
+
+of_two_units_of_the_same_user_only_the_named_one_is_admitted() {
+    configure <<<$'[allow.backup]\nusers = ["alice"]\nunits = ["peer-backup.service"]'
+    expect "the named one" "> x" "$(_from peer-backup.service alice 'x\n')"
+    expect "another" "Unauthorized access" "$(_from peer-other.service alice 'x\n')"
+    expect "the named one, another user" "Unauthorized access" "$(_from peer-backup.service bob 'x\n')"
+    await_records 2 denied >/tmp/claim/records
+    expect "units in the records" "peer-other.service peer-backup.service" "$(jq --raw-output .PEER_UNIT /tmp/claim/records | xargs)"
+}
+
+a_descendant_is_in_its_ancestors_unit() {
+    configure <<<$'[allow.backup]\nunits = ["peer-b?ck*.service"]'
+    printf 'x\n' | systemd-run --quiet --pipe --wait --collect --unit=peer-backup.service --uid=alice \
+        sh -c 'setsid sh -c "nc -N -U /run/echo.sock; true"; true' >/tmp/claim/answer
+    expect_bytes "the grandchild" '> x\n' /tmp/claim/answer
+}
+
+a_slice_names_all_that_runs_in_it() {
+    configure <<<$'[allow.all-of-them]\nunits = ["peer-trusted.slice"]'
+    printf 'x\n' | systemd-run --quiet --pipe --wait --collect --unit=peer-one.service --slice=peer-trusted.slice --uid=alice \
+        nc -N -U /run/echo.sock >/tmp/claim/answer
+    expect_bytes "inside" '> x\n' /tmp/claim/answer
+    expect "outside" "Unauthorized access" "$(_from peer-one.service alice 'x\n')"
+}
+
+a_unit_of_the_users_own_is_recorded_as_the_users() {
+    configure <<<$'[allow.nobody-here]\nusers = ["root"]'
+    of alice systemd-run --user --quiet --wait --collect --unit=peer-mine.service \
+        sh -c 'echo x | nc -N -U /run/echo.sock >/tmp/claim/answer'
+    expect_bytes "answer" 'Unauthorized access\n' /tmp/claim/answer
+    record=$(await_records 1 denied)
+    expect "unit" peer-mine.service "$(jq --raw-output .PEER_UNIT <<<"$record")"
+}
+
+a_user_cannot_pass_a_unit_of_their_own_for_one_of_the_systems() {
+    # Anyone may call a unit of their own what they like.
+    configure <<<$'[allow.backup]\nunits = ["peer-backup.service"]'
+    of alice systemd-run --user --quiet --wait --collect --unit=peer-backup.service \
+        sh -c 'echo x | nc -N -U /run/echo.sock >/tmp/claim/answer'
+    expect_bytes "answer" 'Unauthorized access\n' /tmp/claim/answer
+    expect "the system's unit of that name" "> x" "$(_from peer-backup.service alice 'x\n')"
+}

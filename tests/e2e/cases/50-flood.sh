@@ -1,0 +1,69 @@
+# Floods of strangers: the record stays exact, and those who are admitted are served all the while.
+
+# What denied clients saw against what the journal holds: expect_equation FILE… of `peer flood`.
+_expect_equation() {
+    local seen written counted
+    seen=$(awk '/^[0-9]+ Unauthorized access\\n$/ { sum += $1 } END { print sum + 0 }' "$@")
+    expect "answers other than the message" "" "$(grep --no-filename --invert-match --extended-regexp '^[0-9]+ Unauthorized access\\n$' "$@" || true)"
+    written=$(records denied | wc -l)
+    counted=$(records summary | jq --slurp 'map(select(.GATE_REASON == "policy" or .GATE_REASON == "no-credentials") | .GATE_COUNT | tonumber) | add // 0')
+    figure "denials seen $seen; records $written, counted in $(records summary | wc -l) summaries $counted; difference $((seen - written - counted))"
+    ((seen > 0)) || fail "nobody was denied"
+    expect "denials in the journal" "$seen" "$((written + counted))"
+}
+
+_policy() {
+    configure <<'TOML'
+[allow.staff]
+users = ["alice"]
+[audit]
+burst = 10
+interval = "1s"
+TOML
+}
+
+_flood() { # USER TIMES FILE
+    as "$1" peer --say 'let me in\n' flood /run/echo.sock "$2" >"/tmp/claim/$3" 2>&1
+}
+
+no_denial_of_a_flood_escapes_the_record() {
+    _policy
+    _flood bob 5000 one &
+    _flood bob 5000 two &
+    _flood root 5000 three &
+    wait
+    systemctl stop echo.service
+    _expect_equation /tmp/claim/{one,two,three}
+}
+
+no_denial_escapes_while_the_journal_stands_still_or_is_restarted_nor_when_the_service_is() {
+    _policy
+    expect "an admitted user" "> x" "$(talk alice 'x\n')"
+    systemctl kill --signal=STOP systemd-journald.service
+    _flood bob 3000 stopped
+    expect "an admitted user while the journal stands still" "> x" "$(talk alice 'x\n')"
+    _flood root 3000 more
+    systemctl kill --signal=CONT systemd-journald.service
+    _flood bob 6000 continued &
+    flood=$!
+    systemctl restart systemd-journald.service
+    expect "an admitted user in the flood" "> x" "$(talk alice 'x\n')"
+    systemctl restart echo.service
+    wait "$flood"
+    systemctl stop echo.service
+    _expect_equation /tmp/claim/{stopped,more,continued}
+    unit_is echo.socket active
+}
+
+a_flood_leaves_the_socket_alive() {
+    _policy
+    # Each round starts the service anew: far above the limits at which systemd would give the socket up.
+    for ((i = 0; i < 30; i++)); do
+        _flood bob 20 "round-$i"
+        systemctl stop echo.service
+    done
+    unit_is echo.socket active
+    expect "an admitted user" "> x" "$(talk alice 'x\n')"
+    systemctl stop echo.service
+    _expect_equation /tmp/claim/round-*
+}

@@ -1,0 +1,283 @@
+//! Each example as its reader would run it: a process that gets its socket as systemd passes it, clients who really are
+//! other users. Needs root (to become them), nc and setpriv.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const EXAMPLES: [&str; 3] = ["whoami", "view_update", "tokio_echo"];
+
+/// An ordinary user, by number: nobody needs an account to connect.
+const ALICE: u32 = 61_001;
+
+/// Where nothing happens for so long, something is wrong for good.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn source(file: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(file)
+}
+
+/// The program of an example, built as it stands.
+fn program(example: &str) -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let directory = BUILT.get_or_init(|| {
+        // TARGET/PROFILE/deps/examples-HASH
+        let profile = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_path_buf();
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet", "--locked", "--offline"]).arg("--target-dir").arg(profile.parent().unwrap());
+        cargo.args(EXAMPLES.into_iter().flat_map(|example| ["--example", example]));
+        cargo.args((!cfg!(debug_assertions)).then_some("--release"));
+        assert!(cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(), "building the examples");
+        profile.join("examples")
+    });
+    directory.join(example)
+}
+
+/// A running example and the directory that holds its socket.
+struct Server {
+    child: Child,
+    directory: PathBuf,
+    notify: UnixDatagram,
+}
+
+impl Server {
+    fn start(test: &str, example: &str, arguments: &[&Path]) -> Self {
+        assert!(nix::unistd::geteuid().is_root(), "run as root: the clients become other users");
+        let directory = std::env::temp_dir().join(format!("peergate-{test}-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
+        let socket = directory.join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+        let notify = UnixDatagram::bind(directory.join("notify")).unwrap();
+        notify.set_read_timeout(Some(PATIENCE)).unwrap();
+        // What systemd does before it calls exec.
+        let pass = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
+        let child = Command::new("sh")
+            .args(["-c", pass, "sh"])
+            .arg(program(example))
+            .args(arguments)
+            .env("LISTEN_FDS", "1")
+            .env("NOTIFY_SOCKET", directory.join("notify"))
+            .stdin(OwnedFd::from(listener))
+            .spawn()
+            .unwrap();
+        Self { child, directory, notify }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.join("socket")
+    }
+
+    /// Waits until the service says that it is ready, or ready again.
+    fn ready(&self) {
+        let mut message = [0; 4096];
+        loop {
+            let length = self.notify.recv(&mut message).expect("READY=1");
+            if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
+                return;
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// What the service answers a client that says this and no more, and the client's pid.
+    fn answers(&self, ids: &[&str], input: &[u8]) -> (String, u32) {
+        let mut client = Command::new("setpriv")
+            .args(ids)
+            .args(["nc", "-N", "-U"])
+            .arg(self.socket())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("setpriv, of util-linux");
+        let (mut stdin, mut stdout) = (client.stdin.take().unwrap(), client.stdout.take().unwrap());
+        let mut answer = String::new();
+        std::thread::scope(|scope| {
+            // A denied client may be gone before it has taken all of it.
+            scope.spawn(move || stdin.write_all(input));
+            stdout.read_to_string(&mut answer).unwrap();
+        });
+        assert!(client.wait().unwrap().success(), "nc (of netcat-openbsd) failed after {answer:?}");
+        (answer, client.id())
+    }
+
+    fn answers_user(&self, uid: u32, input: &str) -> String {
+        let (uid, gid) = (format!("--reuid={uid}"), format!("--regid={uid}"));
+        self.answers(&[&uid, &gid, "--clear-groups"], input.as_bytes()).0
+    }
+
+    /// An orderly stop.
+    fn stop(mut self) {
+        self.signal(Signal::SIGTERM);
+        assert_eq!(self.child.wait().unwrap().code(), Some(0));
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+#[test]
+fn whoami_tells_each_client_what_the_kernel_says_of_it() {
+    let server = Server::start("whoami", "whoami", &[]);
+    let (said, pid) = server.answers(&["--reuid=61001", "--regid=61002", "--groups=61003,4"], b"");
+    let (ids, process) = said.split_once('\n').unwrap();
+    assert_eq!(ids, "uid 61001, gid 61002, groups 4 61003");
+    assert!(process.starts_with(&format!("pid {pid}, command nc, unit ")), "{process}");
+    assert!(server.answers_user(0, "").starts_with("uid 0, gid 0, groups \n"));
+    server.stop();
+}
+
+#[test]
+fn whoami_turns_away_whom_the_kernel_cannot_name() {
+    let server = Server::start("whoami-nobody", "whoami", &[]);
+    assert_eq!(server.answers_user(65_534, ""), "Unauthorized access\n");
+    server.stop();
+}
+
+fn policy(directory: &str, text: &str) -> PathBuf {
+    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{directory}-{}.toml", std::process::id()));
+    fs::write(&file, text).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    file
+}
+
+#[test]
+fn view_update_lets_some_view_and_others_also_update() {
+    let file = policy("view-update", &fs::read_to_string(source("view_update.toml")).unwrap());
+    let server = Server::start("view-update", "view_update", &[&file]);
+    let me = nix::unistd::geteuid().as_raw();
+    let guest = 1001;
+    assert_eq!(server.answers_user(me, "update Lunch is at one\nview\n"), "updated\nLunch is at one\n");
+    assert_eq!(server.answers_user(guest, "update At two\nview\n"), "You may view, not update\nLunch is at one\n");
+    // 2 is neither us nor one of the people.
+    assert_eq!(server.answers_user(2, "view\n"), "Unauthorized access\n");
+    server.stop();
+    fs::remove_file(file).unwrap();
+}
+
+#[test]
+fn view_update_puts_a_changed_policy_into_force_and_keeps_the_old_one_where_the_new_is_faulty() {
+    let file = policy("reload", "[allow.guest]\nusers = [61001]\n");
+    let server = Server::start("reload", "view_update", &[&file]);
+    server.ready();
+    assert_eq!(server.answers_user(ALICE, "update A\n"), "You may view, not update\n");
+
+    fs::write(&file, "[allow.guest]\nusers = [61001]\nmay = \"update\"\n").unwrap();
+    server.signal(Signal::SIGHUP);
+    server.ready();
+    assert_eq!(server.answers_user(ALICE, "update A\n"), "updated\n");
+
+    fs::write(&file, "[allow.guest]\nusers = [61001]\nmay = \"destroy\"\n").unwrap();
+    server.signal(Signal::SIGHUP);
+    server.ready();
+    assert_eq!(server.answers_user(ALICE, "update A\n"), "updated\n");
+    server.stop();
+    fs::remove_file(file).unwrap();
+}
+
+#[test]
+fn view_update_does_not_start_with_a_faulty_policy_and_says_where_the_fault_is() {
+    let file = policy("faulty", "[allow.guest]\nusers = [61001]\nmay = \"destroy\"\n");
+    let directory = std::env::temp_dir().join(format!("peergate-faulty-{}", std::process::id()));
+    fs::create_dir(&directory).unwrap();
+    let listener = UnixListener::bind(directory.join("socket")).unwrap();
+    let pass = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
+    let ended = Command::new("sh")
+        .args(["-c", pass, "sh"])
+        .args([program("view_update"), file.clone()])
+        .env("LISTEN_FDS", "1")
+        .stdin(OwnedFd::from(listener))
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(said.contains(&format!("{}:3:", file.display())), "{said}");
+    fs::remove_dir_all(directory).unwrap();
+    fs::remove_file(file).unwrap();
+}
+
+#[test]
+fn tokio_echo_gives_its_owner_every_byte_back_and_a_stranger_none() {
+    let server = Server::start("tokio", "tokio_echo", &[]);
+    let text = "0123456789\n".repeat(30_000);
+    assert!(server.answers_user(nix::unistd::geteuid().as_raw(), &text) == text, "not the bytes that were sent");
+    assert_eq!(server.answers_user(ALICE, &text), "Unauthorized access\n");
+    server.stop();
+}
+
+#[test]
+fn tokio_echo_refuses_one_connection_too_many_of_a_user() {
+    let server = Server::start("tokio-limit", "tokio_echo", &[]);
+    let connect = || {
+        let client = UnixStream::connect(server.socket()).unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client
+    };
+    let inside: Vec<UnixStream> = (0..64)
+        .map(|_| {
+            let mut client = connect();
+            let mut echo = [0];
+            client.write_all(b"x").and_then(|()| client.read_exact(&mut echo)).unwrap();
+            client
+        })
+        .collect();
+    let mut answer = String::new();
+    connect().read_to_string(&mut answer).unwrap();
+    assert_eq!(answer, "Too many connections\n");
+    drop(inside);
+    server.stop();
+}
+
+#[test]
+fn an_example_that_gets_no_socket_says_so_and_ends() {
+    for example in EXAMPLES {
+        let file = policy(&format!("none-{example}"), "[allow.owner]\nusers = [\"self\"]\n");
+        let ended = Command::new(program(example)).arg(&file).stdin(Stdio::null()).output().unwrap();
+        let said = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.code(), Some(1), "{example}: {said}");
+        assert!(said.contains("no listening socket"), "{example}: {said}");
+        fs::remove_file(file).unwrap();
+    }
+}
+
+/// systemd-analyze resolves nothing but what it is given, so that the result does not depend on this machine.
+#[test]
+fn the_examples_units_are_sound() {
+    let directory = std::env::temp_dir().join(format!("peergate-units-{}", std::process::id()));
+    fs::create_dir(&directory).unwrap();
+    let mut units = Vec::new();
+    for example in EXAMPLES {
+        for kind in ["socket", "service"] {
+            let name = format!("{example}.{kind}");
+            let text = fs::read_to_string(source(&name)).unwrap();
+            let installed = format!("/usr/local/libexec/{example}");
+            assert_eq!(text.contains(&installed), kind == "service", "{name}");
+            let built = program(example);
+            fs::write(directory.join(&name), text.replace(&installed, built.to_str().unwrap())).unwrap();
+            units.push(directory.join(name));
+        }
+    }
+    let verify = Command::new("systemd-analyze").args(["verify", "--man=no"]).args(&units).output().unwrap();
+    let said = String::from_utf8_lossy(&verify.stderr);
+    let ours: Vec<_> = said.lines().filter(|line| EXAMPLES.iter().any(|example| line.contains(example))).collect();
+    assert!(verify.status.success() && ours.is_empty(), "{said}");
+    fs::remove_dir_all(directory).unwrap();
+}

@@ -1,0 +1,44 @@
+//! The fuzzers' corpora (fuzz/corpus), replayed through the same functions on any compiler: what the fuzzers once
+//! reached or found stays tested where there is no fuzzer. Also runs the included modules' own tests once more.
+
+use std::fs;
+use std::path::Path;
+
+#[path = "../fuzz/targets.rs"]
+mod targets;
+
+#[test]
+fn every_input_that_a_fuzzer_found_worth_keeping_holds_every_claim() {
+    for (name, target) in targets::ALL {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+        let inputs = fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
+        let mut replayed = 0;
+        for input in inputs {
+            let path = input.unwrap().path();
+            // Shown only where the test fails, and then it is the last one.
+            println!("{}", path.display());
+            target(&fs::read(&path).unwrap());
+            replayed += 1;
+        }
+        assert!(replayed >= 5, "{}: {replayed} inputs", corpus.display());
+    }
+}
+
+#[test]
+fn every_target_takes_nothing_and_anything() {
+    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+    for (_, target) in targets::ALL {
+        target(b"");
+        for length in 0..200 {
+            let noise: Vec<u8> = (0..length)
+                .map(|_| {
+                    seed ^= seed << 13;
+                    seed ^= seed >> 7;
+                    seed ^= seed << 17;
+                    seed as u8
+                })
+                .collect();
+            target(&noise);
+        }
+    }
+}

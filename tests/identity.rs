@@ -1,0 +1,500 @@
+//! Who is it really? Units, namespaces, connections that change hands, processes that are gone. Needs root, for users,
+//! control groups and namespaces.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
+
+const ANYBODY: &str = "[allow.any]\nusers = [\"any\"]\n";
+
+fn verifying(policy: &str) -> String {
+    format!("[service]\nverify = \"line\"\n{policy}")
+}
+
+/// A control group as systemd would make it, with a slice of the test's own at the root; removed when dropped.
+struct Groups {
+    root: PathBuf,
+    made: Vec<PathBuf>,
+    slice: String,
+}
+
+impl Groups {
+    fn new() -> Self {
+        needs_root();
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let v1 = own.lines().any(|line| line.contains(":name=systemd:"));
+        let root = if v1 { "/sys/fs/cgroup/systemd" } else { "/sys/fs/cgroup" };
+        static NEXT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+        let next = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let slice = format!("echodtest{}x{next}.slice", std::process::id());
+        Self { root: root.into(), made: Vec::new(), slice }
+    }
+
+    /// The file that takes a process in; `path` is below our slice.
+    fn group(&mut self, path: &str) -> String {
+        let mut group = self.root.clone();
+        for component in [self.slice.as_str()].into_iter().chain(path.split('/')) {
+            group.push(component);
+            if !group.exists() {
+                fs::create_dir(&group).unwrap();
+                self.made.push(group.clone());
+            }
+        }
+        group.join("cgroup.procs").to_str().unwrap().to_owned()
+    }
+
+    /// As [`group`](Self::group), from the root on: where units of users live.
+    fn group_at_root(&mut self, path: &str) -> String {
+        let slice = std::mem::take(&mut self.slice);
+        let mut group = self.root.clone();
+        for component in path.split('/') {
+            group.push(component);
+            if !group.exists() {
+                fs::create_dir(&group).unwrap();
+                self.made.push(group.clone());
+            }
+        }
+        self.slice = slice;
+        group.join("cgroup.procs").to_str().unwrap().to_owned()
+    }
+}
+
+impl Drop for Groups {
+    fn drop(&mut self) {
+        for group in self.made.iter().rev() {
+            // The last process may just be leaving.
+            for _ in 0..1000 {
+                if fs::remove_dir(group).is_ok() || !group.exists() {
+                    break;
+                }
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn is_admitted(other: &Other) -> bool {
+    let client = other.client();
+    let _ = client.try_send("in?\n");
+    let _ = client.0.shutdown(std::net::Shutdown::Write);
+    match client.rest() {
+        (answer, End::Eof) if answer == b"> in?\n" => true,
+        (answer, End::Eof) if answer == DENIED => false,
+        (answer, end) => panic!("{} {end:?}", show(&answer)),
+    }
+}
+
+/// A process in this control group connects.
+fn from_group(group: &str, who: &str, echod: &Echod) -> Other {
+    Other::with(&["--cgroup", group, "--as", who], &echod.socket())
+}
+
+fn explain(echod: &Echod, pid: u32) -> String {
+    let output = Command::new(env!("CARGO_BIN_EXE_echod"))
+        .args(["explain", "--pid", &pid.to_string(), "--config"])
+        .arg(echod.place.path("echod.toml"))
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap().lines().next().unwrap_or_default().to_owned()
+}
+
+#[test]
+fn of_two_units_of_one_user_the_one_that_is_named_gets_in() {
+    let mut groups = Groups::new();
+    let slice = groups.slice.clone();
+    for (units, good, bad) in [
+        ("good.service".to_owned(), true, false),
+        ("g?od.*".to_owned(), true, false),
+        ("*.service".to_owned(), true, true),
+        (slice, true, true),
+        ("other.service".to_owned(), false, false),
+    ] {
+        let echod = Start::serving(&format!("[allow.u]\nusers = [64001]\nunits = [\"{units}\"]\n")).ready();
+        for (name, admitted) in [("good.service", good), ("bad.service", bad)] {
+            let group = groups.group(name);
+            let other = from_group(&group, "64001:64001", &echod);
+            let verdict = explain(&echod, other.pid());
+            assert_eq!(is_admitted(&other), admitted, "{name} by units = [{units}]");
+            assert_eq!(verdict, if admitted { "admitted by allow.u" } else { "denied by default" });
+            // The unit alone is not enough.
+            assert!(!is_admitted(&from_group(&group, "64002:64002", &echod)));
+        }
+        assert!(!is_admitted(&Other::user(64001, &echod.socket())), "from no unit at all");
+    }
+}
+
+#[test]
+fn a_group_that_calls_itself_by_a_units_name_inside_another_unit_does_not_get_in() {
+    let mut groups = Groups::new();
+    let echod = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").ready();
+    for (path, admitted) in [
+        ("good.service", true),
+        ("good.service/below", true),
+        ("bad.service/good.service", false),
+        ("bad.scope/payload/good.service", false),
+        ("no-unit/good.service", false),
+    ] {
+        let group = groups.group(path);
+        assert_eq!(is_admitted(&from_group(&group, "64001:64001", &echod)), admitted, "{path}");
+    }
+}
+
+#[test]
+fn a_users_own_units_count_for_that_user_alone() {
+    let mut groups = Groups::new();
+    let mail = groups.group_at_root("user.slice/user-64001.slice/user@64001.service/app.slice/mail.service");
+    let named = Start::serving("[allow.u]\nusers = [\"64001-64002\"]\nunits = [\"mail.service\"]\n").ready();
+    assert!(is_admitted(&from_group(&mail, "64001:64001", &named)));
+    // Somebody else's process, put into that user's unit.
+    assert!(!is_admitted(&from_group(&mail, "64002:64002", &named)));
+    // Nobody named: only the system's own mail.service is meant.
+    let unnamed = Start::serving("[allow.u]\nunits = [\"mail.service\"]\n").ready();
+    assert!(!is_admitted(&from_group(&mail, "64001:64001", &unnamed)));
+    let system = groups.group("mail.service");
+    assert!(is_admitted(&from_group(&system, "64001:64001", &unnamed)));
+}
+
+#[test]
+fn a_deny_rule_by_unit_denies_that_unit_and_whoever_has_none_to_show() {
+    let mut groups = Groups::new();
+    let echod = Start::serving(&format!("[deny.u]\nunits = [\"bad.service\"]\n{ANYBODY}")).ready();
+    let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
+    assert!(is_admitted(&from_group(&good, "64001:64001", &echod)));
+    assert!(!is_admitted(&from_group(&bad, "64001:64001", &echod)));
+    assert!(!is_admitted(&Other::user(64001, &echod.socket())), "no unit can be told: it might be that one");
+}
+
+#[test]
+fn a_denials_record_names_the_unit() {
+    let mut groups = Groups::new();
+    let journald = Journald::new();
+    let echod = Start::serving(OWNER).journal(&journald).ready();
+    let bad = groups.group("bad.service");
+    let other = Other::with(&["--cgroup", &bad, "--comm", "nc", "--as", "64001:64001"], &echod.socket());
+    other.client().expect_end(DENIED);
+    let entry = journald.wait_for("the denial", |entry| entry.contains_key("PEER_UNIT"));
+    assert_eq!(entry["PEER_UNIT"], "bad.service");
+    assert_eq!(
+        entry["MESSAGE"],
+        format!("Denied uid 64001 gid 64001 pid {} (nc) in bad.service: no rule allows it", other.pid())
+    );
+}
+
+#[test]
+fn a_process_that_moves_to_another_unit_keeps_what_it_was_at_connect() {
+    let mut groups = Groups::new();
+    let policy = "[allow.u]\nunits = [\"good.service\"]\n";
+    let echod = Start::serving(policy).ready();
+    let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
+    let other = from_group(&good, "64001:64001", &echod);
+    other.client().echo("in");
+    fs::write(&bad, other.pid().to_string()).unwrap();
+    echod.reload_with(policy);
+    other.client().echo("still in");
+    echod.reload_with("[allow.u]\nunits = [\"bad.service\"]\n");
+    other.client().expect_end(DENIED);
+}
+
+#[test]
+fn a_unit_is_remembered_over_a_restart_when_its_process_has_ended() {
+    let mut groups = Groups::new();
+    let manager = std::sync::Arc::new(common::Manager::new());
+    manager.told.change(|told| told.capacity = 10);
+    let start = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").env("FDSTORE", "10");
+    let echod = start.ready_with(manager);
+    let good = groups.group("good.service");
+    let other = from_group(&good, "64001:64001", &echod);
+    other.client().echo("in");
+    let clients = other.end();
+    let echod = echod.restart(|start, _| start);
+    clients[0].echo("still in");
+    drop(echod);
+}
+
+#[test]
+fn one_who_has_ended_before_accept_is_judged_by_their_ids_and_has_no_unit() {
+    needs_root();
+    let mut groups = Groups::new();
+    for (policy, admitted) in [
+        ("[allow.a]\nusers = [64001]\n", true),
+        ("[allow.a]\nusers = [64001]\nunits = [\"*\"]\n", false),
+        ("[deny.d]\nunits = [\"other.service\"]\n[allow.a]\nusers = [64001]\n", false),
+    ] {
+        let start = Start::serving(policy);
+        let good = groups.group("good.service");
+        let socket = start.place().path("socket");
+        let other = Other::with(&["--cgroup", &good, "--as", "64001:64001", "--gone"], &socket);
+        let client = other.end().pop().unwrap();
+        let _ = client.try_send("in?\n");
+        let _ = client.0.shutdown(std::net::Shutdown::Write);
+        let echod = start.ready();
+        client.expect_end(if admitted { b"> in?\n" } else { DENIED });
+        let stderr = echod.stop();
+        assert!(!stderr.contains("(peer)"), "the name of a process that is gone: {stderr}");
+    }
+}
+
+#[test]
+fn a_connection_handed_to_another_user_is_cut_off_with_a_record() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = Start::serving(&verifying("[allow.alice]\nusers = [64001]\n")).journal(&journald).ready();
+    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    alice.client().expect("> mine\n");
+    // We, root, hold it now.
+    alice.client().send("not hers\n");
+    alice.client().expect_end(DENIED);
+    let entry = journald.wait_for("revoked", |entry| entry.get("GATE_VERDICT").is_some_and(|it| it == "revoked"));
+    let field = |name: &str| entry.get(name).map_or("(absent)", String::as_str);
+    assert_eq!(field("MESSAGE_ID"), "765ab08f733d46e1a5b6850cc41b9003");
+    assert_eq!((field("GATE_REASON"), field("GATE_RULE")), ("sender", "allow.alice"));
+    assert_eq!((field("PEER_UID"), field("GATE_LINES"), field("GATE_BYTES")), ("64001", "1", "5"));
+    assert!(field("MESSAGE").ends_with(": its data came from another user (uid 0)"), "{}", field("MESSAGE"));
+}
+
+#[test]
+fn one_who_becomes_another_user_after_connecting_is_cut_off_at_the_first_byte() {
+    needs_root();
+    let echod = Start::serving(&verifying("[allow.root]\nusers = [0]\n")).ready();
+    let other =
+        Other::with(&["--say", "as root\\n", "--then", "64001", "--say-after", "as another\\n"], &echod.socket());
+    other.client().expect_end([b"> as root\n", DENIED].concat());
+    let stderr = echod.stop();
+    assert!(stderr.contains("its data came from another user (uid 64001)"), "{stderr}");
+}
+
+#[test]
+fn without_verify_a_connection_is_its_openers_whoever_holds_it() {
+    needs_root();
+    let echod = Start::serving("[allow.alice]\nusers = [64001]\n").ready();
+    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    alice.client().expect("> mine\n");
+    alice.client().echo("handed over");
+}
+
+#[test]
+fn verify_finds_no_fault_with_those_who_are_who_they_were() {
+    needs_root();
+    let echod = Start::serving(&verifying(ANYBODY)).ready();
+    let client = echod.connect();
+    for number in 0..100 {
+        client.echo(&format!("line {number}"));
+    }
+    client.send("a fragment");
+    client.half_close();
+    client.expect_end("> a fragment");
+    let bob = Other::with(&["--as", "64002:64002", "--say", "one\\ntwo\\nfragment"], &echod.socket());
+    bob.client().expect("> one\n> two\n");
+    bob.client().half_close();
+    bob.client().expect_end("> fragment");
+}
+
+#[test]
+fn data_sent_before_accept_is_verified_too() {
+    needs_root();
+    let start = Start::serving(&verifying("[allow.alice]\nusers = [64001]\n"));
+    let socket = start.place().path("socket");
+    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &socket);
+    let other = Other::with(&["--as", "64001:64001"], &socket);
+    other.client().send("not hers\n");
+    let echod = start.ready();
+    alice.client().expect("> mine\n");
+    other.client().expect_end(DENIED);
+    drop(echod);
+}
+
+#[test]
+fn verify_goes_on_over_a_restart_and_begins_with_a_reload() {
+    needs_root();
+    let policy = "[allow.alice]\nusers = [64001]\n";
+    let manager = std::sync::Arc::new(common::Manager::new());
+    manager.told.change(|told| told.capacity = 10);
+    let echod = Start::serving(policy).env("FDSTORE", "10").ready_with(manager);
+    echod.reload_with(&verifying(policy));
+    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    alice.client().expect("> mine\n");
+    let echod = echod.restart(|start, _| start);
+    alice.client().send("not hers\n");
+    alice.client().expect_end(DENIED);
+    drop(echod);
+}
+
+#[test]
+fn a_set_uid_program_is_its_effective_user_at_connect_and_its_real_user_when_it_sends() {
+    needs_root();
+    let root_only = "[allow.root]\nusers = [0]\n";
+    for (config, answer) in [(root_only.to_owned(), &b"> hello\n"[..]), (verifying(root_only), DENIED)] {
+        let echod = Start::serving(&config).ready();
+        let other = Other::with(&["--real", "64001", "--say", "hello\\n"], &echod.socket());
+        other.client().half_close();
+        other.client().expect_end(answer);
+    }
+}
+
+/// A copy of the helper that every user may run.
+fn helper_for_all(place: &Path) -> PathBuf {
+    let copy = place.join("peer");
+    fs::copy(common::peer_program(), &copy).unwrap();
+    copy
+}
+
+#[test]
+fn root_of_a_user_namespace_is_the_user_who_made_it() {
+    needs_root();
+    let echod = Start::serving("[allow.root]\nusers = [0]\n[allow.bob]\nusers = [64002]\n").ready();
+    let helper = helper_for_all(&echod.place.path(""));
+    for (uid, admitted) in [("64001", false), ("64002", true)] {
+        // Inside, both are uid 0.
+        let wrapper = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "unshare", "-U", "-r"];
+        let other = Other::of_program(&helper, &wrapper, &[], 1, &echod.socket());
+        assert_eq!(is_admitted(&other), admitted, "{uid}");
+    }
+}
+
+#[test]
+fn a_user_namespace_without_a_mapping_hides_nobody() {
+    needs_root();
+    let echod = Start::serving("[allow.bob]\nusers = [64002]\n").ready();
+    let helper = helper_for_all(&echod.place.path(""));
+    for (uid, admitted) in [("64001", false), ("64002", true)] {
+        // Inside, both are 65534.
+        let wrapper = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "unshare", "-U"];
+        let other = Other::of_program(&helper, &wrapper, &[], 1, &echod.socket());
+        assert_eq!(is_admitted(&other), admitted, "{uid}");
+    }
+}
+
+#[test]
+fn in_a_namespace_that_maps_only_root_all_others_are_unmapped_and_denied_whatever_the_rule() {
+    needs_root();
+    let policy = "[allow.any]\nusers = [\"any\"]\n[allow.groups]\ngroups = [\"any\"]\n[allow.range]\nusers = [\"0-4294967294\"]\n";
+    let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
+    echod.connect().echo("root is mapped");
+    for who in ["64001:64001", "64002:0", "64003:0:64003"] {
+        assert!(!is_admitted(&Other::with(&["--as", who], &echod.socket())), "{who}");
+    }
+    // Root with a group that is not mapped: the uid is known, and that decides.
+    assert!(is_admitted(&Other::with(&["--as", "0:64001:64002"], &echod.socket())));
+    let stderr = echod.stop();
+    assert!(stderr.contains("this user namespace maps 1 user ids and 1 group ids"), "{stderr}");
+    assert!(stderr.contains("Denied unmapped (uid 65534)"), "{stderr}");
+}
+
+#[test]
+fn a_deny_rule_catches_whoever_is_unmapped() {
+    needs_root();
+    let policy = "[deny.x]\nusers = [64001]\n[allow.root]\nusers = [0]\n[allow.g]\ngroups = [0]\n";
+    let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
+    assert!(!is_admitted(&Other::with(&["--as", "64002:0"], &echod.socket())));
+    echod.connect().echo("root is known not to be");
+    let stderr = echod.stop();
+    assert!(stderr.contains("deny.x denies it"), "{stderr}");
+}
+
+#[test]
+fn check_says_when_this_namespace_does_not_map_everybody() {
+    needs_root();
+    let place = common::Place::new();
+    let config = place.file("echod.toml", ANYBODY);
+    let output = Command::new("unshare")
+        .args(["-U", "-r", env!("CARGO_BIN_EXE_echod"), "check", "--config"])
+        .arg(config)
+        .output()
+        .unwrap();
+    let all = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(all.contains("this user namespace maps 1 user ids"), "{all}");
+}
+
+#[test]
+fn in_another_pid_namespace_a_peer_has_no_pid_and_no_unit() {
+    let mut groups = Groups::new();
+    let inner = ["unshare", "--pid", "--fork", "--kill-child"];
+    let by_uid = Start::serving("[allow.a]\nusers = [64001]\n").wrapper(&inner).ready();
+    assert!(is_admitted(&Other::user(64001, &by_uid.socket())));
+    Other::user(64002, &by_uid.socket()).client().expect_end(DENIED);
+    by_uid.wait_for_stderr("Denied uid 64002 gid 64002: no rule allows it\n");
+
+    let by_unit = Start::serving("[allow.a]\nusers = [64001]\nunits = [\"*\"]\n").wrapper(&inner).ready();
+    let good = groups.group("good.service");
+    assert!(!is_admitted(&from_group(&good, "64001:64001", &by_unit)));
+}
+
+#[test]
+fn a_peer_in_a_pid_namespace_of_its_own_has_the_pid_that_we_know_it_by() {
+    needs_root();
+    let echod = Start::serving(OWNER).ready();
+    // Seen from inside, it is process 1.
+    let wrapper = ["unshare", "--pid", "--fork", "--kill-child"];
+    let other = Other::wrapped(&wrapper, &["--as", "64001:64001"], 1, &echod.socket());
+    other.client().expect_end(DENIED);
+    let children = format!("/proc/{0}/task/{0}/children", other.pid());
+    let pid = fs::read_to_string(children).unwrap();
+    echod.wait_for_stderr(&format!("Denied uid 64001 gid 64001 pid {} (peer): no rule allows it\n", pid.trim()));
+}
+
+#[test]
+fn a_pid_that_has_passed_on_to_another_process_lends_neither_unit_nor_name() {
+    let mut groups = Groups::new();
+    let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
+    let start = Start::serving("[allow.u]\nunits = [\"good.service\"]\n");
+    let socket = start.place().path("socket");
+    // In a pid namespace where nobody else takes numbers: somebody connects from bad.service and ends, and the next
+    // process with that number runs in good.service. Only then the service starts and accepts.
+    let script = "mount -t proc proc /proc
+        \"$0\" --cgroup \"$2\" --as 64001:64001 connect \"$3\" </dev/null 2>/dev/null &
+        pid=$!
+        wait $pid
+        echo $((pid - 1)) >/proc/sys/kernel/ns_last_pid
+        sh -c 'echo 0 >\"$0\"; exec sleep 1000' \"$1\" </dev/null >/dev/null 2>&1 &
+        test $! = $pid || { echo \"no luck with the numbers\" >&2; exit 99; }
+        until grep -q good.service /proc/$pid/cgroup && grep -q sleep /proc/$pid/comm; do :; done
+        shift 3
+        exec \"$@\"";
+    let peer = common::peer_program();
+    let words =
+        ["unshare", "--pid", "--fork", "--kill-child", "--mount", "--propagation", "private", "sh", "-c", script];
+    let given = [peer.to_str().unwrap(), &good, &bad, socket.to_str().unwrap()];
+    let echod = start.wrapper(&words).wrapper(&given).ready();
+    echod.wait_for_stderr("Denied uid 64001 ");
+    let stderr = echod.stderr();
+    let line = stderr.lines().find(|line| line.contains("Denied uid 64001")).unwrap();
+    assert!(!line.contains("good.service") && !line.contains("sleep"), "{line}");
+}
+
+#[test]
+fn where_proc_hides_other_users_processes_units_and_names_are_unknown_and_it_fails_closed() {
+    let mut groups = Groups::new();
+    let good = groups.group("good.service");
+    let script = "mount -t proc -o hidepid=2 proc /proc && exec \"$@\"";
+    let hidden = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, "sh"];
+    let policy = "[allow.unit]\nusers = [64002]\nunits = [\"good.service\"]\n[allow.alice]\nusers = [64003]\n";
+    let echod = Start::serving(policy).wrapper(&hidden).run_as("64001:64001").ready();
+    assert!(!is_admitted(&from_group(&good, "64002:64002", &echod)));
+    assert!(is_admitted(&from_group(&good, "64003:64003", &echod)), "ids need no /proc");
+    let stderr = echod.stop();
+    assert!(stderr.contains("Denied uid 64002 gid 64002 pid "), "{stderr}");
+    assert!(!stderr.contains("good.service"), "{stderr}");
+}
+
+#[test]
+fn explain_of_a_process_that_is_not_there_says_so() {
+    needs_root();
+    let place = common::Place::new();
+    let config = place.file("echod.toml", OWNER);
+    let mut gone = Command::new("true").spawn().unwrap();
+    gone.wait().unwrap();
+    for pid in [gone.id().to_string(), "0".into(), "-5".into()] {
+        let output = Command::new(env!("CARGO_BIN_EXE_echod"))
+            .args(["explain", &format!("--pid={pid}"), "--config"])
+            .arg(&config)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(71), "{pid}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.stdout.is_empty());
+    }
+}

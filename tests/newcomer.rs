@@ -1,0 +1,96 @@
+//! The way from README.md to a service of one's own, walked as it stands there: a package outside this tree, the code of
+//! the README in it, built, run by systemd-socket-activate, talked to. Needs root, to be two users.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::chown;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Who runs the service.
+const ALICE: u32 = 61_011;
+
+/// A directory outside the tree, removed at the end.
+struct Directory(PathBuf);
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn client(socket: &Path, uid: u32) -> String {
+    let mut nc = Command::new("setpriv");
+    nc.arg(format!("--reuid={uid}")).arg(format!("--regid={uid}")).arg("--clear-groups").args(["nc", "-U"]).arg(socket);
+    let output = nc.stdin(Stdio::null()).output().expect("setpriv, of util-linux");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
+    assert!(nix::unistd::geteuid().is_root(), "this test makes other users' processes: run it as root");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let dependency = readme.split('`').find(|code| code.starts_with("peergate = {")).expect("the dependency");
+    assert!(dependency.contains("\"…/peergate\""), "{dependency}");
+    let main = readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the code");
+
+    let directory = Directory(std::env::temp_dir().join(format!("peergate-newcomer-{}", std::process::id())));
+    let package = &directory.0;
+    fs::create_dir_all(package.join("src")).unwrap();
+    let dependency = dependency.replace("…/peergate", root.to_str().unwrap());
+    let manifest = format!(
+        "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n[dependencies]\n{dependency}\n"
+    );
+    fs::write(package.join("Cargo.toml"), manifest).unwrap();
+    fs::write(package.join("src/main.rs"), main).unwrap();
+    // The versions that are here already: this test needs no network.
+    fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
+    let target = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().join("newcomer");
+    let build = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--offline", "--target-dir"])
+        .arg(&target)
+        .current_dir(package)
+        .env("RUSTFLAGS", "--deny warnings")
+        .status()
+        .unwrap();
+    assert!(build.success());
+    // What only the program needs stays out.
+    let lock = fs::read_to_string(package.join("Cargo.lock")).unwrap();
+    assert!(lock.contains("name = \"peergate\""));
+    let tree = Command::new(env!("CARGO")).args(["tree", "--offline", "--edges=normal"]).current_dir(package).output();
+    let tree = String::from_utf8(tree.unwrap().stdout).unwrap();
+    assert!(tree.contains("listenfd"), "{tree}");
+    for unwanted in ["clap", "memchr", "serde_json", "tokio"] {
+        assert!(!tree.contains(&format!(" {unwanted} v")), "{unwanted} comes with the library:\n{tree}");
+    }
+
+    // Alice's own directory, so that she can bind in it; the way there is open to all.
+    let home = package.join("home");
+    fs::create_dir(&home).unwrap();
+    chown(&home, Some(ALICE), Some(ALICE)).unwrap();
+    fs::copy(target.join("debug/hello"), home.join("hello")).unwrap();
+    let socket = home.join("hello.sock");
+    let mut service = Command::new("setpriv")
+        .args([format!("--reuid={ALICE}"), format!("--regid={ALICE}"), "--clear-groups".to_owned()])
+        .args(["systemd-socket-activate", "-l"])
+        .arg(&socket)
+        .arg(home.join("hello"))
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = BufReader::new(service.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(stderr.any(|line| line.contains("Listening on")), "systemd-socket-activate, of systemd");
+    // The rest of it must not fill the pipe.
+    let reader = std::thread::spawn(move || stderr.for_each(drop));
+
+    assert_eq!(client(&socket, ALICE), format!("Hello, uid {ALICE}, by allow.owner\n"));
+    // Root passes the file's mode, but not the gate.
+    assert_eq!(client(&socket, 0), "Unauthorized access\n");
+    kill(Pid::from_raw(service.id() as i32), Signal::SIGTERM).unwrap();
+    assert_eq!(service.wait().unwrap().code(), Some(0));
+    reader.join().unwrap();
+}

@@ -1,0 +1,700 @@
+//! The record: each field of each entry, as the journal receives it, and the equation
+//!
+//! > denials that clients saw = records of verdict *denied* + the counts of summaries
+//!
+//! while the journal reads, does not read, vanishes and comes back. Needs root, for a mount namespace in which the
+//! test's own journal is the system's.
+
+mod common;
+
+use common::{ALICE, BOB, BUSY, DENIED, Echod, Entry, Journald, Other, Start, TOO_LONG, flood, needs_root, stands_for};
+use nix::sys::signal::Signal;
+
+const DENIED_ID: &str = "72261db9963c465c8c6121daadeb1cbc";
+const REFUSED_ID: &str = "a45920b1da8c42cb8c4acbd02e5140bf";
+const SUMMARY_ID: &str = "e00fb3280d1140dca1192a4f029b14b6";
+const ADMITTED_ID: &str = "fb07ecd99a40415abb029457009dd51a";
+const CLOSED_ID: &str = "9aa9a5f08d08409e9e656c48f20bf4f8";
+const LOADED_ID: &str = "b07bc66e288e48eba96896e38dfe1144";
+const REFUSED_CONFIG_ID: &str = "00e1479225c6488a9e2fed748c43c786";
+const REVOKED_ID: &str = "765ab08f733d46e1a5b6850cc41b9003";
+
+/// The reasons whose summaries stand for denials.
+const DENIALS: &[&str] = &["policy", "no-credentials"];
+
+/// An interval that never ends by itself: then a summary is due at a stop or a reload, and only there.
+const LONG: &str = "[audit]\ninterval = \"1h\"\n";
+
+fn get<'e>(entry: &'e Entry, field: &str) -> &'e str {
+    entry.get(field).map_or("(absent)", String::as_str)
+}
+
+/// The entry has exactly these fields among those of the contract, with exactly these values.
+#[track_caller]
+fn expect_fields(entry: &Entry, expected: &[(&str, &str)]) {
+    let ours = |name: &str| {
+        name.starts_with("GATE_")
+            || name.starts_with("PEER_")
+            || ["MESSAGE", "MESSAGE_ID", "PRIORITY", "SYSLOG_IDENTIFIER"].contains(&name)
+    };
+    let found: Vec<(&str, &str)> =
+        entry.iter().filter(|(name, _)| ours(name)).map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let mut expected = expected.to_vec();
+    expected.push(("SYSLOG_IDENTIFIER", "echod"));
+    expected.sort_unstable();
+    assert_eq!(found, expected, "in {entry:#?}");
+}
+
+fn serve(journald: &Journald, config: &str) -> Echod {
+    Start::serving(config).journal(journald).ready()
+}
+
+fn with_verdict(verdict: &str) -> impl Fn(&Entry) -> bool {
+    move |entry| entry.get("GATE_VERDICT").is_some_and(|found| found == verdict)
+}
+
+fn denials(entries: &[Entry]) -> u64 {
+    stands_for(entries, "denied", DENIALS)
+}
+
+/// Connects so many times and is denied each time.
+#[track_caller]
+fn be_denied(echod: &Echod, times: usize) {
+    for _ in 0..times {
+        echod.connect().expect_end(DENIED);
+    }
+}
+
+/// So many denied connects of one user, from a process of its own, all of which saw exactly the message.
+#[track_caller]
+fn expect_flood(process: std::process::Child, times: usize) {
+    let output = process.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{times} Unauthorized access\\n\n"));
+}
+
+#[test]
+fn a_denial_says_who_where_and_why() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, common::OWNER);
+    let socket = echod.socket();
+    assert!(!journald.entries().iter().any(with_verdict("denied")), "nobody was denied yet");
+    let alice = Other::with(&["--comm", "stranger", "--as", "64001:64002:64003,64004"], &socket);
+    alice.client().expect_end(DENIED);
+    let entry = journald.wait_for("the denial", with_verdict("denied"));
+    let pid = alice.pid().to_string();
+    expect_fields(
+        &entry,
+        &[
+            ("MESSAGE", &format!("Denied uid 64001 gid 64002 pid {pid} (stranger): no rule allows it")),
+            ("MESSAGE_ID", DENIED_ID),
+            ("PRIORITY", "4"),
+            ("GATE_VERDICT", "denied"),
+            ("GATE_REASON", "policy"),
+            ("GATE_RULE", "default"),
+            ("GATE_SOCKET", socket.to_str().unwrap()),
+            ("PEER_UID", "64001"),
+            ("PEER_GID", "64002"),
+            ("PEER_GROUPS", "64003,64004"),
+            ("PEER_PID", &pid),
+            ("PEER_COMM", "stranger"),
+        ],
+    );
+}
+
+#[test]
+fn a_denial_by_a_rule_names_the_rule_and_the_user_by_name() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, "[deny.contractors]\nusers = [\"backup\"]\n");
+    let backup = Other::with(&["--comm", "tar", "--as", "34:34"], &echod.socket());
+    backup.client().expect_end(DENIED);
+    let entry = journald.wait_for("the denial", with_verdict("denied"));
+    assert_eq!(get(&entry, "GATE_RULE"), "deny.contractors");
+    assert_eq!(get(&entry, "PEER_USER"), "backup");
+    assert_eq!(
+        get(&entry, "MESSAGE"),
+        format!("Denied backup (uid 34) gid 34 pid {} (tar): deny.contractors denies it", backup.pid())
+    );
+}
+
+#[test]
+fn a_refusal_names_the_limit() {
+    needs_root();
+    let journald = Journald::new();
+    let policy = "[limits]\nconnections = 3\nconnections-per-user = 2\n[allow.all]\nusers = [\"any\"]\n";
+    let echod = serve(&journald, policy);
+    let alice = Other::wrapped(&[], &["--as", "64001:64001"], 3, &echod.socket());
+    alice.connections[2].expect_end(BUSY);
+    let entry = journald.wait_for("the user's limit", with_verdict("refused"));
+    let pid = alice.pid().to_string();
+    let socket = echod.socket();
+    let common_fields = [
+        ("MESSAGE_ID", REFUSED_ID),
+        ("PRIORITY", "4"),
+        ("GATE_VERDICT", "refused"),
+        ("GATE_RULE", "allow.all"),
+        ("GATE_SOCKET", socket.to_str().unwrap()),
+    ];
+    let message = format!("Refused uid 64001 gid 64001 pid {pid} (peer): too many connections of this user");
+    let own = [
+        ("MESSAGE", message.as_str()),
+        ("GATE_REASON", "user-limit"),
+        ("PEER_UID", "64001"),
+        ("PEER_GID", "64001"),
+        ("PEER_PID", &pid),
+        ("PEER_COMM", "peer"),
+    ];
+    expect_fields(&entry, &[&common_fields[..], &own].concat());
+
+    let bob = Other::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
+    bob.connections[1].expect_end(BUSY);
+    let entry = journald.wait_for("the limit for all", |entry| get(entry, "GATE_REASON") == "total-limit");
+    assert_eq!((get(&entry, "PEER_UID"), get(&entry, "GATE_VERDICT")), ("64002", "refused"));
+}
+
+#[test]
+fn too_long_a_line_is_a_refusal_of_that_connection() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("[limits]\nline-length = 10\n{}", common::OWNER));
+    let client = echod.connect();
+    client.send("12345678901");
+    client.expect_end(TOO_LONG);
+    let entry = journald.wait_for("the refusal", with_verdict("refused"));
+    assert_eq!(get(&entry, "GATE_REASON"), "line-length");
+    assert_eq!(get(&entry, "GATE_CONNECTION"), "1");
+    assert_eq!(get(&entry, "MESSAGE_ID"), REFUSED_ID);
+    assert_eq!(get(&entry, "PEER_UID"), "0");
+}
+
+#[test]
+fn by_default_the_admitted_leave_no_record() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, common::OWNER);
+    let client = echod.connect();
+    client.echo("nobody's business");
+    client.half_close();
+    client.expect_end(b"");
+    echod.stop();
+    for entry in journald.entries() {
+        assert!(!entry.contains_key("GATE_VERDICT"), "{entry:#?}");
+        assert!(!entry.values().any(|value| value.contains("nobody's business")));
+    }
+}
+
+#[test]
+fn admitted_and_closed_tell_a_connections_whole_story() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, "[audit]\nrecord = \"connections\"\n[allow.those]\nusers = [64001]\n");
+    let socket = echod.socket();
+    let alice = Other::with(&["--comm", "talker", "--as", "64001:64001:64005"], &socket);
+    let pid = alice.pid().to_string();
+    alice.client().send("one\ntwo\nthr");
+    alice.client().half_close();
+    alice.client().expect_end("> one\n> two\n> thr");
+    let entry = journald.wait_for("admitted", with_verdict("admitted"));
+    expect_fields(
+        &entry,
+        &[
+            ("MESSAGE", &format!("Admitted uid 64001 gid 64001 pid {pid} (talker) by allow.those")),
+            ("MESSAGE_ID", ADMITTED_ID),
+            ("PRIORITY", "6"),
+            ("GATE_VERDICT", "admitted"),
+            ("GATE_RULE", "allow.those"),
+            ("GATE_SOCKET", socket.to_str().unwrap()),
+            ("GATE_CONNECTION", "1"),
+            ("PEER_UID", "64001"),
+            ("PEER_GID", "64001"),
+            ("PEER_GROUPS", "64005"),
+            ("PEER_PID", &pid),
+            ("PEER_COMM", "talker"),
+        ],
+    );
+    let entry = journald.wait_for("closed", with_verdict("closed"));
+    let message = get(&entry, "MESSAGE").to_owned();
+    let duration = get(&entry, "GATE_DURATION_USEC").to_owned();
+    assert!(message.starts_with(&format!("Closed uid 64001 gid 64001 pid {pid}: 3 lines, 11 bytes in ")), "{message}");
+    assert!(duration.parse::<u64>().is_ok(), "{duration}");
+    expect_fields(
+        &entry,
+        &[
+            ("MESSAGE", &message),
+            ("MESSAGE_ID", CLOSED_ID),
+            ("PRIORITY", "6"),
+            ("GATE_VERDICT", "closed"),
+            ("GATE_RULE", "allow.those"),
+            ("GATE_SOCKET", socket.to_str().unwrap()),
+            ("GATE_CONNECTION", "1"),
+            ("GATE_LINES", "3"),
+            ("GATE_BYTES", "11"),
+            ("GATE_DURATION_USEC", &duration),
+            ("PEER_UID", "64001"),
+            ("PEER_GID", "64001"),
+            ("PEER_PID", &pid),
+        ],
+    );
+}
+
+#[test]
+fn each_closed_record_says_why_the_service_ended_it() {
+    needs_root();
+    let journald = Journald::new();
+    let config = |more: &str| format!("[limits]\nline-length = 10\n[audit]\nrecord = \"connections\"\n{more}");
+    let echod = serve(&journald, &config(common::OWNER));
+    let long = echod.connect();
+    long.send("12345678901");
+    long.expect_end(TOO_LONG);
+    let last = echod.connect();
+    last.echo("stay");
+    echod.stop();
+    last.expect_end(b"");
+    let reason = |connection: &str| {
+        let entries = journald.entries();
+        let entry = entries
+            .iter()
+            .find(|entry| get(entry, "GATE_VERDICT") == "closed" && get(entry, "GATE_CONNECTION") == connection);
+        get(entry.expect("a closed record"), "GATE_REASON").to_owned()
+    };
+    assert_eq!(reason("1"), "line-length");
+    assert_eq!(reason("2"), "stopping");
+}
+
+#[test]
+fn lines_are_recorded_by_their_length_and_never_by_their_content() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("[audit]\nrecord = \"lines\"\n{}", common::OWNER));
+    let client = echod.connect();
+    for line in ["secret one", "", "a longer secret three"] {
+        client.echo(line);
+    }
+    client.send("secret end");
+    client.half_close();
+    client.expect_end("> secret end");
+    journald.wait_for("closed", with_verdict("closed"));
+    let entries = journald.entries();
+    let lengths: Vec<&str> = entries
+        .iter()
+        .filter(|entry| get(entry, "MESSAGE").starts_with("Line of "))
+        .map(|entry| {
+            assert_eq!((get(entry, "GATE_CONNECTION"), get(entry, "PRIORITY")), ("1", "6"));
+            get(entry, "GATE_BYTES")
+        })
+        .collect();
+    assert_eq!(lengths, ["11", "1", "22", "10"]);
+    assert!(!entries.iter().flat_map(Entry::values).any(|value| value.contains("secret")));
+}
+
+#[test]
+fn configurations_loaded_reloaded_and_refused_are_recorded() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, common::OWNER);
+    let path = echod.place.path("echod.toml");
+    let entry = journald.wait_for("loaded", |entry| get(entry, "MESSAGE_ID") == LOADED_ID);
+    expect_fields(
+        &entry,
+        &[
+            ("MESSAGE", &format!("Configuration in force: {}, 1 rule", path.display())),
+            ("MESSAGE_ID", LOADED_ID),
+            ("PRIORITY", "5"),
+        ],
+    );
+    echod.place.file("echod.toml", "[allow.x]\nuser = [0]\n");
+    assert_eq!(echod.reload().0, 78);
+    let entry = journald.wait_for("refused", |entry| get(entry, "MESSAGE_ID") == REFUSED_CONFIG_ID);
+    let message = get(&entry, "MESSAGE").to_owned();
+    assert!(message.contains(&format!("{}:2:", path.display())), "{message}");
+    expect_fields(&entry, &[("MESSAGE", &message), ("MESSAGE_ID", REFUSED_CONFIG_ID), ("PRIORITY", "3")]);
+
+    echod.reload_with("[allow.x]\nusers = [0]\n[deny.y]\nusers = [1]\n");
+    let message = format!("Configuration reloaded: {}, 2 rules", path.display());
+    journald.wait_for("reloaded", |entry| get(entry, "MESSAGE") == message);
+}
+
+#[test]
+fn a_revoked_connection_is_recorded_with_the_rule_that_denies_it_now() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, "[allow.all]\nusers = [\"any\"]\n");
+    let socket = echod.socket();
+    let alice = Other::with(&["--comm", "talker", "--as", "64001:64001"], &socket);
+    let bob = Other::with(&["--comm", "other", "--as", "64002:64002"], &socket);
+    alice.client().echo("hello");
+    bob.client().echo("hello");
+    echod.reload_with("[deny.alice]\nusers = [64001]\n[allow.all]\nusers = [64001]\n");
+    alice.client().expect_end(DENIED);
+    bob.client().expect_end(DENIED);
+    let of = |uid: u32| {
+        let uid = uid.to_string();
+        journald
+            .wait_for("revoked", move |entry| get(entry, "GATE_VERDICT") == "revoked" && get(entry, "PEER_UID") == uid)
+    };
+    let pid = alice.pid().to_string();
+    expect_fields(
+        &of(ALICE),
+        &[
+            ("MESSAGE", &format!("Revoked uid 64001 gid 64001 pid {pid} (talker): deny.alice denies it now")),
+            ("MESSAGE_ID", REVOKED_ID),
+            ("PRIORITY", "4"),
+            ("GATE_VERDICT", "revoked"),
+            ("GATE_REASON", "policy"),
+            ("GATE_RULE", "deny.alice"),
+            ("GATE_SOCKET", socket.to_str().unwrap()),
+            ("GATE_CONNECTION", "1"),
+            ("GATE_LINES", "1"),
+            ("GATE_BYTES", "6"),
+            ("PEER_UID", "64001"),
+            ("PEER_GID", "64001"),
+            ("PEER_PID", &pid),
+            ("PEER_COMM", "talker"),
+        ],
+    );
+    assert_eq!(get(&of(BOB), "GATE_RULE"), "default");
+}
+
+#[test]
+fn only_the_first_of_a_flood_are_written_and_a_summary_at_the_stop_tells_the_rest() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 5\n{}", common::NOBODY));
+    be_denied(&echod, 100);
+    let flood = flood(ALICE, 50, &echod.socket());
+    expect_flood(flood, 50);
+    echod.stop();
+    let entries = journald.entries();
+    let of = |uid: &str| entries.iter().filter(|entry| get(entry, "PEER_UID") == uid).cloned().collect::<Vec<_>>();
+    assert_eq!(of("0").iter().filter(|entry| with_verdict("denied")(entry)).count(), 5);
+    assert_eq!(of("64001").iter().filter(|entry| with_verdict("denied")(entry)).count(), 5);
+    assert_eq!((denials(&of("0")), denials(&of("64001"))), (100, 50));
+    let summaries: Vec<_> = entries.iter().filter(|entry| with_verdict("summary")(entry)).collect();
+    assert_eq!(summaries.len(), 2);
+    let root = summaries.iter().find(|entry| get(entry, "PEER_UID") == "0").unwrap();
+    let (message, duration) = (get(root, "MESSAGE").to_owned(), get(root, "GATE_DURATION_USEC").to_owned());
+    assert!(message.starts_with("Denied root (uid 0) 95 more times in "), "{message}");
+    expect_fields(
+        root,
+        &[
+            ("MESSAGE", &message),
+            ("MESSAGE_ID", SUMMARY_ID),
+            ("PRIORITY", "4"),
+            ("GATE_VERDICT", "summary"),
+            ("GATE_REASON", "policy"),
+            ("GATE_COUNT", "95"),
+            ("GATE_DURATION_USEC", &duration),
+            ("PEER_UID", "0"),
+            ("PEER_USER", "root"),
+        ],
+    );
+}
+
+#[test]
+fn a_summary_comes_at_the_end_of_the_interval_and_a_new_interval_has_a_burst_of_its_own() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("[audit]\ninterval = \"200ms\"\nburst = 3\n{}", common::NOBODY));
+    be_denied(&echod, 50);
+    journald.wait_for_sum("denied", DENIALS, 50);
+    assert_eq!(denials(&journald.entries()), 50);
+    // By now an interval has ended; wait for one that has not begun.
+    let mut more = 50;
+    common::eventually("a record in full again", || {
+        let before = journald.entries().iter().filter(|entry| with_verdict("denied")(entry)).count();
+        be_denied(&echod, 1);
+        more += 1;
+        journald.wait_for_sum("denied", DENIALS, more);
+        let after = journald.entries().iter().filter(|entry| with_verdict("denied")(entry)).count();
+        (after > before).then_some(())
+    });
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), more);
+}
+
+#[test]
+fn a_reload_writes_what_was_counted_under_the_old_settings() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 1\n{}", common::NOBODY));
+    be_denied(&echod, 20);
+    echod.reload_with(&format!("{LONG}burst = 100\n{}", common::NOBODY));
+    journald.wait_for_sum("denied", DENIALS, 20);
+    be_denied(&echod, 20);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 40);
+}
+
+#[test]
+fn a_burst_of_none_leaves_only_summaries_and_a_huge_one_leaves_none() {
+    needs_root();
+    for (burst, records) in [(0, 0), (1_000_000, 300)] {
+        let journald = Journald::new();
+        let echod = serve(&journald, &format!("{LONG}burst = {burst}\n{}", common::NOBODY));
+        be_denied(&echod, 300);
+        echod.stop();
+        let entries = journald.entries();
+        assert_eq!(entries.iter().filter(|entry| with_verdict("denied")(entry)).count(), records);
+        assert_eq!(denials(&entries), 300);
+    }
+}
+
+#[test]
+fn refusals_have_an_equation_of_their_own() {
+    needs_root();
+    let journald = Journald::new();
+    let config = format!("{LONG}burst = 2\n[limits]\nconnections-per-user = 1\nline-length = 10\n{}", common::OWNER);
+    let echod = serve(&journald, &config);
+    let inside = echod.connect();
+    inside.echo("in");
+    for _ in 0..10 {
+        echod.connect().expect_end(BUSY);
+    }
+    inside.half_close();
+    inside.expect_end(b"");
+    for _ in 0..7 {
+        let client = echod.connect();
+        client.send("12345678901");
+        client.expect_end(TOO_LONG);
+    }
+    echod.stop();
+    let entries = journald.entries();
+    let counted = |reason: &str| -> u64 {
+        let own: Vec<_> = entries.iter().filter(|entry| get(entry, "GATE_REASON") == reason).cloned().collect();
+        stands_for(&own, "refused", &[reason])
+    };
+    assert_eq!((counted("user-limit"), counted("line-length")), (10, 7));
+    assert_eq!(denials(&entries), 0, "a refusal is no denial");
+}
+
+/// Several users flood at once while the journal behaves as `trouble` has it; then the program stops in order.
+/// Returns all entries after checking the equation.
+#[track_caller]
+fn flood_with_trouble(journald: &Journald, config: &str, trouble: impl FnOnce(&Echod)) -> Vec<Entry> {
+    const TIMES: usize = 1500;
+    let echod = serve(journald, config);
+    let floods: Vec<_> = [ALICE, BOB, 64003].map(|uid| flood(uid, TIMES, &echod.socket())).into();
+    trouble(&echod);
+    for process in floods {
+        expect_flood(process, TIMES);
+    }
+    be_denied(&echod, 10);
+    echod.stop();
+    let entries = journald.entries();
+    assert_eq!(denials(&entries), 3 * TIMES as u64 + 10);
+    entries
+}
+
+#[test]
+fn the_equation_holds_in_a_flood_of_several_users() {
+    needs_root();
+    let journald = Journald::new();
+    flood_with_trouble(&journald, &format!("{LONG}{}", common::NOBODY), |_| {});
+}
+
+#[test]
+fn the_equation_holds_when_every_denial_is_written() {
+    needs_root();
+    let journald = Journald::new();
+    flood_with_trouble(&journald, &format!("{LONG}burst = 1000000\n{}", common::NOBODY), |_| {});
+}
+
+#[test]
+fn serving_goes_on_and_nothing_is_lost_while_the_journal_does_not_read() {
+    needs_root();
+    let journald = Journald::new();
+    let config = "[audit]\nburst = 1000000\ninterval = \"100ms\"\n[allow.root]\nusers = [0]\n\
+                  [deny.x]\nusers = [\"64001-64010\"]\n";
+    let echod = serve(&journald, config);
+    journald.stop_reading();
+    expect_flood(flood(ALICE, 6000, &echod.socket()), 6000);
+    let client = echod.connect();
+    client.echo("the journal sleeps, we do not");
+    assert!(denials(&journald.entries()) < 6000, "the journal had read it all: nothing was tested");
+    journald.go_on();
+    journald.wait_for_sum("denied", DENIALS, 6000);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 6000);
+}
+
+#[test]
+fn nothing_is_lost_when_the_journal_stops_reading_in_a_flood_and_goes_on_during_our_stop() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::NOBODY));
+    journald.stop_reading();
+    expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
+    echod.signal(Signal::SIGTERM);
+    echod.manager.wait_for("STOPPING=1", 1);
+    journald.go_on();
+    let (status, _, stderr) = echod.wait();
+    assert!(status.success(), "{stderr}");
+    assert_eq!(denials(&journald.entries()), 3000, "{stderr}");
+}
+
+#[test]
+fn nothing_is_lost_when_the_journal_is_restarted_in_a_flood() {
+    needs_root();
+    let journald = Journald::new();
+    let config = format!("[audit]\nburst = 1000000\ninterval = \"50ms\"\n{}", common::NOBODY);
+    flood_with_trouble(&journald, &config, |_| {
+        for _ in 0..5 {
+            journald.wait_for("some denial", with_verdict("denied"));
+            journald.vanish();
+            journald.start();
+        }
+    });
+}
+
+#[test]
+fn what_a_vanished_journal_missed_is_counted_for_when_it_is_back() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::NOBODY));
+    be_denied(&echod, 1);
+    journald.wait_for("the first", with_verdict("denied"));
+    journald.vanish();
+    be_denied(&echod, 40);
+    echod.wait_for_stderr("no rule allows it");
+    // The last of them has been written as text by the time the forty-first line is there.
+    common::eventually("all of them as text", || (echod.stderr().matches("Denied root").count() >= 40).then_some(()));
+    journald.start();
+    be_denied(&echod, 1);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 42);
+}
+
+#[test]
+fn without_a_journal_records_are_text_on_standard_error_and_the_equation_holds_there() {
+    let echod = Start::serving(&format!("{LONG}burst = 4\n{}", common::NOBODY)).ready();
+    be_denied(&echod, 30);
+    let stderr = echod.stop();
+    let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
+    assert_eq!(records, 4, "{stderr}");
+    let summary = stderr.lines().find(|line| line.contains(" more times in ")).expect("a summary");
+    assert!(summary.contains(" 26 more times in ") && summary.starts_with("echod: warning: Denied"), "{summary}");
+}
+
+#[test]
+fn sigterm_in_the_middle_of_a_flood_leaves_the_equation_exact() {
+    needs_root();
+    for _ in 0..5 {
+        let journald = Journald::new();
+        let echod = serve(&journald, &format!("{LONG}burst = 7\n{}", common::NOBODY));
+        let place = echod.place.clone();
+        let floods: Vec<_> = [ALICE, BOB].map(|uid| flood(uid, 800, &echod.socket())).into();
+        journald.wait_for("the flood", with_verdict("denied"));
+        // The listener stays with the manager, as under systemd: the next process answers those who wait.
+        let next = echod.restart(|start, _| start.journal(&journald));
+        for process in floods {
+            expect_flood(process, 800);
+        }
+        next.stop();
+        assert_eq!(denials(&journald.entries()), 1600);
+        drop(place);
+    }
+}
+
+#[test]
+fn many_users_share_summaries_without_a_name_once_too_many_flood() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::NOBODY));
+    const USERS: u32 = 1100;
+    for uid in 0..USERS {
+        // Each user is a process: a batch at a time.
+        let uid = 70_000 + uid;
+        expect_flood(flood(uid, 2, &echod.socket()), 2);
+    }
+    echod.stop();
+    let entries = journald.entries();
+    assert_eq!(denials(&entries), u64::from(USERS) * 2);
+    let nameless: Vec<_> =
+        entries.iter().filter(|e| with_verdict("summary")(e) && !e.contains_key("PEER_UID")).collect();
+    assert_eq!(nameless.len(), 1, "those beyond the number told apart share one summary");
+}
+
+#[test]
+fn a_peer_of_65536_groups_is_recorded_whole() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, "[allow.those]\ngroups = [165535]\n[audit]\nrecord = \"connections\"\n");
+    let rich = Other::with(&["--as", "64001:64001:100000-165535"], &echod.socket());
+    rich.client().echo("I am in");
+    let rich_but_out = Other::with(&["--as", "64001:64001:99999-165534"], &echod.socket());
+    rich_but_out.client().expect_end(DENIED);
+    let all = |low: u32, high: u32| (low..=high).map(|gid| gid.to_string()).collect::<Vec<_>>().join(",");
+    let entry = journald.wait_for("the denial", with_verdict("denied"));
+    assert!(get(&entry, "PEER_GROUPS") == all(99_999, 165_534), "not all groups were recorded");
+    let entry = journald.wait_for("the admission", with_verdict("admitted"));
+    assert!(get(&entry, "PEER_GROUPS") == all(100_000, 165_535), "not all groups were recorded");
+}
+
+#[test]
+fn a_name_with_newline_and_escape_forges_neither_field_nor_line() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, common::OWNER);
+    let comm = "a\\n\\e[2JGATE=b";
+    let forger = Other::with(&["--comm", comm, "--as", "64001:64001"], &echod.socket());
+    forger.client().expect_end(DENIED);
+    let entry = journald.wait_for("the denial", with_verdict("denied"));
+    assert_eq!(get(&entry, "PEER_COMM"), "a\\n\\u{1b}[2JGATE=b");
+    assert!(!entry.contains_key("GATE"));
+    let message = get(&entry, "MESSAGE");
+    assert!(!message.contains(['\n', '\u{1b}']) && message.contains("(a\\n\\u{1b}[2JGATE=b)"), "{message:?}");
+    drop(echod);
+
+    // The same as text.
+    let echod = Start::serving(common::OWNER).ready();
+    let forger = Other::with(&["--comm", comm, "--as", "64001:64001"], &echod.socket());
+    forger.client().expect_end(DENIED);
+    let stderr = echod.stop();
+    assert!(!stderr.contains('\u{1b}') && stderr.contains("(a\\n\\u{1b}[2JGATE=b)"), "{stderr:?}");
+}
+
+#[test]
+fn connection_numbers_are_unique_over_sockets_and_workers() {
+    needs_root();
+    let journald = Journald::new();
+    let config = format!("[audit]\nrecord = \"connections\"\n[service]\nworkers = 3\n{}", common::OWNER);
+    let echod = serve(&journald, &config);
+    for _ in 0..30 {
+        let client = echod.connect();
+        client.half_close();
+        client.expect_end(b"");
+    }
+    echod.stop();
+    let entries = journald.entries();
+    let mut numbers: Vec<u64> = entries
+        .iter()
+        .filter(|entry| with_verdict("closed")(entry))
+        .map(|entry| get(entry, "GATE_CONNECTION").parse().unwrap())
+        .collect();
+    numbers.sort_unstable();
+    assert_eq!(numbers, (1..=30).collect::<Vec<u64>>());
+}
+
+#[test]
+fn a_journal_with_a_long_queue_that_does_not_read_stops_neither_service_nor_watchdog() {
+    needs_root();
+    let journald = Journald::absent();
+    journald.start_with_long_queue();
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{}", common::NOBODY))
+        .journal(&journald)
+        .env("WATCHDOG_USEC", "500000")
+        .ready();
+    be_denied(&echod, 1);
+    journald.wait_for("the first", with_verdict("denied"));
+    journald.stop_reading();
+    expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
+    // The journal's thread waits, and shows that it does.
+    let seen = echod.manager.told.lock().count("WATCHDOG=1");
+    echod.manager.wait_for("WATCHDOG=1", seen + 10);
+    journald.go_on();
+    journald.wait_for_sum("denied", DENIALS, 3001);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 3001);
+}

@@ -1,0 +1,186 @@
+//! A process that the tests send ahead: somebody else who connects, and the last step of a service manager, who
+//! passes sockets. For tests/common alone.
+//!
+//! ```text
+//! peer [OPTION]... connect SOCKET          connect, hand the connection to whoever holds the other end of stdin
+//! peer [OPTION]... activate N PROGRAM...   take N descriptors from stdin, become PROGRAM with them at 3, 4, ...
+//! peer [OPTION]... flood SOCKET N          connect N times, one after the other; print what came back, counted
+//! peer [OPTION]... listen SOCKET           bind a datagram socket, hand it over
+//!
+//! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers or ranges LO-HI, separated by commas
+//! --cgroup FILE          write our pid into FILE first
+//! --comm NAME            be called so; \n and \e stand for themselves
+//! --say TEXT             send TEXT on each connection
+//! --then UID             after that, become that user ...
+//! --say-after TEXT       ... and send TEXT
+//! --real UID             become that real user, the effective one staying as it is: a set-uid program
+//! --times N              make N connections
+//! --gone                 end at once, instead of staying until stdin ends
+//! ```
+//!
+//! stdin is a socket. What has been handed over stays alive with whoever got it.
+
+use std::error::Error;
+use std::ffi::CString;
+use std::fs;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+
+use nix::errno::Errno;
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+#[derive(Default)]
+struct Options {
+    say: Option<String>,
+    then: Option<u32>,
+    say_after: Option<String>,
+    times: usize,
+    gone: bool,
+}
+
+fn main() -> Outcome<()> {
+    let mut args = std::env::args().skip(1);
+    let mut options = Options { times: 1, ..Options::default() };
+    loop {
+        let word = args.next().ok_or("what shall I do?")?;
+        let mut value = || args.next().ok_or("an option lacks its value");
+        match word.as_str() {
+            "--as" => become_user(&value()?)?,
+            "--cgroup" => fs::write(value()?, std::process::id().to_string())?,
+            "--comm" => nix::sys::prctl::set_name(&CString::new(unescape(&value()?))?)?,
+            "--say" => options.say = Some(unescape(&value()?)),
+            "--then" => options.then = Some(value()?.parse()?),
+            "--say-after" => options.say_after = Some(unescape(&value()?)),
+            "--real" => {
+                let real = Uid::from_raw(value()?.parse()?);
+                setresuid(real, Uid::effective(), Uid::effective())?;
+            }
+            "--times" => options.times = value()?.parse()?,
+            "--gone" => options.gone = true,
+            "connect" => return connect(&value()?, &options),
+            "flood" => return flood(&value()?, value()?.parse()?, options.say.as_deref()),
+            "listen" => {
+                let socket = UnixDatagram::bind(value()?)?;
+                return hand_over(&socket);
+            }
+            "activate" => {
+                let count = value()?.parse()?;
+                return activate(count, &value()?, args);
+            }
+            other => return Err(format!("I cannot {other}").into()),
+        }
+    }
+}
+
+fn unescape(text: &str) -> String {
+    text.replace("\\n", "\n").replace("\\e", "\u{1b}")
+}
+
+fn become_user(text: &str) -> Outcome<()> {
+    let mut parts = text.split(':');
+    let uid = Uid::from_raw(parts.next().ok_or("no uid")?.parse()?);
+    let gid = Gid::from_raw(parts.next().ok_or("no gid")?.parse()?);
+    let mut groups = Vec::new();
+    for group in parts.next().unwrap_or_default().split(',').filter(|group| !group.is_empty()) {
+        let (low, high) = group.split_once('-').unwrap_or((group, group));
+        groups.extend((low.parse::<u32>()?..=high.parse()?).map(Gid::from_raw));
+    }
+    setgroups(&groups)?;
+    setresgid(gid, gid, gid)?;
+    setresuid(uid, uid, uid)?;
+    Ok(())
+}
+
+fn connect(path: &str, options: &Options) -> Outcome<()> {
+    let mut connections = Vec::new();
+    for _ in 0..options.times {
+        let mut connection = UnixStream::connect(path)?;
+        if let Some(text) = &options.say {
+            connection.write_all(text.as_bytes())?;
+        }
+        connections.push(connection);
+    }
+    if let Some(uid) = options.then {
+        let uid = Uid::from_raw(uid);
+        setresuid(uid, uid, uid)?;
+    }
+    for mut connection in connections {
+        if let Some(text) = &options.say_after {
+            connection.write_all(text.as_bytes())?;
+        }
+        hand_over(&connection)?;
+    }
+    if !options.gone {
+        io::stdin().read_to_end(&mut Vec::new())?;
+    }
+    Ok(())
+}
+
+fn hand_over(socket: &impl AsRawFd) -> Outcome<()> {
+    let fds = [socket.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    sendmsg::<()>(io::stdin().as_raw_fd(), &[IoSlice::new(b".")], &control, MsgFlags::empty(), None)?;
+    Ok(())
+}
+
+/// What each connection brought, counted: one line of text for each kind.
+fn flood(path: &str, times: usize, say: Option<&str>) -> Outcome<()> {
+    let mut counts = std::collections::BTreeMap::<String, usize>::new();
+    for _ in 0..times {
+        let mut connection = loop {
+            match UnixStream::connect(path) {
+                Err(error) if error.raw_os_error() == Some(Errno::EAGAIN as i32) => std::thread::yield_now(),
+                other => break other?,
+            }
+        };
+        if let Some(text) = say {
+            // It may have been turned away before this arrives.
+            let _ = connection.write_all(text.as_bytes());
+        }
+        let mut answer = Vec::new();
+        let end = match connection.read_to_end(&mut answer) {
+            Ok(_) => "",
+            Err(_) => " and a reset",
+        };
+        *counts.entry(format!("{}{end}", String::from_utf8_lossy(&answer).escape_debug())).or_default() += 1;
+    }
+    for (answer, count) in counts {
+        println!("{count} {answer}");
+    }
+    Ok(())
+}
+
+/// The descriptors arrive at the lowest free numbers, in order: 3, 4, ...
+fn activate(count: usize, program: &str, args: impl Iterator<Item = String>) -> Outcome<()> {
+    for inherited in 3..1024 {
+        // Most are not open.
+        let _ = nix::unistd::close(inherited);
+    }
+    let mut next: RawFd = 3;
+    while next < 3 + count as RawFd {
+        let mut byte = [0];
+        let mut parts = [IoSliceMut::new(&mut byte)];
+        let mut control = nix::cmsg_space!([RawFd; 250]);
+        let message = recvmsg::<()>(io::stdin().as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty())?;
+        for one in message.cmsgs()? {
+            let ControlMessageOwned::ScmRights(fds) = one else { continue };
+            for fd in fds {
+                if fd != next {
+                    return Err(format!("descriptor {fd} where {next} was expected").into());
+                }
+                next += 1;
+            }
+        }
+    }
+    let mut command = Command::new(program);
+    if std::env::var_os("LISTEN_PID").is_some_and(|pid| pid == "self") {
+        command.env("LISTEN_PID", std::process::id().to_string());
+    }
+    Err(command.args(args).stdin(Stdio::null()).exec().into())
+}
