@@ -9,7 +9,8 @@
 set -Eeuo pipefail
 here=$(dirname "$(realpath "$0")")
 export PATH=$PATH:$here/bin
-time_limit=180
+# For what hangs: far above what any claim takes, on a slow machine too.
+time_limit=600
 
 put_all() {
     local word=${1:-} file claim begin held=0 broke=0 rc
