@@ -22,7 +22,6 @@ use self::farewell::Farewell;
 use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
-use crate::pacing::Pacing;
 use crate::peer::Peer;
 use crate::policy::{Policy, Rule, Verdict};
 use crate::service::{Activity, Beat, Watched};
@@ -118,8 +117,6 @@ pub struct Setup<T> {
     pub activity: Arc<Activity>,
     /// The first connection's number.
     pub first_connection: u64,
-    /// How long to look for the next connection before sleeping, while they come that close together.
-    pub busy_poll: Option<Duration>,
 }
 
 impl<T> Setup<T> {
@@ -142,7 +139,6 @@ impl<T> Setup<T> {
             replies: Replies::default(),
             activity: Arc::new(Activity::new()?),
             first_connection: 1,
-            busy_poll: None,
         })
     }
 }
@@ -211,7 +207,6 @@ impl<T: Terms> Door<T> {
             reserve: None,
             paused_until: None,
             pass_credentials: None,
-            pacing: Pacing::new(setup.busy_poll),
             allowance: 1,
             complained: false,
             accepting: true,
@@ -350,7 +345,6 @@ struct Gate<T> {
     reserve: Option<OwnedFd>,
     paused_until: Option<Instant>,
     pass_credentials: Option<bool>,
-    pacing: Pacing,
     /// How many to accept before looking for anything else: grows while more wait, so that one who comes
     /// alone costs no second accept(2) in vain.
     allowance: usize,
@@ -419,11 +413,8 @@ impl<T: Terms> Gate<T> {
         Closed { listeners: self.listeners }
     }
 
-    /// Waits for something to do; looks again for a while before it sleeps if connections come close together.
+    /// Waits for something to do.
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
-        if let Some(count) = self.pacing.look(&self.epoll, events, || false) {
-            return count;
-        }
         let due = [
             self.farewell.due(),
             self.paused_until,
@@ -438,7 +429,8 @@ impl<T: Terms> Gate<T> {
                 EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
             }
         };
-        self.pacing.sleep(&self.epoll, events, timeout)
+        // EINTR is as good as a timeout: the loop looks at its clock anyway.
+        self.epoll.wait(events, timeout).unwrap_or(0)
     }
 
     /// Does what other threads asked for. True when it is time to go.

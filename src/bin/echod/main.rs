@@ -12,6 +12,7 @@ mod config;
 mod explain;
 mod handover;
 mod line;
+mod pacing;
 mod report;
 mod serve;
 mod worker;

@@ -22,13 +22,13 @@ use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::{Admission, Usher, learn};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
-use peergate::pacing::Pacing;
 use peergate::peer::{self, Peer};
 use peergate::policy::{Policy, Rule, Verdict};
 use peergate::service::{Activity, Beat, Watched};
 
 use crate::config::Terms;
 use crate::line::{self, Cursor, End};
+use crate::pacing::Pacing;
 
 /// The most that is read from one connection before another gets its turn.
 const READ: usize = 64 * 1024;
@@ -38,6 +38,9 @@ const ROOM: usize = 4 * READ;
 const SPARE_BUFFERS: usize = 64;
 /// Reads from one connection when it is brought to rest: what it had sent by then, and an end to it.
 const LAST_READS: usize = 32;
+
+/// How often in a row one peer must have been heard before it is worth waiting for awake.
+const ALONE: u32 = 2;
 
 const TOKEN_WAKE: u64 = u64::MAX;
 
@@ -290,6 +293,9 @@ struct Loop {
     too_long: Arc<[u8]>,
     nothing: Arc<[u8]>,
     pacing: Pacing,
+    /// Whom the last event came from, and how often in a row it came from nobody else.
+    last_heard: u64,
+    alone: u32,
     ending: Option<Ending>,
 }
 
@@ -322,6 +328,8 @@ impl Loop {
             too_long: Arc::from(line::TOO_LONG),
             nothing: Arc::from(&b""[..]),
             pacing,
+            last_heard: TOKEN_WAKE,
+            alone: 0,
             ending: None,
         }
     }
@@ -337,8 +345,10 @@ impl Loop {
                     slot => self.turn(slot as usize),
                 }
             }
+            self.notice_who(&events[..count]);
             if self.mailbox.waiting.load(Ordering::SeqCst) {
                 self.open_mail();
+                self.alone = 0;
             }
             self.expire();
             if self.has_ended() {
@@ -350,8 +360,10 @@ impl Loop {
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
         let mailbox = &self.mailbox;
         let has_mail = || mailbox.waiting.load(Ordering::SeqCst);
-        if let Some(count) = self.pacing.look(&self.epoll, events, has_mail) {
-            return count;
+        if self.alone >= ALONE {
+            if let Some(count) = self.pacing.look(&self.epoll, events, has_mail) {
+                return count;
+            }
         }
         // Said before the last look into the mailbox, so that whoever posts after it wakes us.
         mailbox.asleep.store(true, Ordering::SeqCst);
@@ -359,6 +371,15 @@ impl Loop {
         let count = self.pacing.sleep(&self.epoll, events, timeout);
         self.mailbox.asleep.store(false, Ordering::SeqCst);
         count
+    }
+
+    /// Looking again pays where one peer talks and nobody else: the events of several share the cost of one wake-up.
+    fn notice_who(&mut self, events: &[EpollEvent]) {
+        match events {
+            [] => {}
+            [event] if event.data() == self.last_heard => self.alone = self.alone.saturating_add(1),
+            [.., event] => (self.alone, self.last_heard) = (0, event.data()),
+        }
     }
 
     fn timeout(&self) -> EpollTimeout {
