@@ -1,6 +1,6 @@
 # What a person types. Everything a target needs beyond make is named, and installed where it is missing (tools/require).
 
-.PHONY: run test check e2e deb package-test bench bench-quick fuzz audit
+.PHONY: run test check e2e deb package-test bench bench-quick fuzz soak audit
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
 
@@ -50,6 +50,10 @@ bench-quick:
 SECONDS ?= 60
 fuzz:
 	fuzz/run $(SECONDS)
+
+# Everything at once for ten minutes; another length: tests/soak/run SECONDS
+soak:
+	tests/soak/run
 
 # Licences, sources and known vulnerabilities of the dependencies.
 audit:
