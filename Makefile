@@ -1,6 +1,6 @@
 # What a person types. Everything a target needs beyond make is named, and installed where it is missing (tools/require).
 
-.PHONY: run test check e2e deb package-test bench bench-quick fuzz soak audit
+.PHONY: run test check check-root e2e deb package-test bench bench-quick fuzz soak audit
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
 
@@ -14,15 +14,33 @@ run:
 	@tools/run
 
 # Everything, as CI runs it.
-test: check e2e package-test bench-quick
+test: check check-root e2e package-test bench-quick
 
-# What needs neither root nor a booted systemd. As root, more of it runs: the tests whose peers really are other users.
+# Peers who really are other users, control groups, mount namespaces of their own: these say so where they are not root.
+root_tests := access examples identity newcomer record
+other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
+
+# What needs neither root nor a booted systemd. As root, it is all the tests of the crate.
 check:
 	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux systemd-analyze:systemd
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
+ifeq ($(shell id -u),0)
 	cargo test --locked
+else
+	cargo build --locked --examples
+	cargo test --locked --lib --bins --examples $(other_tests:%=--test %)
+	cargo test --locked --doc
+endif
 	@tools/features
+
+# Those that check left out for want of root: built as whoever you are, run by sudo.
+check-root:
+ifneq ($(shell id -u),0)
+	@tools/require sudo:sudo
+	env "CARGO_TARGET_$$(rustc --version --verbose | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER=sudo --preserve-env env PATH=$$PATH" \
+		cargo test --locked $(root_tests:%=--test %)
+endif
 
 # The program and its units on real systems: each release booted with its own systemd.
 e2e:
