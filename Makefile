@@ -1,6 +1,6 @@
 # What a person types. Everything a target needs beyond make is named, and installed where it is missing (tools/require).
 
-.PHONY: run test check e2e deb package-test bench bench-quick fuzz audit
+.PHONY: run test check e2e deb package-test bench bench-quick fuzz soak audit
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
 
@@ -18,10 +18,11 @@ test: check e2e package-test bench-quick
 
 # What needs neither root nor a booted systemd. As root, more of it runs: the tests whose peers really are other users.
 check:
-	@tools/require cargo:cargo cc:gcc
+	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux systemd-analyze:systemd
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
 	cargo test --locked
+	@tools/features
 
 # The program and its units on real systems: each release booted with its own systemd.
 e2e:
@@ -49,6 +50,10 @@ bench-quick:
 SECONDS ?= 60
 fuzz:
 	fuzz/run $(SECONDS)
+
+# Everything at once for ten minutes; another length: tests/soak/run SECONDS
+soak:
+	tests/soak/run
 
 # Licences, sources and known vulnerabilities of the dependencies.
 audit:

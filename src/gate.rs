@@ -3,6 +3,35 @@
 //!
 //! What happens behind the door is not known here: an [`Admission`] goes to a function that the service
 //! gave, and the gate turns to the next in line. It never waits: not for a peer, not for the journal.
+//!
+//! ```
+//! use std::io::{Read, Write};
+//! use std::os::unix::net::UnixStream;
+//! use peergate::{Admission, Audit, Door, Policy, Rule, Setup, Uid, User, activation};
+//!
+//! let path = std::env::temp_dir().join(format!("door-{}.sock", std::process::id()));
+//! let listener = activation::bind(&path)?;
+//! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
+//! let setup = Setup::new(vec![listener], policy, Audit::default())?;
+//! let mut door = Door::open(setup, |guest: Admission<()>| {
+//!     let _ = writeln!(UnixStream::from(guest.socket), "Come in, user {}", guest.peer.uid());
+//! })?;
+//!
+//! let mut answer = String::new();
+//! UnixStream::connect(&path)?.read_to_string(&mut answer)?;
+//! assert_eq!(answer, format!("Come in, user {}\n", Uid::effective()));
+//!
+//! // Nobody any more, from the very next connection on.
+//! door.rule(peergate::gate::Ruling::new(Policy::new([], Uid::effective())?));
+//! answer.clear();
+//! UnixStream::connect(&path)?.read_to_string(&mut answer)?;
+//! assert_eq!(answer, "Unauthorized access\n");
+//!
+//! // With the listeners go the sockets that we bound ourselves.
+//! drop(door.shut());
+//! assert!(!path.exists());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod farewell;
 

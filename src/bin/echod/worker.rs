@@ -915,3 +915,92 @@ impl Buffers {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use peergate::audit::Settings;
+    use peergate::gate::{self, Replies, Setup};
+    use peergate::limits::{Caps, Limits};
+
+    use crate::counting::allocations_of;
+
+    /// A worker with one connection, and the other end of that.
+    fn serve_one(number: usize) -> (Worker, UnixStream, gate::Door<Terms>) {
+        let me = Uid::new(nix::unistd::geteuid().as_raw());
+        let policy = Arc::new(Policy::<Terms>::owner_only(me));
+        let audit = Audit::new(Settings::default());
+        let activity = Arc::new(Activity::new().unwrap());
+        let caps = Caps { connections: 10, connections_per_user: 10 };
+        let setup = Setup {
+            listeners: Vec::new(),
+            ruling: gate::Ruling { policy: Arc::clone(&policy), caps, pass_credentials: false },
+            limits: Limits::new(),
+            audit: audit.clone(),
+            replies: Replies::default(),
+            activity: Arc::clone(&activity),
+            first_connection: 1,
+        };
+        let door = gate::Door::open(setup, |_| {}).unwrap();
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
+        let around = Surroundings { audit, usher: door.usher(), activity, busy_poll: None };
+        let worker = Worker::start(number, ruling, around).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let socket = OwnedFd::from(ours);
+        let rule = Arc::clone(policy.rules().next().unwrap());
+        worker.door().admit(Admission {
+            peer: Peer::credentials_of(&socket).unwrap(),
+            socket,
+            rule,
+            permit: Limits::new().resume(me),
+            connection: 1,
+            listener: "nowhere".into(),
+            generation: 0,
+            pass_credentials: false,
+        });
+        (worker, theirs, door)
+    }
+
+    fn thread_named(name: &str) -> i32 {
+        let of = |entry: fs::DirEntry| {
+            let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
+            (comm.trim_end() == name).then(|| entry.file_name().to_string_lossy().parse().ok())?
+        };
+        fs::read_dir("/proc/self/task").unwrap().flatten().find_map(of).unwrap()
+    }
+
+    fn ask(client: &mut UnixStream, sent: &[u8], expected: &[u8], times: usize) {
+        let mut answer = vec![0; expected.len()];
+        for _ in 0..times {
+            client.write_all(sent).unwrap();
+            client.read_exact(&mut answer).unwrap();
+            assert!(answer == expected, "not the echo");
+        }
+    }
+
+    #[test]
+    fn echoing_allocates_nothing_once_it_is_under_way() {
+        let (_worker, mut client, _door) = serve_one(77);
+        let one: (&[u8], &[u8]) = (b"a line of thirty-two bytes, LF in\n", b"> a line of thirty-two bytes, LF in\n");
+        let many = (b"x\n".repeat(500), b"> x\n".repeat(500));
+        let long = ([&[b'y'; 60_000][..], b"\n"].concat(), [b"> ", &[b'y'; 60_000][..], b"\n"].concat());
+        let mut round = |times| {
+            ask(&mut client, one.0, one.1, times);
+            ask(&mut client, &many.0, &many.1, times);
+            ask(&mut client, &long.0, &long.1, times);
+            // A line in two parts: held in between.
+            for _ in 0..times {
+                client.write_all(b"half ").unwrap();
+                ask(&mut client, b"a line\n", b"> half a line\n", 1);
+            }
+        };
+        round(20);
+        let worker = thread_named("worker-77");
+        assert_eq!(allocations_of(worker, || round(200)), 0);
+    }
+}
