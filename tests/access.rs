@@ -180,6 +180,8 @@ fn the_first_allow_rule_in_file_order_decides_on_the_terms() {
 fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
     needs_root();
     let echod = Start::serving("[limits]\nconnections-per-user = 5\n[allow.all]\nusers = [\"any\"]\n").ready();
+    // Kept alive to the end of the test: BOB's limit is not what is left of ALICE's.
+    let mut crowds = Vec::new();
     for uid in [ALICE, BOB] {
         let who = format!("{uid}:{uid}");
         let crowd = Other::wrapped(&[], &["--as", &who], 5, &echod.socket());
@@ -190,8 +192,7 @@ fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
         for client in &late.connections {
             client.expect_end(BUSY);
         }
-        // Kept alive to the end of the test: BOB's limit is not what is left of ALICE's.
-        std::mem::forget(crowd);
+        crowds.push(crowd);
     }
     echod.connect().echo("root has a limit of its own too");
 }
