@@ -1,25 +1,78 @@
-# What a person types. Everything a target needs beyond make is named and installed where it is missing (tools/require).
+# What a person types. Everything a target needs beyond make is named, and installed where it is missing (tools/require).
 
-.PHONY: run test check e2e
+.PHONY: run test check check-root e2e deb package-test bench bench-quick fuzz soak audit
+.NOTPARALLEL:
 .DEFAULT_GOAL := run
 
-# The releases that e2e boots: make e2e RELEASES="trixie sid"
+# The Debian releases that e2e and package-test boot: make e2e RELEASES="trixie sid"
 RELEASES ?= trixie bookworm
+
+become_root := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=XDG_CACHE_HOME,HOME,TMPDIR)
 
 # Serve here and now, without systemd, by the built-in policy, which admits you alone. Prints where, and what to type.
 run:
 	@tools/run
 
 # Everything, as CI runs it.
-test: check e2e
+test: check check-root e2e package-test bench-quick
 
-# What needs neither root nor a booted systemd. As root, more of it runs: the tests whose peers really are other users.
+# Peers who really are other users, control groups, mount namespaces of their own: these say so where they are not root.
+root_tests := access examples identity newcomer record
+other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
+
+# What needs neither root nor a booted systemd. As root, it is all the tests of the crate.
 check:
-	@tools/require cargo:cargo cc:gcc
+	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux systemd-analyze:systemd
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
+ifeq ($(shell id -u),0)
 	cargo test --locked
+else
+	cargo build --locked --examples
+	cargo test --locked --lib --bins --examples $(other_tests:%=--test %)
+	cargo test --locked --doc
+endif
+	@tools/features
+
+# Those that check left out for want of root: built as whoever you are, run by sudo.
+check-root:
+ifneq ($(shell id -u),0)
+	@tools/require sudo:sudo
+	env "CARGO_TARGET_$$(rustc --version --verbose | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER=sudo --preserve-env env PATH=$$PATH" \
+		cargo test --locked $(root_tests:%=--test %)
+endif
 
 # The program and its units on real systems: each release booted with its own systemd.
 e2e:
 	@tests/e2e/run $(RELEASES)
+
+# The Debian packages, into out/.
+deb:
+	packaging/build-deb
+
+# The finished package: what lintian says of it, and its installation, upgrade and removal on each booted release.
+package-test: deb
+	packaging/lint-deb out/*.dsc out/*.changes
+	$(become_root) packaging/test-deb \
+		out/echod_$$(dpkg-parsechangelog --show-field Version)_$$(dpkg --print-architecture).deb $(RELEASES)
+
+# The table in benches/README.md, measured anew. Takes its time, and wants a machine that does nothing else.
+bench:
+	benches/run --write benches/README.md
+
+# The benchmark at work and its check of every byte, without the table.
+bench-quick:
+	benches/run --install --quick
+
+# The fuzzers: a minute for each target, or make fuzz SECONDS=900
+SECONDS ?= 60
+fuzz:
+	fuzz/run $(SECONDS)
+
+# Everything at once for ten minutes; another length: tests/soak/run SECONDS
+soak:
+	tests/soak/run
+
+# Licences, sources and known vulnerabilities of the dependencies.
+audit:
+	packaging/audit

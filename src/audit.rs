@@ -9,6 +9,23 @@
 //! > *policy* and *no-credentials*
 //!
 //! Memory is bounded whatever happens: so many records wait at most, so many users are told apart.
+//!
+//! Whoever accepts without a [`Door`](crate::Door) hands in what it would:
+//!
+//! ```
+//! use std::os::unix::net::UnixStream;
+//! use std::sync::Arc;
+//! use peergate::{Audit, Peer, Policy, Uid, Verdict};
+//!
+//! let (audit, nobody) = (Audit::default(), Policy::<()>::new([], Uid::effective())?);
+//! let (guest, _theirs) = UnixStream::pair()?;
+//! let (mut peer, listener) = (Peer::of(&guest)?, Arc::from("/run/hello.sock"));
+//! if let Verdict::Denied(rule) = nobody.decide(&peer) {
+//!     audit.denied(&mut peer, &guest, &listener, rule.map(|rule| rule.name()));
+//! }
+//! assert_eq!(audit.totals().denied, 1);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};

@@ -3,6 +3,35 @@
 //!
 //! What happens behind the door is not known here: an [`Admission`] goes to a function that the service
 //! gave, and the gate turns to the next in line. It never waits: not for a peer, not for the journal.
+//!
+//! ```
+//! use std::io::{Read, Write};
+//! use std::os::unix::net::UnixStream;
+//! use peergate::{Admission, Audit, Door, Policy, Rule, Setup, Uid, User, activation};
+//!
+//! let path = std::env::temp_dir().join(format!("door-{}.sock", std::process::id()));
+//! let listener = activation::bind(&path)?;
+//! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
+//! let setup = Setup::new(vec![listener], policy, Audit::default())?;
+//! let mut door = Door::open(setup, |guest: Admission<()>| {
+//!     let _ = writeln!(UnixStream::from(guest.socket), "Come in, user {}", guest.peer.uid());
+//! })?;
+//!
+//! let mut answer = String::new();
+//! UnixStream::connect(&path)?.read_to_string(&mut answer)?;
+//! assert_eq!(answer, format!("Come in, user {}\n", Uid::effective()));
+//!
+//! // Nobody any more, from the very next connection on.
+//! door.rule(peergate::gate::Ruling::new(Policy::new([], Uid::effective())?));
+//! answer.clear();
+//! UnixStream::connect(&path)?.read_to_string(&mut answer)?;
+//! assert_eq!(answer, "Unauthorized access\n");
+//!
+//! // With the listeners go the sockets that we bound ourselves.
+//! drop(door.shut());
+//! assert!(!path.exists());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod farewell;
 
@@ -22,7 +51,6 @@ use self::farewell::Farewell;
 use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
-use crate::pacing::Pacing;
 use crate::peer::Peer;
 use crate::policy::{Policy, Rule, Verdict};
 use crate::service::{Activity, Beat, Watched};
@@ -118,8 +146,6 @@ pub struct Setup<T> {
     pub activity: Arc<Activity>,
     /// The first connection's number.
     pub first_connection: u64,
-    /// How long to look for the next connection before sleeping, while they come that close together.
-    pub busy_poll: Option<Duration>,
 }
 
 impl<T> Setup<T> {
@@ -142,7 +168,6 @@ impl<T> Setup<T> {
             replies: Replies::default(),
             activity: Arc::new(Activity::new()?),
             first_connection: 1,
-            busy_poll: None,
         })
     }
 }
@@ -211,7 +236,6 @@ impl<T: Terms> Door<T> {
             reserve: None,
             paused_until: None,
             pass_credentials: None,
-            pacing: Pacing::new(setup.busy_poll),
             allowance: 1,
             complained: false,
             accepting: true,
@@ -350,7 +374,6 @@ struct Gate<T> {
     reserve: Option<OwnedFd>,
     paused_until: Option<Instant>,
     pass_credentials: Option<bool>,
-    pacing: Pacing,
     /// How many to accept before looking for anything else: grows while more wait, so that one who comes
     /// alone costs no second accept(2) in vain.
     allowance: usize,
@@ -419,11 +442,8 @@ impl<T: Terms> Gate<T> {
         Closed { listeners: self.listeners }
     }
 
-    /// Waits for something to do; looks again for a while before it sleeps if connections come close together.
+    /// Waits for something to do.
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
-        if let Some(count) = self.pacing.look(&self.epoll, events, || false) {
-            return count;
-        }
         let due = [
             self.farewell.due(),
             self.paused_until,
@@ -438,7 +458,8 @@ impl<T: Terms> Gate<T> {
                 EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX)
             }
         };
-        self.pacing.sleep(&self.epoll, events, timeout)
+        // EINTR is as good as a timeout: the loop looks at its clock anyway.
+        self.epoll.wait(events, timeout).unwrap_or(0)
     }
 
     /// Does what other threads asked for. True when it is time to go.

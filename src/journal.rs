@@ -14,6 +14,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tracing::dispatcher::{self, Dispatch};
 use tracing_subscriber::layer::SubscriberExt;
@@ -130,8 +131,9 @@ impl Journal {
         let message = record.message(user.as_deref());
         if self.is_ready() {
             self.was_reached = true;
-            self.emit(record, user.as_deref(), &message);
-            return;
+            if self.emit(record, user.as_deref(), &message) {
+                return;
+            }
         }
         let level = match record.event.severity() {
             Severity::Error => "error: ",
@@ -174,7 +176,7 @@ impl Journal {
                     let answer = question[0].revents().unwrap_or(PollFlags::empty());
                     break answer.contains(PollFlags::POLLOUT) && !answer.contains(PollFlags::POLLERR);
                 }
-                Err(nix::errno::Errno::EINTR) => {}
+                Err(Errno::EINTR) => {}
                 Err(_) => break false,
             }
         };
@@ -192,8 +194,9 @@ impl Journal {
         true
     }
 
-    fn emit(&mut self, record: &Record, user: Option<&str>, message: &str) {
-        let Some(journald) = &self.journald else { return };
+    /// Sends the record. False where it is lost: journald went away since [`is_ready`](Self::is_ready) looked.
+    fn emit(&mut self, record: &Record, user: Option<&str>, message: &str) -> bool {
+        let Some(journald) = &self.journald else { return false };
         let about = record.about.as_ref();
         let details = about.map(|about| &about.details);
         let groups = about.filter(|about| !about.groups.is_empty()).map(|about| join(&about.groups));
@@ -226,12 +229,19 @@ impl Journal {
                 )
             };
         }
+        // tracing-journald keeps the error of its last system call to itself; the thread's errno still has it. Only
+        // what says that nobody is there counts: EMSGSIZE, for one, is followed by another way to send.
+        Errno::clear();
         dispatcher::with_default(journald, || match record.event.severity() {
             Severity::Error => event!(tracing::Level::ERROR),
             Severity::Warning => event!(tracing::Level::WARN),
             Severity::Notice => event!(tracing::Level::INFO),
             Severity::Info => event!(tracing::Level::DEBUG),
         });
+        !matches!(
+            Errno::last(),
+            Errno::ENOENT | Errno::ECONNREFUSED | Errno::ECONNRESET | Errno::ENOTCONN | Errno::EPIPE | Errno::ENOTDIR
+        )
     }
 
     /// The user's name, from the user database, now and then afresh.

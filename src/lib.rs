@@ -91,7 +91,6 @@ pub mod handover;
 pub mod ids;
 pub mod journal;
 pub mod limits;
-pub mod pacing;
 pub mod peer;
 pub mod policy;
 pub mod service;

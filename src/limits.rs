@@ -1,5 +1,18 @@
 //! Who holds how many connections. A [`Permit`] gives its place back when it is dropped, on whichever
 //! thread and for whatever reason, so the count is the number of permits alive and never drifts.
+//!
+//! ```
+//! use peergate::limits::Excess;
+//! use peergate::{Limits, Uid};
+//!
+//! let (limits, alice, bob) = (Limits::new(), Uid::new(1000), Uid::new(1001));
+//! let first = limits.acquire(alice, 10, 1)?;
+//! assert_eq!(limits.acquire(alice, 10, 1).unwrap_err(), Excess::User);
+//! assert_eq!(limits.acquire(bob, 1, 1).unwrap_err(), Excess::Total);
+//! drop(first);
+//! assert!(limits.acquire(bob, 1, 1).is_ok());
+//! # Ok::<(), Excess>(())
+//! ```
 
 use std::collections::HashMap;
 use std::fmt;

@@ -341,6 +341,26 @@ mod tests {
     }
 
     #[test]
+    fn a_label_of_odd_bytes_is_harmless_in_a_record() {
+        assert_eq!(label_text(b"unconfined\0").as_deref(), Some("unconfined"));
+        assert_eq!(label_text(b"a\nb\x1b]0;x\x07\xff\0").as_deref(), Some("a\\nb\\u{1b}]0;x\\u{7}\u{fffd}"));
+        assert_eq!(label_text(b"\0"), None);
+    }
+
+    /// Stands for a kernel before 6.5, which has no SO_PEERPIDFD: the descriptor is what it would leave out.
+    #[test]
+    fn without_a_pidfd_there_are_neither_units_nor_a_command_name() {
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let peer = Peer::credentials_of(&ours).unwrap();
+        assert_eq!(peer.pid(), Some(std::process::id() as i32));
+        assert_eq!(peer.read_proc("comm"), None);
+        assert_eq!(peer.units(), None);
+        let mut held = Peer::credentials_of(&ours).unwrap();
+        held.hold_process(&ours);
+        assert!(held.read_proc("comm").is_some(), "with one there is a name: the pid alone is not what is missing");
+    }
+
+    #[test]
     fn a_process_that_has_ended_has_no_facts() {
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let peer = Peer::of_process(child.id() as i32).unwrap();

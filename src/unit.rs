@@ -48,6 +48,15 @@ impl Units {
 
     /// Reads a control group's path, such as `/system.slice/backup.service`. A bare unit name is a
     /// path of one component. `None` where it does not begin with a unit.
+    ///
+    /// ```
+    /// use peergate::unit::Units;
+    ///
+    /// let units = Units::from_path("/user.slice/user-1000.slice/user@1000.service/app.slice/mail.service").unwrap();
+    /// assert_eq!(units.system(), ["user.slice", "user-1000.slice", "user@1000.service"]);
+    /// assert_eq!(units.name(), "mail.service");
+    /// assert!(Units::from_path("/docker/0123abcd").is_none());
+    /// ```
     pub fn from_path(path: &str) -> Option<Self> {
         let mut components = path.split('/').filter(|c| !c.is_empty()).map(unescape).peekable();
         let system = branch(&mut components);

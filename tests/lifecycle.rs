@@ -460,16 +460,16 @@ fn it_does_not_exit_while_anybody_is_connected() {
 fn nobody_who_connects_as_it_exits_is_lost() {
     const EXITS: usize = 150;
     let config = format!("[service]\nidle-exit = \"1ms\"\n{OWNER}");
-    let mut echod = Start::serving(&config).ready();
-    let socket = echod.socket();
+    let first = Start::serving(&config).ready();
+    let (socket, manager) = (first.socket(), Arc::clone(&first.manager));
+    let mut echod = Some(first);
     for round in 0..EXITS {
-        // Aimed at the exit: sometimes before, sometimes after, often in the middle.
-        if round % 3 != 0 {
-            let manager = Arc::clone(&echod.manager);
-            let exits = manager.told.lock().count("STOPPING=1");
-            if round % 3 == 1 {
-                manager.told.try_wait(|told| (told.count("STOPPING=1") > exits || told.is_over()).then_some(()));
-            }
+        // Aimed at the exit: at once, at its first word, and after its last.
+        let exits = manager.told.lock().count("STOPPING=1");
+        match round % 3 {
+            0 => {}
+            1 => drop(manager.told.try_wait(|told| (told.count("STOPPING=1") > exits || told.is_over()).then_some(()))),
+            _ => drop(manager.told.try_wait(|told| told.is_over().then_some(()))),
         }
         let client = Client::connect(&socket);
         client.send(format!("round {round}\n"));
@@ -477,7 +477,7 @@ fn nobody_who_connects_as_it_exits_is_lost() {
         // As the manager does: somebody waits at the socket of a service that has ended.
         let answer = thread::scope(|scope| {
             let answer = scope.spawn(|| client.rest());
-            echod = std::mem::replace(&mut echod, Start::bare().spawn()).start_again(|start, _| start);
+            echod = echod.take().map(|ended| ended.start_again(|start, _| start));
             answer.join().unwrap()
         });
         assert_eq!((common::show(&answer.0), answer.1), (format!("> round {round}\\n"), common::End::Eof));

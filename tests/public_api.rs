@@ -9,7 +9,6 @@
 //! tools/rustdoc-unstable.
 
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
@@ -60,11 +59,15 @@ fn difference(wanted: &str, found: &str) -> String {
 struct Surface<'j> {
     index: &'j Value,
     root: &'j Value,
+    /// The items that a public module holds, by id.
+    named: BTreeSet<String>,
 }
 
 impl<'j> Surface<'j> {
     fn of(json: &'j Value) -> Self {
-        Self { index: &json["index"], root: &json["root"] }
+        let modules = json["index"].as_object().into_iter().flatten().map(|(_, item)| &item["inner"]["module"]);
+        let named = modules.flat_map(|module| module["items"].as_array().into_iter().flatten()).map(Value::to_string);
+        Self { index: &json["index"], root: &json["root"], named: named.collect() }
     }
 
     fn text(&self) -> String {
@@ -82,13 +85,19 @@ impl<'j> Surface<'j> {
     }
 
     /// Each item of a module is one entry; what belongs to it is indented below it.
-    fn module(&self, module: &Value, path: &str, entries: &mut BTreeSet<String>) {
-        for item in self.items(&self.index[module["id"].to_string()]["inner"]["module"]["items"]) {
+    fn module(&self, module: &'j Value, path: &str, entries: &mut BTreeSet<String>) {
+        for item in self.items(&module["inner"]["module"]["items"]) {
             let (kind, inner) = only(&item["inner"]);
             let name = item["name"].as_str().unwrap_or_default();
             if kind == "use" {
                 let glob = if inner["is_glob"] == true { "::*" } else { "" };
-                entries.insert(format!("pub use {}{glob} as {path}::{}", text(&inner["source"]), text(&inner["name"])));
+                let name = format!("{path}::{}", text(&inner["name"]));
+                entries.insert(format!("pub use {}{glob} as {name}", text(&inner["source"])));
+                // What lives in a private module has no other public name than this one.
+                let target = self.item(&inner["id"]);
+                if !target.is_null() && !self.named.contains(&target["id"].to_string()) {
+                    entries.insert(self.entry(target, &name));
+                }
                 continue;
             }
             let path = format!("{path}::{name}");
@@ -97,14 +106,16 @@ impl<'j> Surface<'j> {
                 self.module(item, &path, entries);
                 continue;
             }
-            let mut entry = self.declaration(item, &path);
-            let mut parts: Vec<String> = self.parts(kind, inner);
-            parts.sort();
-            for part in parts {
-                let _ = write!(entry, "\n    {}", part.replace('\n', "\n    "));
-            }
-            entries.insert(entry);
+            entries.insert(self.entry(item, &path));
         }
+    }
+
+    fn entry(&self, item: &'j Value, path: &str) -> String {
+        let (kind, inner) = only(&item["inner"]);
+        let mut parts = self.parts(kind, inner);
+        parts.sort();
+        let declaration = self.declaration(item, path);
+        parts.iter().fold(declaration, |entry, part| entry + "\n    " + &part.replace('\n', "\n    "))
     }
 
     /// The item itself, in one line.

@@ -91,12 +91,13 @@ fn a_denial_says_who_where_and_why() {
             ("MESSAGE_ID", DENIED_ID),
             ("PRIORITY", "4"),
             ("GATE_VERDICT", "denied"),
+            ("GATE_CONNECTION", "1"),
             ("GATE_REASON", "policy"),
             ("GATE_RULE", "default"),
             ("GATE_SOCKET", socket.to_str().unwrap()),
             ("PEER_UID", "64001"),
             ("PEER_GID", "64002"),
-            ("PEER_GROUPS", "64003,64004"),
+            ("PEER_GROUPS", "64002,64003,64004"),
             ("PEER_PID", &pid),
             ("PEER_COMM", "stranger"),
         ],
@@ -141,8 +142,10 @@ fn a_refusal_names_the_limit() {
     let own = [
         ("MESSAGE", message.as_str()),
         ("GATE_REASON", "user-limit"),
+        ("GATE_CONNECTION", "3"),
         ("PEER_UID", "64001"),
         ("PEER_GID", "64001"),
+        ("PEER_GROUPS", "64001"),
         ("PEER_PID", &pid),
         ("PEER_COMM", "peer"),
     ];
@@ -209,7 +212,7 @@ fn admitted_and_closed_tell_a_connections_whole_story() {
             ("GATE_CONNECTION", "1"),
             ("PEER_UID", "64001"),
             ("PEER_GID", "64001"),
-            ("PEER_GROUPS", "64005"),
+            ("PEER_GROUPS", "64001,64005"),
             ("PEER_PID", &pid),
             ("PEER_COMM", "talker"),
         ],
@@ -350,6 +353,7 @@ fn a_revoked_connection_is_recorded_with_the_rule_that_denies_it_now() {
             ("GATE_BYTES", "6"),
             ("PEER_UID", "64001"),
             ("PEER_GID", "64001"),
+            ("PEER_GROUPS", "64001"),
             ("PEER_PID", &pid),
             ("PEER_COMM", "talker"),
         ],
@@ -625,7 +629,10 @@ fn a_peer_of_65536_groups_is_recorded_whole() {
     rich.client().echo("I am in");
     let rich_but_out = Other::with(&["--as", "64001:64001:99999-165534"], &echod.socket());
     rich_but_out.client().expect_end(DENIED);
-    let all = |low: u32, high: u32| (low..=high).map(|gid| gid.to_string()).collect::<Vec<_>>().join(",");
+    // The effective one first.
+    let all = |low: u32, high: u32| {
+        std::iter::once(64_001).chain(low..=high).map(|gid| gid.to_string()).collect::<Vec<_>>().join(",")
+    };
     let entry = journald.wait_for("the denial", with_verdict("denied"));
     assert!(get(&entry, "PEER_GROUPS") == all(99_999, 165_534), "not all groups were recorded");
     let entry = journald.wait_for("the admission", with_verdict("admitted"));

@@ -493,6 +493,8 @@ pub struct Written {
     pub entries: Vec<Entry>,
     stopped: bool,
     reads: usize,
+    /// Reads that found nothing.
+    empty: usize,
     epoch: usize,
 }
 
@@ -548,7 +550,9 @@ impl Journald {
                 if gone != Some(false) {
                     return;
                 }
-                if let Ok(message) = receive(&socket, &mut buffer) {
+                let received = receive(&socket, &mut buffer);
+                state.change(|state| state.empty += usize::from(received.is_err()));
+                if let Ok(message) = received {
                     let (count, fds) = message.unwrap_or_default();
                     let mut bytes = buffer[..count].to_vec();
                     for fd in fds {
@@ -583,8 +587,8 @@ impl Journald {
     /// Waits until everything sent before has been read, so that none is lost unseen.
     pub fn vanish(&self) {
         let _ = fs::remove_file(self.place.path("socket"));
-        let reads = self.state.lock().reads;
-        self.state.try_wait(|state| (state.reads > reads + 1).then_some(()));
+        let empty = self.state.lock().empty;
+        self.state.try_wait(|state| (state.empty > empty + 1).then_some(()));
         self.state.change(|state| state.epoch += 1);
     }
 

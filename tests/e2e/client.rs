@@ -23,7 +23,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// Between two pieces of one connection: many connections are to share two processors with what they test.
-const PACE: Duration = Duration::from_millis(5);
+const PACE: Duration = Duration::from_millis(20);
 
 #[derive(Default)]
 struct Tally {

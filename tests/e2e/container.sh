@@ -87,6 +87,8 @@ container_run() {
 
 container_stop() {
     local hierarchy
+    # Nothing stops the cleaning up halfway: neither another signal nor a reader of our output who has gone.
+    trap '' INT TERM HUP PIPE
     if [[ -n $container_nspawn ]]; then
         # To systemd as PID 1: halt. What is still there after that is killed.
         [[ -z $container_leader ]] || kill -s RTMIN+4 "$container_leader" 2>/dev/null || true
@@ -94,7 +96,7 @@ container_stop() {
         wait "$container_nspawn" 2>/dev/null || true
         for hierarchy in $(container_hierarchies); do
             [[ ! -d $hierarchy/peergate-$container_name ]] ||
-                find "$hierarchy/peergate-$container_name" -depth -type d -exec rmdir {} +
+                find "$hierarchy/peergate-$container_name" -depth -type d -exec rmdir {} + || true
         done
     fi
     container_nspawn=

@@ -3,15 +3,20 @@
 //! Who is served, and how, is in [`serve`]; this file tells the ways to start apart and turns what comes of
 //! them into exit codes (sysexits.h).
 
-#![forbid(unsafe_code)]
+// The tests count allocations, and an allocator cannot be written without.
+#![cfg_attr(not(test), forbid(unsafe_code))]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 mod check;
 mod cli;
 mod config;
+#[cfg(test)]
+#[path = "../../../tests/support/counting.rs"]
+mod counting;
 mod explain;
 mod handover;
 mod line;
+mod pacing;
 mod report;
 mod serve;
 mod worker;

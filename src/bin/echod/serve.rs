@@ -126,6 +126,7 @@ impl Service {
         let Start { listeners, inheritance, config, config_path, store, notifier, signals } = start;
         let activity = Arc::new(Activity::new().map_err(|error| format!("eventfd: {error}"))?);
         let limits = Limits::new();
+        // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
         // Filled in before the door opens; empty for as long as the door's own thread needs no worker.
         let (doors, to_doors) = mpsc::channel::<Vec<crate::worker::Door>>();
@@ -138,7 +139,6 @@ impl Service {
             replies: Replies::default(),
             activity: Arc::clone(&activity),
             first_connection: inheritance.next_connection,
-            busy_poll,
         };
         let door = Door::open(setup, move |admission| {
             let workers = known.get_or_insert_with(|| to_doors.recv().unwrap_or_default());
@@ -376,9 +376,11 @@ impl Service {
 
     /// Nobody else is accepted; live connections are left to the next process, or ended in order.
     fn close(mut self, journal: Writer) {
+        // Counted before anybody hears of it: who then ends by themselves is one of those who ended.
+        let total = self.limits.total();
         self.notifier.stopping("stopping");
         self.door.stop_accepting();
-        let total = self.limits.total();
+        let total = total.max(self.limits.total());
         let carry = if total > 0 { self.store.capacity().saturating_sub(1) } else { 0 };
         self.notifier.extend_timeout(DRAIN * 6);
         let carried = end_workers(&mut self.workers, carry);

@@ -22,13 +22,13 @@ use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::{Admission, Usher, learn};
 use peergate::ids::Uid;
 use peergate::limits::Permit;
-use peergate::pacing::Pacing;
 use peergate::peer::{self, Peer};
 use peergate::policy::{Policy, Rule, Verdict};
 use peergate::service::{Activity, Beat, Watched};
 
 use crate::config::Terms;
 use crate::line::{self, Cursor, End};
+use crate::pacing::Pacing;
 
 /// The most that is read from one connection before another gets its turn.
 const READ: usize = 64 * 1024;
@@ -38,6 +38,9 @@ const ROOM: usize = 4 * READ;
 const SPARE_BUFFERS: usize = 64;
 /// Reads from one connection when it is brought to rest: what it had sent by then, and an end to it.
 const LAST_READS: usize = 32;
+
+/// How often in a row one peer must have been heard before it is worth waiting for awake.
+const ALONE: u32 = 2;
 
 const TOKEN_WAKE: u64 = u64::MAX;
 
@@ -290,6 +293,9 @@ struct Loop {
     too_long: Arc<[u8]>,
     nothing: Arc<[u8]>,
     pacing: Pacing,
+    /// Whom the last event came from, and how often in a row it came from nobody else.
+    last_heard: u64,
+    alone: u32,
     ending: Option<Ending>,
 }
 
@@ -322,6 +328,8 @@ impl Loop {
             too_long: Arc::from(line::TOO_LONG),
             nothing: Arc::from(&b""[..]),
             pacing,
+            last_heard: TOKEN_WAKE,
+            alone: 0,
             ending: None,
         }
     }
@@ -337,8 +345,10 @@ impl Loop {
                     slot => self.turn(slot as usize),
                 }
             }
+            self.notice_who(&events[..count]);
             if self.mailbox.waiting.load(Ordering::SeqCst) {
                 self.open_mail();
+                self.alone = 0;
             }
             self.expire();
             if self.has_ended() {
@@ -350,8 +360,10 @@ impl Loop {
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
         let mailbox = &self.mailbox;
         let has_mail = || mailbox.waiting.load(Ordering::SeqCst);
-        if let Some(count) = self.pacing.look(&self.epoll, events, has_mail) {
-            return count;
+        if self.alone >= ALONE {
+            if let Some(count) = self.pacing.look(&self.epoll, events, has_mail) {
+                return count;
+            }
         }
         // Said before the last look into the mailbox, so that whoever posts after it wakes us.
         mailbox.asleep.store(true, Ordering::SeqCst);
@@ -359,6 +371,15 @@ impl Loop {
         let count = self.pacing.sleep(&self.epoll, events, timeout);
         self.mailbox.asleep.store(false, Ordering::SeqCst);
         count
+    }
+
+    /// Looking again pays where one peer talks and nobody else: the events of several share the cost of one wake-up.
+    fn notice_who(&mut self, events: &[EpollEvent]) {
+        match events {
+            [] => {}
+            [event] if event.data() == self.last_heard => self.alone = self.alone.saturating_add(1),
+            [.., event] => (self.alone, self.last_heard) = (0, event.data()),
+        }
     }
 
     fn timeout(&self) -> EpollTimeout {
@@ -892,5 +913,94 @@ impl Buffers {
             buffer.clear();
             self.spare.push(buffer);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use peergate::audit::Settings;
+    use peergate::gate::{self, Replies, Setup};
+    use peergate::limits::{Caps, Limits};
+
+    use crate::counting::allocations_of;
+
+    /// A worker with one connection, and the other end of that.
+    fn serve_one(number: usize) -> (Worker, UnixStream, gate::Door<Terms>) {
+        let me = Uid::new(nix::unistd::geteuid().as_raw());
+        let policy = Arc::new(Policy::<Terms>::owner_only(me));
+        let audit = Audit::new(Settings::default());
+        let activity = Arc::new(Activity::new().unwrap());
+        let caps = Caps { connections: 10, connections_per_user: 10 };
+        let setup = Setup {
+            listeners: Vec::new(),
+            ruling: gate::Ruling { policy: Arc::clone(&policy), caps, pass_credentials: false },
+            limits: Limits::new(),
+            audit: audit.clone(),
+            replies: Replies::default(),
+            activity: Arc::clone(&activity),
+            first_connection: 1,
+        };
+        let door = gate::Door::open(setup, |_| {}).unwrap();
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
+        let around = Surroundings { audit, usher: door.usher(), activity, busy_poll: None };
+        let worker = Worker::start(number, ruling, around).unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        let socket = OwnedFd::from(ours);
+        let rule = Arc::clone(policy.rules().next().unwrap());
+        worker.door().admit(Admission {
+            peer: Peer::credentials_of(&socket).unwrap(),
+            socket,
+            rule,
+            permit: Limits::new().resume(me),
+            connection: 1,
+            listener: "nowhere".into(),
+            generation: 0,
+            pass_credentials: false,
+        });
+        (worker, theirs, door)
+    }
+
+    fn thread_named(name: &str) -> i32 {
+        let of = |entry: fs::DirEntry| {
+            let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
+            (comm.trim_end() == name).then(|| entry.file_name().to_string_lossy().parse().ok())?
+        };
+        fs::read_dir("/proc/self/task").unwrap().flatten().find_map(of).unwrap()
+    }
+
+    fn ask(client: &mut UnixStream, sent: &[u8], expected: &[u8], times: usize) {
+        let mut answer = vec![0; expected.len()];
+        for _ in 0..times {
+            client.write_all(sent).unwrap();
+            client.read_exact(&mut answer).unwrap();
+            assert!(answer == expected, "not the echo");
+        }
+    }
+
+    #[test]
+    fn echoing_allocates_nothing_once_it_is_under_way() {
+        let (_worker, mut client, _door) = serve_one(77);
+        let one: (&[u8], &[u8]) = (b"a line of thirty-two bytes, LF in\n", b"> a line of thirty-two bytes, LF in\n");
+        let many = (b"x\n".repeat(500), b"> x\n".repeat(500));
+        let long = ([&[b'y'; 60_000][..], b"\n"].concat(), [b"> ", &[b'y'; 60_000][..], b"\n"].concat());
+        let mut round = |times| {
+            ask(&mut client, one.0, one.1, times);
+            ask(&mut client, &many.0, &many.1, times);
+            ask(&mut client, &long.0, &long.1, times);
+            // A line in two parts: held in between.
+            for _ in 0..times {
+                client.write_all(b"half ").unwrap();
+                ask(&mut client, b"a line\n", b"> half a line\n", 1);
+            }
+        };
+        round(20);
+        let worker = thread_named("worker-77");
+        assert_eq!(allocations_of(worker, || round(200)), 0);
     }
 }

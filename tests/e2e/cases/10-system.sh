@@ -14,10 +14,10 @@ TOML
 }
 
 the_units_are_clean() {
-    expect "systemd-analyze verify" "" "$(systemd-analyze verify /usr/lib/systemd/system/echo.{socket,service} 2>&1 |
-        grep -v 'Command .*man .*failed' || true)"
-    expect "systemd-analyze --user verify" "" "$(of alice systemd-analyze --user verify /usr/lib/systemd/user/echo.{socket,service} 2>&1 |
-        grep -v 'Command .*man .*failed' || true)"
+    # The manual pages come with the package.
+    expect "systemd-analyze verify" "" "$(systemd-analyze --man=no verify /usr/lib/systemd/system/echo.{socket,service} 2>&1 || true)"
+    expect "systemd-analyze --user verify" "" \
+        "$(of alice systemd-analyze --man=no --user verify /usr/lib/systemd/user/echo.{socket,service} 2>&1 || true)"
 }
 
 the_first_byte_starts_the_service() {

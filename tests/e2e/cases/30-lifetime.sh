@@ -17,9 +17,11 @@ _open() {
     mkfifo /tmp/claim/to
     as "$1" nc -N -U "${2:-/run/echo.sock}" </tmp/claim/to >/tmp/claim/from 2>/tmp/claim/nc-errors &
     client=$!
-    exec {to}>/tmp/claim/to
+    # In this order: the reader must not hold the writing end, or the client would never hear of its end.
+    : >>/tmp/claim/from
     exec {from}< <(exec tail --follow --lines=+1 --sleep-interval=0.05 --pid="$client" /tmp/claim/from)
     answers=$!
+    exec {to}>/tmp/claim/to
     trap 'kill "$client" "$answers" 2>/dev/null || true' EXIT
 }
 _say() { printf '%s\n' "$1" >&"$to"; }
@@ -129,8 +131,9 @@ _stream_across() { # SOCKET CONNECTIONS TIMES COMMAND…
     mkfifo /tmp/claim/stream-in
     as alice stream "$socket" "$connections" </tmp/claim/stream-in >/tmp/claim/stream-out &
     local client=$!
-    exec {hold}>/tmp/claim/stream-in
+    : >>/tmp/claim/stream-out
     exec {says}< <(exec tail --follow --lines=+1 --sleep-interval=0.05 --pid="$client" /tmp/claim/stream-out)
+    exec {hold}>/tmp/claim/stream-in
     read -r -t 30 -u "$says" line
     expect "the client" ready "$line"
     begin=$SECONDS

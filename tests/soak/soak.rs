@@ -1,0 +1,586 @@
+//! The soak's program: one echod, many kinds of clients, a journal that stops now and then. Started by tests/soak/run
+//! in a mount namespace of its own, as root, with the number of seconds as its argument.
+//!
+//! It starts itself once more for each kind of client (see [`ROLES`]), as the user of that kind. In the end it holds
+//! what the clients saw against what the journal was told, and memory and descriptors early on against those at the end.
+
+// A program for testers: where something is not as it must be, it stops and says so.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const DIRECTORY: &str = "/run/soak";
+const SOCKET: &str = "/run/soak/echo.sock";
+const CONFIG: &str = "/run/soak/echod.toml";
+const JOURNAL: &str = "/run/systemd/journal/socket";
+
+/// A client that hears nothing for so long gives up: the service has stalled.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whom a kind of client runs as, and what it does.
+struct Role {
+    name: &'static str,
+    uid: u32,
+    run: fn(&AtomicBool, &Figures),
+}
+
+/// Users that no system has.
+const TALKER: u32 = 61_001;
+const SLOW: u32 = 61_002;
+const FLOODERS: [u32; 2] = [61_003, 61_004];
+const VANISHER: u32 = 61_005;
+const GREEDY: u32 = 61_006;
+
+const ROLES: [Role; 7] = [
+    Role { name: "talk", uid: TALKER, run: talk },
+    Role { name: "mute", uid: SLOW, run: mute },
+    Role { name: "loris", uid: SLOW, run: loris },
+    Role { name: "flood", uid: FLOODERS[0], run: flood },
+    Role { name: "flood-more", uid: FLOODERS[1], run: flood },
+    Role { name: "vanish", uid: VANISHER, run: vanish },
+    Role { name: "greed", uid: GREEDY, run: greed },
+];
+
+/// The policy; `n` makes each reload's another one.
+fn configuration(n: u64) -> String {
+    format!(
+        "# Reload {n}\n\
+         [deny.flood]\nusers = [\"{}\"]\n\
+         [allow.talker]\nusers = [\"{TALKER}\"]\n\
+         [allow.slow]\nusers = [\"{SLOW}\"]\nconnections-per-user = 512\n\
+         [allow.greedy]\nusers = [\"{GREEDY}\"]\nconnections-per-user = 4\n\
+         [allow.changing]\nusers = [\"{}\"]\n\
+         [audit]\ninterval = \"1s\"\n",
+        FLOODERS[0],
+        62_000 + n % 1000,
+    )
+}
+
+fn main() -> ExitCode {
+    let argument = std::env::args().nth(1).expect("started by tests/soak/run");
+    match ROLES.iter().find(|role| role.name == argument) {
+        Some(role) => be_client(role),
+        None => conduct(Duration::from_secs(argument.parse().expect("a number of seconds"))),
+    }
+}
+
+// --- Clients ---
+
+/// What a client tells of itself in the end, as lines `NAME NUMBER`.
+#[derive(Default)]
+struct Figures(Mutex<BTreeMap<&'static str, u64>>);
+
+impl Figures {
+    fn add(&self, name: &'static str, number: u64) {
+        *self.0.lock().unwrap().entry(name).or_default() += number;
+    }
+
+    fn most(&self, name: &'static str, number: u64) {
+        let mut figures = self.0.lock().unwrap();
+        let figure = figures.entry(name).or_default();
+        *figure = number.max(*figure);
+    }
+}
+
+/// Runs until standard input ends, then prints the figures.
+fn be_client(role: &Role) -> ExitCode {
+    // What one thread finds ends them all, and so the soak.
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        print(panic);
+        std::process::exit(101);
+    }));
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    thread::spawn(move || {
+        let _ = io::stdin().read(&mut [0]);
+        stopped.store(true, Ordering::Relaxed);
+    });
+    let figures = Figures::default();
+    (role.run)(&stop, &figures);
+    for (name, number) in figures.0.into_inner().unwrap() {
+        println!("{name} {number}");
+    }
+    ExitCode::SUCCESS
+}
+
+fn connect() -> UnixStream {
+    let socket = UnixStream::connect(SOCKET).expect("the socket is always there");
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.set_write_timeout(Some(PATIENCE)).unwrap();
+    socket
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % bound as u64) as usize
+    }
+
+    /// Lines of any bytes, most of them short; the last one perhaps without its end.
+    fn lines(&mut self, fragment: bool) -> Vec<u8> {
+        let mut sent = Vec::new();
+        for _ in 0..1 + self.below(20) {
+            let longest = [8, 80, 4096, 65_536][self.below(4)];
+            let length = self.below(longest);
+            sent.extend((0..length).map(|_| self.below(256) as u8).map(|byte| if byte == b'\n' { 0 } else { byte }));
+            sent.push(b'\n');
+        }
+        if fragment {
+            sent.pop();
+        }
+        sent
+    }
+}
+
+/// The contract's echo.
+fn echo_of(sent: &[u8]) -> Vec<u8> {
+    sent.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [b"> ", line].concat()).collect()
+}
+
+/// Four at once, each one connection after the other: every byte is checked.
+fn talk(stop: &AtomicBool, figures: &Figures) {
+    thread::scope(|threads| {
+        for seed in 1..=4 {
+            threads.spawn(move || {
+                let mut random = Random(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+                while !stop.load(Ordering::Relaxed) {
+                    conversation(&mut random, figures);
+                }
+            });
+        }
+    });
+}
+
+fn conversation(random: &mut Random, figures: &Figures) {
+    let mut socket = connect();
+    for _ in 0..random.below(50) {
+        let begun = Instant::now();
+        socket.write_all(b"how long does this take\n").unwrap();
+        let mut answer = [0; 26];
+        socket.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"> how long does this take\n");
+        let took = begun.elapsed();
+        figures.add("round-trips", 1);
+        figures.add(if took < Duration::from_millis(10) { "under-10-ms" } else { "over-10-ms" }, 1);
+        figures.most("longest-usec", took.as_micros() as u64);
+    }
+    let sent = random.lines(random.0 % 2 == 0);
+    let expected = echo_of(&sent);
+    let (first, second) = sent.split_at(random.below(sent.len() + 1));
+    let mut writing = socket.try_clone().unwrap();
+    let answer = thread::scope(|threads| {
+        threads.spawn(move || {
+            writing.write_all(first).unwrap();
+            writing.write_all(second).unwrap();
+            writing.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut answer = Vec::with_capacity(expected.len());
+        socket.read_to_end(&mut answer).unwrap();
+        answer
+    });
+    assert!(answer == expected, "{} bytes came back, {} were expected, or others", answer.len(), expected.len());
+    figures.add("connections", 1);
+    figures.add("bytes-checked", answer.len() as u64);
+}
+
+/// Thirty-two that send until nothing more is taken, never read, and go after a while.
+fn mute(stop: &AtomicBool, figures: &Figures) {
+    let burst = vec![b'\n'; 32 << 10];
+    while !stop.load(Ordering::Relaxed) {
+        let sockets: Vec<_> = (0..32).map(|_| connect()).collect();
+        for socket in &sockets {
+            socket.set_nonblocking(true).unwrap();
+        }
+        for _ in 0..20 {
+            for mut socket in &sockets {
+                while let Ok(n) = socket.write_vectored(&[IoSlice::new(&burst), IoSlice::new(b"unread")]) {
+                    figures.add("bytes-unread", n as u64);
+                }
+            }
+            pace(stop, Duration::from_millis(250));
+        }
+        figures.add("connections", sockets.len() as u64);
+    }
+}
+
+/// Thirty-two that send a byte now and then and never end their line.
+fn loris(stop: &AtomicBool, figures: &Figures) {
+    while !stop.load(Ordering::Relaxed) {
+        let mut sockets: Vec<_> = (0..32).map(|_| connect()).collect();
+        for _ in 0..50 {
+            for socket in &mut sockets {
+                socket.write_all(b"x").unwrap();
+            }
+            pace(stop, Duration::from_millis(100));
+        }
+        figures.add("connections", sockets.len() as u64);
+    }
+}
+
+/// What a slow client's slowness consists of; ends early when it is time to stop.
+fn pace(stop: &AtomicBool, pause: Duration) {
+    if !stop.load(Ordering::Relaxed) {
+        thread::sleep(pause);
+    }
+}
+
+/// Denied, again and again, as fast as it goes; every other one sends something first.
+fn flood(stop: &AtomicBool, figures: &Figures) {
+    while !stop.load(Ordering::Relaxed) {
+        for eager in [false, true] {
+            let mut socket = connect();
+            if eager {
+                // The service may be done with us before this arrives.
+                let _ = socket.write_all(b"let me in\n");
+            }
+            let mut answer = Vec::new();
+            socket.read_to_end(&mut answer).unwrap();
+            assert_eq!(answer, b"Unauthorized access\n");
+            figures.add("denied", 1);
+        }
+    }
+}
+
+/// Denied too, but gone before it can be told.
+fn vanish(stop: &AtomicBool, figures: &Figures) {
+    while !stop.load(Ordering::Relaxed) {
+        drop(connect());
+        figures.add("connections", 1);
+        // One flood among many; without this it would fill the listener's queue all by itself.
+        pace(stop, Duration::from_millis(1));
+    }
+}
+
+/// Holds as many connections as it may, and asks for as many again.
+fn greed(stop: &AtomicBool, figures: &Figures) {
+    while !stop.load(Ordering::Relaxed) {
+        let mut sockets: Vec<_> = (0..8).map(|_| connect()).collect();
+        let (mut admitted, mut refused) = (0, 0);
+        for socket in &mut sockets {
+            let _ = socket.write_all(b"hello\n");
+            let mut answer = [0; 21];
+            let mut length = 0;
+            // Whoever is admitted hears "> hello" and nothing more.
+            while length < 8 || (!answer.starts_with(b"> hello\n") && length < 21) {
+                match socket.read(&mut answer[length..]) {
+                    Ok(0) => break,
+                    Ok(n) => length += n,
+                    Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                    Err(error) => panic!("after {length} bytes: {error}"),
+                }
+            }
+            match &answer[..length] {
+                b"> hello\n" => admitted += 1,
+                b"Too many connections\n" => refused += 1,
+                other => panic!("{:?}", String::from_utf8_lossy(other)),
+            }
+        }
+        assert!(admitted <= 4, "{admitted} admitted where 4 may be");
+        figures.add("admitted", admitted);
+        figures.add("refused", refused);
+    }
+}
+
+// --- The journal ---
+
+/// What the journal was told of one user.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    records: u64,
+    counted: u64,
+}
+
+/// A journald: takes records, and stops and goes on when told to.
+struct Journal {
+    socket: UnixDatagram,
+    stopped: AtomicBool,
+    ended: AtomicBool,
+    /// By GATE_VERDICT (that of a summary's reason) and PEER_UID.
+    told: Mutex<BTreeMap<(String, u32), Told>>,
+    entries: AtomicU64,
+}
+
+impl Journal {
+    fn start() -> (Arc<Self>, thread::JoinHandle<()>) {
+        let socket = UnixDatagram::bind(JOURNAL).expect("tests/soak/run makes the directory");
+        fs::set_permissions(JOURNAL, fs::Permissions::from_mode(0o666)).unwrap();
+        socket.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        let journal = Arc::new(Self {
+            socket,
+            stopped: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            told: Mutex::default(),
+            entries: AtomicU64::new(0),
+        });
+        let receiving = Arc::clone(&journal);
+        (journal, thread::spawn(move || receiving.receive()))
+    }
+
+    fn receive(&self) {
+        let mut datagram = vec![0; 1 << 20];
+        loop {
+            while self.stopped.load(Ordering::Relaxed) {
+                thread::park();
+            }
+            match self.socket.recv(&mut datagram) {
+                Ok(length) => self.take(&datagram[..length]),
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                    // Nothing is left of what the ended service sent.
+                    if self.ended.load(Ordering::Relaxed) {
+                        return;
+                    }
+                }
+                Err(error) => panic!("the journal's socket: {error}"),
+            }
+        }
+    }
+
+    fn take(&self, entry: &[u8]) {
+        self.entries.fetch_add(1, Ordering::Relaxed);
+        let fields = fields(entry);
+        let Some(verdict) = fields.get("GATE_VERDICT") else { return };
+        let Some(uid) = fields.get("PEER_UID").and_then(|uid| uid.parse().ok()) else {
+            panic!("a verdict on nobody: {fields:?}");
+        };
+        let (verdict, records, counted) = match (verdict.as_str(), fields.get("GATE_REASON").map(String::as_str)) {
+            ("summary", Some("policy" | "no-credentials")) => ("denied", 0, fields["GATE_COUNT"].parse().unwrap()),
+            ("summary", _) => ("refused", 0, fields["GATE_COUNT"].parse().unwrap()),
+            (verdict, _) => (verdict, 1, 0),
+        };
+        let mut told = self.told.lock().unwrap();
+        let told = told.entry((verdict.to_owned(), uid)).or_default();
+        told.records += records;
+        told.counted += counted;
+    }
+
+    fn of(&self, verdict: &str, uid: u32) -> Told {
+        self.told.lock().unwrap().get(&(verdict.to_owned(), uid)).copied().unwrap_or_default()
+    }
+}
+
+/// journald's native protocol: `NAME=value` and LF, or `NAME`, LF, the length as eight bytes (little-endian), the
+/// value and LF.
+fn fields(mut entry: &[u8]) -> BTreeMap<String, String> {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let mut fields = BTreeMap::new();
+    while let Some(lf) = entry.iter().position(|byte| *byte == b'\n') {
+        let (line, rest) = (&entry[..lf], &entry[lf + 1..]);
+        if let Some(equals) = line.iter().position(|byte| *byte == b'=') {
+            fields.insert(text(&line[..equals]), text(&line[equals + 1..]));
+            entry = rest;
+        } else {
+            let (length, rest) = rest.split_first_chunk::<8>().expect("a length");
+            let (value, rest) = rest.split_at(usize::try_from(u64::from_le_bytes(*length)).unwrap());
+            fields.insert(text(line), text(value));
+            entry = &rest[1..];
+        }
+    }
+    fields
+}
+
+// --- The conductor ---
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    /// KiB.
+    memory: u64,
+    descriptors: u64,
+}
+
+fn sample(pid: u32) -> Sample {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the service has ended");
+    let memory = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("RssAnon");
+    let memory = memory.trim().trim_end_matches(" kB").parse().unwrap();
+    Sample { memory, descriptors: fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64 }
+}
+
+fn start_client(role: &Role) -> Child {
+    let mut command = Command::new(format!("{DIRECTORY}/soak"));
+    command.arg(role.name).uid(role.uid).gid(role.uid).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.spawn().unwrap()
+}
+
+/// Ends with whoever started it, also where that is because a claim did not hold.
+struct Service(Child);
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+    }
+}
+
+/// The service's standard error must stay empty, since a journal is always there.
+fn start_service() -> Service {
+    fs::write(CONFIG, configuration(0)).unwrap();
+    let mut service = Command::new(format!("{DIRECTORY}/echod"));
+    service.args(["--listen", SOCKET, "--config", CONFIG]).stderr(Stdio::piped());
+    let service = Service(service.spawn().unwrap());
+    let patience = Instant::now() + PATIENCE;
+    while UnixStream::connect(SOCKET).is_err() {
+        assert!(Instant::now() < patience, "the service does not start");
+        thread::sleep(Duration::from_millis(20));
+    }
+    service
+}
+
+fn signal(Service(service): &Service, signal: Signal) {
+    kill(Pid::from_raw(i32::try_from(service.id()).unwrap()), signal).unwrap();
+}
+
+fn conduct(length: Duration) -> ExitCode {
+    let (journal, receiving) = Journal::start();
+    let mut service = start_service();
+    let pid = service.0.id();
+    let mut complaints = service.0.stderr.take().unwrap();
+    let complaints = thread::spawn(move || {
+        let mut text = String::new();
+        complaints.read_to_string(&mut text).map(|_| text)
+    });
+    let idle = sample(pid);
+    let mut clients: Vec<_> = ROLES.iter().map(|role| (role, start_client(role))).collect();
+
+    let begun = Instant::now();
+    let mut samples = Vec::new();
+    for second in 1_u64.. {
+        thread::sleep((begun + Duration::from_secs(second)).saturating_duration_since(Instant::now()));
+        if begun.elapsed() >= length {
+            break;
+        }
+        samples.push(sample(pid));
+        // Three seconds in ten the journal takes nothing.
+        journal.stopped.store(matches!(second % 10, 5..=7), Ordering::Relaxed);
+        receiving.thread().unpark();
+        if second % 2 == 0 {
+            fs::write(format!("{CONFIG}.new"), configuration(second)).unwrap();
+            fs::rename(format!("{CONFIG}.new"), CONFIG).unwrap();
+            signal(&service, Signal::SIGHUP);
+        }
+        if let Some((role, _)) = clients.iter_mut().find_map(|(role, client)| Some((role, client.try_wait().unwrap()?)))
+        {
+            panic!("the client {} has ended before its time", role.name);
+        }
+    }
+    journal.stopped.store(false, Ordering::Relaxed);
+    receiving.thread().unpark();
+
+    // The clients end, then the service, which writes what it has counted, then the journal.
+    let mut seen: BTreeMap<(&str, String), u64> = BTreeMap::new();
+    for (_, client) in &mut clients {
+        drop(client.stdin.take());
+    }
+    let mut failed = false;
+    for (role, client) in clients {
+        let output = client.wait_with_output().unwrap();
+        failed |= !output.status.success();
+        for (name, number) in String::from_utf8(output.stdout).unwrap().lines().filter_map(|line| line.split_once(' '))
+        {
+            seen.insert((role.name, name.to_owned()), number.parse().unwrap());
+        }
+    }
+    // Nobody is connected any more: what is still open now is lost for good.
+    let patience = Instant::now() + PATIENCE;
+    let mut left = sample(pid);
+    while left.descriptors > idle.descriptors && Instant::now() < patience {
+        thread::sleep(Duration::from_millis(100));
+        left = sample(pid);
+    }
+    signal(&service, Signal::SIGTERM);
+    let status = service.0.wait().unwrap();
+    journal.ended.store(true, Ordering::Relaxed);
+    receiving.join().unwrap();
+    let complaints = complaints.join().unwrap().unwrap();
+
+    println!("{:22}{:>14}", "CLIENTS", "");
+    for ((role, name), number) in &seen {
+        println!("  {:20}{number:>14}", format!("{role} {name}"));
+    }
+    println!("JOURNAL {} entries", journal.entries.load(Ordering::Relaxed));
+    let mut verdict = Verdict { failed };
+    let figure = |role: &'static str, name: &str| seen.get(&(role, name.to_owned())).copied().unwrap_or(0);
+    verdict.equal("denied, uid 61003", figure("flood", "denied"), journal.of("denied", FLOODERS[0]));
+    verdict.equal("denied, uid 61004", figure("flood-more", "denied"), journal.of("denied", FLOODERS[1]));
+    verdict.equal("vanished, uid 61005", figure("vanish", "connections"), journal.of("denied", VANISHER));
+    verdict.equal("refused, uid 61006", figure("greed", "refused"), journal.of("refused", GREEDY));
+    verdict.growth(&samples);
+    let claim = format!("descriptors without clients: {} at first, {} in the end", idle.descriptors, left.descriptors);
+    verdict.holds(&claim, left.descriptors <= idle.descriptors);
+    println!("       RssAnon without clients: {} KiB at first, {} KiB in the end", idle.memory, left.memory);
+    verdict.holds("clients that did their work", figure("talk", "connections") > 0 && figure("greed", "refused") > 0);
+    verdict.holds("service ended as asked", status.success());
+    verdict.holds("nothing on standard error", complaints.is_empty());
+    if !complaints.is_empty() {
+        println!("{complaints}");
+    }
+    println!("{}", if verdict.failed { "FAILED" } else { "everything is accounted for" });
+    ExitCode::from(u8::from(verdict.failed))
+}
+
+/// Seconds of a run before whose end buffers and tables may still be growing to their usual size.
+const SHORTEST_TO_JUDGE: usize = 120;
+
+struct Verdict {
+    failed: bool,
+}
+
+impl Verdict {
+    fn holds(&mut self, claim: &str, holds: bool) {
+        println!("{} {claim}", if holds { "ok    " } else { "NOT OK" });
+        self.failed |= !holds;
+    }
+
+    fn equal(&mut self, what: &str, seen: u64, told: Told) {
+        let Told { records, counted } = told;
+        let difference = i128::from(seen) - i128::from(records + counted);
+        let claim =
+            format!("{what}: clients saw {seen} = {records} records + {counted} counted; difference {difference}");
+        self.holds(&claim, difference == 0 && seen > 0);
+    }
+
+    /// The second minute against the last; in a shorter run the second tenth against the last.
+    fn growth(&mut self, samples: &[Sample]) {
+        let part = 60.min(samples.len() / 10).max(1);
+        let early = samples.get(part..2 * part).unwrap_or(samples);
+        let late = &samples[samples.len().saturating_sub(part)..];
+        let peak = samples.iter().map(|sample| sample.memory).max().unwrap_or(0);
+        println!("MEMORY AND DESCRIPTORS, seconds {}-{} against the last {part}", part + 1, 2 * part);
+        for (name, allowance, of) in [
+            ("RssAnon in KiB", 1024, (|sample: &Sample| sample.memory) as fn(&Sample) -> u64),
+            ("descriptors", 32, |sample| sample.descriptors),
+        ] {
+            let (early, late) = (median(early.iter().map(of)), median(late.iter().map(of)));
+            let claim = format!("{name}: median {early}, then {late}");
+            if samples.len() < SHORTEST_TO_JUDGE {
+                println!("-      {claim} (too short a run to judge)");
+            } else {
+                // Clients come and go, so that neither is constant; what leaks grows with time.
+                self.holds(&claim, late <= early + early / 10 + allowance);
+            }
+        }
+        println!("       peak {peak} KiB");
+    }
+}
+
+fn median(values: impl Iterator<Item = u64>) -> u64 {
+    let mut values: Vec<_> = values.collect();
+    values.sort_unstable();
+    values.get(values.len() / 2).copied().unwrap_or(0)
+}
