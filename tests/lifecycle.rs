@@ -438,7 +438,7 @@ fn it_exits_when_idle_and_says_stopping_before() {
     let manager = Arc::clone(&echod.manager);
     let (status, _, stderr) = echod.wait();
     assert!(status.success(), "{stderr}");
-    assert!(manager.told.lock().has("STOPPING=1"));
+    manager.wait_for("STOPPING=1", 1);
 }
 
 #[test]
