@@ -165,11 +165,21 @@ fn too_long_a_line_is_too_long_over_a_restart() {
 
 #[test]
 fn hundreds_of_connections_in_every_state_come_through_ten_restarts() {
+    come_through(300, 10);
+}
+
+#[test]
+fn four_thousand_connections_half_of_them_mid_line_come_through_a_restart() {
+    come_through(4000, 1);
+}
+
+/// Connections at rest, mid-line, with several lines at once and with nothing to say, over so many restarts.
+fn come_through(connections: usize, restarts: usize) {
     let config = format!("[limits]\nconnections = 4000\nconnections-per-user = 4000\n{OWNER}");
     let mut echod = serve(&config);
-    let clients: Vec<Client> = (0..300).map(|_| echod.connect()).collect();
+    let clients: Vec<Client> = (0..connections).map(|_| echod.connect()).collect();
     let mut expected = vec![Vec::new(); clients.len()];
-    for round in 0..10 {
+    for round in 0..restarts {
         for (number, client) in clients.iter().enumerate() {
             let text = match (number + round) % 4 {
                 0 => format!("{number}/{round}\n"),
