@@ -195,6 +195,8 @@ struct Shared<T> {
 struct Orders<T> {
     ruling: Ruling<T>,
     to_see_off: Vec<(OwnedFd, Arc<[u8]>)>,
+    /// Wants to hear that the ruling is in force.
+    ruled: Option<mpsc::Sender<()>>,
     stop: Option<Stop>,
 }
 
@@ -216,7 +218,7 @@ impl<T: Terms> Door<T> {
     pub fn open(setup: Setup<T>, admit: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let shared = Arc::new(Shared {
-            orders: Mutex::new(Orders { ruling: setup.ruling, to_see_off: Vec::new(), stop: None }),
+            orders: Mutex::new(Orders { ruling: setup.ruling, to_see_off: Vec::new(), ruled: None, stop: None }),
             generation: AtomicU64::new(0),
             next_connection: AtomicU64::new(setup.first_connection),
             wake,
@@ -246,14 +248,19 @@ impl<T: Terms> Door<T> {
     }
 
     /// Puts a new ruling in force for the very next connection. Returns its generation: an
-    /// [`Admission`] of an earlier one was judged by an earlier ruling.
+    /// [`Admission`] of an earlier one was judged by an earlier ruling. When this returns, the last of those
+    /// has been handed over. Not to be called from the function that takes admissions over.
     pub fn rule(&self, ruling: Ruling<T>) -> u64 {
+        let (answer, answered) = mpsc::channel();
         let mut orders = self.shared.lock();
         orders.ruling = ruling;
         // Under the lock, so that no admission can carry the new number and the old verdict.
         let generation = self.shared.generation.fetch_add(1, Ordering::AcqRel) + 1;
+        orders.ruled = self.thread.is_some().then_some(answer);
         drop(orders);
         self.shared.wake();
+        // No answer means that the thread is gone, which hands nobody over.
+        let _ = answered.recv();
         generation
     }
 
@@ -464,15 +471,19 @@ impl<T: Terms> Gate<T> {
 
     /// Does what other threads asked for. True when it is time to go.
     fn obey(&mut self) -> bool {
-        let (wanted, to_see_off, stop) = {
+        let (wanted, to_see_off, ruled, stop) = {
             let mut orders = self.shared.lock();
-            (orders.ruling.pass_credentials, std::mem::take(&mut orders.to_see_off), orders.stop.take())
+            let Orders { ruling, to_see_off, ruled, stop } = &mut *orders;
+            (ruling.pass_credentials, std::mem::take(to_see_off), ruled.take(), stop.take())
         };
         for (socket, message) in to_see_off {
             self.farewell.begin(&self.epoll, socket, &message);
         }
         if let Err(error) = self.pass_credentials(wanted) {
             self.complain(&format!("setting SO_PASSCRED: {error}"));
+        }
+        if let Some(ruled) = ruled {
+            let _ = ruled.send(());
         }
         match stop {
             None => false,

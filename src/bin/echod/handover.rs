@@ -33,7 +33,7 @@ use peergate::peer::Peer;
 use peergate::service::Store;
 use peergate::unit::Units;
 
-use crate::worker::Carried;
+use crate::connection::Carried;
 
 /// FDNAME of the sockets. Short: the names of all descriptors share one environment variable.
 const SOCKETS: &str = "echod-c";

@@ -10,12 +10,14 @@
 mod check;
 mod cli;
 mod config;
+mod connection;
 #[cfg(test)]
 #[path = "../../../tests/support/counting.rs"]
 mod counting;
 mod explain;
 mod handover;
 mod line;
+mod mailbox;
 mod pacing;
 mod report;
 mod serve;

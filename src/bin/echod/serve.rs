@@ -22,8 +22,10 @@ use peergate::policy::{Rule, Verdict};
 use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog, answer_reload};
 
 use crate::config::{Config, Record as RecordWhat, Terms, Verify};
+use crate::connection::{Carried, Ruling};
 use crate::handover::{self, Inheritance};
-use crate::worker::{Carried, Ruling, Surroundings, Worker};
+use crate::mailbox::Doors;
+use crate::worker::{Surroundings, Worker};
 use crate::{EX_OSERR, IDENTIFIER};
 
 /// How often the status line may change.
@@ -129,8 +131,8 @@ impl Service {
         // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
         // Filled in before the door opens; empty for as long as the door's own thread needs no worker.
-        let (doors, to_doors) = mpsc::channel::<Vec<crate::worker::Door>>();
-        let mut known: Option<Vec<crate::worker::Door>> = None;
+        let (doors, to_doors) = mpsc::channel::<Doors>();
+        let mut known: Option<Doors> = None;
         let setup = Setup {
             listeners,
             ruling: admitting(&config),
@@ -141,9 +143,11 @@ impl Service {
             first_connection: inheritance.next_connection,
         };
         let door = Door::open(setup, move |admission| {
-            let workers = known.get_or_insert_with(|| to_doors.recv().unwrap_or_default());
-            if let Some(least) = workers.iter().min_by_key(|worker| worker.connections()) {
-                least.admit(admission);
+            if known.is_none() {
+                known = to_doors.recv().ok();
+            }
+            if let Some(workers) = &mut known {
+                workers.admit(admission);
             }
         })
         .map_err(|error| format!("opening the gate: {error}"))?;
@@ -154,7 +158,7 @@ impl Service {
             .map(|number| Worker::start(number, serving(&config), around.clone()))
             .collect::<Result<_, _>>()
             .map_err(|error| format!("starting a worker: {error}"))?;
-        let _ = doors.send(workers.iter().map(Worker::door).collect());
+        let _ = doors.send(Doors::new(workers.iter().map(Worker::mailbox).collect(), audit.clone()));
         let watched = workers.iter().map(Worker::watched).chain([door.watched(), journal.watched()]).collect();
         let now = Instant::now();
         let mut service = Self {

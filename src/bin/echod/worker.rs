@@ -1,41 +1,32 @@
 //! The event loop behind the gate: one thread, one epoll, many connections. Workers share nothing.
 //!
-//! A worker reads what is there, frames it ([`line`]), writes it back. A peer that does not read is not read
-//! from. In the steady state nothing is allocated, and a connection with nothing pending owns no buffer.
+//! Each connection has its turns ([`connection`](crate::connection)). A peer that does not read is not read from. In the steady state nothing is allocated, and a connection with nothing pending owns no buffer.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::BinaryHeap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use nix::sys::epoll::{EpollEvent, EpollTimeout};
+use nix::sys::socket::{Shutdown, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Admission, Usher, learn};
-use peergate::ids::Uid;
+use peergate::gate::{Usher, learn};
 use peergate::limits::Permit;
-use peergate::peer::{self, Peer};
-use peergate::policy::{Policy, Rule, Verdict};
-use peergate::service::{Activity, Beat, Watched};
+use peergate::policy::{Rule, Verdict};
+use peergate::service::{Activity, Watched};
 
 use crate::config::Terms;
-use crate::line::{self, Cursor, End};
+use crate::connection::{Buffers, Carried, Connection, Outcome, READ, Ruling, State};
+use crate::line;
+use crate::mailbox::{Mailbox, Message, TOKEN_WAKE};
 use crate::pacing::Pacing;
 
-/// The most that is read from one connection before another gets its turn.
-const READ: usize = 64 * 1024;
-/// The most echo that is put together for one write: that of a whole read, even one of bare LFs.
-const ROOM: usize = 4 * READ;
-/// Buffers kept for the next connection that needs one.
-const SPARE_BUFFERS: usize = 16;
 /// Reads from one connection when it is brought to rest: what it had sent by then, and an end to it.
 const LAST_READS: usize = 32;
 
@@ -46,16 +37,6 @@ const TURNS_ALONE: u32 = 4;
 /// Looks for that peer alone, before one for everybody.
 const LOOKS_ALONE: u32 = 8;
 
-const TOKEN_WAKE: u64 = u64::MAX;
-
-/// What all connections live by; replaced as a whole at a reload.
-#[derive(Clone)]
-pub struct Ruling {
-    pub policy: Arc<Policy<Terms>>,
-    pub line_length: usize,
-    pub idle_timeout: Option<Duration>,
-}
-
 /// What a worker shares with the rest of the program.
 #[derive(Clone)]
 pub struct Surroundings {
@@ -63,83 +44,6 @@ pub struct Surroundings {
     pub usher: Usher<Terms>,
     pub activity: Arc<Activity>,
     pub busy_poll: Option<Duration>,
-}
-
-/// A connection with its whole state: at rest, on its way between two processes.
-pub struct Carried {
-    pub socket: OwnedFd,
-    pub peer: Peer,
-    pub connection: u64,
-    pub lines: u64,
-    pub bytes: u64,
-    pub age: Duration,
-    /// Received, not yet wholly echoed.
-    pub held: Vec<u8>,
-    /// How much of the first line's echo is out.
-    pub sent: usize,
-    /// The peer will send no more.
-    pub ended: bool,
-    pub pass_credentials: bool,
-}
-
-impl Carried {
-    /// A connection of which nothing is known but who is on the other end. `None` where not even that is.
-    pub fn without_state(socket: OwnedFd) -> Option<Self> {
-        let peer = Peer::credentials_of(&socket).ok()?;
-        Some(Self {
-            socket,
-            peer,
-            connection: 0,
-            lines: 0,
-            bytes: 0,
-            age: Duration::ZERO,
-            held: Vec::new(),
-            sent: 0,
-            ended: false,
-            pass_credentials: false,
-        })
-    }
-}
-
-enum Message {
-    Admit(Box<Admission<Terms>>),
-    Resume(Box<Carried>, Arc<Rule<Terms>>, Permit),
-    Rule(Ruling, u64, mpsc::Sender<()>),
-    /// Bring up to `carry` connections to rest and hand them back; end the others in order by `until`.
-    End {
-        carry: usize,
-        until: Instant,
-        reply: mpsc::Sender<Vec<Carried>>,
-    },
-}
-
-/// A worker's end of the line for other threads.
-struct Mailbox {
-    messages: Mutex<VecDeque<Message>>,
-    waiting: AtomicBool,
-    asleep: AtomicBool,
-    wake: EventFd,
-    connections: AtomicUsize,
-    beat: Arc<Beat>,
-}
-
-impl Mailbox {
-    fn post(&self, message: Message) {
-        self.lock().push_back(message);
-        self.waiting.store(true, Ordering::SeqCst);
-        if self.asleep.load(Ordering::SeqCst) {
-            self.wake();
-        }
-    }
-
-    fn wake(&self) {
-        // EAGAIN: it is awake already.
-        let _ = self.wake.write(1);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, VecDeque<Message>> {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// A running worker, as the rest of the program sees it.
@@ -155,26 +59,15 @@ impl Worker {
     /// # Errors
     /// What epoll, eventfd or starting a thread say.
     pub fn start(number: usize, ruling: Ruling, surroundings: Surroundings) -> io::Result<Self> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let mailbox = Arc::new(Mailbox {
-            messages: Mutex::new(VecDeque::new()),
-            waiting: AtomicBool::new(false),
-            asleep: AtomicBool::new(false),
-            wake,
-            connections: AtomicUsize::new(0),
-            beat: Arc::new(Beat::default()),
-        });
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        // Edge-triggered, it never needs to be read: each write makes a new edge.
-        epoll.add(mailbox.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
-        let mut serving = Loop::new(Arc::clone(&mailbox), epoll, ruling, surroundings);
+        let mailbox = Arc::new(Mailbox::new(&ruling)?);
+        let mut serving = Loop::new(Arc::clone(&mailbox), ruling, surroundings);
         let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || serving.run())?;
         Ok(Self { mailbox, number, thread: Some(thread) })
     }
 
-    /// Something to hand connections over with, for the gate's thread.
-    pub fn door(&self) -> Door {
-        Door(Arc::clone(&self.mailbox))
+    /// Where connections are handed over, for [`Doors`](crate::mailbox::Doors).
+    pub fn mailbox(&self) -> Arc<Mailbox> {
+        Arc::clone(&self.mailbox)
     }
 
     /// How many connections it serves, those on their way to it included.
@@ -217,80 +110,15 @@ impl Worker {
     }
 }
 
-/// See [`Worker::door`].
-pub struct Door(Arc<Mailbox>);
-
-impl Door {
-    /// How many connections the worker serves, those on their way to it included.
-    pub fn connections(&self) -> usize {
-        self.0.connections.load(Ordering::Relaxed)
-    }
-
-    /// Hands one over.
-    pub fn admit(&self, admission: Admission<Terms>) {
-        self.0.connections.fetch_add(1, Ordering::Relaxed);
-        self.0.post(Message::Admit(Box::new(admission)));
-    }
-}
-
-/// One connection. Small, because an idle one is nothing else.
-struct Connection {
-    /// First, so that it is given back before the peer can see the end of file.
-    permit: Permit,
-    socket: OwnedFd,
-    peer: Peer,
-    rule: Arc<Rule<Terms>>,
-    number: u64,
-    lines: u64,
-    bytes: u64,
-    since: Instant,
-    /// When something last came or went; kept only where a timeout asks for it.
-    active: Instant,
-    /// Received, not yet wholly echoed; empty most of the time.
-    held: Vec<u8>,
-    sent: usize,
-    state: State,
-    pass_credentials: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    /// Waits for the peer to send.
-    Reading,
-    /// Waits for the peer to take its echo.
-    Writing,
-    /// As before, and nothing more will come: when it is taken, the connection is over.
-    Finishing,
-}
-
-/// How a turn ended.
-enum Outcome {
-    Goes,
-    Over(Option<Reason>),
-    TooLong,
-    /// The data came from this user.
-    Stranger(Option<Uid>),
-    /// The policy admits the peer no more; the rule that denies it, if one does.
-    Denied(Option<Arc<Rule<Terms>>>),
-}
-
-/// What one read gave.
-enum Input {
-    Bytes(usize),
-    Nothing,
-    End,
-    Broken,
-    Stranger(Option<Uid>),
-}
-
 struct Loop {
     mailbox: Arc<Mailbox>,
-    epoll: Epoll,
     around: Surroundings,
     ruling: Ruling,
     generation: u64,
+    /// Each in its place, which is the token of its events.
     connections: Vec<Option<Box<Connection>>>,
-    free: Vec<usize>,
+    /// How many places are taken.
+    present: usize,
     /// The earliest time a connection's timeout could run out; one entry for each that has one.
     timeouts: BinaryHeap<Reverse<(Instant, usize, u64)>>,
     buffers: Buffers,
@@ -309,26 +137,18 @@ struct Ending {
     reply: mpsc::Sender<Vec<Carried>>,
 }
 
-/// What all connections of a worker use in turn.
-struct Buffers {
-    input: Box<[u8]>,
-    output: Vec<u8>,
-    spare: Vec<Vec<u8>>,
-}
-
 impl Loop {
-    fn new(mailbox: Arc<Mailbox>, epoll: Epoll, ruling: Ruling, around: Surroundings) -> Self {
+    fn new(mailbox: Arc<Mailbox>, ruling: Ruling, around: Surroundings) -> Self {
         let pacing = Pacing::new(around.busy_poll);
         Self {
             mailbox,
-            epoll,
             around,
             ruling,
             generation: 0,
             connections: Vec::new(),
-            free: Vec::new(),
+            present: 0,
             timeouts: BinaryHeap::new(),
-            buffers: Buffers { input: vec![0; READ].into(), output: Vec::new(), spare: Vec::new() },
+            buffers: Buffers::new(READ),
             too_long: Arc::from(line::TOO_LONG),
             nothing: Arc::from(&b""[..]),
             pacing,
@@ -346,13 +166,11 @@ impl Loop {
             for event in &events[..count] {
                 match event.data() {
                     TOKEN_WAKE => {}
-                    slot => {
-                        self.turn(slot as usize);
-                    }
+                    slot => self.serve(slot as usize),
                 }
             }
             self.notice_who(&events[..count]);
-            if self.mailbox.waiting.load(Ordering::SeqCst) {
+            if self.mailbox.has_mail() {
                 self.open_mail();
                 self.alone = 0;
             }
@@ -363,23 +181,29 @@ impl Loop {
         }
     }
 
+    /// Something has happened on a connection.
+    fn serve(&mut self, slot: usize) {
+        if self.connections.get(slot).is_none_or(Option::is_none) {
+            // It came quietly. Where it is not even in the mail yet, the gate's thread is about to put it there.
+            self.open_mail();
+            if self.connections.get(slot).is_none_or(Option::is_none) {
+                return thread::yield_now();
+            }
+        }
+        self.turn(slot);
+    }
+
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
         if self.alone >= ALONE {
             if let Some(count) = self.look(events) {
                 return count;
             }
         }
-        // Said before the last look into the mailbox, so that whoever posts after it wakes us.
-        self.mailbox.asleep.store(true, Ordering::SeqCst);
-        let timeout = if self.has_mail() { EpollTimeout::ZERO } else { self.timeout() };
+        let timeout = if self.mailbox.sleeps(true) { self.timeout() } else { EpollTimeout::ZERO };
         // EINTR is as good as a timeout: the loop looks at its clock anyway.
-        let count = self.pacing.sleep(|| self.epoll.wait(events, timeout).unwrap_or(0));
-        self.mailbox.asleep.store(false, Ordering::SeqCst);
+        let count = self.pacing.sleep(|| self.mailbox.epoll.wait(events, timeout).unwrap_or(0));
+        self.mailbox.sleeps(false);
         count
-    }
-
-    fn has_mail(&self) -> bool {
-        self.mailbox.waiting.load(Ordering::SeqCst)
     }
 
     /// Serves the one peer that talks without sleeping in between, as long as that pays. It is its socket that is
@@ -389,7 +213,7 @@ impl Loop {
         let slot = usize::try_from(self.last_heard).ok()?;
         let (mut turns, mut looks) = (0, 0);
         while self.pacing.goes_on_looking() {
-            if self.has_mail() {
+            if self.mailbox.has_mail() {
                 return Some(0);
             }
             let place = self.connections.get(slot).and_then(Option::as_ref);
@@ -402,11 +226,11 @@ impl Loop {
                 if turns < TURNS_ALONE {
                     continue;
                 }
-                return self.epoll.wait(events, EpollTimeout::ZERO).ok();
+                return self.mailbox.epoll.wait(events, EpollTimeout::ZERO).ok();
             }
             looks += 1;
             if looks % LOOKS_ALONE == 0 {
-                if let Ok(count @ 1..) = self.epoll.wait(events, EpollTimeout::ZERO) {
+                if let Ok(count @ 1..) = self.mailbox.epoll.wait(events, EpollTimeout::ZERO) {
                     return Some(count);
                 }
             }
@@ -436,11 +260,11 @@ impl Loop {
     }
 
     fn open_mail(&mut self) {
-        self.mailbox.waiting.store(false, Ordering::SeqCst);
-        let mail = std::mem::take(&mut *self.mailbox.lock());
-        for message in mail {
+        for message in self.mailbox.open() {
             match message {
-                Message::Admit(admission) => self.admit(*admission),
+                Message::Admit { connection, slot, generation, first_turn } => {
+                    self.admit(connection, slot, generation, first_turn);
+                }
                 Message::Resume(carried, rule, permit) => self.resume(*carried, rule, permit),
                 Message::Rule(ruling, generation, done) => {
                     self.rule(ruling, generation);
@@ -451,85 +275,53 @@ impl Loop {
         }
     }
 
-    fn admit(&mut self, admission: Admission<Terms>) {
-        let since = Instant::now();
-        let mut connection = Box::new(Connection {
-            permit: admission.permit,
-            socket: admission.socket,
-            peer: admission.peer,
-            rule: admission.rule,
-            number: admission.connection,
-            lines: 0,
-            bytes: 0,
-            since,
-            active: since,
-            held: Vec::new(),
-            sent: 0,
-            state: State::Reading,
-            pass_credentials: admission.pass_credentials,
-        });
+    /// Takes over a connection that has had its first turn at the door, and is watched already.
+    fn admit(&mut self, mut connection: Box<Connection>, slot: usize, generation: u64, first_turn: Outcome) {
+        let mut outcome = first_turn;
         // Judged just before a reload that this worker has already been through.
-        if admission.generation < self.generation {
+        if matches!(outcome, Outcome::Goes) && generation < self.generation {
             if let Err(rule) = self.judge_again(&mut connection) {
-                return self.part(connection, Outcome::Denied(rule));
+                outcome = Outcome::Denied(rule);
             }
         }
-        self.settle_in(connection);
+        if let Outcome::Goes = outcome {
+            return self.put(slot, connection);
+        }
+        self.mailbox.free_slot(slot);
+        self.part(connection, outcome);
     }
 
     fn resume(&mut self, carried: Carried, rule: Arc<Rule<Terms>>, permit: Permit) {
-        let now = Instant::now();
-        let state = if carried.ended { State::Finishing } else { State::Reading };
-        let mut connection = Box::new(Connection {
-            permit,
-            socket: carried.socket,
-            peer: carried.peer,
-            rule,
-            number: carried.connection,
-            lines: carried.lines,
-            bytes: carried.bytes,
-            since: now.checked_sub(carried.age).unwrap_or(now),
-            active: now,
-            held: carried.held,
-            sent: carried.sent,
-            state,
-            pass_credentials: carried.pass_credentials,
-        });
-        let limit = self.limit_of(&connection);
+        let mut connection = Box::new(Connection::resumed(carried, rule, permit));
+        let limit = connection.line_length(self.ruling.line_length);
         let outcome = connection.flush(limit, &mut self.buffers, &self.around.audit);
-        match outcome {
-            Outcome::Goes => self.settle_in(connection),
-            other => self.part(connection, other),
-        }
-    }
-
-    /// Gives a connection its place, and its first turn: most have sent something by now.
-    fn settle_in(&mut self, connection: Box<Connection>) {
-        let slot = self.free.pop().unwrap_or_else(|| {
-            self.connections.push(None);
-            self.connections.len() - 1
-        });
-        let interest = connection.interest();
-        if let Err(_error) = self.epoll.add(&connection.socket, EpollEvent::new(interest, slot as u64)) {
+        let Outcome::Goes = outcome else { return self.part(connection, outcome) };
+        let slot = self.mailbox.take_slot();
+        let event = EpollEvent::new(connection.interest(), slot as u64);
+        if self.mailbox.epoll.add(&connection.socket, event).is_err() {
             // Out of memory or watches (fs.epoll.max_user_watches): this one cannot be served.
-            self.free.push(slot);
+            self.mailbox.free_slot(slot);
             return self.part(connection, Outcome::Over(None));
         }
+        self.put(slot, connection);
+    }
+
+    fn put(&mut self, slot: usize, connection: Box<Connection>) {
         if let Some(span) = self.idle_timeout_of(&connection) {
             self.timeouts.push(Reverse((connection.active + span, slot, connection.number)));
         }
-        let reading = connection.state == State::Reading;
-        self.connections[slot] = Some(connection);
-        if reading {
-            self.turn(slot);
+        if self.connections.len() <= slot {
+            self.connections.resize_with(slot + 1, || None);
         }
+        self.connections[slot] = Some(connection);
+        self.present += 1;
     }
 
     /// One connection's turn: a single read and what follows from it, or a single write of what waits. Says whether
     /// anything happened.
     fn turn(&mut self, slot: usize) -> bool {
         let Some(connection) = self.connections.get_mut(slot).and_then(Option::as_mut) else { return false };
-        let limit = connection.rule.terms().line_length.unwrap_or(self.ruling.line_length);
+        let limit = connection.line_length(self.ruling.line_length);
         let (state, bytes) = (connection.state, connection.bytes);
         let outcome = match state {
             State::Reading => connection.read(limit, &mut self.buffers, &self.around.audit),
@@ -544,20 +336,26 @@ impl Loop {
             }
             if (connection.state == State::Reading) != (state == State::Reading) {
                 let mut event = EpollEvent::new(connection.interest(), slot as u64);
-                let _ = self.epoll.modify(&connection.socket, &mut event);
+                let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
             }
             return true;
         }
-        if let Some(connection) = self.take(slot) {
-            self.part(connection, outcome);
-        }
+        self.end_of(slot, outcome);
         true
     }
 
+    /// Takes a connection out of its place, which stays reserved.
     fn take(&mut self, slot: usize) -> Option<Box<Connection>> {
         let connection = self.connections.get_mut(slot)?.take()?;
-        self.free.push(slot);
+        self.present -= 1;
         Some(connection)
+    }
+
+    fn end_of(&mut self, slot: usize, outcome: Outcome) {
+        if let Some(connection) = self.take(slot) {
+            self.mailbox.free_slot(slot);
+            self.part(connection, outcome);
+        }
     }
 
     /// The end of a connection that is in no place any more.
@@ -572,9 +370,9 @@ impl Loop {
         };
         match &outcome {
             Outcome::TooLong => {
+                let limit = connection.line_length(self.ruling.line_length);
                 let (peer, rule) = (&mut connection.peer, &connection.rule);
-                let socket = &connection.socket;
-                let (number, limit) = (connection.number, rule.terms().line_length.unwrap_or(self.ruling.line_length));
+                let (socket, number) = (&connection.socket, connection.number);
                 self.around.audit.turned_away(Event::Refused, Reason::LineLength, Some(peer.uid()), || Record {
                     reason: Some(Reason::LineLength),
                     rule: Some(rule.name().as_str().into()),
@@ -625,16 +423,16 @@ impl Loop {
         self.mailbox.connections.fetch_sub(1, Ordering::Relaxed);
         match outcome {
             Outcome::TooLong => {
-                let _ = self.epoll.delete(&socket);
+                let _ = self.mailbox.epoll.delete(&socket);
                 self.around.usher.see_off(socket, &self.too_long);
             }
             Outcome::Stranger(_) | Outcome::Denied(_) => {
-                let _ = self.epoll.delete(&socket);
+                let _ = self.mailbox.epoll.delete(&socket);
                 self.around.usher.revoke(socket);
             }
             // The peer may still be sending: it is to see an end of file, not a reset.
             Outcome::Over(Some(_)) => {
-                let _ = self.epoll.delete(&socket);
+                let _ = self.mailbox.epoll.delete(&socket);
                 self.around.usher.see_off(socket, &self.nothing);
             }
             Outcome::Over(None) | Outcome::Goes => drop(socket),
@@ -664,18 +462,15 @@ impl Loop {
         self.generation = generation;
         self.timeouts.clear();
         for slot in 0..self.connections.len() {
-            let Some(mut connection) = self.connections[slot].take() else { continue };
+            let Some(mut connection) = self.take(slot) else { continue };
             if let Err(rule) = self.judge_again(&mut connection) {
-                self.free.push(slot);
+                self.mailbox.free_slot(slot);
                 self.part(connection, Outcome::Denied(rule));
                 continue;
             }
-            if let Some(span) = self.idle_timeout_of(&connection) {
-                // Where no timeout was in force the last activity is not known: it counts from now.
-                connection.active = connection.active.max(Instant::now());
-                self.timeouts.push(Reverse((connection.active + span, slot, connection.number)));
-            }
-            self.connections[slot] = Some(connection);
+            // Where no timeout was in force the last activity is not known: it counts from now.
+            connection.active = Instant::now();
+            self.put(slot, connection);
         }
     }
 
@@ -692,10 +487,6 @@ impl Loop {
             }
             Verdict::Denied(rule) => Err(rule.map(Arc::clone)),
         }
-    }
-
-    fn limit_of(&self, connection: &Connection) -> usize {
-        connection.rule.terms().line_length.unwrap_or(self.ruling.line_length)
     }
 
     fn idle_timeout_of(&self, connection: &Connection) -> Option<Duration> {
@@ -716,8 +507,8 @@ impl Loop {
             let due = connection.active + span;
             if due > now {
                 self.timeouts.push(Reverse((due, slot, number)));
-            } else if let Some(connection) = self.take(slot) {
-                self.part(connection, Outcome::Over(Some(Reason::Idle)));
+            } else {
+                self.end_of(slot, Outcome::Over(Some(Reason::Idle)));
             }
         }
     }
@@ -726,12 +517,11 @@ impl Loop {
     fn end(&mut self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Carried>>) {
         let mut carried = Vec::new();
         for slot in 0..self.connections.len() {
-            let Some(mut connection) = self.connections[slot].take() else { continue };
-            let outcome = self.last_turns(&mut connection);
-            match outcome {
+            let Some(mut connection) = self.take(slot) else { continue };
+            match self.last_turns(&mut connection) {
                 Outcome::Goes if carried.len() < carry => {
-                    let _ = self.epoll.delete(&connection.socket);
-                    self.free.push(slot);
+                    let _ = self.mailbox.epoll.delete(&connection.socket);
+                    self.mailbox.free_slot(slot);
                     carried.push((*connection).at_rest());
                 }
                 Outcome::Goes => {
@@ -739,11 +529,11 @@ impl Loop {
                     // queue can still be read, and after it comes the end of file; the peer can add nothing to it.
                     let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Read);
                     let mut event = EpollEvent::new(connection.interest(), slot as u64);
-                    let _ = self.epoll.modify(&connection.socket, &mut event);
-                    self.connections[slot] = Some(connection);
+                    let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
+                    self.put(slot, connection);
                 }
                 over => {
-                    self.free.push(slot);
+                    self.mailbox.free_slot(slot);
                     self.part(connection, over);
                 }
             }
@@ -753,7 +543,7 @@ impl Loop {
 
     /// Reads and echoes what a connection had sent by now.
     fn last_turns(&mut self, connection: &mut Connection) -> Outcome {
-        let limit = self.limit_of(connection);
+        let limit = connection.line_length(self.ruling.line_length);
         for _ in 0..LAST_READS {
             if connection.state != State::Reading {
                 return connection.flush(limit, &mut self.buffers, &self.around.audit);
@@ -772,13 +562,11 @@ impl Loop {
     fn has_ended(&mut self) -> bool {
         let Some(ending) = &self.ending else { return false };
         let is_over = ending.until <= Instant::now();
-        if self.connections.len() > self.free.len() && !is_over {
+        if self.present > 0 && !is_over {
             return false;
         }
         for slot in 0..self.connections.len() {
-            if let Some(connection) = self.take(slot) {
-                self.part(connection, Outcome::Over(Some(Reason::Stopping)));
-            }
+            self.end_of(slot, Outcome::Over(Some(Reason::Stopping)));
         }
         if let Some(ending) = self.ending.take() {
             let _ = ending.reply.send(ending.carried);
@@ -787,194 +575,23 @@ impl Loop {
     }
 }
 
-impl Connection {
-    fn interest(&self) -> EpollFlags {
-        match self.state {
-            State::Reading => EpollFlags::EPOLLIN,
-            State::Writing | State::Finishing => EpollFlags::EPOLLOUT,
-        }
-    }
-
-    /// Reads once, and echoes every line that is complete.
-    fn read(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
-        let most = limit.clamp(1, READ);
-        let count = match self.receive(most, buffers) {
-            Input::Bytes(count) => count,
-            Input::Nothing => return Outcome::Goes,
-            Input::Broken => return Outcome::Over(None),
-            Input::Stranger(uid) => return Outcome::Stranger(uid),
-            Input::End => {
-                self.state = State::Finishing;
-                return self.flush(limit, buffers, audit);
-            }
-        };
-        self.bytes += count as u64;
-        if !self.held.is_empty() {
-            let new = &buffers.input[..count];
-            let ends = memchr::memchr(b'\n', new).is_some();
-            self.held.extend_from_slice(new);
-            // Nothing to echo yet, and the whole of it need not be looked at again.
-            return if ends || self.held.len() > limit { self.flush(limit, buffers, audit) } else { Outcome::Goes };
-        }
-        let Buffers { input, output, .. } = buffers;
-        let input = &input[..count];
-        let (at, outcome) = self.emit(input, Cursor::default(), limit, output, audit);
-        if at.start < count && matches!(outcome, Outcome::Goes) {
-            self.sent = at.sent;
-            let mut held = buffers.spare.pop().unwrap_or_default();
-            held.extend_from_slice(&buffers.input[at.start..count]);
-            self.held = held;
-        }
-        outcome
-    }
-
-    /// Echoes what is held, as far as the peer takes it.
-    fn flush(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
-        let held = std::mem::take(&mut self.held);
-        let from = Cursor { start: 0, sent: self.sent };
-        let (at, outcome) = self.emit(&held, from, limit, &mut buffers.output, audit);
-        self.held = held;
-        self.sent = at.sent;
-        self.held.drain(..at.start);
-        if self.held.is_empty() {
-            buffers.give_back(std::mem::take(&mut self.held));
-        }
-        match (outcome, self.state) {
-            (Outcome::Goes, State::Finishing) if self.held.is_empty() => Outcome::Over(None),
-            (outcome, _) => outcome,
-        }
-    }
-
-    /// Writes the echo of `input` from `from` on. Sets whether the connection waits to write or to read.
-    fn emit(
-        &mut self,
-        input: &[u8],
-        from: Cursor,
-        limit: usize,
-        output: &mut Vec<u8>,
-        audit: &Audit,
-    ) -> (Cursor, Outcome) {
-        let mut at = from;
-        let ended = self.state == State::Finishing;
-        loop {
-            output.clear();
-            let echoed = line::echo(input, at, limit, ended, ROOM, output);
-            let written = match self.send(output) {
-                Ok(written) => written,
-                Err(_) => return (at, Outcome::Over(None)),
-            };
-            let all = written == output.len();
-            let (next, lines) = if all { (echoed.next, echoed.lines) } else { line::advance(input, at, written) };
-            if audit.writes_lines() {
-                self.record_lines(&input[at.start..next.start], audit);
-            }
-            self.lines += lines;
-            at = next;
-            if !all {
-                if self.state == State::Reading {
-                    self.state = State::Writing;
-                }
-                return (at, Outcome::Goes);
-            }
-            match echoed.end {
-                End::Full => {}
-                End::TooLong => return (at, Outcome::TooLong),
-                End::Complete => {
-                    if self.state == State::Writing {
-                        self.state = State::Reading;
-                    }
-                    return (at, Outcome::Goes);
-                }
-            }
-        }
-    }
-
-    /// As much as the peer takes now.
-    fn send(&self, output: &[u8]) -> Result<usize, Errno> {
-        let mut written = 0;
-        while written < output.len() {
-            match send(self.socket.as_raw_fd(), &output[written..], MsgFlags::MSG_NOSIGNAL) {
-                Ok(count) => written += count,
-                Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(written)
-    }
-
-    fn receive(&self, most: usize, buffers: &mut Buffers) -> Input {
-        let socket = self.socket.as_raw_fd();
-        let input = &mut buffers.input[..most];
-        let received = if self.pass_credentials {
-            match peer::receive(&self.socket, input) {
-                Ok((1.., sender)) if sender != Some(self.peer.uid()) => return Input::Stranger(sender),
-                Ok((count, _)) => Ok(count),
-                Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
-            }
-        } else {
-            recv(socket, input, MsgFlags::empty())
-        };
-        match received {
-            Ok(0) => Input::End,
-            Ok(count) => Input::Bytes(count),
-            Err(Errno::EAGAIN | Errno::EINTR) => Input::Nothing,
-            Err(_) => Input::Broken,
-        }
-    }
-
-    fn record_lines(&self, echoed: &[u8], audit: &Audit) {
-        for line in echoed.split_inclusive(|byte| *byte == b'\n') {
-            audit.write(Record {
-                rule: Some(self.rule.name().as_str().into()),
-                connection: Some(self.number),
-                bytes: Some(line.len() as u64),
-                about: Some(About::former(&self.peer)),
-                ..Record::new(Event::Line)
-            });
-        }
-    }
-
-    fn at_rest(self) -> Carried {
-        let age = self.since.elapsed();
-        let Self { socket, peer, number, lines, bytes, held, sent, state, pass_credentials, .. } = self;
-        Carried {
-            socket,
-            peer,
-            connection: number,
-            lines,
-            bytes,
-            age,
-            held,
-            sent,
-            ended: state == State::Finishing,
-            pass_credentials,
-        }
-    }
-}
-
-impl Buffers {
-    /// Keeps an empty buffer for the next one who needs it, unless it has grown too big to keep.
-    fn give_back(&mut self, mut buffer: Vec<u8>) {
-        if buffer.capacity() > 0 && buffer.capacity() <= 2 * READ && self.spare.len() < SPARE_BUFFERS {
-            buffer.clear();
-            self.spare.push(buffer);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::fs;
     use std::io::{Read, Write};
+    use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
     use peergate::audit::Settings;
-    use peergate::gate::{self, Replies, Setup};
+    use peergate::gate::{self, Admission, Replies, Setup};
+    use peergate::ids::Uid;
     use peergate::limits::{Caps, Limits};
+    use peergate::peer::Peer;
+    use peergate::policy::Policy;
 
     use crate::counting::allocations_of;
+    use crate::mailbox::Doors;
 
     /// A worker with one connection, and the other end of that.
     fn serve_one(number: usize) -> (Worker, UnixStream, gate::Door<Terms>) {
@@ -994,13 +611,13 @@ mod tests {
         };
         let door = gate::Door::open(setup, |_| {}).unwrap();
         let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
-        let around = Surroundings { audit, usher: door.usher(), activity, busy_poll: None };
+        let around = Surroundings { audit: audit.clone(), usher: door.usher(), activity, busy_poll: None };
         let worker = Worker::start(number, ruling, around).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let socket = OwnedFd::from(ours);
         let rule = Arc::clone(policy.rules().next().unwrap());
-        worker.door().admit(Admission {
+        Doors::new(vec![worker.mailbox()], audit).admit(Admission {
             peer: Peer::credentials_of(&socket).unwrap(),
             socket,
             rule,

@@ -1,0 +1,364 @@
+//! One connection and its turns: read what is there, frame it ([`line`]), write it back. Knows no other connection,
+//! no epoll and no thread.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{MsgFlags, recv, send};
+
+use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::gate::Admission;
+use peergate::ids::Uid;
+use peergate::limits::Permit;
+use peergate::peer::{self, Peer};
+use peergate::policy::{Policy, Rule};
+
+use crate::config::Terms;
+use crate::line::{self, Cursor, End};
+
+/// The most that is read from one connection before another gets its turn.
+pub const READ: usize = 64 * 1024;
+/// The most echo that is put together for one write: that of a whole read, even one of bare LFs.
+const ROOM: usize = 4 * READ;
+/// Buffers kept for the next connection that needs one.
+const SPARE_BUFFERS: usize = 16;
+
+/// What all connections live by; replaced as a whole at a reload.
+#[derive(Clone)]
+pub struct Ruling {
+    pub policy: Arc<Policy<Terms>>,
+    pub line_length: usize,
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Ruling {
+    /// Whether there are connections that end when nothing moves on them.
+    pub fn is_timed(&self) -> bool {
+        self.idle_timeout.is_some()
+            || self.policy.rules().any(|rule| matches!(rule.terms().idle_timeout, Some(Some(_))))
+    }
+}
+
+/// A connection with its whole state: at rest, on its way between two processes.
+pub struct Carried {
+    pub socket: OwnedFd,
+    pub peer: Peer,
+    pub connection: u64,
+    pub lines: u64,
+    pub bytes: u64,
+    pub age: Duration,
+    /// Received, not yet wholly echoed.
+    pub held: Vec<u8>,
+    /// How much of the first line's echo is out.
+    pub sent: usize,
+    /// The peer will send no more.
+    pub ended: bool,
+    pub pass_credentials: bool,
+}
+
+impl Carried {
+    /// A connection of which nothing is known but who is on the other end. `None` where not even that is.
+    pub fn without_state(socket: OwnedFd) -> Option<Self> {
+        let peer = Peer::credentials_of(&socket).ok()?;
+        Some(Self {
+            socket,
+            peer,
+            connection: 0,
+            lines: 0,
+            bytes: 0,
+            age: Duration::ZERO,
+            held: Vec::new(),
+            sent: 0,
+            ended: false,
+            pass_credentials: false,
+        })
+    }
+}
+
+/// One connection. Small, because an idle one is nothing else.
+pub struct Connection {
+    /// First, so that it is given back before the peer can see the end of file.
+    pub permit: Permit,
+    pub socket: OwnedFd,
+    pub peer: Peer,
+    pub rule: Arc<Rule<Terms>>,
+    pub number: u64,
+    pub lines: u64,
+    pub bytes: u64,
+    pub since: Instant,
+    /// When something last came or went; kept only where a timeout asks for it.
+    pub active: Instant,
+    /// Received, not yet wholly echoed; empty most of the time.
+    pub held: Vec<u8>,
+    sent: usize,
+    pub state: State,
+    pass_credentials: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Waits for the peer to send.
+    Reading,
+    /// Waits for the peer to take its echo.
+    Writing,
+    /// As before, and nothing more will come: when it is taken, the connection is over.
+    Finishing,
+}
+
+/// How a turn ended.
+pub enum Outcome {
+    Goes,
+    Over(Option<Reason>),
+    TooLong,
+    /// The data came from this user.
+    Stranger(Option<Uid>),
+    /// The policy admits the peer no more; the rule that denies it, if one does.
+    Denied(Option<Arc<Rule<Terms>>>),
+}
+
+/// What one read gave.
+enum Input {
+    Bytes(usize),
+    Nothing,
+    End,
+    Broken,
+    Stranger(Option<Uid>),
+}
+
+/// What all connections of a thread use in turn.
+pub struct Buffers {
+    input: Box<[u8]>,
+    output: Vec<u8>,
+    spare: Vec<Vec<u8>>,
+}
+
+impl Connection {
+    /// Just admitted; its first turn is to read.
+    pub fn admitted(admission: Admission<Terms>) -> Self {
+        let now = Instant::now();
+        Self {
+            permit: admission.permit,
+            socket: admission.socket,
+            peer: admission.peer,
+            rule: admission.rule,
+            number: admission.connection,
+            lines: 0,
+            bytes: 0,
+            since: now,
+            active: now,
+            held: Vec::new(),
+            sent: 0,
+            state: State::Reading,
+            pass_credentials: admission.pass_credentials,
+        }
+    }
+
+    /// Taken over from an earlier process; its first turn is to [`flush`](Self::flush).
+    pub fn resumed(carried: Carried, rule: Arc<Rule<Terms>>, permit: Permit) -> Self {
+        let now = Instant::now();
+        Self {
+            permit,
+            socket: carried.socket,
+            peer: carried.peer,
+            rule,
+            number: carried.connection,
+            lines: carried.lines,
+            bytes: carried.bytes,
+            since: now.checked_sub(carried.age).unwrap_or(now),
+            active: now,
+            held: carried.held,
+            sent: carried.sent,
+            state: if carried.ended { State::Finishing } else { State::Reading },
+            pass_credentials: carried.pass_credentials,
+        }
+    }
+
+    /// The longest line allowed, where everybody's is `general`.
+    pub fn line_length(&self, general: usize) -> usize {
+        self.rule.terms().line_length.unwrap_or(general)
+    }
+
+    /// What its turn waits for.
+    pub fn interest(&self) -> EpollFlags {
+        match self.state {
+            State::Reading => EpollFlags::EPOLLIN,
+            State::Writing | State::Finishing => EpollFlags::EPOLLOUT,
+        }
+    }
+
+    /// Reads once, and echoes every line that is complete.
+    pub fn read(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
+        let most = limit.clamp(1, buffers.input.len());
+        let count = match self.receive(most, buffers) {
+            Input::Bytes(count) => count,
+            Input::Nothing => return Outcome::Goes,
+            Input::Broken => return Outcome::Over(None),
+            Input::Stranger(uid) => return Outcome::Stranger(uid),
+            Input::End => {
+                self.state = State::Finishing;
+                return self.flush(limit, buffers, audit);
+            }
+        };
+        self.bytes += count as u64;
+        if !self.held.is_empty() {
+            let new = &buffers.input[..count];
+            let ends = memchr::memchr(b'\n', new).is_some();
+            self.held.extend_from_slice(new);
+            // Nothing to echo yet, and the whole of it need not be looked at again.
+            return if ends || self.held.len() > limit { self.flush(limit, buffers, audit) } else { Outcome::Goes };
+        }
+        let Buffers { input, output, .. } = buffers;
+        let input = &input[..count];
+        let (at, outcome) = self.emit(input, Cursor::default(), limit, output, audit);
+        if at.start < count && matches!(outcome, Outcome::Goes) {
+            self.sent = at.sent;
+            let mut held = buffers.spare.pop().unwrap_or_default();
+            held.extend_from_slice(&buffers.input[at.start..count]);
+            self.held = held;
+        }
+        outcome
+    }
+
+    /// Echoes what is held, as far as the peer takes it.
+    pub fn flush(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
+        let held = std::mem::take(&mut self.held);
+        let from = Cursor { start: 0, sent: self.sent };
+        let (at, outcome) = self.emit(&held, from, limit, &mut buffers.output, audit);
+        self.held = held;
+        self.sent = at.sent;
+        self.held.drain(..at.start);
+        if self.held.is_empty() {
+            buffers.give_back(std::mem::take(&mut self.held));
+        }
+        match (outcome, self.state) {
+            (Outcome::Goes, State::Finishing) if self.held.is_empty() => Outcome::Over(None),
+            (outcome, _) => outcome,
+        }
+    }
+
+    /// Writes the echo of `input` from `from` on. Sets whether the connection waits to write or to read.
+    fn emit(
+        &mut self,
+        input: &[u8],
+        from: Cursor,
+        limit: usize,
+        output: &mut Vec<u8>,
+        audit: &Audit,
+    ) -> (Cursor, Outcome) {
+        let mut at = from;
+        let ended = self.state == State::Finishing;
+        loop {
+            output.clear();
+            let echoed = line::echo(input, at, limit, ended, ROOM, output);
+            let written = match self.send(output) {
+                Ok(written) => written,
+                Err(_) => return (at, Outcome::Over(None)),
+            };
+            let all = written == output.len();
+            let (next, lines) = if all { (echoed.next, echoed.lines) } else { line::advance(input, at, written) };
+            if audit.writes_lines() {
+                self.record_lines(&input[at.start..next.start], audit);
+            }
+            self.lines += lines;
+            at = next;
+            if !all {
+                if self.state == State::Reading {
+                    self.state = State::Writing;
+                }
+                return (at, Outcome::Goes);
+            }
+            match echoed.end {
+                End::Full => {}
+                End::TooLong => return (at, Outcome::TooLong),
+                End::Complete => {
+                    if self.state == State::Writing {
+                        self.state = State::Reading;
+                    }
+                    return (at, Outcome::Goes);
+                }
+            }
+        }
+    }
+
+    /// As much as the peer takes now.
+    fn send(&self, output: &[u8]) -> Result<usize, Errno> {
+        let mut written = 0;
+        while written < output.len() {
+            match send(self.socket.as_raw_fd(), &output[written..], MsgFlags::MSG_NOSIGNAL) {
+                Ok(count) => written += count,
+                Err(Errno::EAGAIN) => break,
+                Err(Errno::EINTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(written)
+    }
+
+    fn receive(&self, most: usize, buffers: &mut Buffers) -> Input {
+        let socket = self.socket.as_raw_fd();
+        let input = &mut buffers.input[..most];
+        let received = if self.pass_credentials {
+            match peer::receive(&self.socket, input) {
+                Ok((1.., sender)) if sender != Some(self.peer.uid()) => return Input::Stranger(sender),
+                Ok((count, _)) => Ok(count),
+                Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
+            }
+        } else {
+            recv(socket, input, MsgFlags::empty())
+        };
+        match received {
+            Ok(0) => Input::End,
+            Ok(count) => Input::Bytes(count),
+            Err(Errno::EAGAIN | Errno::EINTR) => Input::Nothing,
+            Err(_) => Input::Broken,
+        }
+    }
+
+    fn record_lines(&self, echoed: &[u8], audit: &Audit) {
+        for line in echoed.split_inclusive(|byte| *byte == b'\n') {
+            audit.write(Record {
+                rule: Some(self.rule.name().as_str().into()),
+                connection: Some(self.number),
+                bytes: Some(line.len() as u64),
+                about: Some(About::former(&self.peer)),
+                ..Record::new(Event::Line)
+            });
+        }
+    }
+
+    /// To be taken over by the next process.
+    pub fn at_rest(self) -> Carried {
+        let age = self.since.elapsed();
+        let Self { socket, peer, number, lines, bytes, held, sent, state, pass_credentials, .. } = self;
+        Carried {
+            socket,
+            peer,
+            connection: number,
+            lines,
+            bytes,
+            age,
+            held,
+            sent,
+            ended: state == State::Finishing,
+            pass_credentials,
+        }
+    }
+}
+
+impl Buffers {
+    /// For reads of up to `read` bytes.
+    pub fn new(read: usize) -> Self {
+        Self { input: vec![0; read].into(), output: Vec::new(), spare: Vec::new() }
+    }
+
+    /// Keeps an empty buffer for the next one who needs it, unless it has grown too big to keep.
+    pub fn give_back(&mut self, mut buffer: Vec<u8>) {
+        if buffer.capacity() > 0 && buffer.capacity() <= 2 * READ && self.spare.len() < SPARE_BUFFERS {
+            buffer.clear();
+            self.spare.push(buffer);
+        }
+    }
+}
