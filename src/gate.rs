@@ -356,12 +356,13 @@ impl<T> Shared<T> {
     }
 }
 
-/// Asks the kernel for what `policy` depends on and nothing else.
+/// Asks the kernel for what `policy` depends on in this peer's case, and nothing else.
 pub fn learn<T>(peer: &mut Peer, socket: &impl AsFd, policy: &Policy<T>) {
-    if policy.depends_on_groups() {
+    let needs = policy.needs_of(peer.uid());
+    if needs.groups {
         peer.learn_groups(socket);
     }
-    if policy.depends_on_units() {
+    if needs.units {
         peer.hold_process(socket);
     }
 }

@@ -117,9 +117,19 @@ pub struct Policy<T> {
     rules: Vec<Arc<Rule<T>>>,
     matchers: Vec<Matcher>,
     index: Option<Index>,
-    depends_on_groups: bool,
-    depends_on_units: bool,
+    /// The number of the first rule with a `groups` key, and of the first with a `units` key.
+    first_with_groups: u32,
+    first_with_units: u32,
     me: Uid,
+}
+
+/// What a decision depends on besides the uid: see [`Policy::needs_of`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    /// The groups.
+    pub groups: bool,
+    /// The unit.
+    pub units: bool,
 }
 
 /// What the policy says of a subject. [`Verdict::Denied`] names the rule that denies, or nobody's where no rule
@@ -178,9 +188,12 @@ impl<T> Policy<T> {
             matchers.push(matcher(rule, me).map_err(|problem| PolicyError::new(rule.name(), problem))?);
         }
         let index = Index::new(&matchers);
-        let depends_on_groups = matchers.iter().any(|matcher| matcher.groups.is_some());
-        let depends_on_units = matchers.iter().any(|matcher| matcher.units.is_some());
-        Ok(Self { rules, matchers, index, depends_on_groups, depends_on_units, me })
+        let first = |has: fn(&Matcher) -> bool| {
+            (0..NONE).zip(&matchers).find(|(_, matcher)| has(matcher)).map_or(NONE, |(number, _)| number)
+        };
+        let first_with_groups = first(|matcher| matcher.groups.is_some());
+        let first_with_units = first(|matcher| matcher.units.is_some());
+        Ok(Self { rules, matchers, index, first_with_groups, first_with_units, me })
     }
 
     /// The policy where there is no file: a single rule `allow.owner`, which admits `me`.
@@ -192,7 +205,8 @@ impl<T> Policy<T> {
         let users = Some(IdSet::new([User::Me.range(me)].into_iter().flatten()));
         let matchers = vec![Matcher { deny: false, users, groups: None, units: None }];
         let index = Index::new(&matchers);
-        Self { rules: vec![Arc::new(rule)], matchers, index, depends_on_groups: false, depends_on_units: false, me }
+        let (first_with_groups, first_with_units) = (NONE, NONE);
+        Self { rules: vec![Arc::new(rule)], matchers, index, first_with_groups, first_with_units, me }
     }
 
     /// The verdict on a subject.
@@ -221,14 +235,19 @@ impl<T> Policy<T> {
         self.rules.is_empty()
     }
 
-    /// Whether any rule has a `groups` key.
-    pub fn depends_on_groups(&self) -> bool {
-        self.depends_on_groups
+    /// What a decision about this user depends on: what no rule asks for that could still decide need not be asked of
+    /// the kernel. A subject whose other facts are left out gets the same verdict.
+    pub fn needs_of(&self, uid: Uid) -> Needs {
+        let sure = match &self.index {
+            Some(index) if uid.is_known() => index.of_uid(uid.raw()).sure,
+            _ => NONE,
+        };
+        Needs { groups: self.first_with_groups < sure, units: self.first_with_units < sure }
     }
 
     /// Whether any rule has a `units` key.
     pub fn depends_on_units(&self) -> bool {
-        self.depends_on_units
+        self.first_with_units != NONE
     }
 
     /// Whom [`User::Me`] stands for.
@@ -246,7 +265,12 @@ impl<T> Policy<T> {
     fn deciding(&self, who: &dyn Subject) -> Option<usize> {
         let asked = Asked::new(who);
         match &self.index {
-            Some(index) if who.uid().is_known() && (!self.depends_on_groups || groups_are_known(who)) => {
+            Some(index)
+                if who.uid().is_known()
+                    && (self.first_with_groups == NONE
+                        || groups_are_known(who)
+                        || !self.needs_of(who.uid()).groups) =>
+            {
                 self.look_up(index, &asked)
             }
             _ => self.matchers.iter().position(|matcher| matcher.matches(&asked, self.me)),

@@ -271,7 +271,7 @@ impl Names for Nobody {
 #[test]
 fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and_subjects() {
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
-    let (mut by_default, mut admitted, mut unknown) = (0, 0, 0);
+    let (mut by_default, mut admitted, mut unknown, mut left_out) = (0, 0, 0, 0);
     for round in 0..3000 {
         let most = if round % 50 == 0 { 80 } else { 8 };
         let entries: Vec<_> = (0..random.below(most)).map(|number| random.entry(number)).collect();
@@ -292,14 +292,29 @@ fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and
             let matched = explanation.consulted().iter().filter(|consulted| consulted.matched).count();
             assert_eq!(matched, usize::from(expected != "default"), "only the deciding rule matches");
 
+            // Who is asked only for what the decision depends on is judged alike.
+            let needs = policy.needs_of(Uid::new(somebody.uid));
+            let mut asked_for_less = Somebody::new(somebody.uid, &[], None);
+            if needs.groups {
+                (asked_for_less.gids, asked_for_less.complete) = (somebody.gids, somebody.complete);
+            } else {
+                asked_for_less.complete = false;
+            }
+            asked_for_less.units = somebody.units.filter(|_| needs.units);
+            assert_eq!(decide(&policy, &asked_for_less), expected, "with {needs:?} alone\n{text}");
+
+            left_out += u32::from(policy.depends_on_units() && !needs.units);
             by_default += u32::from(expected == "default");
             admitted += u32::from(explanation.is_admitted());
             unknown += u32::from(!somebody.complete || !Uid::new(somebody.uid).is_known());
         }
     }
     // The cases are of all sorts, or the agreement would mean little.
-    for count in [by_default, admitted, unknown] {
-        assert!(count > 5_000, "{by_default} by default, {admitted} admitted, {unknown} with something unknown");
+    for count in [by_default, admitted, unknown, left_out] {
+        assert!(
+            count > 5_000,
+            "{by_default} by default, {admitted} admitted, {unknown} with something unknown, {left_out} not asked for all"
+        );
     }
 }
 

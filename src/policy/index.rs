@@ -84,6 +84,7 @@ struct Entry<'s> {
 struct Table {
     /// The first id of each segment, ascending from 0. A segment ends where the next begins.
     starts: Vec<u32>,
+    directory: Directory,
     segments: Vec<Segment>,
     /// The lists of all segments, one behind the other.
     lists: Vec<u32>,
@@ -94,6 +95,39 @@ struct Segment {
     sure: u32,
     by_ids: (u32, u32),
     by_unit: (u32, u32),
+}
+
+/// Where in `starts` to look for an id, so that the search does not grow with their number: ids below the last start
+/// are cut into equal pages, about as many as there are starts. Where the starts crowd together in few pages, what is
+/// left is a binary search in one of them.
+#[derive(Debug, Default)]
+struct Directory {
+    /// An id shifted by this is its page.
+    shift: u32,
+    /// For each page, how many starts lie before it; one more entry for the end of the last.
+    pages: Vec<u32>,
+}
+
+impl Directory {
+    fn new(starts: &[u32]) -> Self {
+        let last = starts.last().copied().unwrap_or(0);
+        let mut shift = 0;
+        while last >> shift > 2 * u32::try_from(starts.len()).unwrap_or(NONE / 2) {
+            shift += 1;
+        }
+        let before = |page: u32| starts.partition_point(|&start| start >> shift < page);
+        let mut pages: Vec<u32> = Vec::with_capacity((last >> shift) as usize + 2);
+        pages.extend((0..=(last >> shift) + 1).map(|page| u32::try_from(before(page)).unwrap_or(NONE)));
+        Self { shift, pages }
+    }
+
+    /// The last of `starts` that is not above `id`.
+    fn find(&self, starts: &[u32], id: u32) -> usize {
+        let page = (id >> self.shift) as usize;
+        let Some(&[from, to]) = self.pages.get(page..page + 2) else { return starts.len() - 1 };
+        let (from, to) = (from as usize, to as usize);
+        from + starts[from..to].partition_point(|&start| start <= id) - 1
+    }
 }
 
 impl Table {
@@ -109,7 +143,8 @@ impl Table {
         edges.sort_unstable();
 
         let empty = Segment { sure: NONE, by_ids: (0, 0), by_unit: (0, 0) };
-        let mut table = Self { starts: vec![0], segments: vec![empty], lists: Vec::new() };
+        let mut table =
+            Self { starts: vec![0], directory: Directory::default(), segments: vec![empty], lists: Vec::new() };
         let mut active: BTreeSet<usize> = BTreeSet::new();
         for group in edges.chunk_by(|a, b| a.0 == b.0) {
             for &(_, begins, place) in group {
@@ -124,6 +159,7 @@ impl Table {
             *left = left.checked_sub(listed.len() + 8)?;
             table.begin(group[0].0, &listed);
         }
+        table.directory = Directory::new(&table.starts);
         Some(table)
     }
 
@@ -150,7 +186,7 @@ impl Table {
     }
 
     fn at(&self, id: u32) -> Candidates<'_> {
-        let segment = self.segments[self.starts.partition_point(|&start| start <= id) - 1];
+        let segment = self.segments[self.directory.find(&self.starts, id)];
         let list = |(start, end): (u32, u32)| &self.lists[start as usize..end as usize];
         Candidates { sure: segment.sure, by_ids: list(segment.by_ids), by_unit: list(segment.by_unit) }
     }
@@ -186,6 +222,21 @@ mod tests {
         assert_eq!(at(55), (1, vec![0]));
         assert_eq!(at(61), (2, vec![0]));
         assert_eq!(at(101), (NONE, vec![]));
+    }
+
+    #[test]
+    fn every_id_finds_its_segment_however_the_starts_lie() {
+        let crowded: Vec<u32> = (0..500).chain((0..40).map(|n| 1 << 20 | n << 3)).chain([u32::MAX - 1]).collect();
+        let even: Vec<u32> = (0..300).map(|n| n * 100).collect();
+        for starts in [vec![0], vec![0, 1], vec![0, u32::MAX], even, crowded] {
+            let directory = Directory::new(&starts);
+            assert!(directory.pages.len() <= 2 * starts.len() + 3, "{} pages", directory.pages.len());
+            let around = starts.iter().flat_map(|&start| [start.saturating_sub(1), start, start.saturating_add(1)]);
+            for id in around.chain((0..32).map(|bit| 1 << bit)).chain([u32::MAX]) {
+                let expected = starts.partition_point(|&start| start <= id) - 1;
+                assert_eq!(directory.find(&starts, id), expected, "id {id}");
+            }
+        }
     }
 
     #[test]
