@@ -7,6 +7,8 @@
 # The Debian releases that e2e and package-test boot: make e2e RELEASES="trixie sid"
 RELEASES ?= trixie bookworm
 
+become_root := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=XDG_CACHE_HOME,HOME,TMPDIR)
+
 # Serve here and now, without systemd, by the built-in policy, which admits you alone. Prints where, and what to type.
 run:
 	@tools/run
@@ -48,9 +50,11 @@ e2e:
 deb:
 	packaging/build-deb
 
-# The finished package: what lintian says of it, and its installation, upgrade and removal on each booted release.
+# The finished package: what lintian says of it, whether Debian 13's own compiler takes its source, and its installation,
+# upgrade and removal on each booted release.
 package-test: deb
 	packaging/lint-deb out/*.dsc out/*.changes
+	$(become_root) packaging/build-clean --features out/*.dsc
 	packaging/test-deb out/echod_$$(dpkg-parsechangelog --show-field Version)_$$(dpkg --print-architecture).deb \
 		$(RELEASES)
 
