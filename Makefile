@@ -50,11 +50,13 @@ e2e:
 deb:
 	packaging/build-deb
 
-# The finished package: what lintian says of it, and its installation, upgrade and removal on each booted release.
+# The finished package: what lintian says of it, whether Debian 13's own compiler takes its source, and its installation,
+# upgrade and removal on each booted release.
 package-test: deb
 	packaging/lint-deb out/*.dsc out/*.changes
-	$(become_root) packaging/test-deb \
-		out/echod_$$(dpkg-parsechangelog --show-field Version)_$$(dpkg --print-architecture).deb $(RELEASES)
+	$(become_root) packaging/build-clean --features out/*.dsc
+	packaging/test-deb out/echod_$$(dpkg-parsechangelog --show-field Version)_$$(dpkg --print-architecture).deb \
+		$(RELEASES)
 
 # The table in benches/README.md, measured anew. Takes its time, and wants a machine that does nothing else.
 bench:

@@ -550,6 +550,26 @@ fn connections_carried_count_against_the_limits_of_the_next_process() {
 }
 
 #[test]
+fn the_manager_has_time_for_each_batch_however_many_there_are() {
+    let config = format!("[limits]\nconnections-per-user = 600\n{OWNER}");
+    let echod = serve(&config);
+    let clients: Vec<Client> = (0..600).map(|_| echod.connect()).collect();
+    clients.iter().for_each(|client| client.echo("in"));
+    let before = echod.manager.told.lock().messages.len();
+    let echod = restart(echod);
+    let said = echod.manager.told.lock().messages[before..].to_vec();
+    let batches: Vec<usize> = (0..said.len())
+        .filter(|&at| said[at].iter().any(|field| field == "FDNAME=echod-c"))
+        .filter(|&at| said[at].iter().any(|field| field == "FDSTORE=1"))
+        .collect();
+    assert_eq!(batches.len(), 3, "{said:?}");
+    for at in batches {
+        assert!(said[at - 1][0].starts_with("EXTEND_TIMEOUT_USEC="), "before a batch: {:?}", said[at - 1]);
+        assert_eq!(said[at + 1], ["BARRIER=1"], "after a batch");
+    }
+}
+
+#[test]
 fn a_manager_that_never_answers_costs_no_client_a_byte() {
     let echod = serve(OWNER);
     echod.manager.told.change(|told| told.unsettled = Some(Vec::new()));

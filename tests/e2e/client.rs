@@ -2,203 +2,452 @@
 //! every byte that comes back. What it prints at the end is the proof that a restart lost nothing.
 //!
 //! ```text
-//! stream SOCKET CONNECTIONS < PIPE
+//! stream SOCKET CONNECTIONS [pace=MILLISECONDS] [deaf=N] [torrents=N] < PIPE
 //! ```
 //!
 //! Every connection sends numbered lines in pieces that rarely end where a line ends, so that at any moment about all
-//! of them are in the middle of one, and waits for the echo of the complete ones before it goes on. It says `ready`
-//! once each has had its first echo. At the end of its standard input it completes the lines, half-closes, and expects
-//! the rest and a clean end of file. The last line printed is for a script to compare:
+//! of them are in the middle of one, and waits for the echo of the complete ones before it goes on, `pace` (20) later.
+//! Two other kinds are among them where asked for: `deaf` ones send and read nothing until the end, so that they soon
+//! can't send either; `torrents` send without a pause and read meanwhile. It says `ready` once each has had its first
+//! echo, or could send no more. At the end of its standard input it completes the lines, half-closes, and expects the
+//! rest and a clean end of file. The last line printed is for a script to compare:
 //!
 //! ```text
-//! connections=64 cut=0 lost=0 doubled=0 wrong=0 lines=53211 longest-pause-ms=143
+//! connections=64 cut=0 lost=0 doubled=0 wrong=0 lines=53211 bytes=6012843 longest-pause-ms=143
 //! ```
+//!
+//! `cut` counts connections; `lost`, `doubled` and `wrong` count bytes. The pause is the time from a send to its echo;
+//! with a torrent, that between two reads.
+//!
+//! The package's tests (debian/tests) compile this file by itself, with Debian 12's rustc at the oldest: nothing but
+//! std, and nothing newer than Rust 1.63.
 
-use std::io::{self, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
 use std::time::{Duration, Instant};
 
-/// Between two pieces of one connection: many connections are to share two processors with what they test.
-const PACE: Duration = Duration::from_millis(20);
+/// Many connections share a thread: where there is a thread for each of thousands, it is the client that is measured.
+const MOST_THREADS: usize = 64;
+/// The longest piece. Lines have some 20 to 120 bytes.
+const PIECE: u64 = 300;
+/// What a torrent sends at once.
+const GULP: usize = 4096;
+/// Who waits longer than that for an echo has lost it: counted as cut, instead of waiting for ever.
+const PATIENCE: Duration = Duration::from_secs(120);
 
-#[derive(Default)]
-struct Tally {
-    /// Connections that ended before their time.
-    cut: u64,
-    /// Lines sent in full that never came back.
-    lost: u64,
-    /// Lines that came back once more.
-    doubled: u64,
-    /// Lines that came back as something else.
-    wrong: u64,
-    lines: u64,
-    pause: Duration,
+/// What all connections share.
+struct Run {
+    pace: Duration,
+    over: AtomicBool,
+}
+
+impl Run {
+    fn is_over(&self) -> bool {
+        self.over.load(Ordering::Relaxed)
+    }
+}
+
+/// Says once that a connection has had what it needs to be under way.
+struct Started(Option<Sender<()>>);
+
+impl Started {
+    fn say(&mut self) {
+        if let Some(to) = self.0.take() {
+            let _ = to.send(());
+        }
+    }
+}
+
+/// The arguments in words, or nothing where they can't be understood.
+struct Arguments {
+    path: String,
+    count: usize,
+    pace: Duration,
+    deaf: usize,
+    torrents: usize,
+}
+
+impl Arguments {
+    fn read(mut words: impl Iterator<Item = String>) -> Option<Self> {
+        let (path, count) = (words.next()?, words.next()?.parse().ok()?);
+        let mut read = Self { path, count, pace: Duration::from_millis(20), deaf: 0, torrents: 0 };
+        for word in words {
+            let (name, value) = word.split_once('=')?;
+            match name {
+                "pace" => read.pace = Duration::from_millis(value.parse().ok()?),
+                "deaf" => read.deaf = value.parse().ok()?,
+                "torrents" => read.torrents = value.parse().ok()?,
+                _ => return None,
+            }
+        }
+        (read.deaf + read.torrents <= read.count).then_some(read)
+    }
 }
 
 fn main() -> io::Result<()> {
-    let mut arguments = std::env::args().skip(1);
-    let (Some(path), Some(Ok(count))) = (arguments.next(), arguments.next().map(|n| n.parse::<u64>())) else {
-        eprintln!("usage: stream SOCKET CONNECTIONS");
-        std::process::exit(64);
+    let arguments = match Arguments::read(std::env::args().skip(1)) {
+        Some(arguments) => arguments,
+        None => {
+            eprintln!("usage: stream SOCKET CONNECTIONS [pace=MILLISECONDS] [deaf=N] [torrents=N]");
+            std::process::exit(64);
+        }
     };
-    let over = Arc::new(AtomicBool::new(false));
+    let run = Run { pace: arguments.pace, over: AtomicBool::new(false) };
     let (started, starts) = mpsc::channel();
-    let mut threads = Vec::new();
-    for number in 0..count {
-        let socket = UnixStream::connect(&path)?;
-        let (over, started) = (Arc::clone(&over), started.clone());
-        let talk = move || Connection::new(socket, number).talk(&over, &started);
-        threads.push(std::thread::Builder::new().stack_size(128 * 1024).spawn(talk)?);
+    let mut connections = Vec::new();
+    for number in 0..arguments.count {
+        let socket = UnixStream::connect(&arguments.path)?;
+        socket.set_read_timeout(Some(PATIENCE))?;
+        connections.push(Connection::new(socket, number as u64, Started(Some(started.clone()))));
     }
     drop(started);
-    // A connection that was cut before its first echo starts no more, and its end is counted below.
-    for () in starts.iter().take(threads.len()) {}
-    println!("ready");
-    io::copy(&mut io::stdin(), &mut io::sink())?;
-    over.store(true, Ordering::Relaxed);
-
-    let mut sum = Tally::default();
-    for thread in threads {
-        let one = thread.join().map_err(|_| io::Error::other("a connection's thread panicked"))?;
-        sum.cut += one.cut;
-        sum.lost += one.lost;
-        sum.doubled += one.doubled;
-        sum.wrong += one.wrong;
-        sum.lines += one.lines;
-        sum.pause = sum.pause.max(one.pause);
+    let torrents = connections.split_off(arguments.count - arguments.torrents);
+    let deaf = connections.split_off(connections.len() - arguments.deaf);
+    let mut shares: Vec<Vec<Connection>> = Vec::new();
+    shares.resize_with(MOST_THREADS.min(connections.len()), Vec::new);
+    for (turn, connection) in connections.into_iter().enumerate() {
+        shares[turn % MOST_THREADS].push(connection);
     }
-    let Tally { cut, lost, doubled, wrong, lines, pause } = sum;
+
+    let sum = thread::scope(|scope| {
+        let mut threads = Vec::new();
+        let run = &run;
+        for share in shares {
+            threads.push(scope.spawn(move || converse(share, run)));
+        }
+        for torrent in torrents {
+            threads.push(scope.spawn(move || pour(torrent, run)));
+        }
+        threads.push(scope.spawn(move || ignore(deaf, run)));
+        // A connection that was cut before it was under way says so too, and is counted at the end.
+        starts.iter().take(arguments.count).for_each(drop);
+        println!("ready");
+        let input = io::copy(&mut io::stdin(), &mut io::sink());
+        run.over.store(true, Ordering::Relaxed);
+        let mut sum = Tally::default();
+        for one in threads.into_iter().flat_map(|thread| thread.join().expect("a thread panicked")) {
+            sum.add(&one);
+        }
+        input.map(|_| sum)
+    })?;
+    let Tally { cut, lost, doubled, wrong, lines, bytes, pause } = sum;
     println!(
-        "connections={count} cut={cut} lost={lost} doubled={doubled} wrong={wrong} lines={lines} longest-pause-ms={}",
+        "connections={} cut={cut} lost={lost} doubled={doubled} wrong={wrong} lines={lines} bytes={bytes} \
+         longest-pause-ms={}",
+        arguments.count,
         pause.as_millis()
     );
     Ok(())
 }
 
+/// Those of one thread: all send, then all wait for their echo.
+fn converse(mut share: Vec<Connection>, run: &Run) -> Vec<Tally> {
+    loop {
+        let last = run.is_over();
+        for connection in &mut share {
+            connection.attempt(|connection| connection.send_piece(last));
+        }
+        for connection in &mut share {
+            connection.attempt(Connection::await_echo);
+        }
+        if last {
+            break;
+        }
+        thread::sleep(run.pace);
+    }
+    for connection in &mut share {
+        connection.attempt(|connection| {
+            connection.socket.shutdown(Shutdown::Write)?;
+            connection.listen_to_the_end(|_| ())
+        });
+    }
+    share.into_iter().map(Connection::sum).collect()
+}
+
+/// One that sends without a pause and reads meanwhile.
+fn pour(mut torrent: Connection, run: &Run) -> Vec<Tally> {
+    torrent.attempt(|torrent| {
+        torrent.listen_while(|text, socket| {
+            while !run.is_over() {
+                socket.write_all(&text.next(GULP))?;
+            }
+            socket.write_all(&text.rest_of_line())
+        })
+    });
+    vec![torrent.sum()]
+}
+
+/// Those that send what fits, and read only when all is over.
+fn ignore(mut deaf: Vec<Connection>, run: &Run) -> Vec<Tally> {
+    let mut unsent = vec![Vec::new(); deaf.len()];
+    while !run.is_over() {
+        for (connection, unsent) in deaf.iter_mut().zip(&mut unsent) {
+            connection.attempt(|connection| connection.send_what_fits(unsent));
+        }
+        thread::sleep(run.pace);
+    }
+    for (connection, unsent) in deaf.iter_mut().zip(&unsent) {
+        connection.attempt(|connection| {
+            connection.socket.set_nonblocking(false)?;
+            connection.listen_while(|text, socket| {
+                socket.write_all(unsent)?;
+                socket.write_all(&text.rest_of_line())
+            })
+        });
+    }
+    deaf.into_iter().map(Connection::sum).collect()
+}
+
+#[derive(Default)]
+struct Tally {
+    /// Connections that ended before their time.
+    cut: u64,
+    /// Bytes of the echo to lines sent in full that never came.
+    lost: u64,
+    /// Bytes of lines that came once more.
+    doubled: u64,
+    /// Bytes of what is the echo to nothing that was sent.
+    wrong: u64,
+    lines: u64,
+    bytes: u64,
+    pause: Duration,
+}
+
+impl Tally {
+    fn add(&mut self, other: &Self) {
+        self.cut += other.cut;
+        self.lost += other.lost;
+        self.doubled += other.doubled;
+        self.wrong += other.wrong;
+        self.lines += other.lines;
+        self.bytes += other.bytes;
+        self.pause = self.pause.max(other.pause);
+    }
+}
+
 struct Connection {
     socket: UnixStream,
-    number: u64,
-    /// The number of the line that is being written, and how much of it is.
-    writing: (u64, usize),
-    /// The number of the line whose echo comes next.
-    awaited: u64,
-    received: Vec<u8>,
-    random: u64,
-    tally: Tally,
+    text: Text,
+    check: Check,
+    /// When the echo that is awaited was asked for.
+    asked: Instant,
+    started: Started,
 }
 
 impl Connection {
-    fn new(socket: UnixStream, number: u64) -> Self {
+    fn new(socket: UnixStream, number: u64, started: Started) -> Self {
+        let check = Check { number, awaited: 0, received: Vec::new(), tally: Tally::default() };
+        Self { socket, text: Text::new(number), check, asked: Instant::now(), started }
+    }
+
+    /// Does it, unless the connection has been cut; that it was is counted, and is no reason to stop the others.
+    fn attempt(&mut self, what: impl FnOnce(&mut Self) -> io::Result<()>) {
+        if self.check.tally.cut == 0 && what(self).is_err() {
+            self.check.tally.cut = 1;
+            self.started.say();
+        }
+    }
+
+    fn send_piece(&mut self, last: bool) -> io::Result<()> {
+        let piece = if last { self.text.rest_of_line() } else { self.text.next_piece() };
+        self.asked = Instant::now();
+        self.socket.write_all(&piece)
+    }
+
+    /// Waits for the echo of each line sent in full.
+    fn await_echo(&mut self) -> io::Result<()> {
+        let mut buffer = [0; GULP];
+        while self.check.awaited < self.text.line {
+            let got = self.socket.read(&mut buffer)?;
+            self.check.pause(self.asked.elapsed());
+            if got == 0 {
+                return Err(ErrorKind::UnexpectedEof.into());
+            }
+            self.check.take(&buffer[..got]);
+            self.started.say();
+        }
+        Ok(())
+    }
+
+    /// Sends until the socket takes no more.
+    fn send_what_fits(&mut self, unsent: &mut Vec<u8>) -> io::Result<()> {
+        self.socket.set_nonblocking(true)?;
+        loop {
+            if unsent.is_empty() {
+                *unsent = self.text.next_piece();
+            }
+            match self.socket.write(unsent) {
+                Ok(sent) => drop(unsent.drain(..sent)),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        self.started.say();
+        Ok(())
+    }
+
+    /// Reads to the end of file, while another thread sends and then half-closes.
+    fn listen_while(
+        &mut self,
+        send: impl FnOnce(&mut Text, &mut UnixStream) -> io::Result<()> + Send,
+    ) -> io::Result<()> {
+        let mut sending = self.socket.try_clone()?;
+        let mut text = Text::new(self.text.number);
+        std::mem::swap(&mut text, &mut self.text);
+        let mut started = Started(self.started.0.take());
+        let (sent, listened, text) = thread::scope(|scope| {
+            let sender = scope.spawn(move || {
+                let sent = send(&mut text, &mut sending).and_then(|()| sending.shutdown(Shutdown::Write));
+                (sent, text)
+            });
+            let listened = self.listen_to_the_end(|_| started.say());
+            // Who was cut must not leave the sender writing for ever.
+            let _ = self.socket.shutdown(Shutdown::Both);
+            let (sent, text) = sender.join().expect("a sender panicked");
+            (sent, listened, text)
+        });
+        self.text = text;
+        started.say();
+        sent.and(listened)
+    }
+
+    fn listen_to_the_end(&mut self, mut heard: impl FnMut(&[u8])) -> io::Result<()> {
+        let mut buffer = [0; 16 * GULP];
+        let mut since = Instant::now();
+        loop {
+            let got = self.socket.read(&mut buffer)?;
+            self.check.pause(since.elapsed());
+            since = Instant::now();
+            if got == 0 {
+                return Ok(());
+            }
+            self.check.take(&buffer[..got]);
+            heard(&buffer[..got]);
+        }
+    }
+
+    fn sum(self) -> Tally {
+        self.check.sum(self.text.line)
+    }
+}
+
+/// The endless text of a connection, as far as it has been sent.
+struct Text {
+    number: u64,
+    /// The line that is being sent, and how much of it has been.
+    line: u64,
+    written: usize,
+    random: u64,
+}
+
+impl Text {
+    fn new(number: u64) -> Self {
         // Any odd number will do for xorshift; a different one for each connection, the same in every run.
         let random = (number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        Self { socket, number, writing: (0, 0), awaited: 0, received: Vec::new(), random, tally: Tally::default() }
+        Self { number, line: 0, written: 0, random }
     }
 
-    fn talk(mut self, over: &AtomicBool, started: &mpsc::Sender<()>) -> Tally {
-        if self.exchange(over, started).is_err() {
-            self.tally.cut = 1;
-        }
-        // Complete lines whose echo did not come.
-        self.tally.lost += self.writing.0.saturating_sub(self.awaited);
-        self.tally
+    fn next_piece(&mut self) -> Vec<u8> {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.next((self.random % PIECE) as usize + 1)
     }
 
-    fn exchange(&mut self, over: &AtomicBool, started: &mpsc::Sender<()>) -> io::Result<()> {
-        let mut has_started = false;
-        loop {
-            let last = over.load(Ordering::Relaxed);
-            let piece = self.piece(last);
-            self.socket.write_all(&piece)?;
-            while self.awaited < self.writing.0 {
-                self.receive()?;
-            }
-            if !has_started && self.tally.lines > 0 {
-                has_started = true;
-                let _ = started.send(());
-            }
-            if last {
-                break;
-            }
-            std::thread::sleep(PACE);
-        }
-        self.socket.shutdown(Shutdown::Write)?;
-        let mut rest = std::mem::take(&mut self.received);
-        self.socket.read_to_end(&mut rest)?;
-        // Everything awaited has come: what is left was said twice.
-        self.tally.doubled += u64::from(!rest.is_empty());
-        Ok(())
-    }
-
-    /// The next bytes of the endless text: up to 300 of them, or to the end of the present line.
-    fn piece(&mut self, to_the_end: bool) -> Vec<u8> {
-        let mut piece = Vec::new();
-        let wanted = if to_the_end { usize::MAX } else { self.random_below(300) + 1 };
-        loop {
-            let (line, written) = self.writing;
-            let text = text(self.number, line);
-            let part = (text.len() - written).min(wanted - piece.len());
-            piece.extend_from_slice(&text.as_bytes()[written..written + part]);
-            self.writing = if written + part == text.len() { (line + 1, 0) } else { (line, written + part) };
-            if piece.len() == wanted || to_the_end {
-                return piece;
+    fn next(&mut self, wanted: usize) -> Vec<u8> {
+        let mut piece = Vec::with_capacity(wanted);
+        while piece.len() < wanted {
+            let line = line(self.number, self.line);
+            let rest = &line.as_bytes()[self.written..];
+            let part = rest.len().min(wanted - piece.len());
+            piece.extend_from_slice(&rest[..part]);
+            self.written += part;
+            if part == rest.len() {
+                self.line += 1;
+                self.written = 0;
             }
         }
+        piece
     }
 
-    fn receive(&mut self) -> io::Result<()> {
-        let asked = Instant::now();
-        let mut buffer = [0; 4096];
-        let got = self.socket.read(&mut buffer)?;
-        self.tally.pause = self.tally.pause.max(asked.elapsed());
-        if got == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.received.extend_from_slice(&buffer[..got]);
-        while let Some(end) = self.received.iter().position(|byte| *byte == b'\n') {
-            let line: Vec<u8> = self.received.drain(..=end).collect();
-            self.judge(&line);
-        }
-        Ok(())
+    fn rest_of_line(&mut self) -> Vec<u8> {
+        let left = line(self.number, self.line).len() - self.written;
+        self.next(left)
+    }
+}
+
+/// Holds what comes back against what was sent.
+struct Check {
+    number: u64,
+    /// The number of the line whose echo comes next.
+    awaited: u64,
+    /// The beginning of a line.
+    received: Vec<u8>,
+    tally: Tally,
+}
+
+impl Check {
+    fn pause(&mut self, pause: Duration) {
+        self.tally.pause = self.tally.pause.max(pause);
     }
 
-    fn judge(&mut self, line: &[u8]) {
+    fn take(&mut self, bytes: &[u8]) {
+        self.tally.bytes += bytes.len() as u64;
+        for part in bytes.split_inclusive(|byte| *byte == b'\n') {
+            self.received.extend_from_slice(part);
+            if part.ends_with(b"\n") {
+                let line = std::mem::take(&mut self.received);
+                self.judge(&line);
+            }
+        }
+    }
+
+    fn judge(&mut self, found: &[u8]) {
         self.tally.lines += 1;
-        if line == format!("> {}", text(self.number, self.awaited)).as_bytes() {
+        if found == self.echo(self.awaited) {
             self.awaited += 1;
             return;
         }
         // Which one is it, if it is one of ours at all?
-        let which = std::str::from_utf8(line).ok().and_then(|line| line.split(' ').nth(2)?.parse::<u64>().ok());
+        let which = std::str::from_utf8(found).ok().and_then(|found| found.split(' ').nth(2)?.parse::<u64>().ok());
         match which {
-            Some(which) if line == format!("> {}", text(self.number, which)).as_bytes() => {
+            Some(which) if found == self.echo(which) => {
                 if which < self.awaited {
-                    self.tally.doubled += 1;
+                    self.tally.doubled += found.len() as u64;
                 } else {
-                    self.tally.lost += which - self.awaited;
+                    self.lose(which);
                     self.awaited = which + 1;
                 }
             }
             _ => {
-                self.tally.wrong += 1;
+                self.tally.wrong += found.len() as u64;
                 self.awaited += 1;
             }
         }
     }
 
-    fn random_below(&mut self, bound: u64) -> usize {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        (self.random % bound) as usize
+    fn echo(&self, line_number: u64) -> Vec<u8> {
+        format!("> {}", line(self.number, line_number)).into_bytes()
+    }
+
+    /// What was awaited before this line did not come.
+    fn lose(&mut self, before: u64) {
+        self.tally.lost += (self.awaited..before).map(|line| self.echo(line).len() as u64).sum::<u64>();
+    }
+
+    fn sum(mut self, sent: u64) -> Tally {
+        self.lose(sent);
+        self.tally.wrong += self.received.len() as u64;
+        self.tally
     }
 }
 
-/// Line `line` of connection `number`: both in words a script can find, then filling of a length of its own.
-fn text(number: u64, line: u64) -> String {
+/// A line of a connection: both in words a script can find, then filling of a length of its own.
+fn line(number: u64, line: u64) -> String {
     let filling = "=".repeat((line % 97) as usize);
     format!("connection-{number} {line} {filling}\n")
 }

@@ -49,8 +49,11 @@ const HEADER: usize = MAGIC.len() + 4 + 8 + 8;
 /// More state than any limit on connections makes plausible.
 const MOST_STATE: u64 = 1 << 32;
 
-/// How long the manager may take to store everything.
+/// How long the manager may take to store one batch. It holds each socket against all that it has already, and on a
+/// machine with other things to do thousands take it minutes: what counts is that it gets on with it.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Sockets to a batch: what one message can carry.
+const BATCH: usize = 250;
 
 const FLAG_ENDED: u8 = 1;
 const FLAG_PASS_CREDENTIALS: u8 = 2;
@@ -140,17 +143,23 @@ pub fn take_back(kept: Vec<(String, OwnedFd)>, store: &Store) -> Inheritance {
     inheritance
 }
 
-/// Leaves `connections` to the next process. Returns when the service manager holds them all.
+/// Leaves `connections` to the next process. Returns when the service manager holds them all. Before each part of it
+/// that may take as long as [`PATIENCE`], `takes_time` is called.
 ///
 /// # Errors
 /// What making the memfd, sending to or waiting for the manager says: then none is sure to be kept.
-pub fn leave(connections: &[Carried], next_connection: u64, store: &Store) -> io::Result<()> {
+pub fn leave(connections: &[Carried], next_connection: u64, store: &Store, takes_time: impl Fn()) -> io::Result<()> {
     let state = write_state(connections, next_connection)?;
+    takes_time();
     // The state first: without it the sockets are worth nothing, and it must find room.
     store.put(STATE, &[state.as_fd()])?;
     let sockets: Vec<_> = connections.iter().map(|connection| connection.socket.as_fd()).collect();
-    store.put(SOCKETS, &sockets)?;
-    store.settle(PATIENCE)
+    for batch in sockets.chunks(BATCH) {
+        takes_time();
+        store.put(SOCKETS, batch)?;
+        store.settle(PATIENCE)?;
+    }
+    Ok(())
 }
 
 /// Takes back what [`leave`] stored, where it failed half-way.

@@ -412,7 +412,9 @@ impl Service {
 
     /// Leaves connections to the next process. Those that could not be left are ended in order.
     fn leave(&mut self, carried: Vec<Carried>) -> Vec<Carried> {
-        let error = match handover::leave(&carried, self.door.next_connection(), &self.store) {
+        // Time for a batch, and for what follows if the manager does not take it.
+        let takes_time = || self.notifier.extend_timeout(DRAIN * 6);
+        let error = match handover::leave(&carried, self.door.next_connection(), &self.store, takes_time) {
             Ok(()) => return carried,
             Err(error) => error,
         };
