@@ -3,32 +3,15 @@
 
 mod common;
 
-use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BUSY, Client, DENIED, Echod, End, NOBODY, OWNER, Start, TOO_LONG, eventually, show};
-
-/// A field of /proc/PID/status in KiB, such as VmHWM, the most memory it ever held.
-fn memory(echod: &Echod, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", echod.pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
-/// Processor time spent so far, in ticks of 10 ms.
-fn cpu(echod: &Echod) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", echod.pid())).unwrap();
-    let after_name = stat.rsplit_once(") ").unwrap().1;
-    after_name.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
-}
-
-fn descriptors(echod: &Echod) -> usize {
-    fs::read_dir(format!("/proc/{}/fd", echod.pid())).unwrap().count()
-}
+use common::{
+    BUSY, Client, DENIED, Echod, End, NOBODY, OWNER, Start, TOO_LONG, cpu, descriptors, eventually, memory, show,
+};
 
 /// Everything that holds a descriptor for somebody has let go again.
 fn expect_descriptors(echod: &Echod, before: usize) {
@@ -84,10 +67,7 @@ fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind
     expect_descriptors(&echod, before);
     let stderr = echod.stop();
     let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
-    let summed: usize = stderr
-        .lines()
-        .filter_map(|line| line.split_once(" more times in ")?.0.rsplit_once(' ')?.1.parse::<usize>().ok())
-        .sum();
+    let summed = common::summed(&stderr);
     println!("tried 4000, records {records}, in summaries {summed}");
     assert_eq!(records + summed, 4000, "{stderr}");
 }
@@ -169,6 +149,51 @@ fn one_who_streams_as_fast_as_they_can_does_not_stop_the_others() {
             let (output, end) = reader.join().unwrap();
             assert_eq!((output.len(), end), (20_000 * 1003, End::Eof));
         });
+    });
+}
+
+#[test]
+fn a_turn_is_bounded_in_bytes_however_short_the_lines() {
+    // What one turn reads at the most, as three bytes of echo for each; and what the socket between holds.
+    const TURN: u64 = 3 * 64 * 1024;
+    const ROUNDS: usize = 200;
+    let echod = Start::serving(&format!("[service]\nworkers = 1\n{OWNER}")).ready();
+    let (greedy, modest) = (echod.connect(), echod.connect());
+    let (stop, echoed) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let lines = [b'\n'; 65_536];
+            while !stop.load(Ordering::Relaxed) {
+                greedy.send(lines);
+            }
+            greedy.half_close();
+        });
+        let reader = scope.spawn(|| {
+            let mut buffer = vec![0; 1 << 20];
+            while let count @ 1.. = (&greedy.0).read(&mut buffer).unwrap() {
+                echoed.fetch_add(count as u64, Ordering::Relaxed);
+            }
+        });
+        while echoed.load(Ordering::Relaxed) < 10 * TURN {
+            thread::yield_now();
+        }
+        let mut meanwhile: Vec<u64> = (0..ROUNDS)
+            .map(|_| {
+                let before = echoed.load(Ordering::Relaxed);
+                modest.echo("is it my turn?");
+                echoed.load(Ordering::Relaxed) - before
+            })
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap();
+        meanwhile.sort_unstable();
+        let (median, most) = (meanwhile[ROUNDS / 2], meanwhile[ROUNDS - 1]);
+        println!(
+            "between a line and its echo, one who pipelines bare newlines got {median} bytes (median), {most} at the most; \
+             a turn is {TURN}"
+        );
+        // Half of them: whether we get the processor as soon as our answer is there is nothing the program can see to.
+        assert!(median <= 4 * TURN, "{median} bytes, where a turn is {TURN}");
     });
 }
 
@@ -265,6 +290,43 @@ fn the_refused_get_their_message_also_a_thousand_at_once() {
     }
     first.echo("still in");
     echod.stop();
+}
+
+#[test]
+fn ten_thousand_may_idle_inside_and_as_many_more_are_refused() {
+    let idle = common::setting("ECHOD_TEST_IDLE", 10_000);
+    // Here as there: the connections, those who are refused at once, and some room for the other tests.
+    common::raise_descriptor_limit(idle as u64 + 4000);
+    let caps = format!("[limits]\nconnections = {idle}\nconnections-per-user = {}\n", 2 * idle);
+    let echod = Start::serving(&format!("{caps}{OWNER}")).ready();
+    let (empty, before) = (memory(&echod, "VmRSS"), descriptors(&echod));
+    let inside: Vec<Client> = (0..idle).map(|_| echod.connect()).collect();
+    inside.iter().for_each(|client| client.echo("in"));
+    let full = memory(&echod, "VmRSS");
+    let mut refused = 0;
+    while refused < idle {
+        let late: Vec<Client> = (0..1000.min(idle - refused)).map(|_| echod.connect()).collect();
+        late.iter().for_each(|client| client.expect_end(BUSY));
+        refused += late.len();
+    }
+    println!(
+        "{idle} idle inside: {empty} KiB before, {full} KiB with them, {} bytes each; {refused} refused; at the most {} KiB",
+        (full - empty) * 1024 / idle as u64,
+        memory(&echod, "VmHWM"),
+    );
+    assert!(
+        memory(&echod, "VmHWM") - empty < idle as u64 + 8192,
+        "more than a KiB for each, and some room for the rest"
+    );
+    inside.iter().for_each(|client| client.echo("still in"));
+    drop(inside);
+    expect_descriptors(&echod, before);
+    echod.connect().echo("there is room again");
+    let stderr = echod.stop();
+    let lines = stderr.lines().filter(|line| line.contains(": too many connections in all")).count();
+    // Of which one is the summary, or several.
+    let summaries = stderr.lines().filter(|line| line.contains(" more times in ")).count();
+    assert_eq!(lines - summaries + common::summed(&stderr), refused, "{stderr}");
 }
 
 /// A program that may open so few descriptors that a handful of clients use them up.

@@ -7,6 +7,9 @@
 
 mod common;
 
+use std::thread;
+use std::time::{Duration, Instant};
+
 use common::{ALICE, BOB, BUSY, DENIED, Echod, Entry, Journald, Other, Start, TOO_LONG, flood, needs_root, stands_for};
 use nix::sys::signal::Signal;
 
@@ -599,6 +602,113 @@ fn sigterm_in_the_middle_of_a_flood_leaves_the_equation_exact() {
         assert_eq!(denials(&journald.entries()), 1600);
         drop(place);
     }
+}
+
+#[test]
+fn not_one_of_many_thousand_denials_at_full_speed_escapes_the_record() {
+    needs_root();
+    // A million: ECHOD_TEST_DENIALS=1000000 cargo test --release --test record at_full_speed -- --nocapture
+    let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
+    let journald = Journald::new();
+    let echod = serve(&journald, "[audit]\ninterval = \"1s\"\n[allow.root]\nusers = [0]\n");
+    let client = echod.connect();
+    let ask = || {
+        let asked = Instant::now();
+        client.echo("how long does this take?");
+        asked.elapsed()
+    };
+    let mut quiet: Vec<Duration> = (0..2000).map(|_| ask()).collect();
+
+    let begun = Instant::now();
+    let floods = [ALICE, BOB, 64003, 64004].map(|uid| flood(uid, each, &echod.socket()));
+    let (mut flooded, ended) = thread::scope(|scope| {
+        let floods = scope.spawn(|| floods.map(|process| expect_flood(process, each)));
+        let mut flooded = Vec::new();
+        while !floods.is_finished() {
+            flooded.push(ask());
+        }
+        floods.join().unwrap();
+        (flooded, begun.elapsed())
+    });
+    let peak = common::memory(&echod, "VmHWM");
+    echod.stop();
+
+    let (entries, tried) = (journald.entries(), 4 * each as u64);
+    let count = |verdict: &str| entries.iter().filter(|entry| with_verdict(verdict)(entry)).count();
+    let told = denials(&entries);
+    println!(
+        "tried {tried}, denied {tried}, in {ended:.1?}; records {}, in {} summaries {}; difference {}",
+        count("denied"),
+        count("summary"),
+        told - count("denied") as u64,
+        i128::from(tried) - i128::from(told),
+    );
+    println!(
+        "peak memory {peak} KiB; an admitted client's p50 and p99: quiet {:?} and {:?}, in the flood {:?} and {:?} of {}",
+        percentile(&mut quiet, 50),
+        percentile(&mut quiet, 99),
+        percentile(&mut flooded, 50),
+        percentile(&mut flooded, 99),
+        flooded.len(),
+    );
+    assert_eq!(told, tried);
+    assert!(peak < 32 * 1024, "{peak} KiB");
+}
+
+fn percentile(times: &mut [Duration], percent: usize) -> Duration {
+    times.sort_unstable();
+    times[(times.len() - 1) * percent / 100]
+}
+
+#[test]
+fn the_equation_holds_with_all_of_it_at_once() {
+    needs_root();
+    // More: ECHOD_TEST_DENIALS=1000000 cargo test --release --test record at_once -- --nocapture
+    let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
+    let journald = Journald::new();
+    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 100\n{}", common::NOBODY);
+    let echod = serve(&journald, &config);
+    let socket = echod.socket();
+    let floods = [ALICE, BOB, 64003].map(|uid| flood(uid, each, &socket));
+    let next = thread::scope(|scope| {
+        // These are gone before they can be told, and denied all the same.
+        scope.spawn(|| (0..each).for_each(|_| drop(common::Client::connect(&socket))));
+        journald.wait_for("the flood", with_verdict("denied"));
+        journald.stop_reading();
+        expect_flood(flood(64004, 500, &socket), 500);
+        journald.go_on();
+        journald.wait_for("one of those meanwhile", |entry| get(entry, "PEER_UID") == "64004");
+        journald.vanish();
+        expect_flood(flood(64005, 500, &socket), 500);
+        journald.start();
+        echod.reload_with(&config.replace("50ms", "20ms"));
+        journald.wait_for("one of those without a journal", |entry| get(entry, "PEER_UID") == "64005");
+        // The journal stands still once more, and now the service is told to end.
+        journald.stop_reading();
+        expect_flood(flood(64006, 500, &socket), 500);
+        echod.signal(Signal::SIGTERM);
+        echod.manager.wait_for("STOPPING=1", 1);
+        journald.go_on();
+        let next = echod.start_again(|start, _| start.journal(&journald));
+        for process in floods {
+            expect_flood(process, each);
+        }
+        next
+    });
+    // Behind those who vanished, in the same queue.
+    be_denied(&next, 10);
+    next.stop();
+    let entries = journald.entries();
+    let count = |verdict: &str| entries.iter().filter(|entry| with_verdict(verdict)(entry)).count();
+    let (tried, told) = (4 * each as u64 + 3 * 500 + 10, denials(&entries));
+    println!(
+        "tried {tried}, of whom {each} vanished; records {}, in {} summaries {}; difference {}",
+        count("denied"),
+        count("summary"),
+        told - count("denied") as u64,
+        i128::from(tried) - i128::from(told),
+    );
+    assert_eq!(told, tried);
 }
 
 #[test]
