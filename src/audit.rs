@@ -515,8 +515,9 @@ impl Audit {
     pub fn set(&self, settings: Settings) {
         self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
         let mut state = self.lock();
-        state.summarize(Instant::now(), true);
+        // First, because the summary to come is due by the new interval: the old one may have been hours.
         state.settings = settings;
+        state.summarize(Instant::now(), true);
         self.wake(state);
     }
 
@@ -591,9 +592,9 @@ impl Audit {
         .fetch_add(1, Ordering::Relaxed);
         let now = Instant::now();
         let mut state = self.lock();
+        // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
+        let known = state.next_tick.is_some();
         if !state.has_room() || !state.may_write(uid, reason, now) {
-            // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
-            let known = state.next_tick.is_some();
             state.count(uid, reason, 1, now);
             return if known { drop(state) } else { self.wake(state) };
         }

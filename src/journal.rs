@@ -127,11 +127,14 @@ impl Journal {
     }
 
     fn write(&mut self, record: &Record) {
-        let user = record.about.as_ref().and_then(|about| self.name_of(about.uid));
+        let beat = Arc::clone(&self.beat);
+        // The user database may be far away.
+        let user = record.about.as_ref().and_then(|about| beat.excused(|| self.name_of(about.uid)));
         let message = record.message(user.as_deref());
         if self.is_ready() {
             self.was_reached = true;
-            if self.emit(record, user.as_deref(), &message) {
+            // Others may have taken the place that was free a moment ago; then sending waits for the next one.
+            if beat.excused(|| self.emit(record, user.as_deref(), &message)) {
                 return;
             }
         }

@@ -180,6 +180,7 @@ impl Store {
 pub struct Beat {
     asked: AtomicU64,
     answered: AtomicU64,
+    excused: AtomicBool,
 }
 
 impl Beat {
@@ -192,12 +193,23 @@ impl Beat {
         }
     }
 
+    /// Does what may have to wait for somebody outside of this process, and is no less alive for it: to be ended and
+    /// started again would not make them answer.
+    pub(crate) fn excused<R>(&self, outside: impl FnOnce() -> R) -> R {
+        self.excused.store(true, Ordering::Release);
+        let result = outside();
+        self.excused.store(false, Ordering::Release);
+        self.answer();
+        result
+    }
+
     fn ask(&self) {
         self.asked.fetch_add(1, Ordering::Release);
     }
 
     fn is_answered(&self) -> bool {
-        self.answered.load(Ordering::Acquire) == self.asked.load(Ordering::Acquire)
+        self.excused.load(Ordering::Acquire)
+            || self.answered.load(Ordering::Acquire) == self.asked.load(Ordering::Acquire)
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -435,6 +436,34 @@ fn a_reload_writes_what_was_counted_under_the_old_settings() {
 }
 
 #[test]
+fn a_reload_to_a_shorter_interval_does_not_wait_for_the_end_of_the_old_one() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::NOBODY));
+    be_denied(&echod, 20);
+    echod.reload_with(&format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::NOBODY));
+    be_denied(&echod, 20);
+    // Before any stop.
+    journald.wait_for_sum("denied", DENIALS, 40);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 40);
+}
+
+#[test]
+fn with_a_burst_of_none_a_single_denial_is_told_at_the_intervals_end() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::NOBODY));
+    for times in 1..=3 {
+        be_denied(&echod, 1);
+        // Before any stop, and whether the writer has just been awake or not.
+        journald.wait_for_sum("denied", DENIALS, times);
+    }
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 3);
+}
+
+#[test]
 fn a_burst_of_none_leaves_only_summaries_and_a_huge_one_leaves_none() {
     needs_root();
     for (burst, records) in [(0, 0), (1_000_000, 300)] {
@@ -811,6 +840,42 @@ fn a_journal_with_a_long_queue_that_does_not_read_stops_neither_service_nor_watc
     let seen = echod.manager.told.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", seen + 10);
     journald.go_on();
+    journald.wait_for_sum("denied", DENIALS, 3001);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 3001);
+}
+
+#[test]
+fn others_who_fill_the_journals_queue_keep_no_sign_of_life_back() {
+    needs_root();
+    let journald = Journald::absent();
+    journald.start_with_long_queue();
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{}", common::NOBODY))
+        .journal(&journald)
+        .env("WATCHDOG_USEC", "500000")
+        .ready();
+    be_denied(&echod, 1);
+    journald.wait_for("the first", with_verdict("denied"));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Each waits for a place in the queue, and so takes those that the program has just seen free.
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let other = journald.sender();
+                while !stop.load(Ordering::Relaxed) && other.send(b"MESSAGE=somebody else\n").is_ok() {}
+            });
+        }
+        expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
+        for _ in 0..5 {
+            journald.stop_reading();
+            let seen = echod.manager.told.lock().count("WATCHDOG=1");
+            echod.manager.wait_for("WATCHDOG=1", seen + 10);
+            let told = denials(&journald.entries());
+            journald.go_on();
+            journald.wait_for_sum("denied", DENIALS, (told + 1).min(3001));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
     journald.wait_for_sum("denied", DENIALS, 3001);
     echod.stop();
     assert_eq!(denials(&journald.entries()), 3001);

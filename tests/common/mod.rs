@@ -593,6 +593,13 @@ impl Journald {
         self.state.change(|state| state.epoch += 1);
     }
 
+    /// Somebody else's way to write to it.
+    pub fn sender(&self) -> UnixDatagram {
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.connect(self.place.path("socket")).unwrap();
+        sender
+    }
+
     /// A command that runs `program` in a mount namespace where this journal is the system's.
     pub fn wrapper(&self) -> Vec<String> {
         let script = "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/journal && \
