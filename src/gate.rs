@@ -587,7 +587,7 @@ impl<T: Terms> Gate<T> {
 
     /// As far as there are descriptors again.
     fn fill_reserve(&mut self) -> io::Result<()> {
-        while self.reserve.len() < RESERVE {
+        while self.accepting && self.reserve.len() < RESERVE {
             self.reserve.push(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
         }
         Ok(())
@@ -764,6 +764,8 @@ impl<T: Terms> Gate<T> {
     fn stop_accepting(&mut self) {
         self.accepting = false;
         self.listen_for(EpollFlags::empty());
+        // What is left to do, as to hand connections over, needs descriptors too.
+        self.reserve.clear();
         // Late enough for the last look.
         self.look_again(Instant::now() + SECOND_LOOK);
     }

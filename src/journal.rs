@@ -165,10 +165,12 @@ impl Journal {
     fn takes_one(&mut self) -> bool {
         // connect(2) fails where nothing is bound to the path, as after systemd-journald.socket was
         // stopped, and finds the new socket after it was started again.
-        let probe = match self.probe.take().map_or_else(UnixDatagram::unbound, Ok) {
-            Ok(probe) if probe.connect(SOCKET).is_ok() => probe,
-            _ => return false,
-        };
+        let Ok(probe) = self.probe.take().map_or_else(UnixDatagram::unbound, Ok) else { return false };
+        if probe.connect(SOCKET).is_err() {
+            // Kept: there may be no descriptor for another one when journald is back.
+            self.probe = Some(probe);
+            return false;
+        }
         let takes_one = loop {
             // A connected datagram socket polls writable only while the receiver's queue has room.
             let mut question = [PollFd::new(probe.as_fd(), PollFlags::POLLOUT)];
@@ -188,7 +190,10 @@ impl Journal {
     }
 
     fn connect(&mut self) -> bool {
-        let Ok(layer) = tracing_journald::layer() else { return false };
+        let Ok(layer) = tracing_journald::layer() else {
+            // Out of descriptors, most likely, since journald was there a moment ago: better one that may have to wait.
+            return self.journald.is_some();
+        };
         // No prefix: the contract's field names are the journal's. The crate's own mapping of
         // levels to priorities loses nothing: INFO is notice (5), DEBUG is info (6).
         let layer = layer.with_field_prefix(None).with_syslog_identifier(self.identifier.clone());

@@ -603,6 +603,25 @@ fn what_a_vanished_journal_missed_is_counted_for_when_it_is_back() {
 }
 
 #[test]
+fn out_of_descriptors_the_record_still_goes_to_the_journal() {
+    needs_root();
+    let journald = Journald::new();
+    let policy = "[limits]\nconnections-per-user = 100\n[allow.alice]\nusers = [64001]\n";
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{policy}"))
+        .journal(&journald)
+        .wrapper(&["prlimit", "--nofile=30:30"])
+        .ready();
+    let all = Other::wrapped(&[], &["--as", "64001:64001", "--say", "in?\\n"], 40, &echod.socket());
+    let inside = all.connections.iter().filter(|client| client.read(1) == b">").count();
+    assert!((5..35).contains(&inside), "{inside} got in");
+    // More than one of the journal's sockets takes.
+    be_denied(&echod, 400);
+    let stderr = echod.stop();
+    assert_eq!(denials(&journald.entries()), 400);
+    assert!(!stderr.contains("no rule allows it"), "{stderr}");
+}
+
+#[test]
 fn without_a_journal_records_are_text_on_standard_error_and_the_equation_holds_there() {
     let echod = Start::serving(&format!("{LONG}burst = 4\n{}", common::NOBODY)).ready();
     be_denied(&echod, 30);
