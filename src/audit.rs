@@ -515,8 +515,9 @@ impl Audit {
     pub fn set(&self, settings: Settings) {
         self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
         let mut state = self.lock();
-        state.summarize(Instant::now(), true);
+        // First, because the summary to come is due by the new interval: the old one may have been hours.
         state.settings = settings;
+        state.summarize(Instant::now(), true);
         self.wake(state);
     }
 
@@ -591,9 +592,9 @@ impl Audit {
         .fetch_add(1, Ordering::Relaxed);
         let now = Instant::now();
         let mut state = self.lock();
+        // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
+        let known = state.next_tick.is_some();
         if !state.has_room() || !state.may_write(uid, reason, now) {
-            // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
-            let known = state.next_tick.is_some();
             state.count(uid, reason, 1, now);
             return if known { drop(state) } else { self.wake(state) };
         }
@@ -609,10 +610,16 @@ impl Audit {
     /// journal is told how many are missing.
     pub fn write(&self, record: Record) {
         let mut state = self.lock();
-        // What happens once for each connection at most is bounded by the limit on connections.
-        let bounded = matches!(record.event, Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused);
+        // Bounded by what an administrator does: reloads, and the connections that each of them ends.
+        let bounded = match record.event {
+            Event::Revoked => record.reason == Some(Reason::Policy),
+            event => matches!(event, Event::ConfigLoaded | Event::ConfigRefused),
+        };
         if bounded || state.has_room() {
             state.push(record);
+        } else if let (Event::Revoked, Some(reason)) = (record.event, record.reason) {
+            // Peers can bring this about as often as they like: it becomes a count, as a denial does.
+            state.count(record.about.map(|about| about.uid), reason, 1, Instant::now());
         } else {
             state.unwritten += 1;
         }
@@ -881,6 +888,19 @@ mod tests {
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
         audit.close();
         assert_eq!(sum(&drain(&audit)), 10_000);
+    }
+
+    #[test]
+    fn those_cut_off_for_their_senders_sake_find_no_more_room_than_others_and_are_counted() {
+        let audit = audit(10);
+        for _ in 0..10_000 {
+            audit.write(Record { reason: Some(Reason::Sender), ..Record::new(Event::Revoked) });
+        }
+        assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
+        audit.close();
+        let records = drain(&audit);
+        let written = records.iter().filter(|record| record.event == Event::Revoked).count() as u64;
+        assert_eq!(written + sum(&records), 10_000);
     }
 
     #[test]

@@ -65,6 +65,11 @@ const SECOND_LOOK: Duration = Duration::from_millis(20);
 const MOST_WAITING: usize = 64;
 /// How long nothing is accepted after the system was out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(10);
+/// Descriptors held in reserve: what it takes to accept somebody and to ask who they are, which is the socket, the
+/// handle on the process, and one file below /proc at a time.
+const RESERVE: usize = 3;
+/// How long nothing is said again that was said already.
+const SAID_FOR: Duration = Duration::from_secs(60);
 
 const TOKEN_WAKE: u64 = u64::MAX;
 /// Tokens below are listeners'.
@@ -235,11 +240,11 @@ impl<T: Terms> Door<T> {
             activity: setup.activity,
             farewell: Farewell::new(TOKEN_LEAVING),
             waiting: Vec::new(),
-            reserve: None,
+            reserve: Vec::new(),
             paused_until: None,
             pass_credentials: None,
             allowance: 1,
-            complained: false,
+            complaints: Vec::new(),
             accepting: true,
         };
         gate.prepare()?;
@@ -311,7 +316,14 @@ impl<T: Terms> Door<T> {
     pub fn shut(&mut self) -> Vec<Listener> {
         self.shared.lock().stop = Some(Stop::Now);
         self.shared.wake();
-        self.join()
+        let listeners = self.join();
+        // Whoever was handed over when the thread had looked for the last time.
+        if !self.shared.lock().to_see_off.is_empty() {
+            if let Ok(epoll) = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC) {
+                self.shared.see_off_all(&epoll, &mut Farewell::new(TOKEN_LEAVING));
+            }
+        }
+        listeners
     }
 
     fn join(&mut self) -> Vec<Listener> {
@@ -354,6 +366,25 @@ impl<T> Shared<T> {
         // EAGAIN means it is awake 2^64 times over already.
         let _ = self.wake.write(1);
     }
+
+    /// Goes on until nobody is on their way out or about to be.
+    fn see_off_all(&self, epoll: &Epoll, farewell: &mut Farewell) {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            let late = std::mem::take(&mut self.lock().to_see_off);
+            late.into_iter().for_each(|(socket, message)| farewell.begin(epoll, socket, &message));
+            let Some(due) = farewell.due() else { return };
+            let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+            let timeout = EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX);
+            let count = epoll.wait(&mut events, timeout).unwrap_or(0);
+            for event in &events[..count] {
+                if event.data() != TOKEN_WAKE && event.data() >= TOKEN_LEAVING {
+                    farewell.ready(epoll, event.data());
+                }
+            }
+            farewell.expire(Instant::now());
+        }
+    }
 }
 
 /// Asks the kernel for what `policy` depends on in this peer's case, and nothing else.
@@ -378,14 +409,15 @@ struct Gate<T> {
     farewell: Farewell,
     /// Those over a limit who get a second look.
     waiting: Vec<Arrival>,
-    /// Held open only to be closed when descriptors run out: one can then still be accepted and told.
-    reserve: Option<OwnedFd>,
+    /// Held open only to be closed when descriptors run out: one can then still be accepted, judged and told.
+    reserve: Vec<OwnedFd>,
     paused_until: Option<Instant>,
     pass_credentials: Option<bool>,
     /// How many to accept before looking for anything else: grows while more wait, so that one who comes
     /// alone costs no second accept(2) in vain.
     allowance: usize,
-    complained: bool,
+    /// What was said of late, and when.
+    complaints: Vec<(String, Instant)>,
     accepting: bool,
 }
 
@@ -406,7 +438,7 @@ impl<T: Terms> Gate<T> {
             .add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
         let pass_credentials = self.shared.lock().ruling.pass_credentials;
         self.pass_credentials(pass_credentials)?;
-        self.reserve = Some(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
+        self.fill_reserve()?;
         for (token, listener) in self.listeners.iter().enumerate() {
             self.epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token as u64))?;
         }
@@ -541,8 +573,7 @@ impl<T: Terms> Gate<T> {
         if self.farewell.hurry_oldest() {
             return true;
         }
-        self.complain("out of file descriptors: connections are refused (LimitNOFILE=, fs.file-max)");
-        if self.reserve.take().is_none() {
+        if !self.open_reserve() {
             return false;
         }
         let accepted = self.listeners.get(index).map(|listener| sys::accept(listener.as_fd()));
@@ -554,8 +585,24 @@ impl<T: Terms> Gate<T> {
             }
             _ => false,
         };
-        self.reserve = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).ok().map(OwnedFd::from);
-        told && self.reserve.is_some()
+        let filled = self.fill_reserve();
+        told && filled.is_ok()
+    }
+
+    /// Makes room for one peer. False where none was left.
+    fn open_reserve(&mut self) -> bool {
+        self.complain("out of file descriptors: connections are refused (LimitNOFILE=, fs.file-max)");
+        let some = !self.reserve.is_empty();
+        self.reserve.clear();
+        some
+    }
+
+    /// As far as there are descriptors again.
+    fn fill_reserve(&mut self) -> io::Result<()> {
+        while self.accepting && self.reserve.len() < RESERVE {
+            self.reserve.push(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
+        }
+        Ok(())
     }
 
     fn pause(&mut self) {
@@ -566,9 +613,8 @@ impl<T: Terms> Gate<T> {
     fn resume_accepting(&mut self, now: Instant) {
         if self.paused_until.is_some_and(|until| until <= now) {
             self.paused_until = None;
-            if self.reserve.is_none() {
-                self.reserve = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).ok().map(OwnedFd::from);
-            }
+            // Else at the next pause.
+            let _ = self.fill_reserve();
             if self.accepting {
                 self.listen_for(EpollFlags::EPOLLIN);
             }
@@ -581,10 +627,12 @@ impl<T: Terms> Gate<T> {
         }
     }
 
-    /// Says once what should not be.
+    /// Says what should not be; the same thing once in a while.
     fn complain(&mut self, what: &str) {
-        if !self.complained {
-            self.complained = true;
+        let now = Instant::now();
+        self.complaints.retain(|(_, said)| now.saturating_duration_since(*said) < SAID_FOR);
+        if self.complaints.iter().all(|(said, _)| said != what) {
+            self.complaints.push((what.to_owned(), now));
             self.audit.write(Record::note(Severity::Warning, what));
         }
     }
@@ -605,7 +653,17 @@ impl<T: Terms> Gate<T> {
     fn judge(&mut self, mut arrival: Arrival, now: Instant) {
         let (ruling, generation) = self.ruling();
         let judged = match self.identify(&arrival, &ruling) {
-            Some(peer) => self.verdict(&arrival, &ruling, peer),
+            Some(peer) => {
+                let verdict = ruling.policy.decide(&peer);
+                // Not a denial, but a question that found no descriptor: asked again with those in reserve.
+                if matches!(verdict, Verdict::Denied(_)) && peer.lacked_descriptors() && self.open_reserve() {
+                    drop(peer);
+                    self.judge_without_room(arrival);
+                    let _ = self.fill_reserve();
+                    return;
+                }
+                self.apply(verdict, &arrival, &ruling, peer)
+            }
             None => Err(None),
         };
         let (rule, permit, peer) = match judged {
@@ -648,7 +706,7 @@ impl<T: Terms> Gate<T> {
     fn judge_without_room(&mut self, arrival: Arrival) {
         let (ruling, _) = self.ruling();
         let judged = match self.identify(&arrival, &ruling) {
-            Some(peer) => self.verdict(&arrival, &ruling, peer),
+            Some(peer) => self.apply(ruling.policy.decide(&peer), &arrival, &ruling, peer),
             None => Err(None),
         };
         let reply = match judged {
@@ -680,15 +738,16 @@ impl<T: Terms> Gate<T> {
         asked.ok()
     }
 
-    /// Policy, then limits. `Err(None)`: denied, and recorded. `Err(Some)`: no place, not yet recorded.
+    /// The policy's verdict, then the limits. `Err(None)`: denied, and recorded. `Err(Some)`: no place, not yet recorded.
     #[allow(clippy::type_complexity)]
-    fn verdict(
+    fn apply(
         &self,
+        verdict: Verdict<'_, T>,
         arrival: &Arrival,
         ruling: &Ruling<T>,
         mut peer: Peer,
     ) -> Result<(Arc<Rule<T>>, Permit, Peer), Option<(Excess, Arc<Rule<T>>, Peer)>> {
-        match ruling.policy.decide(&peer) {
+        match verdict {
             Verdict::Denied(rule) => {
                 let rule = rule.map(|rule| rule.name());
                 self.audit.denied(&mut peer, &arrival.socket, self.at(arrival), rule);
@@ -717,6 +776,8 @@ impl<T: Terms> Gate<T> {
     fn stop_accepting(&mut self) {
         self.accepting = false;
         self.listen_for(EpollFlags::empty());
+        // What is left to do, as to hand connections over, needs descriptors too.
+        self.reserve.clear();
         // Late enough for the last look.
         self.look_again(Instant::now() + SECOND_LOOK);
     }
@@ -724,21 +785,36 @@ impl<T: Terms> Gate<T> {
     /// Sees off whoever is on their way out.
     fn wind_down(&mut self) {
         self.stop_accepting();
-        let mut events = [EpollEvent::empty(); 64];
-        while let Some(due) = self.farewell.due() {
-            let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            let timeout = EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX);
-            let count = self.epoll.wait(&mut events, timeout).unwrap_or(0);
-            for event in &events[..count] {
-                if event.data() != TOKEN_WAKE && event.data() >= TOKEN_LEAVING {
-                    self.farewell.ready(&self.epoll, event.data());
-                }
-            }
-            let mut woken = self.shared.lock();
-            let late = std::mem::take(&mut woken.to_see_off);
-            drop(woken);
-            late.into_iter().for_each(|(socket, message)| self.farewell.begin(&self.epoll, socket, &message));
-            self.farewell.expire(Instant::now());
-        }
+        self.shared.see_off_all(&self.epoll, &mut self.farewell);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::{Uid, activation};
+
+    /// One whom a worker lets go of between the gate's last look and its own end.
+    #[test]
+    fn whoever_is_handed_over_after_the_gate_shut_still_gets_the_message_and_a_clean_end() {
+        let path = std::env::temp_dir().join(format!("gate-test-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let policy = Policy::<()>::new([], Uid::effective()).unwrap();
+        let setup = Setup::new(vec![listener], policy, Audit::default()).unwrap();
+        let mut door = Door::open(setup, |_| {}).unwrap();
+        assert!(door.shut_if_quiet());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        theirs.write_all(b"unread").unwrap();
+        door.usher().revoke(ours.into());
+        let reading = thread::spawn(move || {
+            let mut answer = String::new();
+            theirs.read_to_string(&mut answer).map(|_| answer)
+        });
+        door.shut();
+        assert_eq!(reading.join().unwrap().unwrap(), "Unauthorized access\n");
     }
 }

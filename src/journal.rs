@@ -127,11 +127,14 @@ impl Journal {
     }
 
     fn write(&mut self, record: &Record) {
-        let user = record.about.as_ref().and_then(|about| self.name_of(about.uid));
+        let beat = Arc::clone(&self.beat);
+        // The user database may be far away.
+        let user = record.about.as_ref().and_then(|about| beat.excused(|| self.name_of(about.uid)));
         let message = record.message(user.as_deref());
         if self.is_ready() {
             self.was_reached = true;
-            if self.emit(record, user.as_deref(), &message) {
+            // Others may have taken the place that was free a moment ago; then sending waits for the next one.
+            if beat.excused(|| self.emit(record, user.as_deref(), &message)) {
                 return;
             }
         }
@@ -162,10 +165,12 @@ impl Journal {
     fn takes_one(&mut self) -> bool {
         // connect(2) fails where nothing is bound to the path, as after systemd-journald.socket was
         // stopped, and finds the new socket after it was started again.
-        let probe = match self.probe.take().map_or_else(UnixDatagram::unbound, Ok) {
-            Ok(probe) if probe.connect(SOCKET).is_ok() => probe,
-            _ => return false,
-        };
+        let Ok(probe) = self.probe.take().map_or_else(UnixDatagram::unbound, Ok) else { return false };
+        if probe.connect(SOCKET).is_err() {
+            // Kept: there may be no descriptor for another one when journald is back.
+            self.probe = Some(probe);
+            return false;
+        }
         let takes_one = loop {
             // A connected datagram socket polls writable only while the receiver's queue has room.
             let mut question = [PollFd::new(probe.as_fd(), PollFlags::POLLOUT)];
@@ -185,7 +190,10 @@ impl Journal {
     }
 
     fn connect(&mut self) -> bool {
-        let Ok(layer) = tracing_journald::layer() else { return false };
+        let Ok(layer) = tracing_journald::layer() else {
+            // Out of descriptors, most likely, since journald was there a moment ago: better one that may have to wait.
+            return self.journald.is_some();
+        };
         // No prefix: the contract's field names are the journal's. The crate's own mapping of
         // levels to priorities loses nothing: INFO is notice (5), DEBUG is info (6).
         let layer = layer.with_field_prefix(None).with_syslog_identifier(self.identifier.clone());

@@ -18,7 +18,9 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
@@ -45,6 +47,7 @@ pub struct Peer {
     pid: i32,
     pidfd: Option<OwnedFd>,
     units: OnceLock<Option<Box<Units>>>,
+    lacked_descriptors: AtomicBool,
 }
 
 /// What a record tells about a peer beyond its ids. Each is absent where it could not be tied to the
@@ -101,7 +104,8 @@ impl Peer {
         let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
         let (uid, gid) = (known_uid(credentials.uid()), known_gid(credentials.gid()));
         let pid = credentials.pid();
-        Ok(Self { uid, gid, groups: None, pid, pidfd: None, units: OnceLock::new() })
+        let lacked_descriptors = AtomicBool::new(false);
+        Ok(Self { uid, gid, groups: None, pid, pidfd: None, units: OnceLock::new(), lacked_descriptors })
     }
 
     /// Asks for the supplementary groups, unless they are known. They are fixed at connect: to ask later
@@ -121,7 +125,20 @@ impl Peer {
     /// waited for already: such a peer has no units.
     pub fn hold_process(&mut self, socket: &impl AsFd) {
         if self.pidfd.is_none() && self.pid > 0 {
-            self.pidfd = getsockopt(&socket.as_fd(), sockopt::PeerPidfd).ok();
+            let pidfd = getsockopt(&socket.as_fd(), sockopt::PeerPidfd);
+            self.pidfd = pidfd.map_err(|error| self.note_lack(error)).ok();
+        }
+    }
+
+    /// Whether something is not known only because there was no descriptor to ask with: to ask again, when there is
+    /// one, may give another answer.
+    pub(crate) fn lacked_descriptors(&self) -> bool {
+        self.lacked_descriptors.load(Ordering::Relaxed)
+    }
+
+    fn note_lack(&self, error: Errno) {
+        if matches!(error, Errno::EMFILE | Errno::ENFILE) {
+            self.lacked_descriptors.store(true, Ordering::Relaxed);
         }
     }
 
@@ -146,7 +163,8 @@ impl Peer {
         if has_ended(pidfd.as_fd()) {
             return Err(gone());
         }
-        Ok(Self { uid, gid, groups: Some(groups), pid, pidfd: Some(pidfd), units: OnceLock::new() })
+        let (units, lacked_descriptors) = (OnceLock::new(), AtomicBool::new(false));
+        Ok(Self { uid, gid, groups: Some(groups), pid, pidfd: Some(pidfd), units, lacked_descriptors })
     }
 
     /// The effective user id.
@@ -200,7 +218,8 @@ impl Peer {
     /// Reads a file below /proc/PID, and makes sure that the process it told of is ours.
     fn read_proc(&self, file: &str) -> Option<String> {
         let pidfd = self.pidfd.as_ref()?;
-        let bytes = fs::read(format!("/proc/{}/{file}", self.pid)).ok()?;
+        let note_lack = |error: io::Error| self.note_lack(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
+        let bytes = fs::read(format!("/proc/{}/{file}", self.pid)).map_err(note_lack).ok()?;
         (!has_ended(pidfd.as_fd())).then(|| String::from_utf8_lossy(&bytes).into_owned())
     }
 }

@@ -36,18 +36,20 @@ const REFUSED: Signal = Signal::SIGUSR2;
 /// happens: a service must not fail because nobody listens to its status.
 #[derive(Clone, Debug)]
 pub struct Notifier {
-    present: bool,
+    /// Open from the start on: the sign of life must not be missing because descriptors have run out.
+    socket: Option<Arc<UnixDatagram>>,
 }
 
 impl Notifier {
     /// Reads the environment once.
     pub fn from_env() -> Self {
-        Self { present: std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty()) }
+        let wanted = std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty());
+        Self { socket: wanted.then(|| UnixDatagram::unbound().ok().map(Arc::new)).flatten() }
     }
 
     /// Whether somebody asked to be told.
     pub fn is_present(&self) -> bool {
-        self.present
+        self.socket.is_some()
     }
 
     /// `READY=1`: we accept.
@@ -84,13 +86,12 @@ impl Notifier {
 
     /// Errors end here on purpose: there is nobody left to tell.
     fn send(&self, state: &[NotifyState<'_>]) {
-        if !self.present {
-            return;
-        }
+        let (Some(socket), Some(path)) = (&self.socket, std::env::var_os("NOTIFY_SOCKET")) else { return };
+        let message: String = state.iter().map(|field| format!("{field}\n")).collect();
         let _ = match abstract_name() {
-            // sd-notify takes the name for a path.
-            Some(name) => send_abstract(&name, state),
-            None => sd_notify::notify(state),
+            Some(name) => SocketAddr::from_abstract_name(name)
+                .and_then(|address| socket.send_to_addr(message.as_bytes(), &address)),
+            None => socket.send_to(message.as_bytes(), path),
         };
     }
 }
@@ -99,13 +100,6 @@ fn abstract_name() -> Option<Vec<u8>> {
     use std::os::unix::ffi::OsStrExt;
     let socket = std::env::var_os("NOTIFY_SOCKET")?;
     socket.as_bytes().strip_prefix(b"@").map(<[u8]>::to_vec)
-}
-
-fn send_abstract(name: &[u8], state: &[NotifyState<'_>]) -> io::Result<()> {
-    let message: String = state.iter().map(|field| format!("{field}\n")).collect();
-    let socket = UnixDatagram::unbound()?;
-    socket.send_to_addr(message.as_bytes(), &SocketAddr::from_abstract_name(name)?)?;
-    Ok(())
 }
 
 /// A newline would begin a field of its own.
@@ -180,6 +174,7 @@ impl Store {
 pub struct Beat {
     asked: AtomicU64,
     answered: AtomicU64,
+    excused: AtomicBool,
 }
 
 impl Beat {
@@ -192,12 +187,23 @@ impl Beat {
         }
     }
 
+    /// Does what may have to wait for somebody outside of this process, and is no less alive for it: to be ended and
+    /// started again would not make them answer.
+    pub(crate) fn excused<R>(&self, outside: impl FnOnce() -> R) -> R {
+        self.excused.store(true, Ordering::Release);
+        let result = outside();
+        self.excused.store(false, Ordering::Release);
+        self.answer();
+        result
+    }
+
     fn ask(&self) {
         self.asked.fetch_add(1, Ordering::Release);
     }
 
     fn is_answered(&self) -> bool {
-        self.answered.load(Ordering::Acquire) == self.asked.load(Ordering::Acquire)
+        self.excused.load(Ordering::Acquire)
+            || self.answered.load(Ordering::Acquire) == self.asked.load(Ordering::Acquire)
     }
 }
 

@@ -3,32 +3,15 @@
 
 mod common;
 
-use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BUSY, Client, DENIED, Echod, End, NOBODY, OWNER, Start, TOO_LONG, eventually, show};
-
-/// A field of /proc/PID/status in KiB, such as VmHWM, the most memory it ever held.
-fn memory(echod: &Echod, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", echod.pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
-/// Processor time spent so far, in ticks of 10 ms.
-fn cpu(echod: &Echod) -> u64 {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", echod.pid())).unwrap();
-    let after_name = stat.rsplit_once(") ").unwrap().1;
-    after_name.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
-}
-
-fn descriptors(echod: &Echod) -> usize {
-    fs::read_dir(format!("/proc/{}/fd", echod.pid())).unwrap().count()
-}
+use common::{
+    BUSY, Client, DENIED, Echod, End, NOBODY, OWNER, Start, TOO_LONG, cpu, descriptors, eventually, memory, show,
+};
 
 /// Everything that holds a descriptor for somebody has let go again.
 fn expect_descriptors(echod: &Echod, before: usize) {
@@ -84,10 +67,7 @@ fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind
     expect_descriptors(&echod, before);
     let stderr = echod.stop();
     let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
-    let summed: usize = stderr
-        .lines()
-        .filter_map(|line| line.split_once(" more times in ")?.0.rsplit_once(' ')?.1.parse::<usize>().ok())
-        .sum();
+    let summed = common::summed(&stderr);
     println!("tried 4000, records {records}, in summaries {summed}");
     assert_eq!(records + summed, 4000, "{stderr}");
 }
@@ -169,6 +149,51 @@ fn one_who_streams_as_fast_as_they_can_does_not_stop_the_others() {
             let (output, end) = reader.join().unwrap();
             assert_eq!((output.len(), end), (20_000 * 1003, End::Eof));
         });
+    });
+}
+
+#[test]
+fn a_turn_is_bounded_in_bytes_however_short_the_lines() {
+    // What one turn reads at the most, as three bytes of echo for each; and what the socket between holds.
+    const TURN: u64 = 3 * 64 * 1024;
+    const ROUNDS: usize = 200;
+    let echod = Start::serving(&format!("[service]\nworkers = 1\n{OWNER}")).ready();
+    let (greedy, modest) = (echod.connect(), echod.connect());
+    let (stop, echoed) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let lines = [b'\n'; 65_536];
+            while !stop.load(Ordering::Relaxed) {
+                greedy.send(lines);
+            }
+            greedy.half_close();
+        });
+        let reader = scope.spawn(|| {
+            let mut buffer = vec![0; 1 << 20];
+            while let count @ 1.. = (&greedy.0).read(&mut buffer).unwrap() {
+                echoed.fetch_add(count as u64, Ordering::Relaxed);
+            }
+        });
+        while echoed.load(Ordering::Relaxed) < 10 * TURN {
+            thread::yield_now();
+        }
+        let mut meanwhile: Vec<u64> = (0..ROUNDS)
+            .map(|_| {
+                let before = echoed.load(Ordering::Relaxed);
+                modest.echo("is it my turn?");
+                echoed.load(Ordering::Relaxed) - before
+            })
+            .collect();
+        stop.store(true, Ordering::Relaxed);
+        reader.join().unwrap();
+        meanwhile.sort_unstable();
+        let (median, most) = (meanwhile[ROUNDS / 2], meanwhile[ROUNDS - 1]);
+        println!(
+            "between a line and its echo, one who pipelines bare newlines got {median} bytes (median), {most} at the most; \
+             a turn is {TURN}"
+        );
+        // Half of them: whether we get the processor as soon as our answer is there is nothing the program can see to.
+        assert!(median <= 4 * TURN, "{median} bytes, where a turn is {TURN}");
     });
 }
 
@@ -267,6 +292,43 @@ fn the_refused_get_their_message_also_a_thousand_at_once() {
     echod.stop();
 }
 
+#[test]
+fn ten_thousand_may_idle_inside_and_as_many_more_are_refused() {
+    let idle = common::setting("ECHOD_TEST_IDLE", 10_000);
+    // Here as there: the connections, those who are refused at once, and some room for the other tests.
+    common::raise_descriptor_limit(idle as u64 + 4000);
+    let caps = format!("[limits]\nconnections = {idle}\nconnections-per-user = {}\n", 2 * idle);
+    let echod = Start::serving(&format!("{caps}{OWNER}")).ready();
+    let (empty, before) = (memory(&echod, "VmRSS"), descriptors(&echod));
+    let inside: Vec<Client> = (0..idle).map(|_| echod.connect()).collect();
+    inside.iter().for_each(|client| client.echo("in"));
+    let full = memory(&echod, "VmRSS");
+    let mut refused = 0;
+    while refused < idle {
+        let late: Vec<Client> = (0..1000.min(idle - refused)).map(|_| echod.connect()).collect();
+        late.iter().for_each(|client| client.expect_end(BUSY));
+        refused += late.len();
+    }
+    println!(
+        "{idle} idle inside: {empty} KiB before, {full} KiB with them, {} bytes each; {refused} refused; at the most {} KiB",
+        (full - empty) * 1024 / idle as u64,
+        memory(&echod, "VmHWM"),
+    );
+    assert!(
+        memory(&echod, "VmHWM") - empty < idle as u64 + 8192,
+        "more than a KiB for each, and some room for the rest"
+    );
+    inside.iter().for_each(|client| client.echo("still in"));
+    drop(inside);
+    expect_descriptors(&echod, before);
+    echod.connect().echo("there is room again");
+    let stderr = echod.stop();
+    let lines = stderr.lines().filter(|line| line.contains(": too many connections in all")).count();
+    // Of which one is the summary, or several.
+    let summaries = stderr.lines().filter(|line| line.contains(" more times in ")).count();
+    assert_eq!(lines - summaries + common::summed(&stderr), refused, "{stderr}");
+}
+
 /// A program that may open so few descriptors that a handful of clients use them up.
 fn with_few_descriptors(config: &str) -> Echod {
     Start::serving(config).wrapper(&["prlimit", "--nofile=40:40"]).ready()
@@ -316,6 +378,43 @@ fn out_of_descriptors_it_refuses_politely_does_not_spin_and_recovers() {
     assert!(stderr.contains("out of file descriptors"), "{stderr}");
 }
 
+/// As many as it takes in, and more who found no place.
+fn use_up_descriptors(echod: &Echod) -> Vec<Client> {
+    let clients: Vec<Client> = (0..50).map(|_| echod.connect()).collect();
+    clients.iter().for_each(|client| drop(client.try_send("in?\n")));
+    let mut inside: Vec<Client> = clients.into_iter().filter(|client| client.read(1) == b">").collect();
+    assert!((10..45).contains(&inside.len()), "{} in", inside.len());
+    inside.iter_mut().for_each(|client| client.expect(" in?\n"));
+    inside
+}
+
+const MANY: &str = "[limits]\nconnections = 100\nconnections-per-user = 100\n";
+
+#[test]
+fn out_of_descriptors_the_manager_still_gets_the_sign_of_life_and_the_status() {
+    let few = ["prlimit", "--nofile=40:40"];
+    let echod = Start::serving(&format!("{MANY}{OWNER}")).env("WATCHDOG_USEC", "500000").wrapper(&few).ready();
+    let inside = use_up_descriptors(&echod);
+    let seen = echod.manager.told.lock().count("WATCHDOG=1");
+    echod.manager.wait_for("WATCHDOG=1", seen + 10);
+    let status = format!("STATUS={} connected, {} admitted, 0 denied; policy of 1 rule", inside.len(), inside.len());
+    echod.manager.wait_for(&status, 1);
+    inside.iter().for_each(|client| client.echo("still in"));
+    echod.stop();
+}
+
+#[test]
+fn out_of_descriptors_a_restart_still_loses_no_connection() {
+    let few = ["prlimit", "--nofile=40:40"];
+    let echod = Start::serving(&format!("{MANY}{OWNER}")).env("FDSTORE", "100").wrapper(&few).spawn();
+    echod.manager.told.change(|told| told.capacity = 100);
+    echod.manager.wait_for("READY=1", 1);
+    let inside = use_up_descriptors(&echod);
+    let next = echod.restart(|start, _| start);
+    inside.iter().for_each(|client| client.echo("still in"));
+    next.stop();
+}
+
 #[test]
 fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
     let policy = "[audit]\ninterval = \"1h\"\nburst = 1000\n";
@@ -329,6 +428,124 @@ fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
     }
     let stderr = echod.stop();
     assert_eq!(stderr.lines().filter(|line| line.contains(": no rule allows it")).count(), 500, "{stderr}");
+}
+
+#[test]
+fn a_start_that_fails_for_want_of_descriptors_loses_no_denial() {
+    let (mut failed, mut started) = (0, 0);
+    for descriptors in 5..24 {
+        let start = Start::serving(NOBODY);
+        let client = Client::connect(start.place().path("socket"));
+        client.0.set_nonblocking(true).unwrap();
+        let limit = format!("--nofile={descriptors}:{descriptors}");
+        let echod = start.wrapper(&["prlimit", &limit]).spawn();
+        // Ready, or over.
+        let ready = echod.manager.told.try_wait(|told| match told.has("READY=1") {
+            true => Some(true),
+            false => told.is_over().then_some(false),
+        });
+        let stderr = if ready == Some(true) {
+            started += 1;
+            echod.stop()
+        } else {
+            failed += 1;
+            let (status, _, stderr) = echod.wait();
+            assert!(!status.success(), "with {descriptors} descriptors: {status}: {stderr}");
+            stderr
+        };
+        let mut answer = [0; 64];
+        let told = (&client.0).read(&mut answer).is_ok_and(|count| answer[..count] == *DENIED);
+        let recorded = stderr.contains(": no rule allows it");
+        assert_eq!(told, recorded, "with {descriptors} descriptors: {stderr}");
+    }
+    println!("{failed} starts failed, {started} did not");
+    assert!(failed >= 3 && started >= 3);
+}
+
+/// What the kernel answers is made up by strace(1), since the real fault can't be had without its cause: a machine
+/// without a free file table entry or without memory, which others need too. The program is the real one.
+struct Faults {
+    echod: Echod,
+    trace: std::path::PathBuf,
+}
+
+impl Faults {
+    /// `faults` are strace's: `accept4:error=ENFILE:when=2..9`.
+    fn inject(config: &str, faults: &[&str]) -> Self {
+        let start = Start::serving(config);
+        let trace = start.place().path("trace");
+        let mut words = ["strace", "-D", "-f", "--seccomp-bpf", "-qqq", "-e", "signal=none", "-o"].to_vec();
+        words.push(trace.to_str().unwrap());
+        words.extend(["-e", "trace=accept4,epoll_wait,eventfd2,sendto"]);
+        let faults: Vec<String> = faults.iter().map(|fault| format!("inject={fault}")).collect();
+        faults.iter().for_each(|fault| words.extend(["-e", fault]));
+        Self { echod: start.wrapper(&words).ready(), trace: trace.clone() }
+    }
+
+    /// How often accept4 failed by our doing, and how often the gate waited and nothing came.
+    fn failures_and_pauses(&self) -> (usize, usize) {
+        let trace = std::fs::read_to_string(&self.trace).unwrap();
+        let gate = trace.lines().find(|line| line.contains("accept4(")).and_then(|line| line.split(' ').next());
+        let own = || trace.lines().filter(|line| line.split(' ').next() == gate);
+        (
+            own().filter(|line| line.contains("accept4") && line.ends_with("(INJECTED)")).count(),
+            own().filter(|line| line.contains("epoll_wait") && line.ends_with(" = 0")).count(),
+        )
+    }
+}
+
+#[test]
+fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_loses_no_denial() {
+    const DENIALS: usize = 20;
+    for (error, said) in [
+        ("ENFILE", "out of file descriptors"),
+        ("EMFILE", "out of file descriptors"),
+        ("ENOMEM", "Cannot allocate memory"),
+        ("ENOBUFS", "No buffer space available"),
+    ] {
+        let config = format!("[audit]\ninterval = \"1h\"\nburst = 1000\n{NOBODY}");
+        let fault = format!("accept4:error={error}:when=5..120");
+        // Nor can what was held in reserve be had again. Fewer are made before the gate begins.
+        let faults = Faults::inject(&config, &[&fault, &format!("eventfd2:error={error}:when=20..40")]);
+        let clients: Vec<Client> = (0..DENIALS).map(|_| faults.echod.connect()).collect();
+        clients.iter().for_each(|client| client.expect_end(DENIED));
+        let (failures, pauses) = faults.failures_and_pauses();
+        faults.echod.connect().expect_end(DENIED);
+        let stderr = faults.echod.stop();
+        let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
+        println!("{error}: {failures} times, {pauses} pauses; denied {}, records {records}", DENIALS + 1);
+        assert_eq!(failures, 116);
+        // Those on their way out go first, without a pause; and what finds no reserve has tried twice.
+        assert!(pauses >= (failures - DENIALS) / 2, "{error}: {failures} failures, {pauses} pauses");
+        assert_eq!(records, DENIALS + 1, "{stderr}");
+        assert!(stderr.contains(said), "{stderr}");
+    }
+}
+
+#[test]
+fn who_leaves_before_being_accepted_and_signals_in_between_delay_nobody() {
+    for error in ["ECONNABORTED", "EINTR", "EPROTO"] {
+        let faults = Faults::inject(OWNER, &[&format!("accept4:error={error}:when=2..200")]);
+        let clients: Vec<Client> = (0..5).map(|_| faults.echod.connect()).collect();
+        clients.iter().for_each(|client| client.echo("in"));
+        let (failures, _) = faults.failures_and_pauses();
+        println!("{error}: {failures} times");
+        assert_eq!(failures, 199);
+        let stderr = faults.echod.stop();
+        assert!(!stderr.contains("accepting from"), "{stderr}");
+    }
+}
+
+#[test]
+fn a_write_that_finds_no_memory_ends_that_connection_alone() {
+    let faults = Faults::inject(OWNER, &["sendto:error=ENOBUFS:when=3"]);
+    let (first, second) = (faults.echod.connect(), faults.echod.connect());
+    first.echo("one");
+    second.echo("one");
+    let _ = first.try_send("two\n");
+    assert_eq!(show(&first.rest().0), "");
+    second.echo("still in");
+    faults.echod.stop();
 }
 
 #[test]

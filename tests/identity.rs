@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
+use common::{BUSY, DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
 
 const ANYBODY: &str = "[allow.any]\nusers = [\"any\"]\n";
 
@@ -126,6 +126,39 @@ fn of_two_units_of_one_user_the_one_that_is_named_gets_in() {
         }
         assert!(!is_admitted(&Other::user(64001, &echod.socket())), "from no unit at all");
     }
+}
+
+#[test]
+fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
+    let mut groups = Groups::new();
+    let good = groups.group("good.service");
+    let stranger = groups.group("other.service");
+    let config = "[limits]\nconnections-per-user = 100\n[audit]\nburst = 1000\ninterval = \"1h\"\n\
+                  [allow.u]\nunits = [\"good.service\"]\n";
+    let echod = Start::serving(config).wrapper(&["prlimit", "--nofile=30:30"]).ready();
+    let (mut inside, mut refused) = (Vec::new(), 0);
+    for _ in 0..40 {
+        let other = from_group(&good, "64001:64001", &echod);
+        let _ = other.client().try_send("in?\n");
+        match other.client().read(1).as_slice() {
+            b">" => inside.push(other),
+            _ => {
+                let (rest, end) = other.client().rest();
+                assert_eq!((show(&rest), end), (show(&BUSY[1..]), End::Eof));
+                refused += 1;
+            }
+        }
+        // Of somebody else it is known just as well that they may not.
+        from_group(&stranger, "64002:64002", &echod).client().expect_end(DENIED);
+    }
+    println!("{} got in, {refused} were refused", inside.len());
+    assert!(inside.len() >= 10 && refused >= 10, "{} in, {refused} refused", inside.len());
+    drop(inside);
+    let stderr = echod.stop();
+    let denied: Vec<_> = stderr.lines().filter(|line| line.contains("no rule allows it")).collect();
+    assert_eq!(denied.len(), 40, "{stderr}");
+    // Also at the limit the record tells all.
+    assert!(denied.iter().all(|line| line.contains(" uid 64002 ") && line.contains("in other.service")), "{stderr}");
 }
 
 #[test]

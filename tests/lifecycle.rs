@@ -459,7 +459,7 @@ fn it_does_not_exit_while_anybody_is_connected() {
 #[test]
 fn nobody_who_connects_as_it_exits_is_lost() {
     // More of them, for as long as you like: ECHOD_TEST_EXITS=3000 cargo test --test lifecycle nobody_who
-    let exits = std::env::var("ECHOD_TEST_EXITS").ok().and_then(|exits| exits.parse().ok()).unwrap_or(150);
+    let exits = common::setting("ECHOD_TEST_EXITS", 150);
     let config = format!("[service]\nidle-exit = \"1ms\"\n{OWNER}");
     let first = Start::serving(&config).ready();
     let (socket, manager) = (first.socket(), Arc::clone(&first.manager));

@@ -7,6 +7,10 @@
 
 mod common;
 
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
 use common::{ALICE, BOB, BUSY, DENIED, Echod, Entry, Journald, Other, Start, TOO_LONG, flood, needs_root, stands_for};
 use nix::sys::signal::Signal;
 
@@ -432,6 +436,34 @@ fn a_reload_writes_what_was_counted_under_the_old_settings() {
 }
 
 #[test]
+fn a_reload_to_a_shorter_interval_does_not_wait_for_the_end_of_the_old_one() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::NOBODY));
+    be_denied(&echod, 20);
+    echod.reload_with(&format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::NOBODY));
+    be_denied(&echod, 20);
+    // Before any stop.
+    journald.wait_for_sum("denied", DENIALS, 40);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 40);
+}
+
+#[test]
+fn with_a_burst_of_none_a_single_denial_is_told_at_the_intervals_end() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::NOBODY));
+    for times in 1..=3 {
+        be_denied(&echod, 1);
+        // Before any stop, and whether the writer has just been awake or not.
+        journald.wait_for_sum("denied", DENIALS, times);
+    }
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 3);
+}
+
+#[test]
 fn a_burst_of_none_leaves_only_summaries_and_a_huge_one_leaves_none() {
     needs_root();
     for (burst, records) in [(0, 0), (1_000_000, 300)] {
@@ -571,6 +603,32 @@ fn what_a_vanished_journal_missed_is_counted_for_when_it_is_back() {
 }
 
 #[test]
+fn out_of_descriptors_the_record_still_goes_to_the_journal() {
+    needs_root();
+    let journald = Journald::new();
+    let policy = format!("[limits]\nconnections-per-user = 100\n{}", common::OWNER);
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{policy}"))
+        .journal(&journald)
+        .wrapper(&["prlimit", "--nofile=30:30"])
+        .ready();
+    // One after the other, so that in the end none is left.
+    let mut inside = Vec::new();
+    for _ in 0..40 {
+        let client = echod.connect();
+        let _ = client.try_send("in?\n");
+        if client.read(1) == b">" {
+            inside.push(client);
+        }
+    }
+    assert!((5..35).contains(&inside.len()), "{} got in", inside.len());
+    // More than one of the journal's sockets takes.
+    expect_flood(flood(ALICE, 400, &echod.socket()), 400);
+    let stderr = echod.stop();
+    assert_eq!(denials(&journald.entries()), 400);
+    assert!(!stderr.contains("no rule allows it"), "{stderr}");
+}
+
+#[test]
 fn without_a_journal_records_are_text_on_standard_error_and_the_equation_holds_there() {
     let echod = Start::serving(&format!("{LONG}burst = 4\n{}", common::NOBODY)).ready();
     be_denied(&echod, 30);
@@ -599,6 +657,113 @@ fn sigterm_in_the_middle_of_a_flood_leaves_the_equation_exact() {
         assert_eq!(denials(&journald.entries()), 1600);
         drop(place);
     }
+}
+
+#[test]
+fn not_one_of_many_thousand_denials_at_full_speed_escapes_the_record() {
+    needs_root();
+    // A million: ECHOD_TEST_DENIALS=1000000 cargo test --release --test record at_full_speed -- --nocapture
+    let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
+    let journald = Journald::new();
+    let echod = serve(&journald, "[audit]\ninterval = \"1s\"\n[allow.root]\nusers = [0]\n");
+    let client = echod.connect();
+    let ask = || {
+        let asked = Instant::now();
+        client.echo("how long does this take?");
+        asked.elapsed()
+    };
+    let mut quiet: Vec<Duration> = (0..2000).map(|_| ask()).collect();
+
+    let begun = Instant::now();
+    let floods = [ALICE, BOB, 64003, 64004].map(|uid| flood(uid, each, &echod.socket()));
+    let (mut flooded, ended) = thread::scope(|scope| {
+        let floods = scope.spawn(|| floods.map(|process| expect_flood(process, each)));
+        let mut flooded = Vec::new();
+        while !floods.is_finished() {
+            flooded.push(ask());
+        }
+        floods.join().unwrap();
+        (flooded, begun.elapsed())
+    });
+    let peak = common::memory(&echod, "VmHWM");
+    echod.stop();
+
+    let (entries, tried) = (journald.entries(), 4 * each as u64);
+    let count = |verdict: &str| entries.iter().filter(|entry| with_verdict(verdict)(entry)).count();
+    let told = denials(&entries);
+    println!(
+        "tried {tried}, denied {tried}, in {ended:.1?}; records {}, in {} summaries {}; difference {}",
+        count("denied"),
+        count("summary"),
+        told - count("denied") as u64,
+        i128::from(tried) - i128::from(told),
+    );
+    println!(
+        "peak memory {peak} KiB; an admitted client's p50 and p99: quiet {:?} and {:?}, in the flood {:?} and {:?} of {}",
+        percentile(&mut quiet, 50),
+        percentile(&mut quiet, 99),
+        percentile(&mut flooded, 50),
+        percentile(&mut flooded, 99),
+        flooded.len(),
+    );
+    assert_eq!(told, tried);
+    assert!(peak < 32 * 1024, "{peak} KiB");
+}
+
+fn percentile(times: &mut [Duration], percent: usize) -> Duration {
+    times.sort_unstable();
+    times[(times.len() - 1) * percent / 100]
+}
+
+#[test]
+fn the_equation_holds_with_all_of_it_at_once() {
+    needs_root();
+    // More: ECHOD_TEST_DENIALS=1000000 cargo test --release --test record at_once -- --nocapture
+    let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
+    let journald = Journald::new();
+    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 100\n{}", common::NOBODY);
+    let echod = serve(&journald, &config);
+    let socket = echod.socket();
+    let floods = [ALICE, BOB, 64003].map(|uid| flood(uid, each, &socket));
+    let next = thread::scope(|scope| {
+        // These are gone before they can be told, and denied all the same.
+        scope.spawn(|| (0..each).for_each(|_| drop(common::Client::connect(&socket))));
+        journald.wait_for("the flood", with_verdict("denied"));
+        journald.stop_reading();
+        expect_flood(flood(64004, 500, &socket), 500);
+        journald.go_on();
+        journald.wait_for("one of those meanwhile", |entry| get(entry, "PEER_UID") == "64004");
+        journald.vanish();
+        expect_flood(flood(64005, 500, &socket), 500);
+        journald.start();
+        echod.reload_with(&config.replace("50ms", "20ms"));
+        journald.wait_for("one of those without a journal", |entry| get(entry, "PEER_UID") == "64005");
+        // The journal stands still once more, and now the service is told to end.
+        journald.stop_reading();
+        expect_flood(flood(64006, 500, &socket), 500);
+        echod.signal(Signal::SIGTERM);
+        echod.manager.wait_for("STOPPING=1", 1);
+        journald.go_on();
+        let next = echod.start_again(|start, _| start.journal(&journald));
+        for process in floods {
+            expect_flood(process, each);
+        }
+        next
+    });
+    // Behind those who vanished, in the same queue.
+    be_denied(&next, 10);
+    next.stop();
+    let entries = journald.entries();
+    let count = |verdict: &str| entries.iter().filter(|entry| with_verdict(verdict)(entry)).count();
+    let (tried, told) = (4 * each as u64 + 3 * 500 + 10, denials(&entries));
+    println!(
+        "tried {tried}, of whom {each} vanished; records {}, in {} summaries {}; difference {}",
+        count("denied"),
+        count("summary"),
+        told - count("denied") as u64,
+        i128::from(tried) - i128::from(told),
+    );
+    assert_eq!(told, tried);
 }
 
 #[test]
@@ -701,6 +866,44 @@ fn a_journal_with_a_long_queue_that_does_not_read_stops_neither_service_nor_watc
     let seen = echod.manager.told.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", seen + 10);
     journald.go_on();
+    journald.wait_for_sum("denied", DENIALS, 3001);
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 3001);
+}
+
+#[test]
+fn others_who_fill_the_journals_queue_keep_no_sign_of_life_back() {
+    needs_root();
+    let journald = Journald::absent();
+    journald.start_with_long_queue();
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{}", common::NOBODY))
+        .journal(&journald)
+        .env("WATCHDOG_USEC", "500000")
+        .ready();
+    be_denied(&echod, 1);
+    journald.wait_for("the first", with_verdict("denied"));
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        // Each waits for a place in the queue, and so takes those that the program has just seen free.
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let other = journald.sender();
+                while !stop.load(Ordering::Relaxed) {
+                    other.send(b"MESSAGE=somebody else\n").unwrap();
+                }
+            });
+        }
+        expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
+        for _ in 0..5 {
+            journald.stop_reading();
+            let seen = echod.manager.told.lock().count("WATCHDOG=1");
+            echod.manager.wait_for("WATCHDOG=1", seen + 10);
+            let told = denials(&journald.entries());
+            journald.go_on();
+            journald.wait_for_sum("denied", DENIALS, (told + 1).min(3001));
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
     journald.wait_for_sum("denied", DENIALS, 3001);
     echod.stop();
     assert_eq!(denials(&journald.entries()), 3001);

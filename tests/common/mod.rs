@@ -25,6 +25,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::Pid;
@@ -592,6 +593,13 @@ impl Journald {
         self.state.change(|state| state.epoch += 1);
     }
 
+    /// Somebody else's way to write to it.
+    pub fn sender(&self) -> UnixDatagram {
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.connect(self.place.path("socket")).unwrap();
+        sender
+    }
+
     /// A command that runs `program` in a mount namespace where this journal is the system's.
     pub fn wrapper(&self) -> Vec<String> {
         let script = "mount -t tmpfs tmpfs /run && mkdir -p /run/systemd/journal && \
@@ -957,6 +965,46 @@ impl Drop for Echod {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// A field of /proc/PID/status in KiB, such as VmHWM, the most memory it ever held.
+pub fn memory(echod: &Echod, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", echod.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Processor time spent so far, in ticks of 10 ms.
+pub fn cpu(echod: &Echod) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", echod.pid())).unwrap();
+    let after_name = stat.rsplit_once(") ").unwrap().1;
+    after_name.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<u64>().unwrap()).sum()
+}
+
+/// How many it has open.
+pub fn descriptors(echod: &Echod) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", echod.pid())).unwrap().count()
+}
+
+/// How many denials or refusals the summaries on standard error stand for.
+pub fn summed(stderr: &str) -> usize {
+    let count = |line: &str| line.split_once(" more times in ")?.0.rsplit_once(' ')?.1.parse::<usize>().ok();
+    stderr.lines().filter_map(count).sum()
+}
+
+/// How many of something a test makes: as many as the environment says, in a longer run by hand.
+pub fn setting(name: &str, otherwise: usize) -> usize {
+    std::env::var(name).map_or(otherwise, |number| number.parse().expect("a number"))
+}
+
+/// Lets this process, and what it starts from now on, open so many files.
+pub fn raise_descriptor_limit(needed: u64) {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    assert!(
+        hard >= needed,
+        "this test needs {needed} file descriptors, and the hard limit is {hard}: ulimit -Hn {needed}"
+    );
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(needed), hard).unwrap();
 }
 
 /// A duplicate, for whoever wants to keep one.

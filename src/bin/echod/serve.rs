@@ -2,6 +2,7 @@
 //!
 //! The main thread does what is left: signals, reload, watchdog, status, idle exit, the end.
 
+use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -142,7 +143,7 @@ impl Service {
             activity: Arc::clone(&activity),
             first_connection: inheritance.next_connection,
         };
-        let door = Door::open(setup, move |admission| {
+        let mut door = Door::open(setup, move |admission| {
             if known.is_none() {
                 known = to_doors.recv().ok();
             }
@@ -154,10 +155,17 @@ impl Service {
         let around =
             Surroundings { audit: audit.clone(), usher: door.usher(), activity: Arc::clone(&activity), busy_poll };
         let count = config.service.workers.map_or_else(default_workers, Into::into);
-        let workers: Vec<Worker> = (0..count)
-            .map(|number| Worker::start(number, serving(&config), around.clone()))
-            .collect::<Result<_, _>>()
-            .map_err(|error| format!("starting a worker: {error}"))?;
+        let workers: io::Result<Vec<Worker>> =
+            (0..count).map(|number| Worker::start(number, serving(&config), around.clone())).collect();
+        let workers = match workers {
+            Ok(workers) => workers,
+            Err(error) => {
+                // Whoever is denied from now on would not be recorded any more.
+                drop(doors);
+                drop(door.shut());
+                return Err(format!("starting a worker: {error}"));
+            }
+        };
         let _ = doors.send(Doors::new(workers.iter().map(Worker::mailbox).collect(), audit.clone()));
         let watched = workers.iter().map(Worker::watched).chain([door.watched(), journal.watched()]).collect();
         let now = Instant::now();
