@@ -65,9 +65,10 @@ const SECOND_LOOK: Duration = Duration::from_millis(20);
 const MOST_WAITING: usize = 64;
 /// How long nothing is accepted after the system was out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(10);
-/// Descriptors held in reserve: what it takes to accept somebody and to ask who they are, which is the socket, the
-/// handle on the process, and one file below /proc at a time.
-const RESERVE: usize = 3;
+/// Descriptors held in reserve: what it takes to accept somebody and to ask who they are (the socket, the handle on the
+/// process, one file below /proc at a time), and once nobody is accepted any more, to leave connections to the next
+/// process (their state, a pipe to hear that the manager has it, a socket to tell it by).
+const RESERVE: usize = 4;
 /// How long nothing is said again that was said already.
 const SAID_FOR: Duration = Duration::from_secs(60);
 

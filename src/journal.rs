@@ -105,7 +105,8 @@ impl Journal {
             audit,
             identifier,
             beat,
-            probe: None,
+            // At once: later there may be no descriptor for it.
+            probe: UnixDatagram::unbound().ok(),
             journald: None,
             sent: 0,
             was_reached: false,

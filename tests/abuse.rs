@@ -542,8 +542,16 @@ fn a_write_that_finds_no_memory_ends_that_connection_alone() {
     let (first, second) = (faults.echod.connect(), faults.echod.connect());
     first.echo("one");
     second.echo("one");
-    let _ = first.try_send("two\n");
-    assert_eq!(show(&first.rest().0), "");
+    // strace counts each thread's calls apart. Every connection's first echo may be written at the door, so that only the
+    // thread behind it, which writes all others, gets as far as its third.
+    let is_over = (0..4).any(|number| {
+        let _ = first.try_send(format!("{number}\n"));
+        let mut echo = [0; 4];
+        let count = (&first.0).read(&mut echo).unwrap_or(0);
+        assert!(count == 0 || echo == *format!("> {number}\n").as_bytes(), "{}", show(&echo));
+        count == 0
+    });
+    assert!(is_over, "the fault came to nothing");
     second.echo("still in");
     faults.echod.stop();
 }
