@@ -575,7 +575,10 @@ impl Verdict {
                 self.holds(&claim, late <= early + early / 10 + allowance);
             }
         }
-        println!("       peak {peak} KiB");
+        // Whether it rises or has settled is seen only in between.
+        let tenths = samples.chunks(samples.len().div_ceil(10).max(1));
+        let tenths: Vec<_> = tenths.map(|some| median(some.iter().map(|one| one.memory)).to_string()).collect();
+        println!("       RssAnon in KiB, tenth by tenth: {}; peak {peak}", tenths.join(" "));
     }
 }
 
