@@ -798,6 +798,36 @@ mod tests {
     use super::*;
     use crate::{Uid, activation};
 
+    #[test]
+    fn a_ruling_returns_when_the_last_admission_of_the_old_one_is_handed_over() {
+        let path = std::env::temp_dir().join(format!("gate-test-ruling-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let owner = || Policy::<()>::owner_only(Uid::effective());
+        let setup = Setup::new(vec![listener], owner(), Audit::default()).unwrap();
+        let (arrived, arrivals) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel::<()>();
+        let mut door = Door::open(setup, move |admission| {
+            let _ = arrived.send(admission.generation);
+            let _ = may_go_on.recv();
+        })
+        .unwrap();
+        let _client = UnixStream::connect(&path).unwrap();
+        assert_eq!(arrivals.recv(), Ok(0));
+        thread::scope(|scope| {
+            let (done, is_done) = mpsc::channel();
+            let door = &door;
+            scope.spawn(move || done.send(door.rule(Ruling::new(owner()))));
+            // However slow this machine is, it is not over before the other is.
+            assert!(is_done.recv_timeout(Duration::from_millis(50)).is_err());
+            go_on.send(()).unwrap();
+            assert_eq!(is_done.recv(), Ok(1));
+        });
+        let _client = UnixStream::connect(&path).unwrap();
+        assert_eq!(arrivals.recv(), Ok(1));
+        drop(go_on);
+        door.shut();
+    }
+
     /// One whom a worker lets go of between the gate's last look and its own end.
     #[test]
     fn whoever_is_handed_over_after_the_gate_shut_still_gets_the_message_and_a_clean_end() {
