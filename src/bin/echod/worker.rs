@@ -941,7 +941,7 @@ impl Buffers {
     fn give_back(&mut self, mut buffer: Vec<u8>) {
         let spare = match buffer.capacity() {
             0 => return,
-            ..=SMALL => &mut self.spare_small,
+            1..=SMALL => &mut self.spare_small,
             _ => &mut self.spare,
         };
         if buffer.capacity() <= 2 * READ && spare.len() < SPARE_BUFFERS {
