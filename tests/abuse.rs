@@ -229,6 +229,36 @@ fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
 }
 
 #[test]
+fn who_leaves_a_line_unfinished_holds_no_buffer_that_grew_for_a_long_one() {
+    const SLOW: usize = 300;
+    let config = format!("[limits]\nconnections-per-user = 1000\n[service]\nworkers = 1\n{OWNER}");
+    let echod = Start::serving(&config).ready();
+    let before = memory(&echod, "VmRSS");
+    let line = [&[b'l'; 50_000][..], b"\n"].concat();
+    let slow: Vec<Client> = (0..SLOW)
+        .map(|number| {
+            let client = echod.connect();
+            // In two parts, so that the first is held; the fragment comes with the second, or by itself.
+            client.echo("first");
+            client.send(&line[..25_000]);
+            let (rest, after) = if number % 2 == 0 { ("fragment", "") } else { ("", "fragment") };
+            client.send([&line[25_000..], rest.as_bytes()].concat());
+            client.expect([b"> ", &line[..]].concat());
+            client.send(after);
+            client
+        })
+        .collect();
+    echod.connect().echo("all of them have been heard");
+    let grown = memory(&echod, "VmRSS") - before;
+    println!("{SLOW} unfinished lines: {grown} KiB more, {} KiB each", grown / SLOW as u64);
+    assert!(grown < SLOW as u64 * 12 + 2048, "{grown} KiB");
+    for client in &slow {
+        client.send("\n");
+        client.expect("> fragment\n");
+    }
+}
+
+#[test]
 fn writers_of_nuls_without_a_newline_get_no_further_than_a_lines_length() {
     let echod = Start::serving(OWNER).ready();
     let before = memory(&echod, "VmHWM");

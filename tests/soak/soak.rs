@@ -16,7 +16,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,7 @@ use nix::unistd::Pid;
 const DIRECTORY: &str = "/run/soak";
 const SOCKET: &str = "/run/soak/echo.sock";
 const CONFIG: &str = "/run/soak/echod.toml";
+const NOTIFY: &str = "/run/soak/notify";
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
 /// A client that hears nothing for so long gives up: the service has stalled.
@@ -428,15 +429,28 @@ impl Drop for Service {
     }
 }
 
-/// The service's standard error must stay empty, since a journal is always there.
-fn start_service() -> Service {
+/// Waits until it is ready. The service's standard error must stay empty, since a journal is always there.
+fn start_service(journal: &Journal) -> Service {
+    let manager = UnixDatagram::bind(NOTIFY).unwrap();
+    let (is_ready, ready) = mpsc::channel();
+    thread::spawn(move || {
+        let mut message = [0; 4096];
+        while let Ok(length) = manager.recv(&mut message) {
+            if message[..length].starts_with(b"READY=1\n") {
+                // Told at each reload too, when nobody waits any more.
+                let _ = is_ready.send(());
+            }
+        }
+    });
     fs::write(CONFIG, configuration(0)).unwrap();
     let mut service = Command::new(format!("{DIRECTORY}/echod"));
-    service.args(["--listen", SOCKET, "--config", CONFIG]).stderr(Stdio::piped());
+    service.args(["--listen", SOCKET, "--config", CONFIG]).env("NOTIFY_SOCKET", NOTIFY).stderr(Stdio::piped());
     let service = Service(service.spawn().unwrap());
+    ready.recv_timeout(PATIENCE).expect("the service does not start");
+    // By its first record it has opened what it writes to.
     let patience = Instant::now() + PATIENCE;
-    while UnixStream::connect(SOCKET).is_err() {
-        assert!(Instant::now() < patience, "the service does not start");
+    while journal.entries.load(Ordering::Relaxed) == 0 {
+        assert!(Instant::now() < patience, "the service writes nothing");
         thread::sleep(Duration::from_millis(20));
     }
     service
@@ -448,7 +462,7 @@ fn signal(Service(service): &Service, signal: Signal) {
 
 fn conduct(length: Duration) -> ExitCode {
     let (journal, receiving) = Journal::start();
-    let mut service = start_service();
+    let mut service = start_service(&journal);
     let pid = service.0.id();
     let mut complaints = service.0.stderr.take().unwrap();
     let complaints = thread::spawn(move || {

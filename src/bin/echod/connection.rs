@@ -23,8 +23,11 @@ use crate::line::{self, Cursor, End};
 pub const READ: usize = 64 * 1024;
 /// The most echo that is put together for one write: that of a whole read, even one of bare LFs.
 const ROOM: usize = 4 * READ;
-/// Buffers kept for the next connection that needs one.
+/// Buffers of each kind kept for the next connection that needs one.
 const SPARE_BUFFERS: usize = 16;
+/// What fits into a small buffer. Whoever leaves a line unfinished keeps a buffer for as long as they like: it must not
+/// be one that grew for somebody else's long lines.
+const SMALL: usize = 4 * 1024;
 
 /// What all connections live by; replaced as a whole at a reload.
 #[derive(Clone)]
@@ -133,6 +136,7 @@ pub struct Buffers {
     input: Box<[u8]>,
     output: Vec<u8>,
     spare: Vec<Vec<u8>>,
+    spare_small: Vec<Vec<u8>>,
 }
 
 impl Connection {
@@ -204,6 +208,7 @@ impl Connection {
         };
         self.bytes += count as u64;
         if !self.held.is_empty() {
+            buffers.make_room(&mut self.held, count);
             let new = &buffers.input[..count];
             let ends = memchr::memchr(b'\n', new).is_some();
             self.held.extend_from_slice(new);
@@ -215,7 +220,7 @@ impl Connection {
         let (at, outcome) = self.emit(input, Cursor::default(), limit, output, audit);
         if at.start < count && matches!(outcome, Outcome::Goes) {
             self.sent = at.sent;
-            let mut held = buffers.spare.pop().unwrap_or_default();
+            let mut held = buffers.take(count - at.start);
             held.extend_from_slice(&buffers.input[at.start..count]);
             self.held = held;
         }
@@ -232,6 +237,10 @@ impl Connection {
         self.held.drain(..at.start);
         if self.held.is_empty() {
             buffers.give_back(std::mem::take(&mut self.held));
+        } else if self.held.len() <= SMALL && self.held.capacity() > SMALL {
+            let mut small = buffers.take(self.held.len());
+            small.extend_from_slice(&self.held);
+            buffers.give_back(std::mem::replace(&mut self.held, small));
         }
         match (outcome, self.state) {
             (Outcome::Goes, State::Finishing) if self.held.is_empty() => Outcome::Over(None),
@@ -351,14 +360,35 @@ impl Connection {
 impl Buffers {
     /// For reads of up to `read` bytes.
     pub fn new(read: usize) -> Self {
-        Self { input: vec![0; read].into(), output: Vec::new(), spare: Vec::new() }
+        Self { input: vec![0; read].into(), output: Vec::new(), spare: Vec::new(), spare_small: Vec::new() }
+    }
+
+    /// An empty one for so many bytes, for now.
+    fn take(&mut self, length: usize) -> Vec<u8> {
+        let spare = if length <= SMALL { &mut self.spare_small } else { &mut self.spare };
+        spare.pop().unwrap_or_default()
+    }
+
+    /// Before `more` bytes are added: a big one, where there is one, instead of making a small one grow.
+    fn make_room(&mut self, held: &mut Vec<u8>, more: usize) {
+        if held.capacity() <= SMALL && held.len() + more > SMALL {
+            if let Some(mut big) = self.spare.pop() {
+                big.extend_from_slice(held);
+                self.give_back(std::mem::replace(held, big));
+            }
+        }
     }
 
     /// Keeps an empty buffer for the next one who needs it, unless it has grown too big to keep.
     pub fn give_back(&mut self, mut buffer: Vec<u8>) {
-        if buffer.capacity() > 0 && buffer.capacity() <= 2 * READ && self.spare.len() < SPARE_BUFFERS {
+        let spare = match buffer.capacity() {
+            0 => return,
+            1..=SMALL => &mut self.spare_small,
+            _ => &mut self.spare,
+        };
+        if buffer.capacity() <= 2 * READ && spare.len() < SPARE_BUFFERS {
             buffer.clear();
-            self.spare.push(buffer);
+            spare.push(buffer);
         }
     }
 }
