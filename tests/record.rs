@@ -885,7 +885,7 @@ fn others_who_fill_the_journals_queue_keep_no_sign_of_life_back() {
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
         // Each waits for a place in the queue, and so takes those that the program has just seen free.
-        for _ in 0..8 {
+        for _ in 0..3 {
             scope.spawn(|| {
                 let other = journald.sender();
                 while !stop.load(Ordering::Relaxed) {
@@ -894,10 +894,10 @@ fn others_who_fill_the_journals_queue_keep_no_sign_of_life_back() {
             });
         }
         expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
-        for _ in 0..5 {
+        for _ in 0..3 {
             journald.stop_reading();
             let seen = echod.manager.told.lock().count("WATCHDOG=1");
-            echod.manager.wait_for("WATCHDOG=1", seen + 10);
+            echod.manager.wait_for("WATCHDOG=1", seen + 5);
             let told = denials(&journald.entries());
             journald.go_on();
             journald.wait_for_sum("denied", DENIALS, (told + 1).min(3001));
