@@ -493,7 +493,8 @@ pub struct Journald {
 pub struct Written {
     pub entries: Vec<Entry>,
     stopped: bool,
-    reads: usize,
+    /// A read is under way, or what it brought is not yet among the entries. Of which epoch.
+    reading: Option<usize>,
     /// Reads that found nothing.
     empty: usize,
     epoch: usize,
@@ -546,10 +547,18 @@ impl Journald {
         thread::spawn(move || {
             let mut buffer = vec![0; 1 << 20];
             loop {
-                let gone =
-                    state.try_wait(|state| (!state.stopped || state.epoch != epoch).then_some(state.epoch != epoch));
-                if gone != Some(false) {
-                    return;
+                let gone = state.try_wait(|state| match (state.epoch == epoch, state.stopped) {
+                    (false, _) => Some(true),
+                    (true, true) => None,
+                    (true, false) => {
+                        state.reading = Some(epoch);
+                        Some(false)
+                    }
+                });
+                match gone {
+                    Some(false) => {}
+                    Some(true) => return,
+                    None => continue,
                 }
                 let received = receive(&socket, &mut buffer);
                 state.change(|state| state.empty += usize::from(received.is_err()));
@@ -563,21 +572,22 @@ impl Journald {
                         file.rewind().unwrap();
                         file.read_to_end(&mut bytes).unwrap();
                     }
-                    state.change(|state| state.entries.push(parse_entry(&bytes)));
+                    let entry = parse_entry(&bytes);
+                    // What others send takes places in the queue; to keep it would only slow down those who look.
+                    if entry.contains_key("SYSLOG_IDENTIFIER") {
+                        state.change(|state| state.entries.push(entry));
+                    }
                 }
-                state.change(|state| state.reads += 1);
+                state.change(|state| state.reading = state.reading.filter(|&of| of != epoch));
             }
         });
     }
 
     /// As SIGSTOP does: nothing is read from now on.
     pub fn stop_reading(&self) {
-        let reads = self.state.change(|state| {
-            state.stopped = true;
-            state.reads
-        });
-        // The read that was under way may take one entry more.
-        self.state.try_wait(|state| (state.reads > reads).then_some(()));
+        self.state.change(|state| state.stopped = true);
+        // The read that is under way may take one entry more.
+        self.state.try_wait(|state| state.reading.is_none().then_some(())).expect("a read lasts 20 ms at most");
     }
 
     pub fn go_on(&self) {
