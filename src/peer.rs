@@ -381,9 +381,14 @@ mod tests {
 
     #[test]
     fn a_process_that_has_ended_has_no_facts() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        use std::io::{Read, Write};
+        use std::process::{Command, Stdio};
+        let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        // Until it answers it may be on its way from this program to that one.
+        child.stdin.as_ref().unwrap().write_all(b"?").unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         let peer = Peer::of_process(child.id() as i32).unwrap();
-        assert_eq!(peer.read_proc("comm").as_deref(), Some("sleep\n"));
+        assert_eq!(peer.read_proc("comm").as_deref(), Some("cat\n"));
         child.kill().unwrap();
         child.wait().unwrap();
         assert_eq!(peer.read_proc("comm"), None);

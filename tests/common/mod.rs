@@ -382,6 +382,7 @@ pub struct Told {
     /// How many processes have begun, and how many have ended: told everything they will ever tell.
     begun: usize,
     ended: usize,
+    caught_up: usize,
 }
 
 impl Told {
@@ -437,6 +438,7 @@ impl Manager {
                     "END" => return,
                     // From the test itself, after the last word of the process that has ended.
                     "OVER" => filled.change(|told| told.ended += 1),
+                    "CATCH UP" => filled.change(|told| told.caught_up += 1),
                     _ => filled.change(|told| told.take_in(&text, fds)),
                 }
             }
@@ -446,6 +448,15 @@ impl Manager {
 
     pub fn socket(&self) -> &Path {
         &self.path
+    }
+
+    /// Waits until all that was sent by now has been taken in.
+    pub fn catch_up(&self) {
+        let before = self.told.lock().caught_up;
+        // Fails where a test has removed the socket: then there is nothing to catch up with.
+        if UnixDatagram::unbound().and_then(|socket| socket.send_to(b"CATCH UP", &self.path)).is_ok() {
+            self.told.try_wait(|told| (told.caught_up > before).then_some(())).expect("messages are read");
+        }
     }
 
     /// Waits until the service has told something.
@@ -495,10 +506,28 @@ pub struct Written {
     stopped: bool,
     /// A read is under way, or what it brought is not yet among the entries. Of which epoch.
     reading: Option<usize>,
-    /// Reads that found nothing.
-    empty: usize,
+    /// The socket is to be closed, once nothing is unread.
+    vanishing: bool,
     epoch: usize,
+    /// How often somebody wanted to have seen all that was sent, and the last of these times that they had.
+    asked: u64,
+    caught_up: u64,
 }
+
+impl Written {
+    fn take_in(&mut self, entry: Entry) {
+        if let Some(number) = entry.get(CATCH_UP) {
+            self.caught_up = number.parse().unwrap();
+        }
+        // What others send takes places in the queue; to keep it would only slow down those who look.
+        if entry.contains_key("SYSLOG_IDENTIFIER") {
+            self.entries.push(entry);
+        }
+    }
+}
+
+/// The field by which a test asks whether it has seen everything.
+const CATCH_UP: &str = "TEST_CATCH_UP";
 
 impl Journald {
     pub fn new() -> Self {
@@ -547,22 +576,26 @@ impl Journald {
         thread::spawn(move || {
             let mut buffer = vec![0; 1 << 20];
             loop {
-                let gone = state.try_wait(|state| match (state.epoch == epoch, state.stopped) {
-                    (false, _) => Some(true),
-                    (true, true) => None,
-                    (true, false) => {
+                let go_on = state.try_wait(|state| match (state.epoch == epoch, state.vanishing, state.stopped) {
+                    (false, ..) => Some(false),
+                    (true, false, true) => None,
+                    (true, ..) => {
                         state.reading = Some(epoch);
-                        Some(false)
+                        Some(true)
                     }
                 });
-                match gone {
-                    Some(false) => {}
-                    Some(true) => return,
+                match go_on {
                     None => continue,
+                    Some(false) => return,
+                    Some(true) => {}
                 }
-                let received = receive(&socket, &mut buffer);
-                state.change(|state| state.empty += usize::from(received.is_err()));
-                if let Ok(message) = received {
+                let vanishes = state.lock().vanishing;
+                if vanishes {
+                    // From now on who sends hears that nobody is there; until now it was taken in.
+                    socket.shutdown(std::net::Shutdown::Read).unwrap();
+                    socket.set_nonblocking(true).unwrap();
+                }
+                while let Ok(message) = receive(&socket, &mut buffer) {
                     let (count, fds) = message.unwrap_or_default();
                     let mut bytes = buffer[..count].to_vec();
                     for fd in fds {
@@ -573,12 +606,17 @@ impl Journald {
                         file.read_to_end(&mut bytes).unwrap();
                     }
                     let entry = parse_entry(&bytes);
-                    // What others send takes places in the queue; to keep it would only slow down those who look.
-                    if entry.contains_key("SYSLOG_IDENTIFIER") {
-                        state.change(|state| state.entries.push(entry));
+                    state.change(|state| state.take_in(entry));
+                    if !vanishes {
+                        break;
                     }
                 }
-                state.change(|state| state.reading = state.reading.filter(|&of| of != epoch));
+                state.change(|state| {
+                    state.reading = state.reading.filter(|&of| of != epoch);
+                    if vanishes {
+                        (state.vanishing, state.epoch) = (false, epoch + 1);
+                    }
+                });
             }
         });
     }
@@ -594,13 +632,12 @@ impl Journald {
         self.state.change(|state| state.stopped = false);
     }
 
-    /// The socket is closed, unread entries are lost, and its file is removed, as `systemctl stop` does.
-    /// Waits until everything sent before has been read, so that none is lost unseen.
+    /// The socket's file is removed and the socket closed, as `systemctl stop` does, but what was sent before is read:
+    /// none is lost unseen.
     pub fn vanish(&self) {
         let _ = fs::remove_file(self.place.path("socket"));
-        let empty = self.state.lock().empty;
-        self.state.try_wait(|state| (state.empty > empty + 1).then_some(()));
-        self.state.change(|state| state.epoch += 1);
+        self.state.change(|state| state.vanishing = true);
+        self.state.try_wait(|state| (!state.vanishing).then_some(())).expect("the reader comes to the end");
     }
 
     /// Somebody else's way to write to it.
@@ -618,9 +655,22 @@ impl Journald {
         ["unshare", "-m", "--propagation", "private", "sh", "-c", script, &directory].map(str::to_owned).to_vec()
     }
 
-    /// All entries so far.
+    /// All entries sent so far; while it does not read, those read so far.
     pub fn entries(&self) -> Vec<Entry> {
+        self.catch_up();
         self.state.lock().entries.clone()
+    }
+
+    fn catch_up(&self) {
+        let (number, stopped) = self.state.change(|state| {
+            state.asked += 1;
+            (state.asked, state.stopped)
+        });
+        let ask =
+            || UnixDatagram::unbound()?.send_to(format!("{CATCH_UP}={number}\n").as_bytes(), self.place.path("socket"));
+        if !stopped && ask().is_ok() {
+            self.state.try_wait(|state| (state.caught_up >= number).then_some(())).expect("the queue is read");
+        }
     }
 
     /// Waits for the first entry of which `question` is true.
@@ -897,6 +947,7 @@ impl Echod {
     pub fn reload(&self) -> (i32, String) {
         let asked =
             Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &self.pid().to_string()]).output().unwrap();
+        self.manager.catch_up();
         (asked.status.code().unwrap(), String::from_utf8(asked.stderr).unwrap())
     }
 
@@ -922,7 +973,9 @@ impl Echod {
             let _ = self.process.kill();
             panic!("the program does not end: {}", self.stderr());
         }
-        self.process.wait().unwrap()
+        let status = self.process.wait().unwrap();
+        self.manager.catch_up();
+        status
     }
 
     /// Sends SIGTERM and waits for a good end. Returns standard error.
