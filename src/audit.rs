@@ -262,6 +262,12 @@ pub struct Record {
     pub text: Option<String>,
 }
 
+/// "1 line", "2 lines".
+fn counted(number: u64, what: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {what}{plural}")
+}
+
 impl Record {
     /// A record of `event` with no field set.
     pub fn new(event: Event) -> Self {
@@ -330,12 +336,14 @@ impl Record {
                 let (lines, bytes) = (self.lines.unwrap_or(0), self.bytes.unwrap_or(0));
                 write!(
                     out,
-                    ": {lines} lines, {bytes} bytes in {:.1} s",
+                    ": {}, {} in {:.1} s",
+                    counted(lines, "line"),
+                    counted(bytes, "byte"),
                     self.duration.unwrap_or_default().as_secs_f64()
                 )?;
                 if self.reason.is_some() { write!(out, "; {}", self.why()) } else { Ok(()) }
             }
-            Event::Line => write!(out, ": {} bytes", self.bytes.unwrap_or(0)),
+            Event::Line => write!(out, ": {}", counted(self.bytes.unwrap_or(0), "byte")),
             _ => match text {
                 Some(text) => write!(out, ": {text}"),
                 None => write!(out, ": {}", self.why()),

@@ -3,6 +3,7 @@
 //! Sole user of sd-notify. Everything here is a no-op, not an error, where there is no service manager.
 //! The protocols are sd_notify(3)'s and systemd.service(5)'s; they work alike on systemd 252 and later.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -324,8 +325,8 @@ pub enum Request {
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT, SIGHUP and the signal of [`request_reload`] for this thread and all that it starts from now on, and
-    /// receives them here instead.
+    /// Blocks SIGTERM, SIGINT, SIGHUP and the signal of [`request_reload`] for this thread and all that it starts from
+    /// now on, and receives them here instead.
     ///
     /// # Errors
     /// What sigprocmask(2) or signalfd(2) says.
@@ -380,13 +381,17 @@ pub fn answer_reload(pid: i32, taken: bool) {
 /// Made for ExecReload=, which is to return when the reload is done, not when it was asked for.
 ///
 /// # Errors
-/// ESRCH where there is no such process or it ended before it answered, EPERM where it is not ours,
-/// TimedOut where `patience` ran out.
+/// ESRCH where there is no such process or it ended before it answered, EPERM where it is not ours, InvalidInput where
+/// it has not called [`Signals::catch`], so that the signal would end it, TimedOut where `patience` ran out.
 pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     if pid <= 1 {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     let process: OwnedFd = sys::pidfd_open(pid)?;
+    if !heeds(pid, asking()) {
+        let message = "it does not wait to be asked; expected the process of a service that reloads";
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
     let answers: SigSet = [TAKEN, REFUSED].into_iter().collect();
     answers.thread_block()?;
     let answer = SignalFd::with_flags(&answers, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
@@ -408,4 +413,13 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
     }
+}
+
+/// Whether the process has made arrangements for this signal, by proc_pid_status(5): else it would end by it. Where /proc
+/// does not tell, we take it that whoever asks knows whom.
+fn heeds(pid: i32, signal: i32) -> bool {
+    let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
+    let sets = ["SigBlk:", "SigIgn:", "SigCgt:"];
+    let mut masks = status.lines().filter_map(|line| sets.iter().find_map(|name| line.strip_prefix(name)));
+    masks.any(|mask| u64::from_str_radix(mask.trim(), 16).is_ok_and(|mask| mask & (1 << (signal - 1)) != 0))
 }

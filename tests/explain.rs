@@ -220,7 +220,10 @@ fn a_named_file_that_is_missing_exits_66() {
     let missing = ["--config", "/nonexistent/echod.toml"];
     for arguments in [&["check"][..], &["explain", "--uid", "5"]] {
         let outcome = run(Command::new(env!("CARGO_BIN_EXE_echod")).args(arguments).args(missing));
-        assert_eq!((outcome.code, outcome.stderr.trim()), (66, "/nonexistent/echod.toml: no such file"));
+        assert_eq!(
+            (outcome.code, outcome.stderr.trim()),
+            (66, "/nonexistent/echod.toml: no such file; expected a readable file, since --config names it")
+        );
     }
 }
 
@@ -236,4 +239,15 @@ fn without_any_file_the_owner_alone_is_admitted() {
     };
     assert_eq!(explain(uid).verdict(), ("admitted by allow.owner", 0));
     assert_eq!(explain(uid + 1).verdict(), ("denied by default", 1));
+}
+
+#[test]
+fn groups_go_with_a_bare_uid_only() {
+    for arguments in
+        [["--user", "root", "--gid", "5"], ["--user", "root", "--group", "5"], ["--pid", "1", "--gid", "5"]]
+    {
+        let outcome = run(Command::new(env!("CARGO_BIN_EXE_echod")).arg("explain").args(arguments));
+        assert_eq!(outcome.code, 2, "{arguments:?}: {}", outcome.stderr);
+        assert!(outcome.stderr.contains("cannot be used with"), "{}", outcome.stderr);
+    }
 }

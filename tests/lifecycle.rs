@@ -5,6 +5,7 @@ mod common;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::thread;
 
@@ -365,6 +366,18 @@ fn asking_a_process_that_is_not_there_to_reload_fails_and_says_so() {
         assert_eq!(asked.status.code(), Some(71), "{pid}");
         assert!(!asked.stderr.is_empty());
     }
+}
+
+#[test]
+fn asking_another_program_to_reload_does_it_no_harm() {
+    let mut other = std::process::Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let pid = other.id().to_string();
+    let asked = std::process::Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &pid]).output().unwrap();
+    assert_eq!(asked.status.code(), Some(71));
+    let said = String::from_utf8(asked.stderr).unwrap();
+    assert!(said.contains("it does not wait to be asked; expected the process of a service"), "{said}");
+    drop(other.stdin.take());
+    assert!(other.wait().unwrap().success(), "it was ended");
 }
 
 /// The thread of this name.

@@ -542,7 +542,7 @@ fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() 
         &format!("f:6:35: \"4294967295\" in \"1-4294967295\", which is no id from 0 to 4294967294; {USERS}"),
         &format!("f:6:51: \"\", which is no user's name; {USERS}"),
         &format!("f:6:55: \"1,2\" in \"1,2\", which is no id from 0 to 4294967294; {USERS}"),
-        &format!("f:6:62: \"007\" in \"007\", which is no id from 0 to 4294967294; {USERS}"),
+        &format!("f:6:62: \"007\" in \"007\", which has leading zeros; {USERS}"),
         &format!("f:6:69: `-3` is no id; {ID}"),
         &format!("f:6:73: a boolean in `users`; {USERS}"),
         &format!("f:6:79: \"a:b\", which is no user's name; {USERS}"),

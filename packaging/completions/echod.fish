@@ -38,8 +38,8 @@ complete -c echod -n "__fish_echod_using_subcommand check" -s h -l help -d 'Prin
 complete -c echod -n "__fish_echod_using_subcommand explain" -l user -d 'A user, with group and supplementary groups as the user database has them' -r -f -a "(__fish_complete_users)"
 complete -c echod -n "__fish_echod_using_subcommand explain" -l uid -d 'A user id, with only the groups given here' -r
 complete -c echod -n "__fish_echod_using_subcommand explain" -l pid -d 'A live process, as the kernel sees it' -r
-complete -c echod -n "__fish_echod_using_subcommand explain" -l gid -d 'Their effective group id (default: the same number as --uid)' -r
-complete -c echod -n "__fish_echod_using_subcommand explain" -l group -d 'A supplementary group of theirs, name or number; may be repeated' -r
+complete -c echod -n "__fish_echod_using_subcommand explain" -l gid -d 'With --uid: their effective group id (default: the same number)' -r
+complete -c echod -n "__fish_echod_using_subcommand explain" -l group -d 'With --uid: a supplementary group of theirs, name or number; may be repeated' -r
 complete -c echod -n "__fish_echod_using_subcommand explain" -l unit -d 'The systemd unit they connect from' -r
 complete -c echod -n "__fish_echod_using_subcommand explain" -l config -d 'Judge by this file instead of the one that would be served by' -r -F
 complete -c echod -n "__fish_echod_using_subcommand explain" -s h -l help -d 'Print help'

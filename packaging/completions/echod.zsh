@@ -42,8 +42,8 @@ _arguments "${_arguments_options[@]}" : \
 '--user=[A user, with group and supplementary groups as the user database has them]:NAME:_users' \
 '--uid=[A user id, with only the groups given here]:N:_default' \
 '--pid=[A live process, as the kernel sees it]:N:_default' \
-'--gid=[Their effective group id (default\: the same number as --uid)]:N:_default' \
-'*--group=[A supplementary group of theirs, name or number; may be repeated]:G:_default' \
+'(--user --pid)--gid=[With --uid\: their effective group id (default\: the same number)]:N:_default' \
+'(--user --pid)*--group=[With --uid\: a supplementary group of theirs, name or number; may be repeated]:G:_default' \
 '(--pid)--unit=[The systemd unit they connect from]:U:_default' \
 '--config=[Judge by this file instead of the one that would be served by]:FILE:_files' \
 '-h[Print help]' \

@@ -523,7 +523,10 @@ fn id(number: &DeInteger<'_>) -> Option<u32> {
 
 fn number_or_range(text: &str) -> Result<Value, String> {
     let number = |digits: &str| {
-        let plain = digits.bytes().all(|byte| byte.is_ascii_digit()) && (digits == "0" || !digits.starts_with('0'));
+        let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
+        if plain && digits.len() > 1 && digits.starts_with('0') {
+            return Err(format!("{digits:?} in {text:?}, which has leading zeros"));
+        }
         let id = digits.parse::<u32>().ok().filter(|&id| plain && id <= HIGHEST);
         id.ok_or_else(|| format!("{digits:?} in {text:?}, which is no id from 0 to {HIGHEST}"))
     };

@@ -60,12 +60,12 @@ pub struct Explain {
     #[command(flatten)]
     pub who: Who,
 
-    /// Their effective group id (default: the same number as --uid)
-    #[arg(long, value_name = "N", requires = "uid")]
+    /// With --uid: their effective group id (default: the same number)
+    #[arg(long, value_name = "N", conflicts_with_all = ["user", "pid"])]
     pub gid: Option<u32>,
 
-    /// A supplementary group of theirs, name or number; may be repeated
-    #[arg(long, value_name = "G", requires = "uid")]
+    /// With --uid: a supplementary group of theirs, name or number; may be repeated
+    #[arg(long, value_name = "G", conflicts_with_all = ["user", "pid"])]
     pub group: Vec<String>,
 
     /// The systemd unit they connect from

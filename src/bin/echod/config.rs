@@ -113,7 +113,7 @@ pub enum Record {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Service {
-    /// How many worker threads; `None`: as many as there are processors for us.
+    /// How many worker threads; `None`: one for every two processors that we may use.
     #[serde(deserialize_with = "values::workers")]
     pub workers: Option<NonZeroUsize>,
     /// How long to look again before sleeping; `None`: not at all.
@@ -191,7 +191,9 @@ impl LoadError {
 impl fmt::Display for LoadError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NoInput { path, error } => write!(f, "{}: {error}", path.display()),
+            Self::NoInput { path, error } => {
+                write!(f, "{}: {error}; expected a readable file, since --config names it", path.display())
+            }
             Self::Refused(faults) => faults.fmt(f),
         }
     }

@@ -7,10 +7,11 @@ use std::ffi::CString;
 use std::fmt;
 use std::io::{self, Write as _};
 
-use nix::unistd::{Group, User, getgrouplist};
+use nix::unistd::{Group, User as Account, getgrouplist};
 use peergate::Subject;
 use peergate::ids::{Gid, Uid};
 use peergate::peer::Peer;
+use peergate::policy::User;
 use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
@@ -90,6 +91,12 @@ pub fn run(asked: &Explain) -> u8 {
     if asked.who.pid.is_none() && asked.unit.is_none() && config.policy.depends_on_units() {
         text += "  (the policy depends on units; --unit tells from which one they would connect)\n";
     }
+    if config.policy.rules().filter_map(|rule| rule.listed_users()).any(|users| users.contains(&User::Me)) {
+        let me = config.policy.me();
+        text += &format!(
+            "  (`self` is whoever asks, uid {me} here; to a service it is the user that the service runs as)\n"
+        );
+    }
     // Whoever reads may have seen enough; that changes nothing of the answer.
     let _ = io::stdout().write_all(text.as_bytes());
     u8::from(!explanation.is_admitted())
@@ -121,7 +128,7 @@ fn somebody(asked: &Explain) -> Result<Box<dyn Subject>, Failure> {
 fn user(name: &str, units: Option<Units>) -> Result<Described, Failure> {
     let unknown = || Failure::Usage(format!("no user {name:?} in the user database; expected a name, or --uid"));
     let name = CString::new(name).map_err(|_| unknown())?;
-    let found = User::from_name(&name.to_string_lossy());
+    let found = Account::from_name(&name.to_string_lossy());
     let user = found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)?;
     let groups = getgrouplist(&name, user.gid);
     let mut gids = vec![Gid::new(user.gid.as_raw())];

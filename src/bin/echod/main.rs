@@ -92,8 +92,9 @@ fn serve(options: Serve) -> Result<(), Failure> {
         }
         return Err(Failure(EX_USAGE, message));
     }
-    let config =
+    let mut config =
         Config::load(options.config.as_deref()).map_err(|error| Failure(error.exit_code(), error.to_string()))?;
+    config.source = config.source.map(absolute);
     // From here on a signal to stop is heard, and what we bound is removed.
     let signals = Signals::catch().map_err(|error| Failure(EX_OSERR, format!("catching signals: {error}")))?;
     listeners.extend(bind_all(&options.listen)?);

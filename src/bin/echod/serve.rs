@@ -35,7 +35,7 @@ const STATUS_PAUSE: Duration = Duration::from_secs(1);
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// How long connections that cannot be handed over may take to get what they are owed.
 const DRAIN: Duration = Duration::from_secs(5);
-/// How long the end may wait for a journal that takes nothing. Below TimeoutStopSec= of the unit.
+/// How long the end may wait for a journal that takes nothing. TimeoutStopSec= of the unit is shorter: it is extended.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(60);
 /// More workers than this gain nothing by themselves; who wants more says so.
 const MOST_WORKERS: usize = 16;

@@ -62,9 +62,16 @@ fn write_harmless(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     text.chars().try_for_each(|c| if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) })
 }
 
-/// All faults of a file, in the order of their places; one line each in the [`Display`](fmt::Display) form.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// All faults of a file, in the order of their places; one line each in the [`Display`](fmt::Display) form, and in the
+/// [`Debug`](fmt::Debug) form too: that is what a `main` that returns them prints.
+#[derive(Clone, PartialEq, Eq)]
 pub struct Faults(pub Vec<Fault>);
+
+impl fmt::Debug for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
 
 impl fmt::Display for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -175,7 +175,10 @@ fn a_missing_default_file_gives_the_defaults_but_a_missing_named_one_is_an_error
     assert_eq!(config.policy.rules().map(|rule| rule.name().as_str()).collect::<Vec<_>>(), ["allow.owner"]);
     let error = load(Location::Named(path.clone()), me(), &Alice).unwrap_err();
     assert_eq!(error.exit_code(), 66);
-    assert_eq!(error.to_string(), format!("{}: no such file", path.display()));
+    assert_eq!(
+        error.to_string(),
+        format!("{}: no such file; expected a readable file, since --config names it", path.display())
+    );
 }
 
 #[test]
