@@ -36,7 +36,7 @@
 mod farewell;
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
@@ -45,11 +45,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
 
-use self::farewell::Farewell;
+use self::farewell::{Farewell, Guest};
 use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
+use crate::baggage::{Baggage, Disposal};
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
 use crate::peer::Peer;
 use crate::policy::{Policy, Rule, Verdict};
@@ -134,6 +135,8 @@ pub struct Admission<T> {
     pub generation: u64,
     /// Whether the kernel attaches the sender's credentials to everything that comes.
     pub pass_credentials: bool,
+    /// Whether descriptors may lie among what is unread; then look before reading, and let [`Usher::dispose`] close it.
+    pub baggage: Baggage,
 }
 
 /// What a gate is made of.
@@ -196,6 +199,7 @@ struct Shared<T> {
     wake: EventFd,
     beat: Arc<Beat>,
     replies: Replies,
+    disposal: Disposal,
 }
 
 struct Orders<T> {
@@ -230,6 +234,7 @@ impl<T: Terms> Door<T> {
             wake,
             beat: Arc::new(Beat::default()),
             replies: setup.replies,
+            disposal: Disposal::default(),
         });
         let mut gate = Gate {
             shared: Arc::clone(&shared),
@@ -239,7 +244,7 @@ impl<T: Terms> Door<T> {
             audit: setup.audit,
             admit: Box::new(admit),
             activity: setup.activity,
-            farewell: Farewell::new(TOKEN_LEAVING),
+            farewell: Farewell::new(TOKEN_LEAVING, shared.disposal.clone()),
             waiting: Vec::new(),
             reserve: Vec::new(),
             paused_until: None,
@@ -321,7 +326,7 @@ impl<T: Terms> Door<T> {
         // Whoever was handed over when the thread had looked for the last time.
         if !self.shared.lock().to_see_off.is_empty() {
             if let Ok(epoll) = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC) {
-                self.shared.see_off_all(&epoll, &mut Farewell::new(TOKEN_LEAVING));
+                self.shared.see_off_all(&epoll, &mut Farewell::new(TOKEN_LEAVING, self.shared.disposal.clone()));
             }
         }
         listeners
@@ -351,6 +356,13 @@ impl<T> Usher<T> {
         self.shared.wake();
     }
 
+    /// Closes a connection of which not everything was read, and on which descriptors may lie unread: that may take
+    /// long, and nobody waits for it. The peer sees the end at once.
+    pub fn dispose(&self, socket: OwnedFd) {
+        let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+        self.shared.disposal.take(socket);
+    }
+
     /// As [`see_off`](Self::see_off), with what the denied hear.
     pub fn revoke(&self, socket: OwnedFd) {
         let denied = Arc::clone(&self.shared.replies.denied);
@@ -373,7 +385,7 @@ impl<T> Shared<T> {
         let mut events = [EpollEvent::empty(); 64];
         loop {
             let late = std::mem::take(&mut self.lock().to_see_off);
-            late.into_iter().for_each(|(socket, message)| farewell.begin(epoll, socket, &message));
+            late.into_iter().for_each(|(socket, message)| farewell.begin(epoll, known(socket), &message));
             let Some(due) = farewell.due() else { return };
             let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
             let timeout = EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX);
@@ -383,9 +395,15 @@ impl<T> Shared<T> {
                     farewell.ready(epoll, event.data());
                 }
             }
-            farewell.expire(Instant::now());
+            farewell.expire(epoll, Instant::now());
         }
     }
+}
+
+/// One whom somebody else has served.
+fn known(socket: OwnedFd) -> Guest {
+    let baggage = Baggage::of_known(&socket, false);
+    Guest { socket, baggage, is_shared: true }
 }
 
 /// Asks the kernel for what `policy` depends on in this peer's case, and nothing else.
@@ -425,12 +443,23 @@ struct Gate<T> {
 /// Somebody at the door.
 struct Arrival {
     socket: OwnedFd,
+    baggage: Baggage,
     /// Which listener they came to.
     listener: usize,
     /// GATE_CONNECTION, whatever becomes of them.
     number: u64,
     /// When they were found over a limit for the first time.
     over_limit_since: Option<Instant>,
+}
+
+impl Arrival {
+    fn leaves(self) -> Guest {
+        if self.baggage.is_possible() {
+            // Who looks for descriptors wants nothing else to come along.
+            let _ = setsockopt(&self.socket, sockopt::PassCred, &false);
+        }
+        Guest { socket: self.socket, baggage: self.baggage, is_shared: false }
+    }
 }
 
 impl<T: Terms> Gate<T> {
@@ -440,6 +469,7 @@ impl<T: Terms> Gate<T> {
         let pass_credentials = self.shared.lock().ruling.pass_credentials;
         self.pass_credentials(pass_credentials)?;
         self.fill_reserve()?;
+        self.listeners.iter().for_each(Baggage::refuse_from_all);
         for (token, listener) in self.listeners.iter().enumerate() {
             self.epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token as u64))?;
         }
@@ -473,7 +503,7 @@ impl<T: Terms> Gate<T> {
             }
             let now = Instant::now();
             self.look_again(now);
-            self.farewell.expire(now);
+            self.farewell.expire(&self.epoll, now);
             self.resume_accepting(now);
             if woken && self.obey() {
                 break;
@@ -511,7 +541,7 @@ impl<T: Terms> Gate<T> {
             (ruling.pass_credentials, std::mem::take(to_see_off), ruled.take(), stop.take())
         };
         for (socket, message) in to_see_off {
-            self.farewell.begin(&self.epoll, socket, &message);
+            self.farewell.begin(&self.epoll, known(socket), &message);
         }
         if let Err(error) = self.pass_credentials(wanted) {
             self.complain(&format!("setting SO_PASSCRED: {error}"));
@@ -571,7 +601,7 @@ impl<T: Terms> Gate<T> {
     /// Out of descriptors: those on their way out go first; when there are none, the reserve makes room
     /// for one peer, who is judged, recorded and told, but cannot stay.
     fn accept_with_reserve(&mut self, index: usize) -> bool {
-        if self.farewell.hurry_oldest() {
+        if self.farewell.hurry_oldest(&self.epoll) {
             return true;
         }
         if !self.open_reserve() {
@@ -640,7 +670,8 @@ impl<T: Terms> Gate<T> {
 
     fn arrival(&self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
-        Arrival { socket, listener, number, over_limit_since: None }
+        let baggage = Baggage::of_new(&socket, self.pass_credentials == Some(true));
+        Arrival { socket, baggage, listener, number, over_limit_since: None }
     }
 
     /// Those over a limit, once more: a place may have come free since.
@@ -669,14 +700,14 @@ impl<T: Terms> Gate<T> {
         };
         let (rule, permit, peer) = match judged {
             Ok(admitted) => admitted,
-            Err(None) => return self.farewell.begin(&self.epoll, arrival.socket, &self.shared.replies.denied),
+            Err(None) => return self.farewell.begin(&self.epoll, arrival.leaves(), &self.shared.replies.denied),
             Err(Some((excess, rule, peer))) => {
                 let over_since = *arrival.over_limit_since.get_or_insert(now);
                 if now.saturating_duration_since(over_since) < SECOND_LOOK && self.waiting.len() < MOST_WAITING {
                     return self.waiting.push(arrival);
                 }
                 self.record_refusal(excess, &rule, peer, &arrival);
-                return self.farewell.begin(&self.epoll, arrival.socket, &self.shared.replies.busy);
+                return self.farewell.begin(&self.epoll, arrival.leaves(), &self.shared.replies.busy);
             }
         };
         self.let_in(arrival, rule, permit, peer, generation);
@@ -700,6 +731,7 @@ impl<T: Terms> Gate<T> {
             listener: Arc::clone(self.listeners[arrival.listener].address()),
             generation,
             pass_credentials,
+            baggage: arrival.baggage,
         });
     }
 
@@ -717,7 +749,7 @@ impl<T: Terms> Gate<T> {
                 &self.shared.replies.busy
             }
         };
-        self.farewell.at_once(arrival.socket, reply);
+        self.farewell.at_once(arrival.leaves(), reply);
     }
 
     fn ruling(&self) -> (Ruling<T>, u64) {

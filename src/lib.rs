@@ -85,6 +85,7 @@
 
 pub mod activation;
 pub mod audit;
+pub mod baggage;
 mod clock;
 pub mod gate;
 pub mod handover;

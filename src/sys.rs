@@ -13,6 +13,7 @@ use nix::sys::signal::SigSet;
 
 /// Linux's `SCM`/`SO` numbers that libc may lack on the oldest version we build with.
 const SO_COOKIE: libc::c_int = 57;
+pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
 
 /// Takes possession of a descriptor that the service manager promised us by number.
 ///
@@ -163,6 +164,94 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
     let data = unsafe { libc::CMSG_DATA(first) };
     // SAFETY: as above; read_unaligned asks for no alignment.
     Ok((count, Some(unsafe { data.cast::<libc::ucred>().read_unaligned() })))
+}
+
+/// recvmsg(2) with MSG_PEEK: how many bytes are there, and whether descriptors are among them. Takes neither. On a socket
+/// with SO_PASSCRED there is room for `credentials` and nothing else, on any other for nothing: what does not fit is
+/// descriptors, if no further ancillary data is turned on. Never waits.
+pub(crate) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8], credentials: bool) -> io::Result<(usize, bool)> {
+    let mut control = MaybeUninit::<OneCredential>::zeroed();
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut part;
+    message.msg_iovlen = 1;
+    if credentials {
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of::<OneCredential>() as _;
+    }
+    // SAFETY: buffer and control outlive the call, and the lengths are theirs.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT | libc::MSG_PEEK) };
+    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0))
+}
+
+/// A signal that does nothing, sent to one thread again and again, so that a call of its which waits is over with EINTR.
+/// The signal's disposition is the process's: SIGRTMIN+2.
+pub(crate) struct Interruptions(libc::timer_t);
+
+impl Interruptions {
+    /// Of the thread that calls this; none come before [`every`](Self::every).
+    pub(crate) fn of_this_thread() -> io::Result<Self> {
+        extern "C" fn nothing(_: libc::c_int) {}
+        let signal = libc::SIGRTMIN() + 2;
+        // SAFETY: a sigaction of zeros has an empty mask and no flags: no SA_RESTART, which is the point.
+        let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+        action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+        // SAFETY: the handler touches nothing.
+        if unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: all zeros is a valid sigevent.
+        let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
+        event.sigev_notify = libc::SIGEV_THREAD_ID;
+        event.sigev_signo = signal;
+        // SAFETY: takes nothing.
+        event.sigev_notify_thread_id = unsafe { libc::gettid() };
+        let mut timer = std::ptr::null_mut();
+        // SAFETY: both outlive the call, which writes the timer's name.
+        match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) } {
+            0 => Ok(Self(timer)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// From now on once in each `period`; with zero, no more.
+    pub(crate) fn every(&self, period: std::time::Duration) -> io::Result<()> {
+        let period =
+            libc::timespec { tv_sec: period.as_secs() as libc::time_t, tv_nsec: period.subsec_nanos() as libc::c_long };
+        let setting = libc::itimerspec { it_interval: period, it_value: period };
+        // SAFETY: the timer is ours and lives; the setting outlives the call.
+        match unsafe { libc::timer_settime(self.0, 0, &setting, std::ptr::null_mut()) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl Drop for Interruptions {
+    fn drop(&mut self) {
+        // SAFETY: made by timer_create, deleted once.
+        unsafe { libc::timer_delete(self.0) };
+    }
+}
+
+/// A socket option that is a number.
+pub(crate) fn option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    getsockopt(socket, option, (&raw mut value).cast(), &mut length)?;
+    Ok(value)
+}
+
+/// Sets a socket option that is a number.
+pub(crate) fn set_option(socket: BorrowedFd<'_>, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the value outlives the call, and the length is its own.
+    match unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const value).cast(), length) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// The set of these signals. By number, because nix has no names for the real-time ones.

@@ -652,3 +652,22 @@ fn the_names_in_the_store_are_short_so_that_thousands_fit_into_the_environment()
     clients.iter().for_each(|client| client.echo("still in"));
     drop(echod);
 }
+
+#[test]
+fn a_carried_connection_ends_also_where_the_manager_has_not_let_go_of_its_copy() {
+    let echod = serve(OWNER);
+    let (leaving, ended) = (echod.connect(), echod.connect());
+    leaving.echo("hello");
+    ended.echo("hello");
+    let mut copies = Vec::new();
+    let echod = echod.restart(|start, store| {
+        copies = store.iter().map(|(_, fd)| fd.try_clone().unwrap()).collect();
+        start
+    });
+    assert!(copies.len() >= 2);
+    leaving.half_close();
+    leaving.expect_end("");
+    echod.reload_with(common::NOBODY);
+    ended.expect_end(DENIED);
+    echod.stop();
+}

@@ -7,13 +7,15 @@
 //! the rest, which can no longer grow, close.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+
+use crate::baggage::{Baggage, Disposal};
 
 /// How long a peer that was turned away may keep its descriptor open on our side.
 const PATIENCE: Duration = Duration::from_millis(900);
@@ -31,13 +33,26 @@ pub(super) struct Farewell {
     order: VecDeque<(usize, u64)>,
     serial: u64,
     buffer: Box<[u8]>,
+    disposal: Disposal,
+}
+
+/// Somebody to be seen off.
+pub(super) struct Guest {
+    pub socket: OwnedFd,
+    pub baggage: Baggage,
+    /// Another process may hold the same socket, so that closing ours neither ends it nor takes it out of an epoll.
+    pub is_shared: bool,
 }
 
 struct Leaving {
-    socket: OwnedFd,
+    guest: Guest,
     message: Arc<[u8]>,
     sent: usize,
+    /// Our direction is.
+    is_shut: bool,
     drained: usize,
+    /// Nothing is unread, and nothing can come any more.
+    is_drained: bool,
     deadline: Instant,
     serial: u64,
 }
@@ -49,7 +64,7 @@ enum Progress {
 }
 
 impl Farewell {
-    pub(super) fn new(first_token: u64) -> Self {
+    pub(super) fn new(first_token: u64, disposal: Disposal) -> Self {
         Self {
             first_token,
             leaving: Vec::new(),
@@ -57,6 +72,7 @@ impl Farewell {
             order: VecDeque::new(),
             serial: 0,
             buffer: vec![0; 16 * 1024].into(),
+            disposal,
         }
     }
 
@@ -73,29 +89,24 @@ impl Farewell {
     }
 
     /// Sends `message` and sees the peer off.
-    pub(super) fn begin(&mut self, epoll: &Epoll, socket: OwnedFd, message: &Arc<[u8]>) {
+    pub(super) fn begin(&mut self, epoll: &Epoll, guest: Guest, message: &Arc<[u8]>) {
         self.serial += 1;
-        let mut leaving = Leaving {
-            socket,
-            message: Arc::clone(message),
-            sent: 0,
-            drained: 0,
-            deadline: Instant::now() + PATIENCE,
-            serial: self.serial,
+        let mut leaving = Leaving::new(guest, message, Instant::now() + PATIENCE, self.serial);
+        let Progress::Waits(interest) = leaving.advance(&mut self.buffer) else {
+            return leaving.close(&self.disposal);
         };
-        let Progress::Waits(interest) = leaving.advance(&mut self.buffer) else { return };
         if self.leaving.len() - self.free.len() >= MOST_LEAVING {
-            self.hurry_oldest();
+            self.hurry_oldest(epoll);
         }
         let slot = self.free.pop().unwrap_or_else(|| {
             self.leaving.push(None);
             self.leaving.len() - 1
         });
         let event = EpollEvent::new(interest, self.first_token + slot as u64);
-        if epoll.add(&leaving.socket, event).is_err() {
+        if epoll.add(&leaving.guest.socket, event).is_err() {
             leaving.finish(&mut self.buffer);
             self.free.push(slot);
-            return;
+            return leaving.close(&self.disposal);
         }
         self.order.push_back((slot, leaving.serial));
         if let Some(place) = self.leaving.get_mut(slot) {
@@ -104,12 +115,12 @@ impl Farewell {
     }
 
     /// Sends `message` and closes without waiting for the peer: where there is no descriptor to spare.
-    pub(super) fn at_once(&mut self, socket: OwnedFd, message: &Arc<[u8]>) {
-        let mut leaving =
-            Leaving { socket, message: Arc::clone(message), sent: 0, drained: 0, deadline: Instant::now(), serial: 0 };
+    pub(super) fn at_once(&mut self, guest: Guest, message: &Arc<[u8]>) {
+        let mut leaving = Leaving::new(guest, message, Instant::now(), 0);
         if let Progress::Waits(_) = leaving.advance(&mut self.buffer) {
             leaving.finish(&mut self.buffer);
         }
+        leaving.close(&self.disposal);
     }
 
     /// Something happened to the one with this token.
@@ -117,21 +128,21 @@ impl Farewell {
         let slot = (token - self.first_token) as usize;
         let Some(Some(leaving)) = self.leaving.get_mut(slot) else { return };
         match leaving.advance(&mut self.buffer) {
-            Progress::Gone => self.remove(slot),
+            Progress::Gone => self.remove(epoll, slot),
             Progress::Waits(interest) => {
                 let mut event = EpollEvent::new(interest, token);
-                let _ = epoll.modify(&leaving.socket, &mut event);
+                let _ = epoll.modify(&leaving.guest.socket, &mut event);
             }
         }
     }
 
     /// Lets go of everyone whose time is up.
-    pub(super) fn expire(&mut self, now: Instant) {
+    pub(super) fn expire(&mut self, epoll: &Epoll, now: Instant) {
         while let Some(&(slot, serial)) = self.order.front() {
             match self.leaving.get(slot).and_then(Option::as_ref) {
                 Some(leaving) if leaving.serial == serial && leaving.deadline > now => return,
                 Some(leaving) if leaving.serial == serial => {
-                    self.hurry_oldest();
+                    self.hurry_oldest(epoll);
                 }
                 _ => {
                     self.order.pop_front();
@@ -141,21 +152,26 @@ impl Farewell {
     }
 
     /// Lets go of the one who has been leaving for longest. False where nobody is.
-    pub(super) fn hurry_oldest(&mut self) -> bool {
+    pub(super) fn hurry_oldest(&mut self, epoll: &Epoll) -> bool {
         while let Some((slot, serial)) = self.order.pop_front() {
             let Some(Some(leaving)) = self.leaving.get_mut(slot) else { continue };
             if leaving.serial == serial {
                 leaving.finish(&mut self.buffer);
-                self.remove(slot);
+                self.remove(epoll, slot);
                 return true;
             }
         }
         false
     }
 
-    fn remove(&mut self, slot: usize) {
-        // Closing takes it out of the epoll set: nobody else has a copy of the descriptor.
-        self.leaving[slot] = None;
+    fn remove(&mut self, epoll: &Epoll, slot: usize) {
+        if let Some(leaving) = self.leaving[slot].take() {
+            // Where nobody else has it, closing does that, now or a little later.
+            if leaving.guest.is_shared || leaving.needs_disposal() {
+                let _ = epoll.delete(&leaving.guest.socket);
+            }
+            leaving.close(&self.disposal);
+        }
         self.free.push(slot);
         // Stale entries in front would keep `due` and `expire` looking at them for ever.
         while let Some(&(slot, serial)) = self.order.front() {
@@ -172,25 +188,34 @@ impl Farewell {
 }
 
 impl Leaving {
+    fn new(guest: Guest, message: &Arc<[u8]>, deadline: Instant, serial: u64) -> Self {
+        let message = Arc::clone(message);
+        Self { guest, message, sent: 0, is_shut: false, drained: 0, is_drained: false, deadline, serial }
+    }
+
     /// Goes as far as it goes without waiting.
     fn advance(&mut self, buffer: &mut [u8]) -> Progress {
-        let fd = self.socket.as_raw_fd();
-        if self.sent < self.message.len() {
-            while self.sent < self.message.len() {
-                match send(fd, &self.message[self.sent..], MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
-                    Ok(n) => self.sent += n,
-                    Err(Errno::EAGAIN) => return Progress::Waits(EpollFlags::EPOLLOUT),
-                    Err(Errno::EINTR) => {}
-                    Err(_) => return Progress::Gone,
-                }
+        let fd = self.guest.socket.as_raw_fd();
+        while self.sent < self.message.len() {
+            match send(fd, &self.message[self.sent..], MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
+                Ok(n) => self.sent += n,
+                Err(Errno::EAGAIN) => return Progress::Waits(EpollFlags::EPOLLOUT),
+                Err(Errno::EINTR) => {}
+                Err(_) => return Progress::Gone,
             }
+        }
+        if !self.is_shut {
             if shutdown(fd, Shutdown::Write).is_err() {
                 return Progress::Gone;
             }
+            self.is_shut = true;
         }
         while self.drained < MOST_BYTES {
-            match recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(0) => return Progress::Gone,
+            match self.read(buffer) {
+                Ok(0) => {
+                    self.is_drained = true;
+                    return Progress::Gone;
+                }
                 Ok(n) => self.drained += n,
                 Err(Errno::EAGAIN) => return Progress::Waits(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP),
                 Err(Errno::EINTR) => {}
@@ -203,8 +228,59 @@ impl Leaving {
 
     /// No more from either side: what is in the queue is read, so that closing resets nothing.
     fn finish(&mut self, buffer: &mut [u8]) {
-        let fd = self.socket.as_fd().as_raw_fd();
-        let _ = shutdown(fd, Shutdown::Both);
-        while let Ok(1..) | Err(Errno::EINTR) = recv(fd, buffer, MsgFlags::MSG_DONTWAIT) {}
+        let _ = shutdown(self.guest.socket.as_raw_fd(), Shutdown::Both);
+        while let Ok(1..) | Err(Errno::EINTR) = self.drain(buffer) {}
+    }
+
+    fn drain(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        let read = self.read(buffer);
+        self.is_drained = matches!(read, Ok(0) | Err(Errno::EAGAIN));
+        read
+    }
+
+    /// EPERM where descriptors come next: they are not for us to take.
+    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
+        let Guest { socket, baggage, .. } = &mut self.guest;
+        let most = match baggage.look(socket, buffer, false) {
+            Ok(Some(most)) => most.min(buffer.len()),
+            Ok(None) => return Err(Errno::EPERM),
+            Err(error) => return Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
+        };
+        recv(socket.as_raw_fd(), &mut buffer[..most], MsgFlags::MSG_DONTWAIT)
+    }
+
+    /// Whether closing could take as long as the peer likes.
+    fn needs_disposal(&self) -> bool {
+        self.guest.baggage.is_possible() && !self.is_drained
+    }
+
+    fn close(self, disposal: &Disposal) {
+        if self.needs_disposal() {
+            disposal.take(self.guest.socket);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::epoll::EpollCreateFlags;
+
+    use super::*;
+
+    #[test]
+    fn without_a_message_the_end_comes_at_once_and_later_data_is_refused() {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        let mut farewell = Farewell::new(0, Disposal::default());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        theirs.write_all(b"unread").unwrap();
+        let guest = Guest { socket: ours.into(), baggage: Baggage::Never, is_shared: false };
+        farewell.begin(&epoll, guest, &Arc::from(&b""[..]));
+        assert_eq!(theirs.read(&mut [0; 64]).unwrap(), 0);
+        farewell.hurry_oldest(&epoll);
+        assert_eq!(theirs.write(b"later").unwrap_err().kind(), ErrorKind::BrokenPipe);
     }
 }

@@ -160,6 +160,26 @@ pub fn send_fds(socket: &impl AsRawFd, fds: &[RawFd]) {
     }
 }
 
+/// Sends bytes with descriptors along.
+pub fn send_along(socket: &impl AsRawFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<usize> {
+    let control = [ControlMessage::ScmRights(fds)];
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], &control, MsgFlags::MSG_NOSIGNAL, None)
+}
+
+/// A TCP connection with data that its peer does not take: whoever closes it last waits for hours (SO_LINGER). And the
+/// other end.
+pub fn lingering() -> (std::net::TcpStream, std::net::TcpStream) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut one = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let other = listener.accept().unwrap().0;
+    one.set_nonblocking(true).unwrap();
+    while one.write(&[0; 65536]).is_ok() {}
+    one.set_nonblocking(false).unwrap();
+    let hours = nix::libc::linger { l_onoff: 1, l_linger: 10_000 };
+    nix::sys::socket::setsockopt(&one, nix::sys::socket::sockopt::Linger, &hours).unwrap();
+    (one, other)
+}
+
 /// Receives one message and the descriptors that came with it. `None` at the end of file.
 pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<Option<(usize, Vec<OwnedFd>)>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];

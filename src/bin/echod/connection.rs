@@ -1,6 +1,7 @@
 //! One connection and its turns: read what is there, frame it ([`line`]), write it back. Knows no other connection,
 //! no epoll and no thread.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::baggage::Baggage;
 use peergate::gate::Admission;
 use peergate::ids::Uid;
 use peergate::limits::Permit;
@@ -99,6 +101,9 @@ pub struct Connection {
     sent: usize,
     pub state: State,
     pass_credentials: bool,
+    pub baggage: Baggage,
+    /// It came from an earlier process, and the service manager may not have let go of its copy yet.
+    pub is_shared: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +125,8 @@ pub enum Outcome {
     Stranger(Option<Uid>),
     /// The policy admits the peer no more; the rule that denies it, if one does.
     Denied(Option<Arc<Rule<Terms>>>),
+    /// The peer sent descriptors, which nobody takes.
+    Baggage,
 }
 
 /// What one read gave.
@@ -129,6 +136,7 @@ enum Input {
     End,
     Broken,
     Stranger(Option<Uid>),
+    Baggage,
 }
 
 /// What all connections of a thread use in turn.
@@ -157,6 +165,8 @@ impl Connection {
             sent: 0,
             state: State::Reading,
             pass_credentials: admission.pass_credentials,
+            baggage: admission.baggage,
+            is_shared: false,
         }
     }
 
@@ -165,6 +175,8 @@ impl Connection {
         let now = Instant::now();
         Self {
             permit,
+            baggage: Baggage::of_known(&carried.socket, carried.pass_credentials),
+            is_shared: true,
             socket: carried.socket,
             peer: carried.peer,
             rule,
@@ -201,6 +213,7 @@ impl Connection {
             Input::Nothing => return Outcome::Goes,
             Input::Broken => return Outcome::Over(None),
             Input::Stranger(uid) => return Outcome::Stranger(uid),
+            Input::Baggage => return Outcome::Baggage,
             Input::End => {
                 self.state = State::Finishing;
                 return self.flush(limit, buffers, audit);
@@ -306,8 +319,16 @@ impl Connection {
         Ok(written)
     }
 
-    fn receive(&self, most: usize, buffers: &mut Buffers) -> Input {
+    fn receive(&mut self, most: usize, buffers: &mut Buffers) -> Input {
         let socket = self.socket.as_raw_fd();
+        let most = match self.baggage.look(&self.socket, &mut buffers.input[..most], self.pass_credentials) {
+            Ok(Some(count)) => count,
+            Ok(None) => return Input::Baggage,
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                return Input::Nothing;
+            }
+            Err(_) => return Input::Broken,
+        };
         let input = &mut buffers.input[..most];
         let received = if self.pass_credentials {
             match peer::receive(&self.socket, input) {
@@ -336,6 +357,11 @@ impl Connection {
                 ..Record::new(Event::Line)
             });
         }
+    }
+
+    /// Whether closing could take as long as the peer likes: where descriptors may lie unread.
+    pub fn needs_disposal(&self) -> bool {
+        self.baggage.is_possible() && self.state != State::Finishing
     }
 
     /// To be taken over by the next process.

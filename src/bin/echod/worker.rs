@@ -367,7 +367,7 @@ impl Loop {
             Outcome::TooLong => Some(Reason::LineLength),
             Outcome::Stranger(_) => Some(Reason::Sender),
             Outcome::Denied(_) => Some(Reason::Policy),
-            Outcome::Goes => None,
+            Outcome::Goes | Outcome::Baggage => None,
         };
         match &outcome {
             Outcome::TooLong => {
@@ -402,7 +402,7 @@ impl Loop {
                 };
                 self.record_revoked(&mut connection, Reason::Policy, rule, text);
             }
-            Outcome::Over(_) | Outcome::Goes => {}
+            Outcome::Over(_) | Outcome::Goes | Outcome::Baggage => {}
         }
         if self.around.audit.writes_connections() {
             self.around.audit.write(Record {
@@ -417,7 +417,8 @@ impl Loop {
                 ..Record::new(Event::Closed)
             });
         }
-        let Connection { permit, socket, held, .. } = *connection;
+        let needs_disposal = connection.needs_disposal();
+        let Connection { permit, socket, held, is_shared, .. } = *connection;
         self.buffers.give_back(held);
         // Given back before the peer can know that it is over, and come again.
         drop(permit);
@@ -436,7 +437,18 @@ impl Loop {
                 let _ = self.mailbox.epoll.delete(&socket);
                 self.around.usher.see_off(socket, &self.nothing);
             }
-            Outcome::Over(None) | Outcome::Goes => drop(socket),
+            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage if needs_disposal => {
+                let _ = self.mailbox.epoll.delete(&socket);
+                self.around.usher.dispose(socket);
+            }
+            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage => {
+                if is_shared {
+                    // Closing ours would leave it in the epoll, and the peer waiting, until the manager has let go too.
+                    let _ = self.mailbox.epoll.delete(&socket);
+                    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+                }
+                drop(socket);
+            }
         }
         self.around.activity.stir();
     }
@@ -520,6 +532,11 @@ impl Loop {
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
             match self.last_turns(&mut connection) {
+                // The manager would have to close them in the end, and PID 1 must not wait for anybody.
+                Outcome::Goes if connection.baggage.lies_with(&connection.socket) => {
+                    self.mailbox.free_slot(slot);
+                    self.part(connection, Outcome::Baggage);
+                }
                 Outcome::Goes if carried.len() < carry => {
                     let _ = self.mailbox.epoll.delete(&connection.socket);
                     self.mailbox.free_slot(slot);
@@ -580,11 +597,13 @@ impl Loop {
 mod tests {
     use super::*;
     use std::fs;
-    use std::io::{Read, Write};
+    use std::io::{ErrorKind, IoSlice, Read, Write};
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
 
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use peergate::audit::Settings;
+    use peergate::baggage::Baggage;
     use peergate::gate::{self, Admission, Replies, Setup};
     use peergate::ids::Uid;
     use peergate::limits::{Caps, Limits};
@@ -595,7 +614,7 @@ mod tests {
     use crate::mailbox::Doors;
 
     /// A worker with one connection, and the other end of that.
-    fn serve_one(number: usize) -> (Worker, UnixStream, gate::Door<Terms>) {
+    fn serve_one(number: usize, baggage: Baggage) -> (Worker, UnixStream, gate::Door<Terms>) {
         let me = Uid::new(nix::unistd::geteuid().as_raw());
         let policy = Arc::new(Policy::<Terms>::owner_only(me));
         let audit = Audit::new(Settings::default());
@@ -627,6 +646,7 @@ mod tests {
             listener: "nowhere".into(),
             generation: 0,
             pass_credentials: false,
+            baggage,
         });
         (worker, theirs, door)
     }
@@ -650,7 +670,7 @@ mod tests {
 
     #[test]
     fn echoing_allocates_nothing_once_it_is_under_way() {
-        let (_worker, mut client, _door) = serve_one(77);
+        let (_worker, mut client, _door) = serve_one(77, Baggage::Never);
         let one: (&[u8], &[u8]) = (b"a line of thirty-two bytes, LF in\n", b"> a line of thirty-two bytes, LF in\n");
         let many = (b"x\n".repeat(500), b"> x\n".repeat(500));
         let long = ([&[b'y'; 60_000][..], b"\n"].concat(), [b"> ", &[b'y'; 60_000][..], b"\n"].concat());
@@ -675,5 +695,49 @@ mod tests {
         });
         let batches = batches.count();
         assert_eq!(free_of_it, 20, "still allocating after {batches} batches");
+    }
+
+    fn send_a_descriptor(client: &UnixStream) {
+        let fds = [client.as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(client.as_raw_fd(), &[IoSlice::new(b"with it\n")], &control, MsgFlags::empty(), None).unwrap();
+    }
+
+    // As on a kernel that cannot refuse descriptors: a pair of sockets lets them through.
+
+    #[test]
+    fn a_peer_that_sends_descriptors_is_served_until_then() {
+        let (_worker, mut client, _door) = serve_one(78, Baggage::Possible);
+        ask(&mut client, b"hello\n", b"> hello\n", 3);
+        send_a_descriptor(&client);
+        let end = client.read(&mut [0; 64]);
+        assert!(
+            matches!(&end, Ok(0)) || end.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
+            "{end:?}"
+        );
+    }
+
+    #[test]
+    fn a_connection_with_descriptors_unread_is_not_left_to_the_manager_to_close() {
+        let (worker, mut client, _door) = serve_one(79, Baggage::Possible);
+        client.set_nonblocking(true).unwrap();
+        // Until it waits for us to read, and reads no more itself.
+        let mut full = 0;
+        while full < 50 {
+            full = if client.write(&[b'\n'; 1024]).is_ok() { 0 } else { full + 1 };
+            thread::yield_now();
+        }
+        // Room for one more message, while the worker still waits for more room than that.
+        client.set_nonblocking(false).unwrap();
+        let sender = client.try_clone().unwrap();
+        let sending = thread::spawn(move || send_a_descriptor(&sender));
+        let mut buffer = vec![0; 1024];
+        while !sending.is_finished() {
+            client.read_exact(&mut buffer).unwrap();
+        }
+        sending.join().unwrap();
+        let (reply, carried) = mpsc::channel();
+        worker.end(10, Instant::now() + Duration::from_secs(60), reply);
+        assert_eq!(carried.recv().unwrap().len(), 0);
     }
 }
