@@ -8,13 +8,15 @@
 //! $ systemd-socket-activate -l /tmp/echo.sock target/debug/examples/tokio_echo &
 //! $ nc -U /tmp/echo.sock
 //! ```
+//!
+//! Its units are for the user's own service manager: under the system's, only the service's own user would be admitted.
 
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use peergate::journal::Writer;
-use peergate::service::{Notifier, Signals};
+use peergate::service::{Notifier, Request, Signals};
 use peergate::{Audit, Caps, Limits, Listener, Peer, Policy, Rule, Uid, User, Verdict, activation};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, sink};
 use tokio::net::{UnixListener, UnixStream};
@@ -49,7 +51,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             tokio::spawn(accept(UnixListener::from_std(listener.to_std()?)?, listener, Arc::clone(&gate)));
         }
         Notifier::from_env().ready("serving");
-        tokio::task::spawn_blocking(move || signals.wait()).await?
+        tokio::task::spawn_blocking(move || {
+            while signals.wait()? != Request::Stop {} // there is nothing to reload
+            io::Result::Ok(())
+        })
+        .await?
     })?;
     drop(runtime);
     journal.finish(|| false);

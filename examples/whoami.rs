@@ -12,7 +12,7 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 
 use peergate::journal::Writer;
-use peergate::service::{Notifier, Signals};
+use peergate::service::{Notifier, Request, Signals};
 use peergate::{Admission, Audit, Door, Gid, Policy, Rule, Setup, Uid, User, activation};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let journal = Writer::start(&audit, "whoami")?;
     let mut door = Door::open(Setup::new(listeners, policy, audit)?, answer)?;
     Notifier::from_env().ready("telling everybody who they are");
-    signals.wait()?;
+    while signals.wait()? != Request::Stop {} // there is nothing to reload
     door.shut();
     journal.finish(|| false);
     Ok(())

@@ -217,8 +217,8 @@ impl Declared {
     }
 }
 
-/// How many descriptors LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES declare to process `me`, and their names if there is one
-/// for each; or why they are not heeded. Public for the fuzz target alone.
+/// How many descriptors LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES declare to process `me`, and their names if there is
+/// one for each; or why they are not heeded. Public for the fuzz target alone.
 #[doc(hidden)]
 pub fn declared(
     fds: Option<String>,

@@ -198,7 +198,8 @@ pub struct About {
     pub uid: Uid,
     /// PEER_GID; a summary has none, it stands for all of the user's.
     pub gid: Option<Gid>,
-    /// PEER_GROUPS: the effective group and the supplementary ones; empty where the record is not about a connection's start.
+    /// PEER_GROUPS: the effective group and the supplementary ones; empty where the record is not about a connection's
+    /// start.
     pub groups: Box<[Gid]>,
     /// PEER_PID.
     pub pid: Option<i32>,

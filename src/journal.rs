@@ -1,8 +1,8 @@
 //! Records become journal entries, on a thread of their own, through tracing and tracing-journald.
 //!
-//! Sole user of tracing-journald. That crate sends with a blocking socket and swallows errors; so before each record this
-//! module makes sure that journald is there and takes one more, waiting as long as it must (nobody waits for us). Where no
-//! journal can be reached, the record goes to standard error as a line of text; if there was one before, a
+//! Sole user of tracing-journald. That crate sends with a blocking socket and swallows errors; so before each record
+//! this module makes sure that journald is there and takes one more, waiting as long as it must (nobody waits for us).
+//! Where no journal can be reached, the record goes to standard error as a line of text; if there was one before, a
 //! denial or refusal is also counted into a summary for when it is back.
 
 use std::collections::HashMap;

@@ -29,7 +29,7 @@
 //! use std::thread;
 //!
 //! use peergate::journal::Writer;
-//! use peergate::service::{Notifier, Signals};
+//! use peergate::service::{Notifier, Request, Signals};
 //! use peergate::{Admission, Audit, Door, Policy, Rule, Setup, Uid, User, activation};
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -46,7 +46,7 @@
 //!         });
 //!     })?;
 //!     Notifier::from_env().ready("serving");
-//!     signals.wait()?;
+//!     while signals.wait()? != Request::Stop {} // a request to reload finds nothing to do
 //!     door.shut();
 //!     journal.finish(|| false);
 //!     Ok(())
@@ -75,8 +75,10 @@
 //! # What it rests on
 //!
 //! Linux 5.3 or later ([`peer`] says which fact needs which kernel) and, for activation, the journal and the
-//! descriptor store, systemd 252 or later. Where there is no systemd, [`activation::bind`] makes a listener, records
-//! go to standard error, and [`service`] does nothing. No public function panics.
+//! descriptor store, systemd 252 or later. Units need Linux 6.5: on an older one an allow rule with units matches
+//! nobody, and a deny rule with units everybody whom its other keys match. Where there is no systemd,
+//! [`activation::bind`] makes a listener, records go to standard error, and [`service`] does nothing. No public
+//! function panics.
 //!
 //! The library alone, without what only the program in this package needs: `default-features = false`.
 

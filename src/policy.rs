@@ -1,8 +1,8 @@
 //! The policy: named rules, and the decision about one subject.
 //!
 //! Pure: no sockets, no clock, no log, no files, no user database. Everyone may import it; it imports only
-//! [`ids`](crate::ids), [`unit`](crate::unit) and [`Subject`]. (Its submodule [`mod@file`], which reads a policy from a file, does
-//! touch files and the user database, and imports this one.)
+//! [`ids`](crate::ids), [`unit`](crate::unit) and [`Subject`]. (Its submodule [`mod@file`], which reads a policy from
+//! a file, does touch files and the user database, and imports this one.)
 //!
 //! Deny rules are consulted first, then allow rules, each in the order given; the first that matches decides.
 //! Whom no rule matches is denied. Inside a rule every key must hold; inside a key any value may.
@@ -72,7 +72,8 @@
 //! - `groups`, where no known group matches, and one of the groups names nobody or the list is incomplete.
 //! - `units`, where the peer's units cannot be tied to the very process that connected.
 //!
-//! An allow rule matches only if all of its keys hold, and never for a uid that names nobody. A deny rule matches unless one of its keys does not hold.
+//! An allow rule matches only if all of its keys hold, and never for a uid that names nobody. A deny rule matches
+//! unless one of its keys does not hold.
 //!
 //! # Names of units
 //!

@@ -415,8 +415,8 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     }
 }
 
-/// Whether the process has made arrangements for this signal, by proc_pid_status(5): else it would end by it. Where /proc
-/// does not tell, we take it that whoever asks knows whom.
+/// Whether the process has made arrangements for this signal, by proc_pid_status(5): else it would end by it. Where
+/// /proc does not tell, we take it that whoever asks knows whom.
 fn heeds(pid: i32, signal: i32) -> bool {
     let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
     let sets = ["SigBlk:", "SigIgn:", "SigCgt:"];

@@ -608,8 +608,8 @@ fn a_write_that_finds_no_memory_ends_that_connection_alone() {
     let (first, second) = (faults.echod.connect(), faults.echod.connect());
     first.echo("one");
     second.echo("one");
-    // strace counts each thread's calls apart. Every connection's first echo may be written at the door, so that only the
-    // thread behind it, which writes all others, gets as far as its third.
+    // strace counts each thread's calls apart. Every connection's first echo may be written at the door, so that only
+    // the thread behind it, which writes all others, gets as far as its third.
     let is_over = (0..4).any(|number| {
         let _ = first.try_send(format!("{number}\n"));
         let mut echo = [0; 4];

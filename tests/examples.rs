@@ -141,6 +141,8 @@ fn whoami_tells_each_client_what_the_kernel_says_of_it() {
     let (ids, process) = said.split_once('\n').unwrap();
     assert_eq!(ids, "uid 61001, gid 61002, groups 4 61003");
     assert!(process.starts_with(&format!("pid {pid}, command nc, unit ")), "{process}");
+    // There is nothing to reload, and no reason to end.
+    server.signal(Signal::SIGHUP);
     assert!(server.answers_user(0, "").starts_with("uid 0, gid 0, groups \n"));
     server.stop();
 }
@@ -167,6 +169,8 @@ fn view_update_lets_some_view_and_others_also_update() {
     let guest = 1001;
     assert_eq!(server.answers_user(me, "update Lunch is at one\nview\n"), "updated\nLunch is at one\n");
     assert_eq!(server.answers_user(guest, "update At two\nview\n"), "You may view, not update\nLunch is at one\n");
+    let (editors, _) = server.answers(&["--reuid=1002", "--regid=1002", "--groups=adm"], b"update At three\nview\n");
+    assert_eq!(editors, "updated\nAt three\n");
     // 2 is neither us nor one of the people.
     assert_eq!(server.answers_user(2, "view\n"), "Unauthorized access\n");
     server.stop();
@@ -219,6 +223,7 @@ fn tokio_echo_gives_its_owner_every_byte_back_and_a_stranger_none() {
     let server = Server::start("tokio", "tokio_echo", &[]);
     let text = "0123456789\n".repeat(30_000);
     assert!(server.answers_user(nix::unistd::geteuid().as_raw(), &text) == text, "not the bytes that were sent");
+    server.signal(Signal::SIGHUP);
     assert_eq!(server.answers_user(ALICE, &text), "Unauthorized access\n");
     server.stop();
 }

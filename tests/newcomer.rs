@@ -1,5 +1,5 @@
-//! The way from README.md to a service of one's own, walked as it stands there: a package outside this tree, the code of
-//! the README in it, built, run by systemd-socket-activate, talked to. Needs root, to be two users.
+//! The way from README.md to a service of one's own, walked as it stands there: a package outside this tree, the code
+//! of the README in it, built, run by systemd-socket-activate, talked to. Needs root, to be two users.
 
 use std::fs;
 use std::io::{BufRead, BufReader};

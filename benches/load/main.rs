@@ -1,8 +1,8 @@
 //! The benchmark's own program: starts each server in turn, loads it, checks every byte that comes back, and prints one
 //! table. `benches/run` builds it and all it needs and starts it; `benches/README.md` says what it measures and why.
 //!
-//! `process` starts and meters servers, `servers` knows which there are, `client` speaks the wire, `workloads` says what
-//! is asked, `report` makes the table.
+//! `process` starts and meters servers, `servers` knows which there are, `client` speaks the wire, `workloads` says
+//! what is asked, `report` makes the table.
 mod client;
 mod process;
 mod report;

@@ -235,7 +235,13 @@ impl<'s> Reader<'s> {
         for error in errors {
             let at = error.span().map_or(0, |span| span.start);
             lines.push(self.source.line(at));
-            self.faults.push((at, sentence(None, error.message())));
+            let message = match error.span().and_then(|span| text.get(span)) {
+                Some(key) if error.message() == "duplicate key" => {
+                    format!("duplicate key `{}`; expected each key once", key.trim())
+                }
+                _ => sentence(None, error.message()),
+            };
+            self.faults.push((at, message));
         }
         lines.sort_unstable();
         for line in lines {

@@ -2,7 +2,8 @@
 //! in a mount namespace of its own, as root, with the number of seconds as its argument.
 //!
 //! It starts itself once more for each kind of client (see [`ROLES`]), as the user of that kind. In the end it holds
-//! what the clients saw against what the journal was told, and memory and descriptors early on against those at the end.
+//! what the clients saw against what the journal was told, and memory and descriptors early on against those at the
+//! end.
 
 // A program for testers: where something is not as it must be, it stops and says so.
 #![allow(clippy::unwrap_used)]

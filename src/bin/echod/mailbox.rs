@@ -30,7 +30,8 @@ const FIRST_READ: usize = 4096;
 pub const TOKEN_WAKE: u64 = u64::MAX;
 
 pub enum Message {
-    /// A connection that already is in the worker's epoll, as the event of place `slot`, if its first turn left it open.
+    /// A connection that already is in the worker's epoll, as the event of place `slot`, if its first turn left it
+    /// open.
     Admit {
         connection: Box<Connection>,
         slot: usize,

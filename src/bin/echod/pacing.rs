@@ -50,7 +50,8 @@ impl Pacing {
         self.in_vain /= 2;
     }
 
-    /// Sleeps by calling `sleep`, which says how many events ended it, and judges whether a look would have been better.
+    /// Sleeps by calling `sleep`, which says how many events ended it, and judges whether a look would have been
+    /// better.
     pub fn sleep(&mut self, sleep: impl FnOnce() -> usize) -> usize {
         let Some(span) = self.span else { return sleep() };
         let since = Instant::now();
