@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
 use peergate::audit::{self, About, Audit, Event, Reason, Record, Severity, Totals};
-use peergate::gate::{Door, Replies, Ruling as Admitting, Setup, learn};
+use peergate::gate::{Door, Replies, Ruling as Admitting, Setup};
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
@@ -216,11 +216,9 @@ impl Service {
 
     /// A connection that some process admitted before, by the policy in force; who is denied is seen off.
     fn judge(&self, mut connection: Carried) -> Option<(Carried, Arc<Rule<Terms>>, Permit)> {
-        learn(&mut connection.peer, &connection.socket, &self.config.policy);
-        match self.config.policy.decide(&connection.peer) {
+        match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.config.policy) {
             Verdict::Admitted(rule) => {
                 let (rule, permit) = (Arc::clone(rule), self.limits.resume(connection.peer.uid()));
-                connection.peer.release_process();
                 Some((connection, rule, permit))
             }
             Verdict::Denied(rule) => {

@@ -17,7 +17,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Usher, learn};
+use peergate::gate::Usher;
 use peergate::limits::Permit;
 use peergate::policy::{Rule, Verdict};
 use peergate::service::{Activity, Watched};
@@ -489,11 +489,7 @@ impl Loop {
 
     /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
     fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
-        let policy = &self.ruling.policy;
-        learn(&mut connection.peer, &connection.socket, policy);
-        let verdict = policy.decide(&connection.peer);
-        connection.peer.release_process();
-        match verdict {
+        match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.ruling.policy) {
             Verdict::Admitted(rule) => {
                 connection.rule = Arc::clone(rule);
                 Ok(())
