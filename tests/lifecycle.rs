@@ -227,6 +227,27 @@ fn new_limits_hold_for_those_who_stay() {
 }
 
 #[test]
+fn a_lower_limit_does_not_cut_off_a_line_whose_echo_is_half_out() {
+    let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
+    let echod = Start::serving(&config("1M")).ready();
+    let client = echod.connect();
+    // More than fits into the socket.
+    let line = [vec![b'x'; 900_000], b"\n".to_vec()].concat();
+    client.send(&line);
+    client.expect("> xxx");
+    let waits = echod.connect();
+    waits.send("not yet a line");
+    echod.reload_with(&config("10"));
+    client.expect(&line[3..]);
+    client.echo("123456789");
+    client.send("1234567890\n");
+    client.expect_end(TOO_LONG);
+    // Of a line that is not whole yet nothing was accepted.
+    let _ = waits.try_send("\n");
+    waits.expect_end(TOO_LONG);
+}
+
+#[test]
 fn an_idle_timeout_that_a_reload_brings_holds_for_those_who_are_in() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();

@@ -203,7 +203,7 @@ impl Connection {
             Input::Stranger(uid) => return Outcome::Stranger(uid),
             Input::End => {
                 self.state = State::Finishing;
-                return self.flush(limit, buffers, audit);
+                return self.flush(buffers, audit);
             }
         };
         self.bytes += count as u64;
@@ -213,7 +213,8 @@ impl Connection {
             let ends = memchr::memchr(b'\n', new).is_some();
             self.held.extend_from_slice(new);
             // Nothing to echo yet, and the whole of it need not be looked at again.
-            return if ends || self.held.len() > limit { self.flush(limit, buffers, audit) } else { Outcome::Goes };
+            let is_due = ends || self.held.len() > limit;
+            return if is_due { self.echo_held(limit, buffers, audit) } else { Outcome::Goes };
         }
         let Buffers { input, output, .. } = buffers;
         let input = &input[..count];
@@ -227,8 +228,14 @@ impl Connection {
         outcome
     }
 
-    /// Echoes what is held, as far as the peer takes it.
-    pub fn flush(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
+    /// Echoes what is held, as far as the peer takes it. No line of it is too long: what a read adds is no more than the
+    /// limit, and the line that began before it was held against the limit then. One that came into force since must
+    /// not cut off what was accepted, least of all in the middle of its echo.
+    pub fn flush(&mut self, buffers: &mut Buffers, audit: &Audit) -> Outcome {
+        self.echo_held(usize::MAX, buffers, audit)
+    }
+
+    fn echo_held(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
         let held = std::mem::take(&mut self.held);
         let from = Cursor { start: 0, sent: self.sent };
         let (at, outcome) = self.emit(&held, from, limit, &mut buffers.output, audit);

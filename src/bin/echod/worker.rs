@@ -298,8 +298,7 @@ impl Loop {
 
     fn resume(&mut self, carried: Carried, rule: Arc<Rule<Terms>>, permit: Permit) {
         let mut connection = Box::new(Connection::resumed(carried, rule, permit));
-        let limit = connection.line_length(self.ruling.line_length);
-        let outcome = connection.flush(limit, &mut self.buffers, &self.around.audit);
+        let outcome = connection.flush(&mut self.buffers, &self.around.audit);
         let Outcome::Goes = outcome else { return self.part(connection, outcome) };
         let slot = self.mailbox.take_slot();
         let event = EpollEvent::new(connection.interest(), slot as u64);
@@ -338,7 +337,7 @@ impl Loop {
         let (state, bytes) = (connection.state, connection.bytes);
         let outcome = match state {
             State::Reading => connection.read(limit, &mut self.buffers, &self.around.audit),
-            State::Writing | State::Finishing => connection.flush(limit, &mut self.buffers, &self.around.audit),
+            State::Writing | State::Finishing => connection.flush(&mut self.buffers, &self.around.audit),
         };
         if let Outcome::Goes = outcome {
             if connection.state == state && state == State::Reading && connection.bytes == bytes {
@@ -557,7 +556,7 @@ impl Loop {
         let limit = connection.line_length(self.ruling.line_length);
         for _ in 0..LAST_READS {
             if connection.state != State::Reading {
-                return connection.flush(limit, &mut self.buffers, &self.around.audit);
+                return connection.flush(&mut self.buffers, &self.around.audit);
             }
             let before = connection.bytes;
             match connection.read(limit, &mut self.buffers, &self.around.audit) {
