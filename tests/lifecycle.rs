@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::thread;
 
-use common::{BUSY, Client, DENIED, Echod, Manager, NOBODY, OWNER, Start, TOO_LONG, eventually};
+use common::{BUSY, Client, DENIED, Echod, Manager, NOBODY, OWNER, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -446,6 +446,26 @@ fn the_watchdog_starves_when_any_one_thread_hangs_and_is_fed_again_when_it_goes_
         echod.manager.wait_for("WATCHDOG=1", fed + 3);
         echod.stop();
     }
+}
+
+#[test]
+fn the_watchdog_is_fed_while_a_reload_waits_for_the_user_database() {
+    needs_root();
+    let place = common::Place::new();
+    let passwd = place.path("passwd");
+    nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
+    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
+    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()];
+    let echod = Start::serving(OWNER).env("WATCHDOG_USEC", "200000").wrapper(&wrapper).ready();
+    echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
+    echod.signal(Signal::SIGHUP);
+    echod.manager.wait_for("RELOADING=1", 1);
+    let fed = echod.manager.told.lock().count("WATCHDOG=1");
+    echod.manager.wait_for("WATCHDOG=1", fed + 5);
+    // As often as it is asked.
+    std::thread::spawn(move || while std::fs::write(&passwd, "somebody:x:0:0::/:/bin/sh\n").is_ok() {});
+    echod.manager.wait_for("READY=1", 2);
+    echod.connect().echo("in");
 }
 
 #[test]
