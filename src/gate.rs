@@ -38,7 +38,7 @@ mod farewell;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,10 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// process, one file below /proc at a time), and once nobody is accepted any more, to leave connections to the next
 /// process (their state, a pipe to hear that the manager has it, a socket to tell it by).
 const RESERVE: usize = 4;
+/// And what it takes to ask again who somebody is that is in already: the handle on the process, a file below /proc.
+const RESERVE_INSIDE: usize = 2;
+/// How often that is tried: others have descriptors for moments that are no connections.
+const TRIES_INSIDE: usize = 100;
 /// How long nothing is said again that was said already.
 const SAID_FOR: Duration = Duration::from_secs(60);
 
@@ -200,6 +204,8 @@ struct Shared<T> {
     beat: Arc<Beat>,
     replies: Replies,
     disposal: Disposal,
+    /// Held open for those who are in already. While this is locked nobody is accepted, who would have what was freed.
+    reserve_inside: Mutex<Vec<OwnedFd>>,
 }
 
 struct Orders<T> {
@@ -235,6 +241,7 @@ impl<T: Terms> Door<T> {
             beat: Arc::new(Beat::default()),
             replies: setup.replies,
             disposal: Disposal::default(),
+            reserve_inside: Mutex::new(Vec::new()),
         });
         let mut gate = Gate {
             shared: Arc::clone(&shared),
@@ -363,6 +370,33 @@ impl<T> Usher<T> {
         self.shared.disposal.take(socket);
     }
 
+    /// The verdict of another policy on somebody who is in already, after [`learn`]ing what it depends on. Where no
+    /// descriptor is left to ask with, there are some in reserve for this.
+    pub fn judge_again<'p>(&self, peer: &mut Peer, socket: &impl AsFd, policy: &'p Policy<T>) -> Verdict<'p, T> {
+        let mut decide = || {
+            learn(peer, socket, policy);
+            let verdict = policy.decide(&*peer);
+            peer.release_process();
+            let is_lacking = matches!(verdict, Verdict::Denied(_)) && peer.lacked_descriptors();
+            (verdict, is_lacking)
+        };
+        let (mut verdict, mut is_lacking) = decide();
+        if is_lacking {
+            let mut reserve = self.shared.reserve_inside.lock().unwrap_or_else(PoisonError::into_inner);
+            for _ in 0..TRIES_INSIDE {
+                reserve.clear();
+                (verdict, is_lacking) = decide();
+                // Else the gate does it, or the next try.
+                let _ = fill(&mut reserve, RESERVE_INSIDE);
+                if !is_lacking {
+                    break;
+                }
+                thread::yield_now();
+            }
+        }
+        verdict
+    }
+
     /// As [`see_off`](Self::see_off), with what the denied hear.
     pub fn revoke(&self, socket: OwnedFd) {
         let denied = Arc::clone(&self.shared.replies.denied);
@@ -378,6 +412,16 @@ impl<T> Shared<T> {
     fn wake(&self) {
         // EAGAIN means it is awake 2^64 times over already.
         let _ = self.wake.write(1);
+    }
+
+    /// The next in line; `None` while descriptors are set free for other purposes.
+    fn accept(&self, listener: &Listener) -> Option<io::Result<OwnedFd>> {
+        let _held = match self.reserve_inside.try_lock() {
+            Ok(held) => held,
+            Err(TryLockError::Poisoned(held)) => held.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        Some(sys::accept(listener.as_fd()))
     }
 
     /// Goes on until nobody is on their way out or about to be.
@@ -415,6 +459,14 @@ pub fn learn<T>(peer: &mut Peer, socket: &impl AsFd, policy: &Policy<T>) {
     if needs.units {
         peer.hold_process(socket);
     }
+}
+
+/// Opens descriptors until there are `size`, only to be closed when there are no others.
+fn fill(reserve: &mut Vec<OwnedFd>, size: usize) -> io::Result<()> {
+    while reserve.len() < size {
+        reserve.push(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
+    }
+    Ok(())
 }
 
 struct Gate<T> {
@@ -570,7 +622,9 @@ impl<T: Terms> Gate<T> {
         self.allowance = (2 * allowance).min(ACCEPTS_PER_TURN);
         for _ in 0..allowance {
             let Some(listener) = self.listeners.get(index).filter(|_| self.accepting) else { return };
-            match sys::accept(listener.as_fd()) {
+            // Out of descriptors somebody inside is being asked about, with what would go to whoever is let in now.
+            let Some(accepted) = self.shared.accept(listener) else { return self.pause() };
+            match accepted {
                 Ok(socket) => {
                     let arrival = self.arrival(socket, index);
                     self.judge(arrival, Instant::now());
@@ -630,8 +684,14 @@ impl<T: Terms> Gate<T> {
 
     /// As far as there are descriptors again.
     fn fill_reserve(&mut self) -> io::Result<()> {
-        while self.accepting && self.reserve.len() < RESERVE {
-            self.reserve.push(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?.into());
+        if !self.accepting {
+            return Ok(());
+        }
+        fill(&mut self.reserve, RESERVE)?;
+        // Where a worker is asking just now, it fills that itself.
+        if let Ok(mut inside) = self.shared.reserve_inside.try_lock() {
+            // Else the next time: the gate can do without.
+            let _ = fill(&mut inside, RESERVE_INSIDE);
         }
         Ok(())
     }

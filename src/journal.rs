@@ -203,7 +203,8 @@ impl Journal {
         true
     }
 
-    /// Sends the record. False where it is lost: journald went away since [`is_ready`](Self::is_ready) looked.
+    /// Sends the record. False where it is lost: journald went away since [`is_ready`](Self::is_ready) looked, or there was
+    /// no descriptor or memory to send it with.
     fn emit(&mut self, record: &Record, user: Option<&str>, message: &str) -> bool {
         let Some(journald) = &self.journald else { return false };
         let about = record.about.as_ref();
@@ -239,7 +240,8 @@ impl Journal {
             };
         }
         // tracing-journald keeps the error of its last system call to itself; the thread's errno still has it. Only
-        // what says that nobody is there counts: EMSGSIZE, for one, is followed by another way to send.
+        // what says that nobody is there counts, or that there was nothing to send with (a large record takes a memfd):
+        // EMSGSIZE, for one, is followed by another way to send.
         Errno::clear();
         dispatcher::with_default(journald, || match record.event.severity() {
             Severity::Error => event!(tracing::Level::ERROR),
@@ -249,7 +251,16 @@ impl Journal {
         });
         !matches!(
             Errno::last(),
-            Errno::ENOENT | Errno::ECONNREFUSED | Errno::ECONNRESET | Errno::ENOTCONN | Errno::EPIPE | Errno::ENOTDIR
+            Errno::ENOENT
+                | Errno::ECONNREFUSED
+                | Errno::ECONNRESET
+                | Errno::ENOTCONN
+                | Errno::EPIPE
+                | Errno::ENOTDIR
+                | Errno::EMFILE
+                | Errno::ENFILE
+                | Errno::ENOMEM
+                | Errno::ENOBUFS
         )
     }
 

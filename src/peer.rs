@@ -130,10 +130,10 @@ impl Peer {
         }
     }
 
-    /// Whether something is not known only because there was no descriptor to ask with: to ask again, when there is
-    /// one, may give another answer.
+    /// Whether something is not known only because there was no descriptor to ask with, since this was last called: to
+    /// ask again, when there is one, may give another answer.
     pub(crate) fn lacked_descriptors(&self) -> bool {
-        self.lacked_descriptors.load(Ordering::Relaxed)
+        self.lacked_descriptors.swap(false, Ordering::Relaxed)
     }
 
     fn note_lack(&self, error: Errno) {
@@ -188,10 +188,17 @@ impl Peer {
     }
 
     /// The systemd units around the process; `None` where they cannot be tied to it. Read at the first
-    /// call, and then remembered.
+    /// call, and then remembered, unless there was no descriptor to read with.
     pub fn units(&self) -> Option<&Units> {
-        let read = || self.read_proc("cgroup").and_then(|text| Units::from_proc_cgroup(&text)).map(Box::new);
-        self.units.get_or_init(read).as_deref()
+        if let Some(known) = self.units.get() {
+            return known.as_deref();
+        }
+        let read = self.read_proc("cgroup").and_then(|text| Units::from_proc_cgroup(&text)).map(Box::new);
+        // The question was not asked: there is no answer to remember.
+        if read.is_none() && self.lacked_descriptors.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.units.get_or_init(|| read).as_deref()
     }
 
     /// Sets what [`units`](Self::units) answers, for a connection that another process judged before us.

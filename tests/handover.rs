@@ -164,6 +164,29 @@ fn too_long_a_line_is_too_long_over_a_restart() {
 }
 
 #[test]
+fn a_lower_limit_after_a_restart_does_not_cut_off_a_line_whose_echo_is_half_out() {
+    let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
+    let echod = serve(&config("1M"));
+    let (client, ended) = (echod.connect(), echod.connect());
+    // More than fits into the socket.
+    let line = [vec![b'x'; 900_000], b"\n".to_vec()].concat();
+    client.send(&line);
+    client.expect("> xxx");
+    // Without a newline it is a line only because nothing follows.
+    ended.send(&line[..900_000]);
+    ended.half_close();
+    ended.expect("> xxx");
+    echod.place.file("echod.toml", &config("10"));
+    let echod = restart(echod);
+    client.expect(&line[3..]);
+    client.echo("123456789");
+    client.send("1234567890\n");
+    client.expect_end(TOO_LONG);
+    ended.expect_end(&line[3..900_000]);
+    drop(echod);
+}
+
+#[test]
 fn hundreds_of_connections_in_every_state_come_through_ten_restarts() {
     come_through(300, 10);
 }

@@ -162,6 +162,33 @@ fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
 }
 
 #[test]
+fn out_of_descriptors_a_reload_that_first_asks_for_units_revokes_nobody_whom_it_admits() {
+    let mut groups = Groups::new();
+    let good = groups.group("good.service");
+    let limits = "[limits]\nconnections-per-user = 100\n";
+    for policy in
+        ["[allow.u]\nunits = [\"good.service\"]\n".to_owned(), format!("[deny.u]\nunits = [\"bad.*\"]\n{ANYBODY}")]
+    {
+        let few = ["prlimit", "--nofile=40:40"];
+        let echod = Start::serving(&format!("{limits}{ANYBODY}")).wrapper(&few).ready();
+        let alice = Other::wrapped(&[], &["--cgroup", &good, "--as", "64001:64001"], 40, &echod.socket());
+        alice.connections.iter().for_each(|client| drop(client.try_send("in?\n")));
+        let mut inside: Vec<_> = alice.connections.iter().filter(|client| client.read(1) == b">").collect();
+        assert!((5..38).contains(&inside.len()), "{} in", inside.len());
+        inside.iter().for_each(|client| client.expect(" in?\n"));
+        // One descriptor to read the file with.
+        let leaves = inside.pop().unwrap();
+        leaves.half_close();
+        leaves.expect_end(b"");
+        echod.reload_with(&format!("{limits}{policy}"));
+        inside.iter().for_each(|client| client.echo("still in"));
+        // It was asked, not taken for granted.
+        echod.reload_with(&format!("{limits}[allow.u]\nunits = [\"bad.service\"]\n"));
+        inside.iter().for_each(|client| client.expect_end(DENIED));
+    }
+}
+
+#[test]
 fn a_group_that_calls_itself_by_a_units_name_inside_another_unit_does_not_get_in() {
     let mut groups = Groups::new();
     let echod = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").ready();

@@ -9,7 +9,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::thread;
 
-use common::{BUSY, Client, DENIED, Echod, Manager, NOBODY, OWNER, Start, TOO_LONG, eventually};
+use common::{BUSY, Client, DENIED, Echod, Manager, NOBODY, OWNER, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -227,6 +227,27 @@ fn new_limits_hold_for_those_who_stay() {
 }
 
 #[test]
+fn a_lower_limit_does_not_cut_off_a_line_whose_echo_is_half_out() {
+    let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
+    let echod = Start::serving(&config("1M")).ready();
+    let client = echod.connect();
+    // More than fits into the socket.
+    let line = [vec![b'x'; 900_000], b"\n".to_vec()].concat();
+    client.send(&line);
+    client.expect("> xxx");
+    let waits = echod.connect();
+    waits.send("not yet a line");
+    echod.reload_with(&config("10"));
+    client.expect(&line[3..]);
+    client.echo("123456789");
+    client.send("1234567890\n");
+    client.expect_end(TOO_LONG);
+    // Of a line that is not whole yet nothing was accepted.
+    let _ = waits.try_send("\n");
+    waits.expect_end(TOO_LONG);
+}
+
+#[test]
 fn an_idle_timeout_that_a_reload_brings_holds_for_those_who_are_in() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
@@ -425,6 +446,26 @@ fn the_watchdog_starves_when_any_one_thread_hangs_and_is_fed_again_when_it_goes_
         echod.manager.wait_for("WATCHDOG=1", fed + 3);
         echod.stop();
     }
+}
+
+#[test]
+fn the_watchdog_is_fed_while_a_reload_waits_for_the_user_database() {
+    needs_root();
+    let place = common::Place::new();
+    let passwd = place.path("passwd");
+    nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
+    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
+    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()];
+    let echod = Start::serving(OWNER).env("WATCHDOG_USEC", "200000").wrapper(&wrapper).ready();
+    echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
+    echod.signal(Signal::SIGHUP);
+    echod.manager.wait_for("RELOADING=1", 1);
+    let fed = echod.manager.told.lock().count("WATCHDOG=1");
+    echod.manager.wait_for("WATCHDOG=1", fed + 5);
+    // As often as it is asked.
+    std::thread::spawn(move || while std::fs::write(&passwd, "somebody:x:0:0::/:/bin/sh\n").is_ok() {});
+    echod.manager.wait_for("READY=1", 2);
+    echod.connect().echo("in");
 }
 
 #[test]

@@ -629,6 +629,27 @@ fn out_of_descriptors_the_record_still_goes_to_the_journal() {
 }
 
 #[test]
+fn out_of_descriptors_a_record_too_large_for_a_datagram_is_still_counted() {
+    needs_root();
+    let journald = Journald::new();
+    let policy = format!("[limits]\nconnections-per-user = 100\n{}", common::OWNER);
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{policy}"))
+        .journal(&journald)
+        .wrapper(&["prlimit", "--nofile=30:30"])
+        .ready();
+    let inside: Vec<_> = (0..40).map(|_| echod.connect()).collect();
+    let in_there = inside.iter().filter(|client| client.try_send("in?\n").is_ok() && client.read(1) == b">").count();
+    assert!((5..35).contains(&in_there), "{in_there} got in");
+    let rich = Other::wrapped(&[], &["--as", "64001:64001:100000-165535"], 10, &echod.socket());
+    rich.connections.iter().for_each(|client| client.expect_end(DENIED));
+    // When this one is there, those before it have been tried; at the stop there are descriptors again.
+    Other::user(BOB, &echod.socket()).client().expect_end(DENIED);
+    journald.wait_for("the small one", |entry| get(entry, "PEER_UID") == "64002");
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 11);
+}
+
+#[test]
 fn without_a_journal_records_are_text_on_standard_error_and_the_equation_holds_there() {
     let echod = Start::serving(&format!("{LONG}burst = 4\n{}", common::NOBODY)).ready();
     be_denied(&echod, 30);

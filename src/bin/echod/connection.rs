@@ -216,32 +216,39 @@ impl Connection {
             Input::Baggage => return Outcome::Baggage,
             Input::End => {
                 self.state = State::Finishing;
-                return self.flush(limit, buffers, audit);
+                return self.flush(buffers, audit);
             }
         };
         self.bytes += count as u64;
         if !self.held.is_empty() {
-            buffers.make_room(&mut self.held, count);
+            buffers.make_room(&mut self.held, count, limit);
             let new = &buffers.input[..count];
             let ends = memchr::memchr(b'\n', new).is_some();
             self.held.extend_from_slice(new);
             // Nothing to echo yet, and the whole of it need not be looked at again.
-            return if ends || self.held.len() > limit { self.flush(limit, buffers, audit) } else { Outcome::Goes };
+            let is_due = ends || self.held.len() > limit;
+            return if is_due { self.echo_held(limit, buffers, audit) } else { Outcome::Goes };
         }
         let Buffers { input, output, .. } = buffers;
         let input = &input[..count];
         let (at, outcome) = self.emit(input, Cursor::default(), limit, output, audit);
         if at.start < count && matches!(outcome, Outcome::Goes) {
             self.sent = at.sent;
-            let mut held = buffers.take(count - at.start);
+            let mut held = buffers.take(count - at.start, limit);
             held.extend_from_slice(&buffers.input[at.start..count]);
             self.held = held;
         }
         outcome
     }
 
-    /// Echoes what is held, as far as the peer takes it.
-    pub fn flush(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
+    /// Echoes what is held, as far as the peer takes it. No line of it is too long: what a read adds is no more than the
+    /// limit, and the line that began before it was held against the limit then. One that came into force since must
+    /// not cut off what was accepted, least of all in the middle of its echo.
+    pub fn flush(&mut self, buffers: &mut Buffers, audit: &Audit) -> Outcome {
+        self.echo_held(usize::MAX, buffers, audit)
+    }
+
+    fn echo_held(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
         let held = std::mem::take(&mut self.held);
         let from = Cursor { start: 0, sent: self.sent };
         let (at, outcome) = self.emit(&held, from, limit, &mut buffers.output, audit);
@@ -251,7 +258,7 @@ impl Connection {
         if self.held.is_empty() {
             buffers.give_back(std::mem::take(&mut self.held));
         } else if self.held.len() <= SMALL && self.held.capacity() > SMALL {
-            let mut small = buffers.take(self.held.len());
+            let mut small = buffers.take(self.held.len(), SMALL);
             small.extend_from_slice(&self.held);
             buffers.give_back(std::mem::replace(&mut self.held, small));
         }
@@ -389,16 +396,23 @@ impl Buffers {
         Self { input: vec![0; read].into(), output: Vec::new(), spare: Vec::new(), spare_small: Vec::new() }
     }
 
-    /// An empty one for so many bytes, for now.
-    fn take(&mut self, length: usize) -> Vec<u8> {
-        let spare = if length <= SMALL { &mut self.spare_small } else { &mut self.spare };
-        spare.pop().unwrap_or_default()
+    /// An empty one for so many bytes, for now, of one whose lines have this limit.
+    fn take(&mut self, length: usize, limit: usize) -> Vec<u8> {
+        let spare = if length <= SMALL { self.spare_small.pop() } else { self.take_big(limit) };
+        spare.unwrap_or_default()
+    }
+
+    /// Not one that grew for somebody whose lines may be longer: what is held for one connection follows from its own
+    /// limit.
+    fn take_big(&mut self, limit: usize) -> Option<Vec<u8>> {
+        let fits = self.spare.iter().rposition(|buffer| buffer.capacity() / 2 <= limit)?;
+        Some(self.spare.swap_remove(fits))
     }
 
     /// Before `more` bytes are added: a big one, where there is one, instead of making a small one grow.
-    fn make_room(&mut self, held: &mut Vec<u8>, more: usize) {
+    fn make_room(&mut self, held: &mut Vec<u8>, more: usize, limit: usize) {
         if held.capacity() <= SMALL && held.len() + more > SMALL {
-            if let Some(mut big) = self.spare.pop() {
+            if let Some(mut big) = self.take_big(limit) {
                 big.extend_from_slice(held);
                 self.give_back(std::mem::replace(held, big));
             }
@@ -416,5 +430,23 @@ impl Buffers {
             buffer.clear();
             spare.push(buffer);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_that_grew_for_long_lines_is_not_for_whoever_may_only_send_short_ones() {
+        let mut buffers = Buffers::new(READ);
+        for capacity in [2 * READ, 9000] {
+            buffers.give_back(Vec::with_capacity(capacity));
+        }
+        let mut held = vec![b'x'; SMALL];
+        buffers.make_room(&mut held, 1, 5000);
+        assert_eq!((held.len(), held.capacity()), (SMALL, 9000));
+        assert_eq!(buffers.take(SMALL + 1, 5000).capacity(), 0, "the other one is too big");
+        assert_eq!(buffers.take(SMALL + 1, READ).capacity(), 2 * READ);
     }
 }

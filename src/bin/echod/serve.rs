@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,14 +15,14 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
 use peergate::audit::{self, About, Audit, Event, Reason, Record, Severity, Totals};
-use peergate::gate::{Door, Replies, Ruling as Admitting, Setup, learn};
+use peergate::gate::{Door, Replies, Ruling as Admitting, Setup};
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
 use peergate::policy::{Rule, Verdict};
 use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog, answer_reload};
 
-use crate::config::{Config, Record as RecordWhat, Terms, Verify};
+use crate::config::{Config, LoadError, Record as RecordWhat, Terms, Verify};
 use crate::connection::{Carried, Ruling};
 use crate::handover::{self, Inheritance};
 use crate::mailbox::Doors;
@@ -216,11 +216,9 @@ impl Service {
 
     /// A connection that some process admitted before, by the policy in force; who is denied is seen off.
     fn judge(&self, mut connection: Carried) -> Option<(Carried, Arc<Rule<Terms>>, Permit)> {
-        learn(&mut connection.peer, &connection.socket, &self.config.policy);
-        match self.config.policy.decide(&connection.peer) {
+        match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.config.policy) {
             Verdict::Admitted(rule) => {
                 let (rule, permit) = (Arc::clone(rule), self.limits.resume(connection.peer.uid()));
-                connection.peer.release_process();
                 Some((connection, rule, permit))
             }
             Verdict::Denied(rule) => {
@@ -263,12 +261,7 @@ impl Service {
             if self.status.due && now >= self.status.at + STATUS_PAUSE {
                 self.say_status(now);
             }
-            if let Some(watchdog) = &mut self.watchdog {
-                let silent = watchdog.tick(&self.notifier).join(", ");
-                if !silent.is_empty() {
-                    self.note(Severity::Error, format!("no sign of life from: {silent}"));
-                }
-            }
+            self.feed_watchdog();
             if self.idle_exit_due().is_some_and(|due| due <= now) {
                 if self.door.shut_if_quiet() {
                     return End::Idle;
@@ -281,6 +274,15 @@ impl Service {
                     Request::Stop => return End::Told,
                     Request::Reload { answer_to } => self.reload(answer_to),
                 }
+            }
+        }
+    }
+
+    fn feed_watchdog(&mut self) {
+        if let Some(watchdog) = &mut self.watchdog {
+            let silent = watchdog.tick(&self.notifier).join(", ");
+            if !silent.is_empty() {
+                self.note(Severity::Error, format!("no sign of life from: {silent}"));
             }
         }
     }
@@ -338,7 +340,7 @@ impl Service {
     /// All or nothing: either the whole file is in force when this returns, or nothing has changed.
     fn reload(&mut self, answer_to: Option<i32>) {
         self.notifier.reloading();
-        let taken = match Config::load(self.config_path.as_deref()) {
+        let taken = match self.load() {
             Ok(config) => {
                 self.put_in_force(config);
                 true
@@ -353,6 +355,28 @@ impl Service {
         self.notifier.ready(&self.status.said);
         if let Some(pid) = answer_to {
             answer_reload(pid, taken);
+        }
+    }
+
+    /// Reads the configuration. The user database may be far away, and a restart of ours would not bring it nearer: so
+    /// the watchdog is fed meanwhile.
+    fn load(&mut self) -> Result<Config, LoadError> {
+        let path = self.config_path.clone();
+        let (done, loaded) = mpsc::channel();
+        let load = move || {
+            let _ = done.send(Config::load(path.as_deref()));
+        };
+        // Where no thread can be had the channel is closed at once.
+        let _ = thread::Builder::new().name("reload".to_owned()).spawn(load);
+        loop {
+            let pause = self.watchdog.as_ref().map_or(Duration::MAX, |watchdog| {
+                watchdog.due().saturating_duration_since(Instant::now()) + Duration::from_millis(1)
+            });
+            match loaded.recv_timeout(pause) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Timeout) => self.feed_watchdog(),
+                Err(RecvTimeoutError::Disconnected) => return Config::load(self.config_path.as_deref()),
+            }
         }
     }
 

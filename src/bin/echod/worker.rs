@@ -17,7 +17,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Usher, learn};
+use peergate::gate::Usher;
 use peergate::limits::Permit;
 use peergate::policy::{Rule, Verdict};
 use peergate::service::{Activity, Watched};
@@ -30,6 +30,9 @@ use crate::pacing::Pacing;
 
 /// Reads from one connection when it is brought to rest: what it had sent by then, and an end to it.
 const LAST_READS: usize = 32;
+
+/// Entries of timeouts that are not worth sorting out, however few connections there are.
+const TIMEOUTS_LEFT_OVER: usize = 64;
 
 /// How often in a row one peer must have been heard before it is worth waiting for awake.
 const ALONE: u32 = 2;
@@ -120,7 +123,8 @@ struct Loop {
     connections: Vec<Option<Box<Connection>>>,
     /// How many places are taken.
     present: usize,
-    /// The earliest time a connection's timeout could run out; one entry for each that has one.
+    /// The earliest time a connection's timeout could run out; one entry for each that has one, and some of connections
+    /// that are over.
     timeouts: BinaryHeap<Reverse<(Instant, usize, u64)>>,
     buffers: Buffers,
     too_long: Arc<[u8]>,
@@ -294,8 +298,7 @@ impl Loop {
 
     fn resume(&mut self, carried: Carried, rule: Arc<Rule<Terms>>, permit: Permit) {
         let mut connection = Box::new(Connection::resumed(carried, rule, permit));
-        let limit = connection.line_length(self.ruling.line_length);
-        let outcome = connection.flush(limit, &mut self.buffers, &self.around.audit);
+        let outcome = connection.flush(&mut self.buffers, &self.around.audit);
         let Outcome::Goes = outcome else { return self.part(connection, outcome) };
         let slot = self.mailbox.take_slot();
         let event = EpollEvent::new(connection.interest(), slot as u64);
@@ -316,6 +319,14 @@ impl Loop {
         }
         self.connections[slot] = Some(connection);
         self.present += 1;
+        // Entries of those who have left stay until they are due, which may be days: more of them than of those who
+        // are here pay for a look at all.
+        if self.timeouts.len() > 2 * self.present + TIMEOUTS_LEFT_OVER {
+            let connections = &self.connections;
+            self.timeouts.retain(|Reverse((_, slot, number))| {
+                connections[*slot].as_ref().is_some_and(|connection| connection.number == *number)
+            });
+        }
     }
 
     /// One connection's turn: a single read and what follows from it, or a single write of what waits. Says whether
@@ -326,7 +337,7 @@ impl Loop {
         let (state, bytes) = (connection.state, connection.bytes);
         let outcome = match state {
             State::Reading => connection.read(limit, &mut self.buffers, &self.around.audit),
-            State::Writing | State::Finishing => connection.flush(limit, &mut self.buffers, &self.around.audit),
+            State::Writing | State::Finishing => connection.flush(&mut self.buffers, &self.around.audit),
         };
         if let Outcome::Goes = outcome {
             if connection.state == state && state == State::Reading && connection.bytes == bytes {
@@ -489,11 +500,7 @@ impl Loop {
 
     /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
     fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
-        let policy = &self.ruling.policy;
-        learn(&mut connection.peer, &connection.socket, policy);
-        let verdict = policy.decide(&connection.peer);
-        connection.peer.release_process();
-        match verdict {
+        match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.ruling.policy) {
             Verdict::Admitted(rule) => {
                 connection.rule = Arc::clone(rule);
                 Ok(())
@@ -529,6 +536,8 @@ impl Loop {
     /// Brings everyone to rest: some to be carried over, the others to their end.
     fn end(&mut self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Carried>>) {
         let mut carried = Vec::new();
+        // Whoever stays for now is put back, with an entry of their own.
+        self.timeouts.clear();
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
             match self.last_turns(&mut connection) {
@@ -564,7 +573,7 @@ impl Loop {
         let limit = connection.line_length(self.ruling.line_length);
         for _ in 0..LAST_READS {
             if connection.state != State::Reading {
-                return connection.flush(limit, &mut self.buffers, &self.around.audit);
+                return connection.flush(&mut self.buffers, &self.around.audit);
             }
             let before = connection.bytes;
             match connection.read(limit, &mut self.buffers, &self.around.audit) {
@@ -613,16 +622,14 @@ mod tests {
     use crate::counting::allocations_of;
     use crate::mailbox::Doors;
 
-    /// A worker with one connection, and the other end of that.
-    fn serve_one(number: usize, baggage: Baggage) -> (Worker, UnixStream, gate::Door<Terms>) {
-        let me = Uid::new(nix::unistd::geteuid().as_raw());
-        let policy = Arc::new(Policy::<Terms>::owner_only(me));
+    /// What a worker needs, and a door that nobody comes through.
+    fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, gate::Door<Terms>) {
         let audit = Audit::new(Settings::default());
         let activity = Arc::new(Activity::new().unwrap());
         let caps = Caps { connections: 10, connections_per_user: 10 };
         let setup = Setup {
             listeners: Vec::new(),
-            ruling: gate::Ruling { policy: Arc::clone(&policy), caps, pass_credentials: false },
+            ruling: gate::Ruling { policy: Arc::clone(policy), caps, pass_credentials: false },
             limits: Limits::new(),
             audit: audit.clone(),
             replies: Replies::default(),
@@ -630,25 +637,68 @@ mod tests {
             first_connection: 1,
         };
         let door = gate::Door::open(setup, |_| {}).unwrap();
-        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
-        let around = Surroundings { audit: audit.clone(), usher: door.usher(), activity, busy_poll: None };
-        let worker = Worker::start(number, ruling, around).unwrap();
+        (Surroundings { audit, usher: door.usher(), activity, busy_poll: None }, door)
+    }
+
+    /// Somebody who was let in, and their end of the connection.
+    fn admission(policy: &Policy<Terms>, connection: u64) -> (Admission<Terms>, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let socket = OwnedFd::from(ours);
-        let rule = Arc::clone(policy.rules().next().unwrap());
-        Doors::new(vec![worker.mailbox()], audit).admit(Admission {
+        let admission = Admission {
             peer: Peer::credentials_of(&socket).unwrap(),
             socket,
-            rule,
-            permit: Limits::new().resume(me),
-            connection: 1,
+            rule: Arc::clone(policy.rules().next().unwrap()),
+            permit: Limits::new().resume(policy.me()),
+            connection,
             listener: "nowhere".into(),
             generation: 0,
             pass_credentials: false,
-            baggage,
-        });
+            baggage: Baggage::Never,
+        };
+        (admission, theirs)
+    }
+
+    /// A worker with one connection, and the other end of that.
+    fn serve_one(number: usize, baggage: Baggage) -> (Worker, UnixStream, gate::Door<Terms>) {
+        let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
+        let (around, door) = surroundings(&policy);
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
+        let audit = around.audit.clone();
+        let worker = Worker::start(number, ruling, around).unwrap();
+        let (admission, theirs) = admission(&policy, 1);
+        let admission = Admission { baggage, ..admission };
+        Doors::new(vec![worker.mailbox()], audit).admit(admission);
         (worker, theirs, door)
+    }
+
+    #[test]
+    fn connections_that_are_over_leave_nothing_behind_however_far_off_their_timeout_was() {
+        let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
+        let (around, _door) = surroundings(&policy);
+        let idle_timeout = Some(Duration::from_secs(86_400));
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout };
+        let mut serving = Loop::new(Arc::new(Mailbox::new(&ruling).unwrap()), ruling, around);
+        let mut clients = Vec::new();
+        for connection in 0..2000 {
+            let slot = serving.mailbox.take_slot();
+            let (admission, client) = admission(&policy, connection);
+            serving.put(slot, Box::new(Connection::admitted(admission)));
+            // Each tenth of the first hundred stays.
+            if connection < 100 && connection % 10 == 0 {
+                clients.push(client);
+            } else {
+                serving.end_of(slot, Outcome::Over(None));
+            }
+            let bound = 2 * serving.present + TIMEOUTS_LEFT_OVER + 2;
+            assert!(serving.timeouts.len() <= bound, "{} after {connection}", serving.timeouts.len());
+        }
+        let mut stay = (0..100).step_by(10);
+        let entries = |number| serving.timeouts.iter().filter(|Reverse((.., of))| *of == number).count();
+        assert!(stay.all(|number| entries(number) == 1), "whoever is here has one entry");
+        let (reply, _replies) = mpsc::channel();
+        serving.end(0, Instant::now(), reply);
+        assert_eq!(serving.timeouts.len(), clients.len());
     }
 
     fn thread_named(name: &str) -> i32 {
