@@ -44,9 +44,9 @@ impl Baggage {
     }
 
     /// Has the kernel refuse descriptors on a connection that was just accepted, and says what that leaves possible.
-    /// Urgent data (MSG_OOB) becomes ordinary data: no peek would see what comes with it, and nothing is to be lost. Where
-    /// descriptors are possible, other ancillary data than credentials, and without `credentials` these too, are turned
-    /// off: a peek could not tell one from the other.
+    /// Urgent data (MSG_OOB) becomes ordinary data: no peek would see what comes with it, and nothing is to be lost.
+    /// Where descriptors are possible, other ancillary data than credentials, and without `credentials` these too, are
+    /// turned off: a peek could not tell one from the other.
     pub fn of_new(socket: &impl AsFd, credentials: bool) -> Self {
         let socket = socket.as_fd();
         let _ = sys::set_option(socket, libc::SO_OOBINLINE, 1);

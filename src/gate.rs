@@ -831,7 +831,8 @@ impl<T: Terms> Gate<T> {
         asked.ok()
     }
 
-    /// The policy's verdict, then the limits. `Err(None)`: denied, and recorded. `Err(Some)`: no place, not yet recorded.
+    /// The policy's verdict, then the limits. `Err(None)`: denied, and recorded. `Err(Some)`: no place, not yet
+    /// recorded.
     #[allow(clippy::type_complexity)]
     fn apply(
         &self,

@@ -203,8 +203,8 @@ impl Journal {
         true
     }
 
-    /// Sends the record. False where it is lost: journald went away since [`is_ready`](Self::is_ready) looked, or there was
-    /// no descriptor or memory to send it with.
+    /// Sends the record. False where it is lost: journald went away since [`is_ready`](Self::is_ready) looked, or there
+    /// was no descriptor or memory to send it with.
     fn emit(&mut self, record: &Record, user: Option<&str>, message: &str) -> bool {
         let Some(journald) = &self.journald else { return false };
         let about = record.about.as_ref();

@@ -96,7 +96,8 @@ impl Peer {
     }
 
     /// As [`of`](Self::of), without process and supplementary groups: one system call. Until
-    /// [`learn_groups`](Self::learn_groups) the groups are incomplete, which no policy that asks for them takes for less.
+    /// [`learn_groups`](Self::learn_groups) the groups are incomplete, which no policy that asks for them takes for
+    /// less.
     ///
     /// # Errors
     /// As [`of`](Self::of).
@@ -211,7 +212,8 @@ impl Peer {
         self.units.get().and_then(Option::as_deref)
     }
 
-    /// What a record tells beyond the ids; learns the groups too. Costs several system calls: ask only where one is written.
+    /// What a record tells beyond the ids; learns the groups too. Costs several system calls: ask only where one is
+    /// written.
     pub fn details(&mut self, socket: &impl AsFd) -> Details {
         self.hold_process(socket);
         self.learn_groups(socket);
@@ -249,9 +251,9 @@ impl Subject for Peer {
     }
 }
 
-/// Reads from a socket that has SO_PASSCRED (unix(7)): how many bytes, and the user whose process sent them, by its real
-/// uid; `None` where that names nobody. One answer never joins what different users sent. Descriptors that come along
-/// are closed. Never waits.
+/// Reads from a socket that has SO_PASSCRED (unix(7)): how many bytes, and the user whose process sent them, by its
+/// real uid; `None` where that names nobody. One answer never joins what different users sent. Descriptors that come
+/// along are closed. Never waits.
 ///
 /// # Errors
 /// What recvmsg(2) says; EAGAIN where nothing has come.

@@ -166,9 +166,9 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
     Ok((count, Some(unsafe { data.cast::<libc::ucred>().read_unaligned() })))
 }
 
-/// recvmsg(2) with MSG_PEEK: how many bytes are there, and whether descriptors are among them. Takes neither. On a socket
-/// with SO_PASSCRED there is room for `credentials` and nothing else, on any other for nothing: what does not fit is
-/// descriptors, if no further ancillary data is turned on. Never waits.
+/// recvmsg(2) with MSG_PEEK: how many bytes are there, and whether descriptors are among them. Takes neither. On a
+/// socket with SO_PASSCRED there is room for `credentials` and nothing else, on any other for nothing: what does not
+/// fit is descriptors, if no further ancillary data is turned on. Never waits.
 pub(crate) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8], credentials: bool) -> io::Result<(usize, bool)> {
     let mut control = MaybeUninit::<OneCredential>::zeroed();
     let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
@@ -186,8 +186,8 @@ pub(crate) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8], credentials: bool)
     Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0))
 }
 
-/// A signal that does nothing, sent to one thread again and again, so that a call of its which waits is over with EINTR.
-/// The signal's disposition is the process's: SIGRTMIN+2.
+/// A signal that does nothing, sent to one thread again and again, so that a call of its which waits is over with
+/// EINTR. The signal's disposition is the process's: SIGRTMIN+2.
 pub(crate) struct Interruptions(libc::timer_t);
 
 impl Interruptions {

@@ -241,9 +241,9 @@ impl Connection {
         outcome
     }
 
-    /// Echoes what is held, as far as the peer takes it. No line of it is too long: what a read adds is no more than the
-    /// limit, and the line that began before it was held against the limit then. One that came into force since must
-    /// not cut off what was accepted, least of all in the middle of its echo.
+    /// Echoes what is held, as far as the peer takes it. No line of it is too long: what a read adds is no more than
+    /// the limit, and the line that began before it was held against the limit then. One that came into force since
+    /// must not cut off what was accepted, least of all in the middle of its echo.
     pub fn flush(&mut self, buffers: &mut Buffers, audit: &Audit) -> Outcome {
         self.echo_held(usize::MAX, buffers, audit)
     }

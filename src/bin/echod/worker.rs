@@ -1,7 +1,7 @@
 //! The event loop behind the gate: one thread, one epoll, many connections. Workers share nothing.
 //!
-//! Each connection has its turns ([`connection`](crate::connection)). A peer that does not read is not read from. In the
-//! steady state nothing is allocated, and a connection with nothing pending owns no buffer.
+//! Each connection has its turns ([`connection`](crate::connection)). A peer that does not read is not read from. In
+//! the steady state nothing is allocated, and a connection with nothing pending owns no buffer.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
