@@ -73,8 +73,9 @@ impl Baggage {
         self != Self::Never
     }
 
-    /// How many bytes may be read now, at least one and at most `buffer` has room for, without taking descriptors;
-    /// `None` where some lie among them, or anywhere behind them. Overwrites `buffer`. `credentials`: whether the socket has SO_PASSCRED.
+    /// How many bytes may be read now, at least one and at most `buffer` has room for, without taking descriptors; `None`
+    /// where some lie among them, or anywhere behind them. Overwrites `buffer`. `credentials`: whether the socket has
+    /// SO_PASSCRED.
     ///
     /// # Errors
     /// What recvmsg(2) says; EAGAIN where nothing is there. Never waits.
