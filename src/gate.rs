@@ -50,6 +50,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use self::farewell::Farewell;
 use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
+use crate::ids::Uid;
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
 use crate::peer::Peer;
 use crate::policy::{Policy, Rule, Verdict};
@@ -61,7 +62,7 @@ const ACCEPTS_PER_TURN: usize = 64;
 /// How long one over a limit may wait in case a place comes free: whoever closes a connection and
 /// opens the next must not be refused because the first end has not been noticed yet.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
-/// How many may wait so at once.
+/// How many may wait so at once. When all places are taken, whoever has most of them makes room.
 const MOST_WAITING: usize = 64;
 /// How long nothing is accepted after the system was out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -222,33 +223,9 @@ impl<T: Terms> Door<T> {
     /// # Errors
     /// What epoll, eventfd or starting a thread say.
     pub fn open(setup: Setup<T>, admit: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let shared = Arc::new(Shared {
-            orders: Mutex::new(Orders { ruling: setup.ruling, to_see_off: Vec::new(), ruled: None, stop: None }),
-            generation: AtomicU64::new(0),
-            next_connection: AtomicU64::new(setup.first_connection),
-            wake,
-            beat: Arc::new(Beat::default()),
-            replies: setup.replies,
-        });
-        let mut gate = Gate {
-            shared: Arc::clone(&shared),
-            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            listeners: setup.listeners,
-            limits: setup.limits,
-            audit: setup.audit,
-            admit: Box::new(admit),
-            activity: setup.activity,
-            farewell: Farewell::new(TOKEN_LEAVING),
-            waiting: Vec::new(),
-            reserve: Vec::new(),
-            paused_until: None,
-            pass_credentials: None,
-            allowance: 1,
-            complaints: Vec::new(),
-            accepting: true,
-        };
+        let mut gate = Gate::new(setup, Box::new(admit))?;
         gate.prepare()?;
+        let shared = Arc::clone(&gate.shared);
         let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || gate.run())?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -399,6 +376,16 @@ pub fn learn<T>(peer: &mut Peer, socket: &impl AsFd, policy: &Policy<T>) {
     }
 }
 
+/// Which of those waiting goes when one more of `uid` comes: the first of the user who has most, so that nobody's flood
+/// takes another's second look from them. `None` where that user would not be left with as many as `uid`.
+fn who_makes_room(waiting: &[Uid], uid: Uid) -> Option<usize> {
+    let places_of = |uid: Uid| waiting.iter().filter(|one| **one == uid).count();
+    // The first one waiting of the greatest: max_by_key would give the last.
+    let (place, most) =
+        waiting.iter().map(|one| places_of(*one)).enumerate().rev().max_by_key(|(_, places)| *places)?;
+    (most > places_of(uid) + 1).then_some(place)
+}
+
 struct Gate<T> {
     shared: Arc<Shared<T>>,
     epoll: Epoll,
@@ -429,11 +416,40 @@ struct Arrival {
     listener: usize,
     /// GATE_CONNECTION, whatever becomes of them.
     number: u64,
-    /// When they were found over a limit for the first time.
-    over_limit_since: Option<Instant>,
+    /// Who was found over a limit, and when for the first time.
+    over_limit: Option<(Uid, Instant)>,
 }
 
 impl<T: Terms> Gate<T> {
+    fn new(setup: Setup<T>, admit: Box<dyn FnMut(Admission<T>) + Send>) -> io::Result<Self> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let shared = Arc::new(Shared {
+            orders: Mutex::new(Orders { ruling: setup.ruling, to_see_off: Vec::new(), ruled: None, stop: None }),
+            generation: AtomicU64::new(0),
+            next_connection: AtomicU64::new(setup.first_connection),
+            wake,
+            beat: Arc::new(Beat::default()),
+            replies: setup.replies,
+        });
+        Ok(Self {
+            shared,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            listeners: setup.listeners,
+            limits: setup.limits,
+            audit: setup.audit,
+            admit,
+            activity: setup.activity,
+            farewell: Farewell::new(TOKEN_LEAVING),
+            waiting: Vec::new(),
+            reserve: Vec::new(),
+            paused_until: None,
+            pass_credentials: None,
+            allowance: 1,
+            complaints: Vec::new(),
+            accepting: true,
+        })
+    }
+
     fn prepare(&mut self) -> io::Result<()> {
         self.epoll
             .add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
@@ -488,7 +504,7 @@ impl<T: Terms> Gate<T> {
         let due = [
             self.farewell.due(),
             self.paused_until,
-            self.waiting.first().and_then(|one| Some(one.over_limit_since? + SECOND_LOOK)),
+            self.waiting.first().and_then(|one| Some(one.over_limit?.1 + SECOND_LOOK)),
         ];
         let timeout = match due.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -640,7 +656,7 @@ impl<T: Terms> Gate<T> {
 
     fn arrival(&self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
-        Arrival { socket, listener, number, over_limit_since: None }
+        Arrival { socket, listener, number, over_limit: None }
     }
 
     /// Those over a limit, once more: a place may have come free since.
@@ -648,6 +664,19 @@ impl<T: Terms> Gate<T> {
         for arrival in std::mem::take(&mut self.waiting) {
             self.judge(arrival, now);
         }
+    }
+
+    /// Whether one more of this user may wait for a second look. Who makes room for them has their own last look now.
+    fn has_place_to_wait(&mut self, uid: Uid, now: Instant) -> bool {
+        if self.waiting.len() < MOST_WAITING {
+            return true;
+        }
+        let users: Vec<Uid> = self.waiting.iter().filter_map(|one| Some(one.over_limit?.0)).collect();
+        let Some(place) = who_makes_room(&users, uid) else { return false };
+        let arrival = self.waiting.remove(place);
+        // Late enough for the last look.
+        self.judge(arrival, now + SECOND_LOOK);
+        true
     }
 
     /// Who is it, may they in, is there a place?
@@ -671,8 +700,8 @@ impl<T: Terms> Gate<T> {
             Ok(admitted) => admitted,
             Err(None) => return self.farewell.begin(&self.epoll, arrival.socket, &self.shared.replies.denied),
             Err(Some((excess, rule, peer))) => {
-                let over_since = *arrival.over_limit_since.get_or_insert(now);
-                if now.saturating_duration_since(over_since) < SECOND_LOOK && self.waiting.len() < MOST_WAITING {
+                let (uid, since) = *arrival.over_limit.get_or_insert((peer.uid(), now));
+                if now.saturating_duration_since(since) < SECOND_LOOK && self.has_place_to_wait(uid, now) {
                     return self.waiting.push(arrival);
                 }
                 self.record_refusal(excess, &rule, peer, &arrival);
@@ -826,6 +855,55 @@ mod tests {
         assert_eq!(arrivals.recv(), Ok(1));
         drop(go_on);
         door.shut();
+    }
+
+    /// A user's flood over their own limit, and others who only closed one connection and opened the next.
+    #[test]
+    fn nobody_loses_their_second_look_to_another_users_flood() {
+        let (a, b) = (Uid::new(1000), Uid::new(1001));
+        let mut waiting = vec![a; MOST_WAITING];
+        assert_eq!(who_makes_room(&waiting, a), None, "not to themselves");
+        // However many they are, each who comes finds a place, and those who have one keep it.
+        for other in (2000..2000 + MOST_WAITING as u32 - 1).map(Uid::new) {
+            let place = who_makes_room(&waiting, other).unwrap();
+            assert_eq!(waiting.remove(place), a);
+            waiting.push(other);
+            let again = who_makes_room(&waiting, a);
+            assert_eq!(again, None, "the flood goes on");
+        }
+        assert_eq!(who_makes_room(&waiting, b), None, "one place each is all there is");
+        // The one who has waited longest has had the most of their look.
+        assert_eq!(who_makes_room(&[b, a, a, b, a], b), None);
+        assert_eq!(who_makes_room(&[b, a, a, a], b), Some(1));
+    }
+
+    /// The same at the door. Nobody comes or goes but in the test's own order, on the test's thread.
+    #[test]
+    fn one_over_a_limit_waits_although_others_have_taken_all_places() {
+        let path = std::env::temp_dir().join(format!("gate-test-waiting-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let policy = Policy::<()>::owner_only(Uid::effective());
+        let mut setup = Setup::new(vec![listener], policy, Audit::default()).unwrap();
+        setup.ruling.caps.connections_per_user = 0;
+        let mut gate = Gate::new(setup, Box::new(|_| {})).unwrap();
+        let now = Instant::now();
+        let mut clients = Vec::new();
+        // The kernel says it is always us: that some are another's is only noted.
+        let mut arrive = |gate: &mut Gate<()>, uid| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            theirs.set_nonblocking(true).unwrap();
+            clients.push(theirs);
+            let arrival = Arrival { over_limit: Some((uid, now)), ..gate.arrival(ours.into(), 0) };
+            gate.judge(arrival, now);
+            gate.waiting.iter().filter(|one| one.over_limit == Some((uid, now))).count()
+        };
+        let (a, b) = (Uid::new(1000), Uid::new(1001));
+        (1..=MOST_WAITING).for_each(|count| assert_eq!(arrive(&mut gate, a), count));
+        assert_eq!(arrive(&mut gate, b), 1);
+        assert_eq!(arrive(&mut gate, a), MOST_WAITING - 1);
+        let refused: Vec<usize> =
+            (0..clients.len()).filter(|index| (&clients[*index]).read(&mut [0; 99]).is_ok()).collect();
+        assert_eq!(refused, [0, MOST_WAITING + 1], "who has waited longest, and the last");
     }
 
     /// One whom a worker lets go of between the gate's last look and its own end.
