@@ -36,6 +36,7 @@
 mod farewell;
 
 use std::io;
+use std::mem::take;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -202,9 +203,32 @@ struct Shared<T> {
 struct Orders<T> {
     ruling: Ruling<T>,
     to_see_off: Vec<(OwnedFd, Arc<[u8]>)>,
-    /// Wants to hear that the ruling is in force.
-    ruled: Option<mpsc::Sender<()>>,
-    stop: Option<Stop>,
+    /// Want to hear that the ruling is in force.
+    ruled: Vec<mpsc::Sender<()>>,
+    stops: Vec<Stop>,
+    /// Nobody obeys any more: the gate's thread has ended, or the application has panicked in it.
+    gone: bool,
+}
+
+impl<T> Orders<T> {
+    /// Leaves an order to stop; to a gate that is gone, it is lost, and its answer's sender with it.
+    fn stop(&mut self, stop: Stop) {
+        if !self.gone {
+            self.stops.push(stop);
+        }
+    }
+}
+
+/// Held by the gate's thread. Whoever waits for an answer of it hears that there will be none, however it ends.
+struct Presence<T>(Arc<Shared<T>>);
+
+impl<T> Drop for Presence<T> {
+    fn drop(&mut self) {
+        let mut orders = self.0.lock();
+        orders.gone = true;
+        orders.ruled.clear();
+        orders.stops.clear();
+    }
 }
 
 /// How to stop.
@@ -226,7 +250,11 @@ impl<T: Terms> Door<T> {
         let mut gate = Gate::new(setup, Box::new(admit))?;
         gate.prepare()?;
         let shared = Arc::clone(&gate.shared);
-        let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || gate.run())?;
+        let presence = Presence(Arc::clone(&shared));
+        let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || {
+            let _presence = presence;
+            gate.run()
+        })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -239,7 +267,10 @@ impl<T: Terms> Door<T> {
         orders.ruling = ruling;
         // Under the lock, so that no admission can carry the new number and the old verdict.
         let generation = self.shared.generation.fetch_add(1, Ordering::AcqRel) + 1;
-        orders.ruled = self.thread.is_some().then_some(answer);
+        if orders.gone {
+            return generation;
+        }
+        orders.ruled.push(answer);
         drop(orders);
         self.shared.wake();
         // No answer means that the thread is gone, which hands nobody over.
@@ -267,7 +298,7 @@ impl<T: Terms> Door<T> {
     /// stays in the listener's queue for the next process.
     pub fn shut_if_quiet(&mut self) -> bool {
         let (answer, answered) = mpsc::channel();
-        self.shared.lock().stop = Some(Stop::IfQuiet(answer));
+        self.shared.lock().stop(Stop::IfQuiet(answer));
         self.shared.wake();
         // No answer: the thread is gone, and with it everyone it cared for.
         let quiet = answered.recv().unwrap_or(true);
@@ -280,11 +311,8 @@ impl<T: Terms> Door<T> {
     /// Accepts nobody from now on: whoever connects stays in the listener's queue for the next process.
     /// Peers are still seen off, until [`shut`](Self::shut).
     pub fn stop_accepting(&self) {
-        if self.thread.is_none() {
-            return;
-        }
         let (answer, answered) = mpsc::channel();
-        self.shared.lock().stop = Some(Stop::Accepting(answer));
+        self.shared.lock().stop(Stop::Accepting(answer));
         self.shared.wake();
         // No answer means that the thread is gone, which accepts nobody either.
         let _ = answered.recv();
@@ -292,7 +320,7 @@ impl<T: Terms> Door<T> {
 
     /// Stops accepting, sees off those on their way out (a second at most), and hands the listeners back.
     pub fn shut(&mut self) -> Vec<Listener> {
-        self.shared.lock().stop = Some(Stop::Now);
+        self.shared.lock().stop(Stop::Now);
         self.shared.wake();
         let listeners = self.join();
         // Whoever was handed over when the thread had looked for the last time.
@@ -349,7 +377,7 @@ impl<T> Shared<T> {
     fn see_off_all(&self, epoll: &Epoll, farewell: &mut Farewell) {
         let mut events = [EpollEvent::empty(); 64];
         loop {
-            let late = std::mem::take(&mut self.lock().to_see_off);
+            let late = take(&mut self.lock().to_see_off);
             late.into_iter().for_each(|(socket, message)| farewell.begin(epoll, socket, &message));
             let Some(due) = farewell.due() else { return };
             let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -424,7 +452,13 @@ impl<T: Terms> Gate<T> {
     fn new(setup: Setup<T>, admit: Box<dyn FnMut(Admission<T>) + Send>) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let shared = Arc::new(Shared {
-            orders: Mutex::new(Orders { ruling: setup.ruling, to_see_off: Vec::new(), ruled: None, stop: None }),
+            orders: Mutex::new(Orders {
+                ruling: setup.ruling,
+                to_see_off: Vec::new(),
+                ruled: Vec::new(),
+                stops: Vec::new(),
+                gone: false,
+            }),
             generation: AtomicU64::new(0),
             next_connection: AtomicU64::new(setup.first_connection),
             wake,
@@ -521,10 +555,10 @@ impl<T: Terms> Gate<T> {
 
     /// Does what other threads asked for. True when it is time to go.
     fn obey(&mut self) -> bool {
-        let (wanted, to_see_off, ruled, stop) = {
+        let (wanted, to_see_off, ruled, stops) = {
             let mut orders = self.shared.lock();
-            let Orders { ruling, to_see_off, ruled, stop } = &mut *orders;
-            (ruling.pass_credentials, std::mem::take(to_see_off), ruled.take(), stop.take())
+            let Orders { ruling, to_see_off, ruled, stops, gone: _ } = &mut *orders;
+            (ruling.pass_credentials, take(to_see_off), take(ruled), take(stops))
         };
         for (socket, message) in to_see_off {
             self.farewell.begin(&self.epoll, socket, &message);
@@ -532,23 +566,25 @@ impl<T: Terms> Gate<T> {
         if let Err(error) = self.pass_credentials(wanted) {
             self.complain(&format!("setting SO_PASSCRED: {error}"));
         }
-        if let Some(ruled) = ruled {
+        for ruled in ruled {
             let _ = ruled.send(());
         }
-        match stop {
-            None => false,
-            Some(Stop::Now) => true,
-            Some(Stop::Accepting(answer)) => {
-                self.stop_accepting();
-                let _ = answer.send(true);
-                false
-            }
-            Some(Stop::IfQuiet(answer)) => {
-                let quiet = self.limits.total() == 0 && self.farewell.is_empty() && self.waiting.is_empty();
-                // Whoever asked and did not wait for the answer wants nothing any more.
-                answer.send(quiet).is_ok() && quiet
+        let mut over = false;
+        for stop in stops {
+            match stop {
+                Stop::Now => over = true,
+                Stop::Accepting(answer) => {
+                    self.stop_accepting();
+                    let _ = answer.send(true);
+                }
+                Stop::IfQuiet(answer) => {
+                    let quiet = self.limits.total() == 0 && self.farewell.is_empty() && self.waiting.is_empty();
+                    // Whoever asked and did not wait for the answer wants nothing any more.
+                    over |= answer.send(quiet).is_ok() && quiet;
+                }
             }
         }
+        over
     }
 
     fn accept_some(&mut self, index: usize) {
@@ -661,7 +697,7 @@ impl<T: Terms> Gate<T> {
 
     /// Those over a limit, once more: a place may have come free since.
     fn look_again(&mut self, now: Instant) {
-        for arrival in std::mem::take(&mut self.waiting) {
+        for arrival in take(&mut self.waiting) {
             self.judge(arrival, now);
         }
     }
@@ -855,6 +891,101 @@ mod tests {
         assert_eq!(arrivals.recv(), Ok(1));
         drop(go_on);
         door.shut();
+    }
+
+    /// A door with one client, handed over and in the hands of `admit`.
+    fn door_with_one(name: &str, mut admit: impl FnMut() + Send + 'static) -> (Door<()>, UnixStream) {
+        let path = std::env::temp_dir().join(format!("gate-test-{name}-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let setup = Setup::new(vec![listener], Policy::owner_only(Uid::effective()), Audit::default()).unwrap();
+        let (arrived, arrival) = mpsc::channel();
+        let door = Door::open(setup, move |_| {
+            let _ = arrived.send(());
+            admit();
+        });
+        let client = UnixStream::connect(&path).unwrap();
+        arrival.recv().unwrap();
+        (door.unwrap(), client)
+    }
+
+    fn waiting_for_answers(door: &Door<()>) -> usize {
+        let orders = door.shared.lock();
+        orders.ruled.len() + orders.stops.len()
+    }
+
+    /// All that waits for an answer, asked before the application panics and after.
+    #[test]
+    fn nobody_waits_for_the_answer_of_a_gate_in_which_the_application_panicked() {
+        fn owner() -> Ruling<()> {
+            Ruling::new(Policy::owner_only(Uid::effective()))
+        }
+        let ask: [fn(&mut Door<()>); 3] = [
+            |door| assert_eq!(door.rule(owner()), 1),
+            |door| door.stop_accepting(),
+            |door| assert!(door.shut_if_quiet(), "nobody is cared for any more"),
+        ];
+        for (number, ask) in ask.into_iter().enumerate() {
+            for before in [true, false] {
+                let (panic, may_panic) = mpsc::channel::<()>();
+                let (mut door, _client) = door_with_one(&format!("panic-{number}-{before}"), move || {
+                    let _ = may_panic.recv();
+                    panic!("the application's fault");
+                });
+                let asked = Door { shared: Arc::clone(&door.shared), thread: None };
+                let (answered, answer) = mpsc::channel();
+                let asking = move || {
+                    ask(&mut door);
+                    answered.send(())
+                };
+                if !before {
+                    drop(panic);
+                    while !asked.shared.lock().gone {
+                        thread::yield_now();
+                    }
+                    thread::spawn(asking);
+                } else {
+                    thread::spawn(asking);
+                    while waiting_for_answers(&asked) == 0 {
+                        thread::yield_now();
+                    }
+                    drop(panic);
+                }
+                assert_eq!(answer.recv_timeout(Duration::from_secs(60)), Ok(()), "{number}, asked before: {before}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_of_several_who_ask_at_once_is_answered_only_when_it_is_so() {
+        let ask: [fn(&Door<()>); 2] = [
+            |door| assert!(door.rule(Ruling::new(Policy::owner_only(Uid::effective()))) > 0),
+            |door| door.stop_accepting(),
+        ];
+        for (number, ask) in ask.into_iter().enumerate() {
+            let (go_on, may_go_on) = mpsc::channel::<()>();
+            let (mut door, _client) = door_with_one(&format!("several-{number}"), move || {
+                let _ = may_go_on.recv();
+            });
+            let (answered, answers) = mpsc::channel();
+            thread::scope(|scope| {
+                for asked in 1..=3 {
+                    let (answered, door) = (answered.clone(), &door);
+                    scope.spawn(move || {
+                        ask(door);
+                        answered.send(())
+                    });
+                    while waiting_for_answers(door) < asked {
+                        assert!(answers.try_recv().is_err(), "an answer while the old order of things goes on");
+                        thread::yield_now();
+                    }
+                }
+                // However slow this machine is, it is not so before.
+                assert!(answers.recv_timeout(Duration::from_millis(50)).is_err());
+                drop(go_on);
+                (0..3).for_each(|_| answers.recv_timeout(Duration::from_secs(60)).unwrap());
+            });
+            door.shut();
+        }
     }
 
     /// A user's flood over their own limit, and others who only closed one connection and opened the next.
