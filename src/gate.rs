@@ -53,7 +53,7 @@ use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
 use crate::ids::Uid;
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
-use crate::peer::Peer;
+use crate::peer::{Peer, attach_credentials};
 use crate::policy::{Policy, Rule, Verdict};
 use crate::service::{Activity, Beat, Watched};
 use crate::sys;
@@ -134,8 +134,12 @@ pub struct Admission<T> {
     pub listener: Arc<str>,
     /// Which ruling admitted them: what [`Door::rule`] returned, 0 before the first.
     pub generation: u64,
-    /// Whether the kernel attaches the sender's credentials to everything that comes.
+    /// Whether the kernel attaches the sender's credentials to everything that comes after the first
+    /// [`unattested`](Self::unattested) bytes.
     pub pass_credentials: bool,
+    /// Within how many bytes, from the first on, some may lack credentials because they came before the kernel was asked
+    /// to attach them. 0, unless the peer connected before the ruling that asked for them (Linux 6.16 and later).
+    pub unattested: usize,
 }
 
 /// What a gate is made of.
@@ -751,11 +755,10 @@ impl<T: Terms> Gate<T> {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
         // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
-        // the listener had it has yet to get it. What waits for accept carries credentials in any case.
+        // the listener had it has yet to get it. What waits for accept carries credentials in any case; what
+        // comes between accept and this does not.
         let pass_credentials = self.pass_credentials == Some(true);
-        if pass_credentials {
-            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &true);
-        }
+        let unattested = if pass_credentials { attach_credentials(&arrival.socket) } else { 0 };
         (self.admit)(Admission {
             socket: arrival.socket,
             peer,
@@ -765,6 +768,7 @@ impl<T: Terms> Gate<T> {
             listener: Arc::clone(self.listeners[arrival.listener].address()),
             generation,
             pass_credentials,
+            unattested,
         });
     }
 

@@ -627,6 +627,7 @@ mod tests {
             listener: "nowhere".into(),
             generation: 0,
             pass_credentials: false,
+            unattested: 0,
         });
         (worker, theirs, door)
     }
