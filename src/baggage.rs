@@ -15,7 +15,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -46,14 +46,15 @@ impl Baggage {
     /// Has the kernel refuse descriptors on a connection that was just accepted, and says what that leaves possible.
     /// Urgent data (MSG_OOB) becomes ordinary data: no peek would see what comes with it, and nothing is to be lost.
     /// Where descriptors are possible, other ancillary data than credentials, and without `credentials` these too, are
-    /// turned off: a peek could not tell one from the other.
+    /// turned off: a peek could not tell one from the other. With `credentials`, SO_PASSCRED is left to whoever asks
+    /// for it.
     pub fn of_new(socket: &impl AsFd, credentials: bool) -> Self {
         let socket = socket.as_fd();
         let _ = sys::set_option(socket, libc::SO_OOBINLINE, 1);
         if let Ok(0) = sys::option(socket, sys::SO_PASSRIGHTS) {
             return Self::Never;
         }
-        Self::of_known(&socket, credentials)
+        Self::only_credentials(socket, credentials)
     }
 
     /// As [`of_new`](Self::of_new) for a connection that somebody has had before: what the kernel refuses today it may
@@ -61,8 +62,15 @@ impl Baggage {
     pub fn of_known(socket: &impl AsFd, credentials: bool) -> Self {
         let socket = socket.as_fd();
         let _ = sys::set_option(socket, libc::SO_OOBINLINE, 1);
-        let refused = sys::set_option(socket, sys::SO_PASSRIGHTS, 0).is_ok();
         let _ = sys::set_option(socket, libc::SO_PASSCRED, credentials.into());
+        Self::only_credentials(socket, credentials)
+    }
+
+    fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Self {
+        let refused = sys::set_option(socket, sys::SO_PASSRIGHTS, 0).is_ok();
+        if !credentials {
+            let _ = sys::set_option(socket, libc::SO_PASSCRED, 0);
+        }
         let _ = sys::set_option(socket, libc::SO_PASSSEC, 0);
         let _ = sys::set_option(socket, libc::SO_PASSPIDFD, 0);
         if refused { Self::Earlier } else { Self::Possible }
@@ -83,6 +91,8 @@ impl Baggage {
         if *self == Self::Never {
             return Ok(Some(buffer.len()));
         }
+        // Room that no credentials fill would be filled with descriptors.
+        let credentials = credentials && matches!(sys::option(socket.as_fd(), libc::SO_PASSCRED), Ok(1));
         match sys::peek(socket.as_fd(), buffer, credentials) {
             Ok((_, true)) => Ok(None),
             // At the end of file there is nothing to take either.
@@ -179,16 +189,18 @@ mod tests {
         let (mut ours, mut theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         for credentials in [false, true] {
+            sys::set_option(ours.as_fd(), libc::SO_PASSCRED, credentials.into()).unwrap();
             theirs.write_all(b"before ").unwrap();
             let mut baggage = Baggage::of_new(&ours, credentials);
             assert!(baggage.is_possible() && !baggage.lies_with(&ours));
             let mut buffer = [0; 64];
-            assert_eq!(baggage.look(&ours, &mut buffer, credentials).unwrap(), Some(7 + 7 * usize::from(credentials)));
+            assert_eq!(baggage.look(&ours, &mut buffer, credentials).unwrap(), Some(7));
             sys::set_option(ours.as_fd(), sys::SO_PASSRIGHTS, 1).unwrap();
         }
         std::io::Read::read_exact(&mut ours, &mut [0; 14]).unwrap();
         send_along(&theirs, &theirs).unwrap();
-        for credentials in [false, true] {
+        for (credentials, attached) in [(false, false), (true, false), (true, true)] {
+            sys::set_option(ours.as_fd(), libc::SO_PASSCRED, attached.into()).unwrap();
             let mut baggage = Baggage::of_new(&ours, credentials);
             assert!(baggage.lies_with(&ours));
             let mut buffer = [0; 64];

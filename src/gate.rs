@@ -36,6 +36,7 @@
 mod farewell;
 
 use std::io;
+use std::mem::take;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
@@ -51,8 +52,9 @@ use self::farewell::{Farewell, Guest};
 use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
 use crate::baggage::{Baggage, Disposal};
+use crate::ids::Uid;
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
-use crate::peer::Peer;
+use crate::peer::{Peer, attach_credentials};
 use crate::policy::{Policy, Rule, Verdict};
 use crate::service::{Activity, Beat, Watched};
 use crate::sys;
@@ -62,7 +64,7 @@ const ACCEPTS_PER_TURN: usize = 64;
 /// How long one over a limit may wait in case a place comes free: whoever closes a connection and
 /// opens the next must not be refused because the first end has not been noticed yet.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
-/// How many may wait so at once.
+/// How many may wait so at once. When all places are taken, whoever has most of them makes room.
 const MOST_WAITING: usize = 64;
 /// How long nothing is accepted after the system was out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -137,8 +139,12 @@ pub struct Admission<T> {
     pub listener: Arc<str>,
     /// Which ruling admitted them: what [`Door::rule`] returned, 0 before the first.
     pub generation: u64,
-    /// Whether the kernel attaches the sender's credentials to everything that comes.
+    /// Whether the kernel attaches the sender's credentials to everything that comes after the first
+    /// [`unattested`](Self::unattested) bytes.
     pub pass_credentials: bool,
+    /// Within how many bytes, from the first on, some may lack credentials because they came before the kernel was asked
+    /// to attach them. 0, unless the peer connected before the ruling that asked for them (Linux 6.16 and later).
+    pub unattested: usize,
     /// Whether descriptors may lie among what is unread; then look before reading, and let [`Usher::dispose`] close it.
     pub baggage: Baggage,
 }
@@ -211,9 +217,32 @@ struct Shared<T> {
 struct Orders<T> {
     ruling: Ruling<T>,
     to_see_off: Vec<(OwnedFd, Arc<[u8]>)>,
-    /// Wants to hear that the ruling is in force.
-    ruled: Option<mpsc::Sender<()>>,
-    stop: Option<Stop>,
+    /// Want to hear that the ruling is in force.
+    ruled: Vec<mpsc::Sender<()>>,
+    stops: Vec<Stop>,
+    /// Nobody obeys any more: the gate's thread has ended, or the application has panicked in it.
+    gone: bool,
+}
+
+impl<T> Orders<T> {
+    /// Leaves an order to stop; to a gate that is gone, it is lost, and its answer's sender with it.
+    fn stop(&mut self, stop: Stop) {
+        if !self.gone {
+            self.stops.push(stop);
+        }
+    }
+}
+
+/// Held by the gate's thread. Whoever waits for an answer of it hears that there will be none, however it ends.
+struct Presence<T>(Arc<Shared<T>>);
+
+impl<T> Drop for Presence<T> {
+    fn drop(&mut self) {
+        let mut orders = self.0.lock();
+        orders.gone = true;
+        orders.ruled.clear();
+        orders.stops.clear();
+    }
 }
 
 /// How to stop.
@@ -232,36 +261,14 @@ impl<T: Terms> Door<T> {
     /// # Errors
     /// What epoll, eventfd or starting a thread say.
     pub fn open(setup: Setup<T>, admit: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
-        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        let shared = Arc::new(Shared {
-            orders: Mutex::new(Orders { ruling: setup.ruling, to_see_off: Vec::new(), ruled: None, stop: None }),
-            generation: AtomicU64::new(0),
-            next_connection: AtomicU64::new(setup.first_connection),
-            wake,
-            beat: Arc::new(Beat::default()),
-            replies: setup.replies,
-            disposal: Disposal::default(),
-            reserve_inside: Mutex::new(Vec::new()),
-        });
-        let mut gate = Gate {
-            shared: Arc::clone(&shared),
-            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
-            listeners: setup.listeners,
-            limits: setup.limits,
-            audit: setup.audit,
-            admit: Box::new(admit),
-            activity: setup.activity,
-            farewell: Farewell::new(TOKEN_LEAVING, shared.disposal.clone()),
-            waiting: Vec::new(),
-            reserve: Vec::new(),
-            paused_until: None,
-            pass_credentials: None,
-            allowance: 1,
-            complaints: Vec::new(),
-            accepting: true,
-        };
+        let mut gate = Gate::new(setup, Box::new(admit))?;
         gate.prepare()?;
-        let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || gate.run())?;
+        let shared = Arc::clone(&gate.shared);
+        let presence = Presence(Arc::clone(&shared));
+        let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || {
+            let _presence = presence;
+            gate.run()
+        })?;
         Ok(Self { shared, thread: Some(thread) })
     }
 
@@ -274,7 +281,10 @@ impl<T: Terms> Door<T> {
         orders.ruling = ruling;
         // Under the lock, so that no admission can carry the new number and the old verdict.
         let generation = self.shared.generation.fetch_add(1, Ordering::AcqRel) + 1;
-        orders.ruled = self.thread.is_some().then_some(answer);
+        if orders.gone {
+            return generation;
+        }
+        orders.ruled.push(answer);
         drop(orders);
         self.shared.wake();
         // No answer means that the thread is gone, which hands nobody over.
@@ -302,7 +312,7 @@ impl<T: Terms> Door<T> {
     /// stays in the listener's queue for the next process.
     pub fn shut_if_quiet(&mut self) -> bool {
         let (answer, answered) = mpsc::channel();
-        self.shared.lock().stop = Some(Stop::IfQuiet(answer));
+        self.shared.lock().stop(Stop::IfQuiet(answer));
         self.shared.wake();
         // No answer: the thread is gone, and with it everyone it cared for.
         let quiet = answered.recv().unwrap_or(true);
@@ -315,11 +325,8 @@ impl<T: Terms> Door<T> {
     /// Accepts nobody from now on: whoever connects stays in the listener's queue for the next process.
     /// Peers are still seen off, until [`shut`](Self::shut).
     pub fn stop_accepting(&self) {
-        if self.thread.is_none() {
-            return;
-        }
         let (answer, answered) = mpsc::channel();
-        self.shared.lock().stop = Some(Stop::Accepting(answer));
+        self.shared.lock().stop(Stop::Accepting(answer));
         self.shared.wake();
         // No answer means that the thread is gone, which accepts nobody either.
         let _ = answered.recv();
@@ -327,7 +334,7 @@ impl<T: Terms> Door<T> {
 
     /// Stops accepting, sees off those on their way out (a second at most), and hands the listeners back.
     pub fn shut(&mut self) -> Vec<Listener> {
-        self.shared.lock().stop = Some(Stop::Now);
+        self.shared.lock().stop(Stop::Now);
         self.shared.wake();
         let listeners = self.join();
         // Whoever was handed over when the thread had looked for the last time.
@@ -428,7 +435,7 @@ impl<T> Shared<T> {
     fn see_off_all(&self, epoll: &Epoll, farewell: &mut Farewell) {
         let mut events = [EpollEvent::empty(); 64];
         loop {
-            let late = std::mem::take(&mut self.lock().to_see_off);
+            let late = take(&mut self.lock().to_see_off);
             late.into_iter().for_each(|(socket, message)| farewell.begin(epoll, known(socket), &message));
             let Some(due) = farewell.due() else { return };
             let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
@@ -469,6 +476,16 @@ fn fill(reserve: &mut Vec<OwnedFd>, size: usize) -> io::Result<()> {
     Ok(())
 }
 
+/// Which of those waiting goes when one more of `uid` comes: the first of the user who has most, so that nobody's flood
+/// takes another's second look from them. `None` where that user would not be left with as many as `uid`.
+fn who_makes_room(waiting: &[Uid], uid: Uid) -> Option<usize> {
+    let places_of = |uid: Uid| waiting.iter().filter(|one| **one == uid).count();
+    // The first one waiting of the greatest: max_by_key would give the last.
+    let (place, most) =
+        waiting.iter().map(|one| places_of(*one)).enumerate().rev().max_by_key(|(_, places)| *places)?;
+    (most > places_of(uid) + 1).then_some(place)
+}
+
 struct Gate<T> {
     shared: Arc<Shared<T>>,
     epoll: Epoll,
@@ -500,8 +517,8 @@ struct Arrival {
     listener: usize,
     /// GATE_CONNECTION, whatever becomes of them.
     number: u64,
-    /// When they were found over a limit for the first time.
-    over_limit_since: Option<Instant>,
+    /// Who was found over a limit, and when for the first time.
+    over_limit: Option<(Uid, Instant)>,
 }
 
 impl Arrival {
@@ -515,6 +532,43 @@ impl Arrival {
 }
 
 impl<T: Terms> Gate<T> {
+    fn new(setup: Setup<T>, admit: Box<dyn FnMut(Admission<T>) + Send>) -> io::Result<Self> {
+        let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let shared = Arc::new(Shared {
+            orders: Mutex::new(Orders {
+                ruling: setup.ruling,
+                to_see_off: Vec::new(),
+                ruled: Vec::new(),
+                stops: Vec::new(),
+                gone: false,
+            }),
+            generation: AtomicU64::new(0),
+            next_connection: AtomicU64::new(setup.first_connection),
+            wake,
+            beat: Arc::new(Beat::default()),
+            replies: setup.replies,
+            disposal: Disposal::default(),
+            reserve_inside: Mutex::new(Vec::new()),
+        });
+        Ok(Self {
+            farewell: Farewell::new(TOKEN_LEAVING, shared.disposal.clone()),
+            shared,
+            epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            listeners: setup.listeners,
+            limits: setup.limits,
+            audit: setup.audit,
+            admit,
+            activity: setup.activity,
+            waiting: Vec::new(),
+            reserve: Vec::new(),
+            paused_until: None,
+            pass_credentials: None,
+            allowance: 1,
+            complaints: Vec::new(),
+            accepting: true,
+        })
+    }
+
     fn prepare(&mut self) -> io::Result<()> {
         self.epoll
             .add(self.shared.wake.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE))?;
@@ -570,7 +624,7 @@ impl<T: Terms> Gate<T> {
         let due = [
             self.farewell.due(),
             self.paused_until,
-            self.waiting.first().and_then(|one| Some(one.over_limit_since? + SECOND_LOOK)),
+            self.waiting.first().and_then(|one| Some(one.over_limit?.1 + SECOND_LOOK)),
         ];
         let timeout = match due.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -587,10 +641,10 @@ impl<T: Terms> Gate<T> {
 
     /// Does what other threads asked for. True when it is time to go.
     fn obey(&mut self) -> bool {
-        let (wanted, to_see_off, ruled, stop) = {
+        let (wanted, to_see_off, ruled, stops) = {
             let mut orders = self.shared.lock();
-            let Orders { ruling, to_see_off, ruled, stop } = &mut *orders;
-            (ruling.pass_credentials, std::mem::take(to_see_off), ruled.take(), stop.take())
+            let Orders { ruling, to_see_off, ruled, stops, gone: _ } = &mut *orders;
+            (ruling.pass_credentials, take(to_see_off), take(ruled), take(stops))
         };
         for (socket, message) in to_see_off {
             self.farewell.begin(&self.epoll, known(socket), &message);
@@ -598,23 +652,25 @@ impl<T: Terms> Gate<T> {
         if let Err(error) = self.pass_credentials(wanted) {
             self.complain(&format!("setting SO_PASSCRED: {error}"));
         }
-        if let Some(ruled) = ruled {
+        for ruled in ruled {
             let _ = ruled.send(());
         }
-        match stop {
-            None => false,
-            Some(Stop::Now) => true,
-            Some(Stop::Accepting(answer)) => {
-                self.stop_accepting();
-                let _ = answer.send(true);
-                false
-            }
-            Some(Stop::IfQuiet(answer)) => {
-                let quiet = self.limits.total() == 0 && self.farewell.is_empty() && self.waiting.is_empty();
-                // Whoever asked and did not wait for the answer wants nothing any more.
-                answer.send(quiet).is_ok() && quiet
+        let mut over = false;
+        for stop in stops {
+            match stop {
+                Stop::Now => over = true,
+                Stop::Accepting(answer) => {
+                    self.stop_accepting();
+                    let _ = answer.send(true);
+                }
+                Stop::IfQuiet(answer) => {
+                    let quiet = self.limits.total() == 0 && self.farewell.is_empty() && self.waiting.is_empty();
+                    // Whoever asked and did not wait for the answer wants nothing any more.
+                    over |= answer.send(quiet).is_ok() && quiet;
+                }
             }
         }
+        over
     }
 
     fn accept_some(&mut self, index: usize) {
@@ -731,14 +787,27 @@ impl<T: Terms> Gate<T> {
     fn arrival(&self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
         let baggage = Baggage::of_new(&socket, self.pass_credentials == Some(true));
-        Arrival { socket, baggage, listener, number, over_limit_since: None }
+        Arrival { socket, baggage, listener, number, over_limit: None }
     }
 
     /// Those over a limit, once more: a place may have come free since.
     fn look_again(&mut self, now: Instant) {
-        for arrival in std::mem::take(&mut self.waiting) {
+        for arrival in take(&mut self.waiting) {
             self.judge(arrival, now);
         }
+    }
+
+    /// Whether one more of this user may wait for a second look. Who makes room for them has their own last look now.
+    fn has_place_to_wait(&mut self, uid: Uid, now: Instant) -> bool {
+        if self.waiting.len() < MOST_WAITING {
+            return true;
+        }
+        let users: Vec<Uid> = self.waiting.iter().filter_map(|one| Some(one.over_limit?.0)).collect();
+        let Some(place) = who_makes_room(&users, uid) else { return false };
+        let arrival = self.waiting.remove(place);
+        // Late enough for the last look.
+        self.judge(arrival, now + SECOND_LOOK);
+        true
     }
 
     /// Who is it, may they in, is there a place?
@@ -762,8 +831,8 @@ impl<T: Terms> Gate<T> {
             Ok(admitted) => admitted,
             Err(None) => return self.farewell.begin(&self.epoll, arrival.leaves(), &self.shared.replies.denied),
             Err(Some((excess, rule, peer))) => {
-                let over_since = *arrival.over_limit_since.get_or_insert(now);
-                if now.saturating_duration_since(over_since) < SECOND_LOOK && self.waiting.len() < MOST_WAITING {
+                let (uid, since) = *arrival.over_limit.get_or_insert((peer.uid(), now));
+                if now.saturating_duration_since(since) < SECOND_LOOK && self.has_place_to_wait(uid, now) {
                     return self.waiting.push(arrival);
                 }
                 self.record_refusal(excess, &rule, peer, &arrival);
@@ -777,10 +846,13 @@ impl<T: Terms> Gate<T> {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
         // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
-        // the listener had it has yet to get it. What waits for accept carries credentials in any case.
+        // the listener had it has yet to get it. What waits for accept carries credentials in any case; what
+        // comes between accept and this does not.
         let pass_credentials = self.pass_credentials == Some(true);
-        if pass_credentials {
-            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &true);
+        let unattested = if pass_credentials { attach_credentials(&arrival.socket) } else { 0 };
+        if !pass_credentials && arrival.baggage.is_possible() {
+            // The ruling may be another one than when they came; a look would take credentials for descriptors.
+            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &false);
         }
         (self.admit)(Admission {
             socket: arrival.socket,
@@ -791,6 +863,7 @@ impl<T: Terms> Gate<T> {
             listener: Arc::clone(self.listeners[arrival.listener].address()),
             generation,
             pass_credentials,
+            unattested,
             baggage: arrival.baggage,
         });
     }
@@ -919,6 +992,150 @@ mod tests {
         assert_eq!(arrivals.recv(), Ok(1));
         drop(go_on);
         door.shut();
+    }
+
+    /// A door with one client, handed over and in the hands of `admit`.
+    fn door_with_one(name: &str, mut admit: impl FnMut() + Send + 'static) -> (Door<()>, UnixStream) {
+        let path = std::env::temp_dir().join(format!("gate-test-{name}-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let setup = Setup::new(vec![listener], Policy::owner_only(Uid::effective()), Audit::default()).unwrap();
+        let (arrived, arrival) = mpsc::channel();
+        let door = Door::open(setup, move |_| {
+            let _ = arrived.send(());
+            admit();
+        });
+        let client = UnixStream::connect(&path).unwrap();
+        arrival.recv().unwrap();
+        (door.unwrap(), client)
+    }
+
+    fn waiting_for_answers(door: &Door<()>) -> usize {
+        let orders = door.shared.lock();
+        orders.ruled.len() + orders.stops.len()
+    }
+
+    /// All that waits for an answer, asked before the application panics and after.
+    #[test]
+    fn nobody_waits_for_the_answer_of_a_gate_in_which_the_application_panicked() {
+        fn owner() -> Ruling<()> {
+            Ruling::new(Policy::owner_only(Uid::effective()))
+        }
+        let ask: [fn(&mut Door<()>); 3] = [
+            |door| assert_eq!(door.rule(owner()), 1),
+            |door| door.stop_accepting(),
+            |door| assert!(door.shut_if_quiet(), "nobody is cared for any more"),
+        ];
+        for (number, ask) in ask.into_iter().enumerate() {
+            for before in [true, false] {
+                let (panic, may_panic) = mpsc::channel::<()>();
+                let (mut door, _client) = door_with_one(&format!("panic-{number}-{before}"), move || {
+                    let _ = may_panic.recv();
+                    panic!("the application's fault");
+                });
+                let asked = Door { shared: Arc::clone(&door.shared), thread: None };
+                let (answered, answer) = mpsc::channel();
+                let asking = move || {
+                    ask(&mut door);
+                    answered.send(())
+                };
+                if !before {
+                    drop(panic);
+                    while !asked.shared.lock().gone {
+                        thread::yield_now();
+                    }
+                    thread::spawn(asking);
+                } else {
+                    thread::spawn(asking);
+                    while waiting_for_answers(&asked) == 0 {
+                        thread::yield_now();
+                    }
+                    drop(panic);
+                }
+                assert_eq!(answer.recv_timeout(Duration::from_secs(60)), Ok(()), "{number}, asked before: {before}");
+            }
+        }
+    }
+
+    #[test]
+    fn each_of_several_who_ask_at_once_is_answered_only_when_it_is_so() {
+        let ask: [fn(&Door<()>); 2] = [
+            |door| assert!(door.rule(Ruling::new(Policy::owner_only(Uid::effective()))) > 0),
+            |door| door.stop_accepting(),
+        ];
+        for (number, ask) in ask.into_iter().enumerate() {
+            let (go_on, may_go_on) = mpsc::channel::<()>();
+            let (mut door, _client) = door_with_one(&format!("several-{number}"), move || {
+                let _ = may_go_on.recv();
+            });
+            let (answered, answers) = mpsc::channel();
+            thread::scope(|scope| {
+                for asked in 1..=3 {
+                    let (answered, door) = (answered.clone(), &door);
+                    scope.spawn(move || {
+                        ask(door);
+                        answered.send(())
+                    });
+                    while waiting_for_answers(door) < asked {
+                        assert!(answers.try_recv().is_err(), "an answer while the old order of things goes on");
+                        thread::yield_now();
+                    }
+                }
+                // However slow this machine is, it is not so before.
+                assert!(answers.recv_timeout(Duration::from_millis(50)).is_err());
+                drop(go_on);
+                (0..3).for_each(|_| answers.recv_timeout(Duration::from_secs(60)).unwrap());
+            });
+            door.shut();
+        }
+    }
+
+    /// A user's flood over their own limit, and others who only closed one connection and opened the next.
+    #[test]
+    fn nobody_loses_their_second_look_to_another_users_flood() {
+        let (a, b) = (Uid::new(1000), Uid::new(1001));
+        let mut waiting = vec![a; MOST_WAITING];
+        assert_eq!(who_makes_room(&waiting, a), None, "not to themselves");
+        // However many they are, each who comes finds a place, and those who have one keep it.
+        for other in (2000..2000 + MOST_WAITING as u32 - 1).map(Uid::new) {
+            let place = who_makes_room(&waiting, other).unwrap();
+            assert_eq!(waiting.remove(place), a);
+            waiting.push(other);
+            let again = who_makes_room(&waiting, a);
+            assert_eq!(again, None, "the flood goes on");
+        }
+        assert_eq!(who_makes_room(&waiting, b), None, "one place each is all there is");
+        // The one who has waited longest has had the most of their look.
+        assert_eq!(who_makes_room(&[b, a, a, b, a], b), None);
+        assert_eq!(who_makes_room(&[b, a, a, a], b), Some(1));
+    }
+
+    /// The same at the door. Nobody comes or goes but in the test's own order, on the test's thread.
+    #[test]
+    fn one_over_a_limit_waits_although_others_have_taken_all_places() {
+        let path = std::env::temp_dir().join(format!("gate-test-waiting-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let policy = Policy::<()>::owner_only(Uid::effective());
+        let mut setup = Setup::new(vec![listener], policy, Audit::default()).unwrap();
+        setup.ruling.caps.connections_per_user = 0;
+        let mut gate = Gate::new(setup, Box::new(|_| {})).unwrap();
+        let now = Instant::now();
+        let mut clients = Vec::new();
+        // The kernel says it is always us: that some are another's is only noted.
+        let mut arrive = |gate: &mut Gate<()>, uid| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            theirs.set_nonblocking(true).unwrap();
+            clients.push(theirs);
+            let arrival = Arrival { over_limit: Some((uid, now)), ..gate.arrival(ours.into(), 0) };
+            gate.judge(arrival, now);
+            gate.waiting.iter().filter(|one| one.over_limit == Some((uid, now))).count()
+        };
+        let (a, b) = (Uid::new(1000), Uid::new(1001));
+        (1..=MOST_WAITING).for_each(|count| assert_eq!(arrive(&mut gate, a), count));
+        assert_eq!(arrive(&mut gate, b), 1);
+        assert_eq!(arrive(&mut gate, a), MOST_WAITING - 1);
+        let refused: Vec<usize> =
+            (0..clients.len()).filter(|index| (&clients[*index]).read(&mut [0; 99]).is_ok()).collect();
+        assert_eq!(refused, [0, MOST_WAITING + 1], "who has waited longest, and the last");
     }
 
     /// One whom a worker lets go of between the gate's last look and its own end.

@@ -16,13 +16,13 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{UnixAddr, getpeername, getsockopt, setsockopt, sockopt};
 
 use crate::ids::{Gid, OVERFLOW_ID, Uid};
 use crate::subject::Subject;
@@ -262,6 +262,21 @@ pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Opti
     Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
 }
 
+/// Sets SO_PASSCRED on a connection just accepted. Returns within how many bytes, from the first on, some may have come
+/// without credentials because the option was not set yet; 0 where it was inherited. None that come later are without.
+pub(crate) fn attach_credentials(socket: &impl AsFd) -> usize {
+    let fd = socket.as_fd();
+    if getsockopt(&fd, sockopt::PassCred) == Ok(true) {
+        return 0;
+    }
+    // Where it fails every sender is unknown, which the application takes for a stranger.
+    let _ = setsockopt(&fd, sockopt::PassCred, &true);
+    // Whoever sends looks at the option and fills the queue under a lock of this socket. To tell the peer's address the
+    // kernel takes the same lock: after that, who still found the option unset has their data in the queue, to be counted.
+    let _ = getpeername::<UnixAddr>(fd.as_raw_fd());
+    sys::unread(fd).unwrap_or(0)
+}
+
 /// A pidfd polls readable once its process has ended, waited for or not (pidfd_open(2)).
 /// Where the question itself fails, the answer is the safe one.
 fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
@@ -352,7 +367,23 @@ fn needs_escape(c: char) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
+
+    #[test]
+    fn what_came_before_credentials_were_attached_is_counted_and_what_comes_after_has_them() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(b"before").unwrap();
+        assert_eq!(attach_credentials(&ours), 6);
+        theirs.write_all(b"after").unwrap();
+        let mut buffer = [0; 99];
+        assert_eq!(receive(&ours, &mut buffer).unwrap(), (6, None));
+        assert_eq!(receive(&ours, &mut buffer).unwrap(), (5, Some(Uid::new(nix::unistd::getuid().as_raw()))));
+        theirs.write_all(b"with").unwrap();
+        assert_eq!(attach_credentials(&ours), 0, "the option was set when it came");
+    }
 
     #[test]
     fn effective_ids_are_read_from_status() {

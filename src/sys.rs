@@ -100,6 +100,16 @@ pub(crate) fn peer_label(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     }
 }
 
+/// FIONREAD: how many bytes have come that nobody has read yet, unix(7) (as SIOCINQ).
+pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: the kernel writes one int, and `count` outlives the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut count) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
 /// SO_COOKIE: a number that names this socket, and no other, until the system goes down, whichever
 /// process holds it (socket(7)). Linux 4.6, for every socket family since 4.12.
 pub(crate) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {

@@ -223,6 +223,27 @@ fn come_through(connections: usize, restarts: usize) {
     echod.stop();
 }
 
+/// More of them than the door accepts in one turn, so that it would be at it before they are all taken over.
+#[test]
+fn who_waits_over_a_restart_gets_no_place_of_those_who_live_through_it() {
+    let limit = 100;
+    let mut echod = serve(&format!("[limits]\nconnections-per-user = {limit}\n{OWNER}"));
+    let inside: Vec<Client> = (0..limit).map(|_| echod.connect()).collect();
+    inside.iter().for_each(|client| client.echo("inside"));
+    for _ in 0..3 {
+        let socket = echod.socket();
+        let mut waiting = Vec::new();
+        echod = echod.restart(|start, _| {
+            waiting.extend((0..limit).map(|_| Client::connect(&socket)));
+            start
+        });
+        waiting.iter().for_each(|client| client.expect_end(common::BUSY));
+        inside.iter().for_each(|client| client.echo("still inside"));
+    }
+    drop(inside);
+    echod.stop();
+}
+
 #[test]
 fn a_stream_of_numbered_lines_loses_and_doubles_nothing_over_a_restart_storm() {
     let mut echod = serve(OWNER);

@@ -4,10 +4,11 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{BUSY, DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
+use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
 
 const ANYBODY: &str = "[allow.any]\nusers = [\"any\"]\n";
 
@@ -366,6 +367,42 @@ fn data_sent_before_accept_is_verified_too() {
     alice.client().expect("> mine\n");
     other.client().expect_end(DENIED);
     drop(echod);
+}
+
+/// From Linux 6.16 on, who connected before the listener had SO_PASSCRED gets it only after accept(2). strace(1) makes the
+/// moment in between a long one, so that something comes in it.
+#[test]
+fn what_comes_before_the_kernel_attaches_credentials_is_not_taken_for_a_strangers() {
+    needs_root();
+    let start = Start::serving(&verifying(ANYBODY));
+    let socket = start.place().path("socket");
+    let client = Client::connect(&socket);
+    let start = start
+        .wrapper(&["strace", "-D", "-f", "--seccomp-bpf", "-qqq", "-e", "signal=none", "-o", "/dev/null"])
+        .wrapper(&["-e", "trace=setsockopt", "-e", "inject=setsockopt:delay_enter=400000"]);
+    let echod = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            common::eventually("accepted", || is_accepted(&socket).then_some(()));
+            client.send("between\n");
+        });
+        start.ready()
+    });
+    client.expect("> between\n");
+    client.echo("after");
+    let mut stranger = Command::new("echo");
+    stranger.arg("not theirs").uid(64001).gid(64001).stdout(common::duplicate(&client.0));
+    assert!(stranger.status().unwrap().success());
+    client.expect_end(DENIED);
+    let stderr = echod.stop();
+    assert!(stderr.contains("its data came from another user (uid 64001)"), "{stderr}");
+}
+
+/// Whether anybody at this socket is: /proc/net/unix shows no inode for who waits.
+fn is_accepted(socket: &Path) -> bool {
+    fs::read_to_string("/proc/net/unix").unwrap().lines().any(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        matches!(fields[..], [_, _, _, _, _, "03", inode, path] if inode != "0" && Path::new(path) == socket)
+    })
 }
 
 #[test]

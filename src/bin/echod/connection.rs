@@ -62,6 +62,7 @@ pub struct Carried {
     /// The peer will send no more.
     pub ended: bool,
     pub pass_credentials: bool,
+    pub unattested: usize,
 }
 
 impl Carried {
@@ -79,6 +80,7 @@ impl Carried {
             sent: 0,
             ended: false,
             pass_credentials: false,
+            unattested: 0,
         })
     }
 }
@@ -101,6 +103,8 @@ pub struct Connection {
     sent: usize,
     pub state: State,
     pass_credentials: bool,
+    /// Of the bytes yet to be read, how many of the first may lack credentials.
+    unattested: usize,
     pub baggage: Baggage,
     /// It came from an earlier process, and the service manager may not have let go of its copy yet.
     pub is_shared: bool,
@@ -165,6 +169,7 @@ impl Connection {
             sent: 0,
             state: State::Reading,
             pass_credentials: admission.pass_credentials,
+            unattested: admission.unattested,
             baggage: admission.baggage,
             is_shared: false,
         }
@@ -189,6 +194,7 @@ impl Connection {
             sent: carried.sent,
             state: if carried.ended { State::Finishing } else { State::Reading },
             pass_credentials: carried.pass_credentials,
+            unattested: carried.unattested,
         }
     }
 
@@ -339,8 +345,14 @@ impl Connection {
         let input = &mut buffers.input[..most];
         let received = if self.pass_credentials {
             match peer::receive(&self.socket, input) {
-                Ok((1.., sender)) if sender != Some(self.peer.uid()) => return Input::Stranger(sender),
-                Ok((count, _)) => Ok(count),
+                Ok((count, sender)) => {
+                    let came_before = sender.is_none() && count <= self.unattested;
+                    if count > 0 && sender != Some(self.peer.uid()) && !came_before {
+                        return Input::Stranger(sender);
+                    }
+                    self.unattested = self.unattested.saturating_sub(count);
+                    Ok(count)
+                }
                 Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
             }
         } else {
@@ -374,7 +386,8 @@ impl Connection {
     /// To be taken over by the next process.
     pub fn at_rest(self) -> Carried {
         let age = self.since.elapsed();
-        let Self { socket, peer, number, lines, bytes, held, sent, state, pass_credentials, .. } = self;
+        let Self { socket, peer, number, lines, bytes, held, sent, state, .. } = self;
+        let (pass_credentials, unattested) = (self.pass_credentials, self.unattested);
         Carried {
             socket,
             peer,
@@ -386,6 +399,7 @@ impl Connection {
             sent,
             ended: state == State::Finishing,
             pass_credentials,
+            unattested,
         }
     }
 }

@@ -13,7 +13,8 @@
 //! next connection number    u64
 //! connections               u32
 //! for each: cookie u64, number u64, uid u32, lines u64, bytes u64, age in µs u64,
-//!           flags u8, echo sent u32, units u32 + text, bytes held u32 + bytes
+//!           flags u8, echo sent u32, units u32 + text, bytes held u32 + bytes,
+//!           unattested u64, only with its flag: so that those without it can be read by programs that know none
 //! ```
 //!
 //! All numbers are little-endian.
@@ -57,6 +58,7 @@ const BATCH: usize = 250;
 
 const FLAG_ENDED: u8 = 1;
 const FLAG_PASS_CREDENTIALS: u8 = 2;
+const FLAG_UNATTESTED: u8 = 4;
 
 /// Whether a passed descriptor of this name comes from the store, not from a socket unit.
 pub fn is_kept(name: &str) -> bool {
@@ -183,6 +185,7 @@ struct ConnectionState {
     sent: usize,
     units: Option<Units>,
     held: Vec<u8>,
+    unattested: usize,
 }
 
 impl ConnectionState {
@@ -201,6 +204,7 @@ impl ConnectionState {
             sent: self.sent,
             ended: self.flags & FLAG_ENDED != 0,
             pass_credentials: self.flags & FLAG_PASS_CREDENTIALS != 0,
+            unattested: self.unattested,
         }
     }
 }
@@ -210,8 +214,9 @@ fn write_state(connections: &[Carried], next_connection: u64) -> io::Result<File
     body.extend_from_slice(&next_connection.to_le_bytes());
     body.extend_from_slice(&length(connections.len())?);
     for connection in connections {
-        let flags =
-            u8::from(connection.ended) * FLAG_ENDED + u8::from(connection.pass_credentials) * FLAG_PASS_CREDENTIALS;
+        let flags = u8::from(connection.ended) * FLAG_ENDED
+            + u8::from(connection.pass_credentials) * FLAG_PASS_CREDENTIALS
+            + u8::from(connection.unattested > 0) * FLAG_UNATTESTED;
         let units = connection.peer.remembered_units().map(Units::to_path).unwrap_or_default();
         body.extend_from_slice(&cookie_of(&connection.socket)?.to_le_bytes());
         body.extend_from_slice(&connection.connection.to_le_bytes());
@@ -226,6 +231,9 @@ fn write_state(connections: &[Carried], next_connection: u64) -> io::Result<File
         body.extend_from_slice(units.as_bytes());
         body.extend_from_slice(&length(connection.held.len())?);
         body.extend_from_slice(&connection.held);
+        if connection.unattested > 0 {
+            body.extend_from_slice(&(connection.unattested as u64).to_le_bytes());
+        }
     }
     let mut file = File::from(memfd_create(c"echod-state", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?);
     file.write_all(MAGIC)?;
@@ -277,7 +285,9 @@ fn parse_state(bytes: &[u8]) -> Result<State, Unusable> {
         let units = take_counted(&mut rest)?;
         let units = std::str::from_utf8(units).ok().and_then(Units::from_path);
         let held = take_counted(&mut rest)?.to_vec();
-        connections.insert(cookie, ConnectionState { uid, number, lines, bytes, age, flags, sent, units, held });
+        let unattested = if flags & FLAG_UNATTESTED != 0 { u64::from_le_bytes(take(&mut rest)?) as usize } else { 0 };
+        let state = ConnectionState { uid, number, lines, bytes, age, flags, sent, units, held, unattested };
+        connections.insert(cookie, state);
     }
     if rest.is_empty() { Ok(State { next_connection, connections }) } else { Err(Unusable::Corrupt) }
 }
@@ -321,6 +331,7 @@ mod tests {
             sent,
             ended: true,
             pass_credentials: true,
+            unattested: sent,
         };
         (carried, theirs)
     }
@@ -344,6 +355,7 @@ mod tests {
         let back = found.connections.pop().unwrap();
         assert_eq!((back.connection, back.lines, back.bytes, back.age), (7, 3, 99, Duration::from_micros(1_234_567)));
         assert_eq!((&back.held[..], back.sent, back.ended, back.pass_credentials), (&b"half a li"[..], 4, true, true));
+        assert_eq!(back.unattested, 4);
         assert_eq!(back.peer.remembered_units().map(Units::name), Some("a.service"));
     }
 

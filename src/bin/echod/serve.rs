@@ -3,7 +3,7 @@
 //! The main thread does what is left: signals, reload, watchdog, status, idle exit, the end.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
 use peergate::audit::{self, About, Audit, Event, Reason, Record, Severity, Totals};
-use peergate::gate::{Door, Replies, Ruling as Admitting, Setup};
+use peergate::gate::{self, Door, Replies, Ruling as Admitting, Setup};
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
@@ -118,6 +118,17 @@ struct Idle {
     not_before: Instant,
 }
 
+/// A connection of an earlier process that may stay, with the place it takes; or the socket of one that may not, which is
+/// on record already.
+type Judged = Result<(Carried, Arc<Rule<Terms>>, Permit), OwnedFd>;
+
+/// What an earlier process left, judged.
+struct Judgement {
+    live: Vec<Judged>,
+    /// Without usable state: to be ended in order.
+    ending: Vec<Judged>,
+}
+
 /// Why the service ends.
 enum End {
     Told,
@@ -129,6 +140,14 @@ impl Service {
         let Start { listeners, inheritance, config, config_path, store, notifier, signals } = start;
         let activity = Arc::new(Activity::new().map_err(|error| format!("eventfd: {error}"))?);
         let limits = Limits::new();
+        let Inheritance { connections, stateless, unusable, foreign, next_connection } = inheritance;
+        let (carried, ended) = (connections.len(), stateless.len());
+        // Before the door opens: who comes gets the places that are left, not those of the ones who have been here.
+        let judged = |connection| judge(connection, &config, &limits, &audit);
+        let inherited = Judgement {
+            live: connections.into_iter().map(judged).collect(),
+            ending: stateless.into_iter().filter_map(Carried::without_state).map(judged).collect(),
+        };
         // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
         // Filled in before the door opens; empty for as long as the door's own thread needs no worker.
@@ -141,7 +160,7 @@ impl Service {
             audit: audit.clone(),
             replies: Replies::default(),
             activity: Arc::clone(&activity),
-            first_connection: inheritance.next_connection,
+            first_connection: next_connection,
         };
         let mut door = Door::open(setup, move |admission| {
             if known.is_none() {
@@ -186,66 +205,32 @@ impl Service {
             status: Status { said: String::new(), at: now, due: false },
             idle: Idle { totals: Totals::default(), since: now, not_before: now },
         };
-        service.take_over(inheritance);
+        if foreign > 0 {
+            service.note(Severity::Warning, format!("{foreign} stored file descriptors that are not ours were closed"));
+        }
+        if carried + ended > 0 {
+            service.take_over(inherited);
+            let why = unusable.map(|why| format!(" ({why})")).unwrap_or_default();
+            let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
+            service.note(severity, format!("{carried} connections carried over the restart, {ended} ended{why}"));
+        }
         service.status.said = service.status_line();
         service.notifier.ready(&service.status.said);
         Ok(service)
     }
 
-    /// Goes on with the connections of an earlier process, as far as the policy in force now admits them.
-    fn take_over(&mut self, inheritance: Inheritance) {
-        let Inheritance { connections, stateless, unusable, foreign, .. } = inheritance;
-        if foreign > 0 {
-            self.note(Severity::Warning, format!("{foreign} stored file descriptors that are not ours were closed"));
-        }
-        if connections.is_empty() && stateless.is_empty() {
-            return;
-        }
-        let (carried, ended) = (connections.len(), stateless.len());
+    /// Goes on with the connections of an earlier process.
+    fn take_over(&self, inherited: Judgement) {
         let mut next = (0..self.workers.len()).cycle();
-        for connection in connections {
-            if let Some((connection, rule, permit)) = self.judge(connection) {
-                self.workers[next.next().unwrap_or(0)].resume(connection, rule, permit);
+        for judged in inherited.live {
+            match judged {
+                Ok((connection, rule, permit)) => {
+                    self.workers[next.next().unwrap_or(0)].resume(connection, rule, permit);
+                }
+                Err(denied) => self.around.usher.revoke(denied),
             }
         }
-        self.end_in_order(stateless.into_iter().filter_map(Carried::without_state));
-        let why = unusable.map(|why| format!(" ({why})")).unwrap_or_default();
-        let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
-        self.note(severity, format!("{carried} connections carried over the restart, {ended} ended{why}"));
-    }
-
-    /// A connection that some process admitted before, by the policy in force; who is denied is seen off.
-    fn judge(&self, mut connection: Carried) -> Option<(Carried, Arc<Rule<Terms>>, Permit)> {
-        match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.config.policy) {
-            Verdict::Admitted(rule) => {
-                let (rule, permit) = (Arc::clone(rule), self.limits.resume(connection.peer.uid()));
-                Some((connection, rule, permit))
-            }
-            Verdict::Denied(rule) => {
-                let rule = rule.map_or("default", |rule| rule.name().as_str()).to_owned();
-                self.revoke(connection, &rule);
-                None
-            }
-        }
-    }
-
-    fn revoke(&self, mut connection: Carried, rule: &str) {
-        let details = connection.peer.details(&connection.socket);
-        let text = match rule {
-            "default" => "no rule allows it any more".to_owned(),
-            rule => format!("{rule} denies it now"),
-        };
-        self.audit.write(Record {
-            reason: Some(Reason::Policy),
-            rule: Some(rule.into()),
-            connection: Some(connection.connection),
-            lines: Some(connection.lines),
-            bytes: Some(connection.bytes),
-            about: Some(About::peer(&connection.peer, details)),
-            text: Some(text),
-            ..Record::new(Event::Revoked)
-        });
-        self.around.usher.revoke(connection.socket);
+        self.end_in_order(inherited.ending.into_iter());
     }
 
     /// Does what comes up, until it is time to end.
@@ -452,25 +437,63 @@ impl Service {
         };
         handover::retract(&self.store);
         self.note(Severity::Warning, format!("the service manager did not take the connections: {error}"));
-        self.end_in_order(carried.into_iter());
+        let judged = |connection| judge(connection, &self.config, &self.limits, &self.audit);
+        self.end_in_order(carried.into_iter().map(judged));
         Vec::new()
     }
 
     /// Connections in no worker's hands get the echo of everything they sent, then their end of file, from
     /// a worker of their own.
-    fn end_in_order(&self, connections: impl Iterator<Item = Carried>) {
+    fn end_in_order(&self, connections: impl Iterator<Item = Judged>) {
         let mut connections = connections.peekable();
         if connections.peek().is_none() {
             return;
         }
         let Ok(worker) = Worker::start(self.workers.len(), serving(&self.config), self.around.clone()) else { return };
-        for connection in connections {
-            if let Some((connection, rule, permit)) = self.judge(connection) {
-                worker.resume(connection, rule, permit);
+        for judged in connections {
+            match judged {
+                Ok((connection, rule, permit)) => worker.resume(connection, rule, permit),
+                Err(denied) => self.around.usher.revoke(denied),
             }
         }
         end_workers(&mut [worker], 0);
     }
+}
+
+/// A connection that some process admitted before, by the policy in force.
+fn judge(mut connection: Carried, config: &Config, limits: &Limits, audit: &Audit) -> Judged {
+    // The gate's reserves are not filled yet, or not any more: there are descriptors to ask with.
+    gate::learn(&mut connection.peer, &connection.socket, &config.policy);
+    match config.policy.decide(&connection.peer) {
+        Verdict::Admitted(rule) => {
+            let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
+            connection.peer.release_process();
+            Ok((connection, rule, permit))
+        }
+        Verdict::Denied(rule) => {
+            let rule = rule.map_or("default", |rule| rule.name().as_str()).to_owned();
+            record_revoked(&mut connection, &rule, audit);
+            Err(connection.socket)
+        }
+    }
+}
+
+fn record_revoked(connection: &mut Carried, rule: &str, audit: &Audit) {
+    let details = connection.peer.details(&connection.socket);
+    let text = match rule {
+        "default" => "no rule allows it any more".to_owned(),
+        rule => format!("{rule} denies it now"),
+    };
+    audit.write(Record {
+        reason: Some(Reason::Policy),
+        rule: Some(rule.into()),
+        connection: Some(connection.connection),
+        lines: Some(connection.lines),
+        bytes: Some(connection.bytes),
+        about: Some(About::peer(&connection.peer, details)),
+        text: Some(text),
+        ..Record::new(Event::Revoked)
+    });
 }
 
 /// Ends all workers; what comes back are up to `carry` connections at rest.

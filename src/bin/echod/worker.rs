@@ -654,6 +654,7 @@ mod tests {
             listener: "nowhere".into(),
             generation: 0,
             pass_credentials: false,
+            unattested: 0,
             baggage: Baggage::Never,
         };
         (admission, theirs)
