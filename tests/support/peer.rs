@@ -5,6 +5,8 @@
 //! peer [OPTION]... connect SOCKET          connect, hand the connection to whoever holds the other end of stdin
 //! peer [OPTION]... activate N PROGRAM...   take N descriptors from stdin, become PROGRAM with them at 3, 4, ...
 //! peer [OPTION]... flood SOCKET N          connect N times, one after the other; print what came back, counted
+//! peer [OPTION]... bomb SOCKET N           connect N times, each time send a descriptor that takes hours to close;
+//!                                         print how many the kernel took
 //! peer [OPTION]... listen SOCKET           bind a datagram socket, hand it over
 //!
 //! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers or ranges LO-HI, separated by commas
@@ -24,13 +26,14 @@ use std::error::Error;
 use std::ffi::CString;
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use nix::errno::Errno;
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt};
 use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
@@ -65,6 +68,7 @@ fn main() -> Outcome<()> {
             "--gone" => options.gone = true,
             "connect" => return connect(&value()?, &options),
             "flood" => return flood(&value()?, value()?.parse()?, options.say.as_deref()),
+            "bomb" => return bomb(&value()?, value()?.parse()?),
             "listen" => {
                 let socket = UnixDatagram::bind(value()?)?;
                 return hand_over(&socket);
@@ -127,6 +131,39 @@ fn hand_over(socket: &impl AsRawFd) -> Outcome<()> {
     let control = [ControlMessage::ScmRights(&fds)];
     sendmsg::<()>(io::stdin().as_raw_fd(), &[IoSlice::new(b".")], &control, MsgFlags::empty(), None)?;
     Ok(())
+}
+
+/// TCP connections with data that nobody takes: whoever closes one last waits for hours (SO_LINGER). That is to be
+/// others: our end goes to them, and we end.
+fn bomb(path: &str, times: usize) -> Outcome<()> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let mut taken = 0;
+    let mut other_ends = Vec::new();
+    for _ in 0..times {
+        let connection = UnixStream::connect(path)?;
+        let mut bomb = TcpStream::connect(listener.local_addr()?)?;
+        other_ends.push(listener.accept()?);
+        bomb.set_nonblocking(true)?;
+        while bomb.write(&[0; 65536]).is_ok() {}
+        setsockopt(&bomb, sockopt::Linger, &nix::libc::linger { l_onoff: 1, l_linger: 10_000 })?;
+        let fds = [bomb.as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&fds)];
+        match sendmsg::<()>(connection.as_raw_fd(), &[IoSlice::new(b"boom\n")], &control, MsgFlags::MSG_NOSIGNAL, None)
+        {
+            Ok(_) => {
+                taken += 1;
+                std::mem::forget(connection);
+            }
+            // Refused, or turned away before that: the bomb is ours, and must not go off here.
+            Err(_) => setsockopt(&bomb, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 })?,
+        }
+        // Whether it was the last, and went off here, where the service was quicker than we: then it is for nothing.
+        std::thread::spawn(move || drop(bomb));
+    }
+    println!("{taken}");
+    io::stdin().read_to_end(&mut Vec::new())?;
+    // Also where a thread still waits for its bomb.
+    std::process::exit(0)
 }
 
 /// What each connection brought, counted: one line of text for each kind.

@@ -67,3 +67,28 @@ a_flood_leaves_the_socket_alive() {
     systemctl stop echo.service
     _expect_equation /tmp/claim/round-*
 }
+
+descriptors_that_take_hours_to_close_wedge_nothing() {
+    _policy
+    local who until taken bombers=()
+    mkfifo /tmp/claim/{until,taken}
+    exec {until}<>/tmp/claim/until
+    for who in bob alice; do
+        # The first of them starts the service: it is not there yet to have the kernel refuse what they send. On a new
+        # socket: the old one would remember.
+        systemctl stop echo.service
+        systemctl restart echo.socket
+        as "$who" peer bomb /run/echo.sock 30 </tmp/claim/until {until}>&- >/tmp/claim/taken &
+        bombers+=($!)
+        read -r taken </tmp/claim/taken
+        figure "sent by $who: 30, of which the kernel took $taken"
+        expect "an admitted user" "> x" "$(talk alice 'x\n')"
+        systemctl reload echo.service
+        expect "an admitted user after a reload" "> x" "$(talk alice 'x\n')"
+        expect "restarts" 0 "$(property echo.service NRestarts)"
+    done
+    systemctl stop echo.service
+    unit_is echo.socket active
+    exec {until}>&-
+    wait "${bombers[@]}"
+}
