@@ -149,6 +149,28 @@ pub struct Admission<T> {
     pub baggage: Baggage,
 }
 
+/// The application's side of the door, on the gate's thread: nothing here may block. A function that takes an
+/// [`Admission`] over is one.
+pub trait Reception<T>: Send + 'static {
+    /// Takes over whoever is let in.
+    fn admit(&mut self, guest: Admission<T>);
+
+    /// Asked whenever the gate would wait for somebody to come: whether to look again at once instead, because something
+    /// is bound to happen soon. For a service that does some of its work here. The default never does.
+    fn linger(&mut self) -> bool {
+        false
+    }
+
+    /// Everybody is to be handed over for good now: another ruling is in force, or the gate is about to shut.
+    fn settle(&mut self) {}
+}
+
+impl<T, F: FnMut(Admission<T>) + Send + 'static> Reception<T> for F {
+    fn admit(&mut self, guest: Admission<T>) {
+        self(guest);
+    }
+}
+
 /// What a gate is made of.
 pub struct Setup<T> {
     /// What to accept from.
@@ -256,12 +278,12 @@ enum Stop {
 }
 
 impl<T: Terms> Door<T> {
-    /// Starts the gate's thread. `admit` takes over whoever is let in; it must not block.
+    /// Starts the gate's thread. `reception` takes over whoever is let in.
     ///
     /// # Errors
     /// What epoll, eventfd or starting a thread say.
-    pub fn open(setup: Setup<T>, admit: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
-        let mut gate = Gate::new(setup, Box::new(admit))?;
+    pub fn open(setup: Setup<T>, reception: impl Reception<T>) -> io::Result<Self> {
+        let mut gate = Gate::new(setup, Box::new(reception))?;
         gate.prepare()?;
         let shared = Arc::clone(&gate.shared);
         let presence = Presence(Arc::clone(&shared));
@@ -492,7 +514,7 @@ struct Gate<T> {
     listeners: Vec<Listener>,
     limits: Limits,
     audit: Audit,
-    admit: Box<dyn FnMut(Admission<T>) + Send>,
+    reception: Box<dyn Reception<T>>,
     activity: Arc<Activity>,
     farewell: Farewell,
     /// Those over a limit who get a second look.
@@ -532,7 +554,7 @@ impl Arrival {
 }
 
 impl<T: Terms> Gate<T> {
-    fn new(setup: Setup<T>, admit: Box<dyn FnMut(Admission<T>) + Send>) -> io::Result<Self> {
+    fn new(setup: Setup<T>, reception: Box<dyn Reception<T>>) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let shared = Arc::new(Shared {
             orders: Mutex::new(Orders {
@@ -557,7 +579,7 @@ impl<T: Terms> Gate<T> {
             listeners: setup.listeners,
             limits: setup.limits,
             audit: setup.audit,
-            admit,
+            reception,
             activity: setup.activity,
             waiting: Vec::new(),
             reserve: Vec::new(),
@@ -627,6 +649,7 @@ impl<T: Terms> Gate<T> {
             self.waiting.first().and_then(|one| Some(one.over_limit?.1 + SECOND_LOOK)),
         ];
         let timeout = match due.into_iter().flatten().min() {
+            _ if self.reception.linger() => EpollTimeout::ZERO,
             None => EpollTimeout::NONE,
             // While somebody waits for a second look a place may come free at any time.
             Some(_) if !self.waiting.is_empty() => EpollTimeout::from(1_u8),
@@ -651,6 +674,9 @@ impl<T: Terms> Gate<T> {
         }
         if let Err(error) = self.pass_credentials(wanted) {
             self.complain(&format!("setting SO_PASSCRED: {error}"));
+        }
+        if !ruled.is_empty() {
+            self.reception.settle();
         }
         for ruled in ruled {
             let _ = ruled.send(());
@@ -854,7 +880,7 @@ impl<T: Terms> Gate<T> {
             // The ruling may be another one than when they came; a look would take credentials for descriptors.
             let _ = setsockopt(&arrival.socket, sockopt::PassCred, &false);
         }
-        (self.admit)(Admission {
+        self.reception.admit(Admission {
             socket: arrival.socket,
             peer,
             rule,
@@ -947,6 +973,7 @@ impl<T: Terms> Gate<T> {
         self.reserve.clear();
         // Late enough for the last look.
         self.look_again(Instant::now() + SECOND_LOOK);
+        self.reception.settle();
     }
 
     /// Sees off whoever is on their way out.
@@ -972,7 +999,7 @@ mod tests {
         let setup = Setup::new(vec![listener], owner(), Audit::default()).unwrap();
         let (arrived, arrivals) = mpsc::channel();
         let (go_on, may_go_on) = mpsc::channel::<()>();
-        let mut door = Door::open(setup, move |admission| {
+        let mut door = Door::open(setup, move |admission: Admission<()>| {
             let _ = arrived.send(admission.generation);
             let _ = may_go_on.recv();
         })
@@ -991,6 +1018,59 @@ mod tests {
         let _client = UnixStream::connect(&path).unwrap();
         assert_eq!(arrivals.recv(), Ok(1));
         drop(go_on);
+        door.shut();
+    }
+
+    /// Keeps everybody until they are to be handed over.
+    struct Keeper {
+        kept: Vec<Admission<()>>,
+        handed_over: mpsc::Sender<u64>,
+        lingers: u32,
+    }
+
+    impl Reception<()> for Keeper {
+        fn admit(&mut self, guest: Admission<()>) {
+            self.kept.push(guest);
+        }
+
+        fn linger(&mut self) -> bool {
+            // Once per admission it is asked for again, with nothing else to wake the gate.
+            self.lingers += 1;
+            if self.lingers == 100 {
+                let _ = self.handed_over.send(u64::MAX);
+            }
+            self.lingers < 100
+        }
+
+        fn settle(&mut self) {
+            self.kept.drain(..).for_each(|guest| self.handed_over.send(guest.generation).unwrap());
+        }
+    }
+
+    #[test]
+    fn whom_the_reception_keeps_is_handed_over_before_a_ruling_or_a_stop_is_answered() {
+        let path = std::env::temp_dir().join(format!("gate-test-keeper-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let owner = || Policy::<()>::owner_only(Uid::effective());
+        let setup = Setup::new(vec![listener], owner(), Audit::default()).unwrap();
+        let limits = setup.limits.clone();
+        let (handed_over, kept) = mpsc::channel();
+        let mut door = Door::open(setup, Keeper { kept: Vec::new(), handed_over, lingers: 0 }).unwrap();
+        assert_eq!(kept.recv(), Ok(u64::MAX), "it is asked again as long as it lingers");
+        let come = |total| {
+            let client = UnixStream::connect(&path).unwrap();
+            while limits.total() < total {
+                thread::yield_now();
+            }
+            client
+        };
+        let _first = come(1);
+        assert!(kept.try_recv().is_err());
+        door.rule(Ruling::new(owner()));
+        assert_eq!(kept.try_recv(), Ok(0));
+        let _second = come(1);
+        door.stop_accepting();
+        assert_eq!(kept.try_recv(), Ok(1));
         door.shut();
     }
 

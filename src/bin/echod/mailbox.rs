@@ -1,8 +1,5 @@
 //! What other threads leave for a worker: orders, and connections. An order wakes it. A connection does so only where
 //! the worker would not notice by itself: by then it has had its first turn, at the door, and is in the worker's epoll.
-//!
-//! Most who come have sent their line by the time they are admitted, and many want no more than its echo. They get it
-//! without a second thread having to wake up first.
 
 use std::collections::VecDeque;
 use std::io;
@@ -14,30 +11,23 @@ use std::time::Instant;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use peergate::audit::Audit;
-use peergate::gate::Admission;
 use peergate::limits::Permit;
 use peergate::policy::Rule;
 use peergate::service::Beat;
 
 use crate::config::Terms;
-use crate::connection::{Buffers, Carried, Connection, Outcome, Ruling};
-
-/// The most that is read from a connection at the door: a line or a few. The rest is the worker's.
-const FIRST_READ: usize = 4096;
+use crate::connection::{Carried, Connection, Ruling};
 
 /// The token of the wake-up; all others are places of connections.
 pub const TOKEN_WAKE: u64 = u64::MAX;
 
 pub enum Message {
-    /// A connection that already is in the worker's epoll, as the event of place `slot`, if its first turn left it
-    /// open.
+    /// A connection that already is in the worker's epoll, as the event of place `slot`.
     Admit {
         connection: Box<Connection>,
         slot: usize,
         /// Of the ruling that admitted it.
         generation: u64,
-        first_turn: Outcome,
     },
     /// A connection of an earlier process.
     Resume(Box<Carried>, Arc<Rule<Terms>>, Permit),
@@ -109,7 +99,7 @@ impl Mailbox {
     }
 
     /// Leaves a connection that the worker need not know of before something happens on it.
-    fn post_quietly(&self, message: Message) {
+    pub fn post_quietly(&self, message: Message) {
         let timed = {
             let mut mail = self.lock();
             mail.messages.push_back(message);
@@ -150,6 +140,19 @@ impl Mailbox {
         std::mem::take(&mut mail.messages)
     }
 
+    /// Everybody's limit, as of the last ruling posted.
+    pub fn line_length(&self) -> usize {
+        self.line_length.load(Ordering::Relaxed)
+    }
+
+    /// Has the worker hear of what happens on a connection, as the event of place `slot`.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) says.
+    pub fn watch(&self, connection: &Connection, slot: usize) -> io::Result<()> {
+        Ok(self.epoll.add(&connection.socket, EpollEvent::new(connection.interest(), slot as u64))?)
+    }
+
     /// A place for one more connection.
     pub fn take_slot(&self) -> usize {
         let mut mail = self.lock();
@@ -165,46 +168,5 @@ impl Mailbox {
 
     fn lock(&self) -> MutexGuard<'_, Mail> {
         self.mail.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The way to the workers, for the gate's thread.
-pub struct Doors {
-    mailboxes: Vec<Arc<Mailbox>>,
-    buffers: Buffers,
-    audit: Audit,
-}
-
-impl Doors {
-    pub fn new(mailboxes: Vec<Arc<Mailbox>>, audit: Audit) -> Self {
-        Self { mailboxes, buffers: Buffers::new(FIRST_READ), audit }
-    }
-
-    /// Gives a connection its first turn, and then to the worker with the fewest.
-    pub fn admit(&mut self, admission: Admission<Terms>) {
-        let Some(mailbox) = self.mailboxes.iter().min_by_key(|one| one.connections.load(Ordering::Relaxed)) else {
-            return;
-        };
-        mailbox.connections.fetch_add(1, Ordering::Relaxed);
-        let generation = admission.generation;
-        let mut connection = Box::new(Connection::admitted(admission));
-        let limit = connection.line_length(mailbox.line_length.load(Ordering::Relaxed));
-        let mut first_turn = connection.read(limit, &mut self.buffers, &self.audit);
-        let slot = mailbox.take_slot();
-        if let Outcome::Goes = first_turn {
-            let event = EpollEvent::new(connection.interest(), slot as u64);
-            // Before the worker has the connection: from then on it may close it at any time.
-            if mailbox.epoll.add(&connection.socket, event).is_err() {
-                // Out of memory or watches (fs.epoll.max_user_watches): this one cannot be served.
-                first_turn = Outcome::Over(None);
-            }
-        }
-        let goes = matches!(first_turn, Outcome::Goes);
-        let message = Message::Admit { connection, slot, generation, first_turn };
-        if goes {
-            mailbox.post_quietly(message);
-        } else {
-            mailbox.post(message);
-        }
     }
 }

@@ -14,6 +14,7 @@ mod connection;
 #[cfg(test)]
 #[path = "../../../tests/support/counting.rs"]
 mod counting;
+mod exit;
 mod explain;
 mod handover;
 mod line;
@@ -21,6 +22,7 @@ mod mailbox;
 mod pacing;
 mod report;
 mod serve;
+mod threshold;
 mod worker;
 
 use std::path::{Path, PathBuf};

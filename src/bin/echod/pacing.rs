@@ -58,13 +58,34 @@ impl Pacing {
         let count = sleep();
         let now = Instant::now();
         self.last_event = None;
-        if count > 0 && now.duration_since(since) < SHORT * span {
+        if count > 0 {
+            self.judge(now.duration_since(since), span, now);
+        }
+        count
+    }
+
+    /// Somebody came, so long after the one before: as good as an event that ends a sleep, or found by looking.
+    pub fn came_after(&mut self, pause: Duration, now: Instant) {
+        let Some(span) = self.span else { return };
+        match self.last_event {
+            Some(_) => self.found(),
+            None => self.judge(pause, span, now),
+        }
+    }
+
+    /// Whether looking goes on.
+    pub fn is_looking(&self) -> bool {
+        self.last_event.is_some()
+    }
+
+    /// Whether upon an event after this pause it is better to look for the next than to sleep.
+    fn judge(&mut self, pause: Duration, span: Duration, now: Instant) {
+        if pause < SHORT * span {
             match self.sleeps_due.checked_sub(1) {
                 None => self.last_event = Some(now),
                 Some(due) => self.sleeps_due = due,
             }
         }
-        count
     }
 }
 

@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
 use peergate::audit::{self, About, Audit, Event, Reason, Record, Severity, Totals};
-use peergate::gate::{self, Door, Replies, Ruling as Admitting, Setup};
+use peergate::gate::{self, Admission, Door, Reception, Replies, Ruling as Admitting, Setup};
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
@@ -25,7 +25,8 @@ use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog, a
 use crate::config::{Config, LoadError, Record as RecordWhat, Terms, Verify};
 use crate::connection::{Carried, Ruling};
 use crate::handover::{self, Inheritance};
-use crate::mailbox::Doors;
+use crate::pacing::Pacing;
+use crate::threshold::Threshold;
 use crate::worker::{Surroundings, Worker};
 use crate::{EX_OSERR, IDENTIFIER};
 
@@ -150,9 +151,8 @@ impl Service {
         };
         // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
-        // Filled in before the door opens; empty for as long as the door's own thread needs no worker.
-        let (doors, to_doors) = mpsc::channel::<Doors>();
-        let mut known: Option<Doors> = None;
+        // Workers need the door, and the door's thread needs workers as soon as somebody is admitted: it waits for them.
+        let (threshold, to_threshold) = mpsc::channel();
         let setup = Setup {
             listeners,
             ruling: admitting(&config),
@@ -162,15 +162,8 @@ impl Service {
             activity: Arc::clone(&activity),
             first_connection: next_connection,
         };
-        let mut door = Door::open(setup, move |admission| {
-            if known.is_none() {
-                known = to_doors.recv().ok();
-            }
-            if let Some(workers) = &mut known {
-                workers.admit(admission);
-            }
-        })
-        .map_err(|error| format!("opening the gate: {error}"))?;
+        let mut door = Door::open(setup, Entrance { threshold: None, to_threshold })
+            .map_err(|error| format!("opening the gate: {error}"))?;
         let around =
             Surroundings { audit: audit.clone(), usher: door.usher(), activity: Arc::clone(&activity), busy_poll };
         let count = config.service.workers.map_or_else(default_workers, Into::into);
@@ -180,12 +173,13 @@ impl Service {
             Ok(workers) => workers,
             Err(error) => {
                 // Whoever is denied from now on would not be recorded any more.
-                drop(doors);
+                drop(threshold);
                 drop(door.shut());
                 return Err(format!("starting a worker: {error}"));
             }
         };
-        let _ = doors.send(Doors::new(workers.iter().map(Worker::mailbox).collect(), audit.clone()));
+        let mailboxes = workers.iter().map(Worker::mailbox).collect();
+        let _ = threshold.send(Threshold::new(mailboxes, audit.clone(), around.exit(), Pacing::new(busy_poll)));
         let watched = workers.iter().map(Worker::watched).chain([door.watched(), journal.watched()]).collect();
         let now = Instant::now();
         let mut service = Self {
@@ -457,6 +451,31 @@ impl Service {
             }
         }
         end_workers(&mut [worker], 0);
+    }
+}
+
+/// What the gate's thread lets people in to: empty until there are workers.
+struct Entrance {
+    threshold: Option<Threshold>,
+    to_threshold: mpsc::Receiver<Threshold>,
+}
+
+impl Reception<Terms> for Entrance {
+    fn admit(&mut self, guest: Admission<Terms>) {
+        if self.threshold.is_none() {
+            self.threshold = self.to_threshold.recv().ok();
+        }
+        if let Some(threshold) = &mut self.threshold {
+            threshold.admit(guest);
+        }
+    }
+
+    fn linger(&mut self) -> bool {
+        self.threshold.as_mut().is_some_and(Threshold::linger)
+    }
+
+    fn settle(&mut self) {
+        self.threshold.iter_mut().for_each(Threshold::settle);
     }
 }
 

@@ -15,8 +15,7 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use nix::sys::socket::{Shutdown, shutdown};
 
-use peergate::activation::address_of;
-use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::audit::{Audit, Reason};
 use peergate::gate::Usher;
 use peergate::limits::Permit;
 use peergate::policy::{Rule, Verdict};
@@ -24,7 +23,7 @@ use peergate::service::{Activity, Watched};
 
 use crate::config::Terms;
 use crate::connection::{Buffers, Carried, Connection, Outcome, READ, Ruling, State};
-use crate::line;
+use crate::exit::Exit;
 use crate::mailbox::{Mailbox, Message, TOKEN_WAKE};
 use crate::pacing::Pacing;
 
@@ -50,6 +49,13 @@ pub struct Surroundings {
     pub busy_poll: Option<Duration>,
 }
 
+impl Surroundings {
+    /// What a thread that serves needs to let go of connections.
+    pub fn exit(&self) -> Exit {
+        Exit::new(self.audit.clone(), self.usher.clone(), Arc::clone(&self.activity))
+    }
+}
+
 /// A running worker, as the rest of the program sees it.
 pub struct Worker {
     mailbox: Arc<Mailbox>,
@@ -69,7 +75,7 @@ impl Worker {
         Ok(Self { mailbox, number, thread: Some(thread) })
     }
 
-    /// Where connections are handed over, for [`Doors`](crate::mailbox::Doors).
+    /// Where connections are handed over, for the [`Threshold`](crate::threshold::Threshold).
     pub fn mailbox(&self) -> Arc<Mailbox> {
         Arc::clone(&self.mailbox)
     }
@@ -127,8 +133,7 @@ struct Loop {
     /// that are over.
     timeouts: BinaryHeap<Reverse<(Instant, usize, u64)>>,
     buffers: Buffers,
-    too_long: Arc<[u8]>,
-    nothing: Arc<[u8]>,
+    exit: Exit,
     pacing: Pacing,
     /// Whom the last event came from, and how often in a row it came from nobody else.
     last_heard: u64,
@@ -145,6 +150,7 @@ struct Ending {
 impl Loop {
     fn new(mailbox: Arc<Mailbox>, ruling: Ruling, around: Surroundings) -> Self {
         let pacing = Pacing::new(around.busy_poll);
+        let exit = around.exit();
         Self {
             mailbox,
             around,
@@ -154,8 +160,7 @@ impl Loop {
             present: 0,
             timeouts: BinaryHeap::new(),
             buffers: Buffers::new(READ),
-            too_long: Arc::from(line::TOO_LONG),
-            nothing: Arc::from(&b""[..]),
+            exit,
             pacing,
             last_heard: TOKEN_WAKE,
             alone: 0,
@@ -267,9 +272,7 @@ impl Loop {
     fn open_mail(&mut self) {
         for message in self.mailbox.open() {
             match message {
-                Message::Admit { connection, slot, generation, first_turn } => {
-                    self.admit(connection, slot, generation, first_turn);
-                }
+                Message::Admit { connection, slot, generation } => self.admit(connection, slot, generation),
                 Message::Resume(carried, rule, permit) => self.resume(*carried, rule, permit),
                 Message::Rule(ruling, generation, done) => {
                     self.rule(ruling, generation);
@@ -281,19 +284,15 @@ impl Loop {
     }
 
     /// Takes over a connection that has had its first turn at the door, and is watched already.
-    fn admit(&mut self, mut connection: Box<Connection>, slot: usize, generation: u64, first_turn: Outcome) {
-        let mut outcome = first_turn;
+    fn admit(&mut self, mut connection: Box<Connection>, slot: usize, generation: u64) {
         // Judged just before a reload that this worker has already been through.
-        if matches!(outcome, Outcome::Goes) && generation < self.generation {
+        if generation < self.generation {
             if let Err(rule) = self.judge_again(&mut connection) {
-                outcome = Outcome::Denied(rule);
+                self.mailbox.free_slot(slot);
+                return self.part(connection, Outcome::Denied(rule));
             }
         }
-        if let Outcome::Goes = outcome {
-            return self.put(slot, connection);
-        }
-        self.mailbox.free_slot(slot);
-        self.part(connection, outcome);
+        self.put(slot, connection);
     }
 
     fn resume(&mut self, carried: Carried, rule: Arc<Rule<Terms>>, permit: Permit) {
@@ -301,8 +300,7 @@ impl Loop {
         let outcome = connection.flush(&mut self.buffers, &self.around.audit);
         let Outcome::Goes = outcome else { return self.part(connection, outcome) };
         let slot = self.mailbox.take_slot();
-        let event = EpollEvent::new(connection.interest(), slot as u64);
-        if self.mailbox.epoll.add(&connection.socket, event).is_err() {
+        if self.mailbox.watch(&connection, slot).is_err() {
             // Out of memory or watches (fs.epoll.max_user_watches): this one cannot be served.
             self.mailbox.free_slot(slot);
             return self.part(connection, Outcome::Over(None));
@@ -371,113 +369,8 @@ impl Loop {
     }
 
     /// The end of a connection that is in no place any more.
-    fn part(&mut self, mut connection: Box<Connection>, outcome: Outcome) {
-        let reason = match &outcome {
-            Outcome::Over(None) if self.ending.is_some() => Some(Reason::Stopping),
-            Outcome::Over(reason) => *reason,
-            Outcome::TooLong => Some(Reason::LineLength),
-            Outcome::Stranger(_) => Some(Reason::Sender),
-            Outcome::Denied(_) => Some(Reason::Policy),
-            Outcome::Goes | Outcome::Baggage => None,
-        };
-        match &outcome {
-            Outcome::TooLong => {
-                let limit = connection.line_length(self.ruling.line_length);
-                let (peer, rule) = (&mut connection.peer, &connection.rule);
-                let (socket, number) = (&connection.socket, connection.number);
-                self.around.audit.turned_away(Event::Refused, Reason::LineLength, Some(peer.uid()), || Record {
-                    reason: Some(Reason::LineLength),
-                    rule: Some(rule.name().as_str().into()),
-                    socket: address_of(socket).ok(),
-                    connection: Some(number),
-                    about: Some({
-                        let details = peer.details(socket);
-                        About::peer(peer, details)
-                    }),
-                    text: Some(format!("a line was longer than {limit} bytes")),
-                    ..Record::new(Event::Refused)
-                });
-            }
-            Outcome::Stranger(sender) => {
-                let text = match sender {
-                    Some(uid) => format!("its data came from another user (uid {uid})"),
-                    None => "its data came without credentials".to_owned(),
-                };
-                let rule = Arc::clone(&connection.rule);
-                self.record_revoked(&mut connection, Reason::Sender, rule.name().as_str(), text);
-            }
-            Outcome::Denied(rule) => {
-                let (rule, text) = match rule {
-                    Some(rule) => (rule.name().as_str(), format!("{} denies it now", rule.name())),
-                    None => ("default", "no rule allows it any more".to_owned()),
-                };
-                self.record_revoked(&mut connection, Reason::Policy, rule, text);
-            }
-            Outcome::Over(_) | Outcome::Goes | Outcome::Baggage => {}
-        }
-        if self.around.audit.writes_connections() {
-            self.around.audit.write(Record {
-                reason,
-                rule: Some(connection.rule.name().as_str().into()),
-                socket: address_of(&connection.socket).ok(),
-                connection: Some(connection.number),
-                lines: Some(connection.lines),
-                bytes: Some(connection.bytes),
-                duration: Some(connection.since.elapsed()),
-                about: Some(About::former(&connection.peer)),
-                ..Record::new(Event::Closed)
-            });
-        }
-        let needs_disposal = connection.needs_disposal();
-        let Connection { permit, socket, held, is_shared, .. } = *connection;
-        self.buffers.give_back(held);
-        // Given back before the peer can know that it is over, and come again.
-        drop(permit);
-        self.mailbox.connections.fetch_sub(1, Ordering::Relaxed);
-        match outcome {
-            Outcome::TooLong => {
-                let _ = self.mailbox.epoll.delete(&socket);
-                self.around.usher.see_off(socket, &self.too_long);
-            }
-            Outcome::Stranger(_) | Outcome::Denied(_) => {
-                let _ = self.mailbox.epoll.delete(&socket);
-                self.around.usher.revoke(socket);
-            }
-            // The peer may still be sending: it is to see an end of file, not a reset.
-            Outcome::Over(Some(_)) => {
-                let _ = self.mailbox.epoll.delete(&socket);
-                self.around.usher.see_off(socket, &self.nothing);
-            }
-            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage if needs_disposal => {
-                let _ = self.mailbox.epoll.delete(&socket);
-                self.around.usher.dispose(socket);
-            }
-            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage => {
-                if is_shared {
-                    // Closing ours would leave it in the epoll, and the peer waiting, until the manager has let go too.
-                    let _ = self.mailbox.epoll.delete(&socket);
-                    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-                }
-                drop(socket);
-            }
-        }
-        self.around.activity.stir();
-    }
-
-    fn record_revoked(&self, connection: &mut Connection, reason: Reason, rule: &str, text: String) {
-        let details = connection.peer.details(&connection.socket);
-        connection.peer.release_process();
-        self.around.audit.write(Record {
-            reason: Some(reason),
-            rule: Some(rule.into()),
-            socket: address_of(&connection.socket).ok(),
-            connection: Some(connection.number),
-            lines: Some(connection.lines),
-            bytes: Some(connection.bytes),
-            about: Some(About::peer(&connection.peer, details)),
-            text: Some(text),
-            ..Record::new(Event::Revoked)
-        });
+    fn part(&mut self, connection: Box<Connection>, outcome: Outcome) {
+        self.exit.part(connection, outcome, self.ruling.line_length, &mut self.buffers, &self.mailbox);
     }
 
     /// A new ruling: every connection is judged again, with the credentials it had at connect.
@@ -565,6 +458,7 @@ impl Loop {
                 }
             }
         }
+        self.exit.is_ending = true;
         self.ending = Some(Ending { until, carried, reply });
     }
 
@@ -603,7 +497,7 @@ impl Loop {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use std::fs;
     use std::io::{ErrorKind, IoSlice, Read, Write};
@@ -620,10 +514,11 @@ mod tests {
     use peergate::policy::Policy;
 
     use crate::counting::allocations_of;
-    use crate::mailbox::Doors;
+    use crate::threshold::Threshold;
+    use peergate::gate::Reception;
 
     /// What a worker needs, and a door that nobody comes through.
-    fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, gate::Door<Terms>) {
+    pub fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, gate::Door<Terms>) {
         let audit = Audit::new(Settings::default());
         let activity = Arc::new(Activity::new().unwrap());
         let caps = Caps { connections: 10, connections_per_user: 10 };
@@ -641,7 +536,7 @@ mod tests {
     }
 
     /// Somebody who was let in, and their end of the connection.
-    fn admission(policy: &Policy<Terms>, connection: u64) -> (Admission<Terms>, UnixStream) {
+    pub fn admission(policy: &Policy<Terms>, connection: u64) -> (Admission<Terms>, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let socket = OwnedFd::from(ours);
@@ -665,11 +560,11 @@ mod tests {
         let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
         let (around, door) = surroundings(&policy);
         let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
-        let audit = around.audit.clone();
+        let (audit, exit) = (around.audit.clone(), around.exit());
         let worker = Worker::start(number, ruling, around).unwrap();
         let (admission, theirs) = admission(&policy, 1);
         let admission = Admission { baggage, ..admission };
-        Doors::new(vec![worker.mailbox()], audit).admit(admission);
+        Threshold::new(vec![worker.mailbox()], audit, exit, Pacing::new(None)).admit(admission);
         (worker, theirs, door)
     }
 

@@ -1,0 +1,161 @@
+//! The end of a connection, whoever had it last: what is recorded, its place in the limits, its socket.
+//!
+//! For the threads that serve: the workers, and the gate's own for those who are still on the threshold.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use nix::sys::socket::{Shutdown, shutdown};
+
+use peergate::activation::address_of;
+use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::gate::Usher;
+use peergate::service::Activity;
+
+use crate::config::Terms;
+use crate::connection::{Buffers, Connection, Outcome};
+use crate::line;
+use crate::mailbox::Mailbox;
+
+/// What it takes to let go of connections.
+#[derive(Clone)]
+pub struct Exit {
+    audit: Audit,
+    usher: Usher<Terms>,
+    activity: Arc<Activity>,
+    too_long: Arc<[u8]>,
+    nothing: Arc<[u8]>,
+    /// Who leaves now leaves because everything ends.
+    pub is_ending: bool,
+}
+
+impl Exit {
+    pub fn new(audit: Audit, usher: Usher<Terms>, activity: Arc<Activity>) -> Self {
+        let (too_long, nothing) = (Arc::from(line::TOO_LONG), Arc::from(&b""[..]));
+        Self { audit, usher, activity, too_long, nothing, is_ending: false }
+    }
+
+    /// The end of a connection of this mailbox's worker that is in no place any more. `line_length` is everybody's limit.
+    pub fn part(
+        &self,
+        mut connection: Box<Connection>,
+        outcome: Outcome,
+        line_length: usize,
+        buffers: &mut Buffers,
+        mailbox: &Mailbox,
+    ) {
+        self.record(&mut connection, &outcome, line_length);
+        let needs_disposal = connection.needs_disposal();
+        let Connection { permit, socket, held, is_shared, .. } = *connection;
+        buffers.give_back(held);
+        // Given back before the peer can know that it is over, and come again.
+        drop(permit);
+        mailbox.connections.fetch_sub(1, Ordering::Relaxed);
+        match outcome {
+            Outcome::TooLong => {
+                let _ = mailbox.epoll.delete(&socket);
+                self.usher.see_off(socket, &self.too_long);
+            }
+            Outcome::Stranger(_) | Outcome::Denied(_) => {
+                let _ = mailbox.epoll.delete(&socket);
+                self.usher.revoke(socket);
+            }
+            // The peer may still be sending: it is to see an end of file, not a reset.
+            Outcome::Over(Some(_)) => {
+                let _ = mailbox.epoll.delete(&socket);
+                self.usher.see_off(socket, &self.nothing);
+            }
+            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage if needs_disposal => {
+                let _ = mailbox.epoll.delete(&socket);
+                self.usher.dispose(socket);
+            }
+            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage => {
+                if is_shared {
+                    // Closing ours would leave it in the epoll, and the peer waiting, until the manager has let go too.
+                    let _ = mailbox.epoll.delete(&socket);
+                    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+                }
+                drop(socket);
+            }
+        }
+        self.activity.stir();
+    }
+
+    fn record(&self, connection: &mut Connection, outcome: &Outcome, line_length: usize) {
+        let reason = match outcome {
+            Outcome::Over(None) if self.is_ending => Some(Reason::Stopping),
+            Outcome::Over(reason) => *reason,
+            Outcome::TooLong => Some(Reason::LineLength),
+            Outcome::Stranger(_) => Some(Reason::Sender),
+            Outcome::Denied(_) => Some(Reason::Policy),
+            Outcome::Goes | Outcome::Baggage => None,
+        };
+        match outcome {
+            Outcome::TooLong => self.record_too_long(connection, line_length),
+            Outcome::Stranger(sender) => {
+                let text = match sender {
+                    Some(uid) => format!("its data came from another user (uid {uid})"),
+                    None => "its data came without credentials".to_owned(),
+                };
+                let rule = Arc::clone(&connection.rule);
+                self.record_revoked(connection, Reason::Sender, rule.name().as_str(), text);
+            }
+            Outcome::Denied(rule) => {
+                let (rule, text) = match rule {
+                    Some(rule) => (rule.name().as_str(), format!("{} denies it now", rule.name())),
+                    None => ("default", "no rule allows it any more".to_owned()),
+                };
+                self.record_revoked(connection, Reason::Policy, rule, text);
+            }
+            Outcome::Over(_) | Outcome::Goes | Outcome::Baggage => {}
+        }
+        if self.audit.writes_connections() {
+            self.audit.write(Record {
+                reason,
+                rule: Some(connection.rule.name().as_str().into()),
+                socket: address_of(&connection.socket).ok(),
+                connection: Some(connection.number),
+                lines: Some(connection.lines),
+                bytes: Some(connection.bytes),
+                duration: Some(connection.since.elapsed()),
+                about: Some(About::former(&connection.peer)),
+                ..Record::new(Event::Closed)
+            });
+        }
+    }
+
+    fn record_too_long(&self, connection: &mut Connection, line_length: usize) {
+        let limit = connection.line_length(line_length);
+        let (peer, rule) = (&mut connection.peer, &connection.rule);
+        let (socket, number) = (&connection.socket, connection.number);
+        self.audit.turned_away(Event::Refused, Reason::LineLength, Some(peer.uid()), || Record {
+            reason: Some(Reason::LineLength),
+            rule: Some(rule.name().as_str().into()),
+            socket: address_of(socket).ok(),
+            connection: Some(number),
+            about: Some({
+                let details = peer.details(socket);
+                About::peer(peer, details)
+            }),
+            text: Some(format!("a line was longer than {limit} bytes")),
+            ..Record::new(Event::Refused)
+        });
+    }
+
+    fn record_revoked(&self, connection: &mut Connection, reason: Reason, rule: &str, text: String) {
+        let details = connection.peer.details(&connection.socket);
+        connection.peer.release_process();
+        self.audit.write(Record {
+            reason: Some(reason),
+            rule: Some(rule.into()),
+            socket: address_of(&connection.socket).ok(),
+            connection: Some(connection.number),
+            lines: Some(connection.lines),
+            bytes: Some(connection.bytes),
+            about: Some(About::peer(&connection.peer, details)),
+            text: Some(text),
+            ..Record::new(Event::Revoked)
+        });
+    }
+}
