@@ -9,7 +9,6 @@
 //! ```
 
 use std::io::Write;
-use std::os::unix::net::UnixStream;
 
 use peergate::journal::Writer;
 use peergate::service::{Notifier, Request, Signals};
@@ -38,5 +37,5 @@ fn answer(mut guest: Admission<()>) {
     let pid = or_unknown(peer.pid().map(|pid| pid.to_string()));
     let [command, unit, label] = [known.comm, known.unit, known.label].map(or_unknown);
     let answer = format!("{ids}\npid {pid}, command {command}, unit {unit}, label {label}\n");
-    let _ = UnixStream::from(guest.socket).write_all(answer.as_bytes());
+    let _ = guest.socket.write_all(answer.as_bytes());
 }

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -19,6 +19,7 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{SFlag, fstat};
 
+use crate::baggage::{self, Stream};
 use crate::sys;
 
 /// More descriptors than systemd would ever pass; a number above it is a mistake, not a request.
@@ -58,9 +59,23 @@ impl Listener {
         self.fd.try_clone().map(UnixListener::from)
     }
 
+    /// The next one who waits to be let in; non-blocking, close-on-exec. For whoever has no [`Door`](crate::Door).
+    ///
+    /// # Errors
+    /// What accept(2) says; EAGAIN where nobody waits.
+    pub fn accept(&self) -> io::Result<Stream> {
+        sys::accept(self.as_fd()).map(Stream::accepted)
+    }
+
     /// Whether the socket is the service manager's, who keeps listening when we are gone.
     pub fn is_inherited(&self) -> bool {
         self.bound.is_none()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 
@@ -131,7 +146,8 @@ impl std::error::Error for Refused {}
 ///
 /// `is_kept` tells by its name whether a descriptor is one that this service stored itself
 /// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined. Every other must be a listening
-/// AF_UNIX stream socket.
+/// AF_UNIX stream socket. Who connects to it from now on can send no descriptors (Linux 6.16; see
+/// [`baggage`](crate::baggage)).
 ///
 /// # Errors
 /// [`Refused`] names each descriptor that is something else, and what it is.
@@ -282,6 +298,7 @@ fn describe(fd: &OwnedFd) -> Kind {
 
 fn inherit(fd: OwnedFd) -> io::Result<Listener> {
     set_nonblocking(&fd)?;
+    baggage::refuse_from_all(&fd);
     let address = address_of(&fd)?;
     Ok(Listener { fd, address, bound: None })
 }
@@ -339,7 +356,7 @@ impl fmt::Display for BindError {
 impl std::error::Error for BindError {}
 
 /// Binds and listens at `path`, open to every local user (mode 0666): the policy decides who may stay.
-/// The file is removed when the listener is dropped. A stale socket there is replaced; one on which
+/// The file is removed when the listener is dropped. Who connects can send no descriptors, as with [`adopt`]. A stale socket there is replaced; one on which
 /// somebody still listens is left alone.
 ///
 /// # Errors
@@ -361,6 +378,7 @@ pub fn bind(path: &Path) -> Result<Listener, BindError> {
     let bound = Bound { path: path.to_owned(), device: found.dev(), inode: found.ino() };
     let fd = OwnedFd::from(listener);
     set_nonblocking(&fd).map_err(system)?;
+    baggage::refuse_from_all(&fd);
     let address = address_of(&fd).map_err(system)?;
     Ok(Listener { fd, address, bound: Some(bound) })
 }

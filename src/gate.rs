@@ -14,7 +14,7 @@
 //! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
 //! let setup = Setup::new(vec![listener], policy, Audit::default())?;
 //! let mut door = Door::open(setup, |guest: Admission<()>| {
-//!     let _ = writeln!(UnixStream::from(guest.socket), "Come in, user {}", guest.peer.uid());
+//!     let _ = writeln!(&guest.socket, "Come in, user {}", guest.peer.uid());
 //! })?;
 //!
 //! let mut answer = String::new();
@@ -37,7 +37,7 @@ mod farewell;
 
 use std::io;
 use std::mem::take;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::thread;
@@ -46,12 +46,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use self::farewell::{Farewell, Guest};
 use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
-use crate::baggage::{Baggage, Disposal};
+use crate::baggage::Stream;
 use crate::ids::Uid;
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
 use crate::peer::{Peer, attach_credentials};
@@ -125,8 +125,8 @@ impl Default for Replies {
 /// Somebody who is in.
 #[derive(Debug)]
 pub struct Admission<T> {
-    /// The connection; non-blocking, close-on-exec.
-    pub socket: OwnedFd,
+    /// The connection; non-blocking, close-on-exec. Reading from it and dropping it never wait, whatever the peer sent.
+    pub socket: Stream,
     /// Who it is.
     pub peer: Peer,
     /// The rule that admitted them; its terms are the application's.
@@ -145,8 +145,6 @@ pub struct Admission<T> {
     /// Within how many bytes, from the first on, some may lack credentials because they came before the kernel was asked
     /// to attach them. 0, unless the peer connected before the ruling that asked for them (Linux 6.16 and later).
     pub unattested: usize,
-    /// Whether descriptors may lie among what is unread; then look before reading, and let [`Usher::dispose`] close it.
-    pub baggage: Baggage,
 }
 
 /// The application's side of the door, on the gate's thread: nothing here may block. A function that takes an
@@ -231,14 +229,13 @@ struct Shared<T> {
     wake: EventFd,
     beat: Arc<Beat>,
     replies: Replies,
-    disposal: Disposal,
     /// Held open for those who are in already. While this is locked nobody is accepted, who would have what was freed.
     reserve_inside: Mutex<Vec<OwnedFd>>,
 }
 
 struct Orders<T> {
     ruling: Ruling<T>,
-    to_see_off: Vec<(OwnedFd, Arc<[u8]>)>,
+    to_see_off: Vec<(Stream, Arc<[u8]>)>,
     /// Want to hear that the ruling is in force.
     ruled: Vec<mpsc::Sender<()>>,
     stops: Vec<Stop>,
@@ -362,7 +359,7 @@ impl<T: Terms> Door<T> {
         // Whoever was handed over when the thread had looked for the last time.
         if !self.shared.lock().to_see_off.is_empty() {
             if let Ok(epoll) = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC) {
-                self.shared.see_off_all(&epoll, &mut Farewell::new(TOKEN_LEAVING, self.shared.disposal.clone()));
+                self.shared.see_off_all(&epoll, &mut Farewell::new(TOKEN_LEAVING));
             }
         }
         listeners
@@ -387,16 +384,10 @@ impl<T> Clone for Usher<T> {
 
 impl<T> Usher<T> {
     /// Sends `message` to an admitted peer, and a clean end of file after it.
-    pub fn see_off(&self, socket: OwnedFd, message: &Arc<[u8]>) {
+    pub fn see_off(&self, socket: impl Into<Stream>, message: &Arc<[u8]>) {
+        let socket = socket.into();
         self.shared.lock().to_see_off.push((socket, Arc::clone(message)));
         self.shared.wake();
-    }
-
-    /// Closes a connection of which not everything was read, and on which descriptors may lie unread: that may take
-    /// long, and nobody waits for it. The peer sees the end at once.
-    pub fn dispose(&self, socket: OwnedFd) {
-        let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-        self.shared.disposal.take(socket);
     }
 
     /// The verdict of another policy on somebody who is in already, after [`learn`]ing what it depends on. Where no
@@ -427,7 +418,7 @@ impl<T> Usher<T> {
     }
 
     /// As [`see_off`](Self::see_off), with what the denied hear.
-    pub fn revoke(&self, socket: OwnedFd) {
+    pub fn revoke(&self, socket: impl Into<Stream>) {
         let denied = Arc::clone(&self.shared.replies.denied);
         self.see_off(socket, &denied);
     }
@@ -474,9 +465,9 @@ impl<T> Shared<T> {
 }
 
 /// One whom somebody else has served.
-fn known(socket: OwnedFd) -> Guest {
-    let baggage = Baggage::of_known(&socket, false);
-    Guest { socket, baggage, is_shared: true }
+fn known(mut socket: Stream) -> Guest {
+    socket.expect_credentials(false);
+    Guest { socket, is_shared: true }
 }
 
 /// Asks the kernel for what `policy` depends on in this peer's case, and nothing else.
@@ -533,8 +524,7 @@ struct Gate<T> {
 
 /// Somebody at the door.
 struct Arrival {
-    socket: OwnedFd,
-    baggage: Baggage,
+    socket: Stream,
     /// Which listener they came to.
     listener: usize,
     /// GATE_CONNECTION, whatever becomes of them.
@@ -544,12 +534,9 @@ struct Arrival {
 }
 
 impl Arrival {
-    fn leaves(self) -> Guest {
-        if self.baggage.is_possible() {
-            // Who looks for descriptors wants nothing else to come along.
-            let _ = setsockopt(&self.socket, sockopt::PassCred, &false);
-        }
-        Guest { socket: self.socket, baggage: self.baggage, is_shared: false }
+    fn leaves(mut self) -> Guest {
+        self.socket.expect_credentials(false);
+        Guest { socket: self.socket, is_shared: false }
     }
 }
 
@@ -569,11 +556,10 @@ impl<T: Terms> Gate<T> {
             wake,
             beat: Arc::new(Beat::default()),
             replies: setup.replies,
-            disposal: Disposal::default(),
             reserve_inside: Mutex::new(Vec::new()),
         });
         Ok(Self {
-            farewell: Farewell::new(TOKEN_LEAVING, shared.disposal.clone()),
+            farewell: Farewell::new(TOKEN_LEAVING),
             shared,
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             listeners: setup.listeners,
@@ -597,7 +583,6 @@ impl<T: Terms> Gate<T> {
         let pass_credentials = self.shared.lock().ruling.pass_credentials;
         self.pass_credentials(pass_credentials)?;
         self.fill_reserve()?;
-        self.listeners.iter().for_each(Baggage::refuse_from_all);
         for (token, listener) in self.listeners.iter().enumerate() {
             self.epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token as u64))?;
         }
@@ -812,8 +797,8 @@ impl<T: Terms> Gate<T> {
 
     fn arrival(&self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
-        let baggage = Baggage::of_new(&socket, self.pass_credentials == Some(true));
-        Arrival { socket, baggage, listener, number, over_limit: None }
+        let socket = Stream::new(socket, self.pass_credentials == Some(true));
+        Arrival { socket, listener, number, over_limit: None }
     }
 
     /// Those over a limit, once more: a place may have come free since.
@@ -868,7 +853,7 @@ impl<T: Terms> Gate<T> {
         self.let_in(arrival, rule, permit, peer, generation);
     }
 
-    fn let_in(&mut self, arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
+    fn let_in(&mut self, mut arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
         // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
@@ -876,10 +861,8 @@ impl<T: Terms> Gate<T> {
         // comes between accept and this does not.
         let pass_credentials = self.pass_credentials == Some(true);
         let unattested = if pass_credentials { attach_credentials(&arrival.socket) } else { 0 };
-        if !pass_credentials && arrival.baggage.is_possible() {
-            // The ruling may be another one than when they came; a look would take credentials for descriptors.
-            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &false);
-        }
+        // The ruling may be another one than when they came.
+        arrival.socket.expect_credentials(pass_credentials);
         self.reception.admit(Admission {
             socket: arrival.socket,
             peer,
@@ -890,7 +873,6 @@ impl<T: Terms> Gate<T> {
             generation,
             pass_credentials,
             unattested,
-            baggage: arrival.baggage,
         });
     }
 
@@ -1230,7 +1212,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         theirs.write_all(b"unread").unwrap();
-        door.usher().revoke(ours.into());
+        door.usher().revoke(OwnedFd::from(ours));
         let reading = thread::spawn(move || {
             let mut answer = String::new();
             theirs.read_to_string(&mut answer).map(|_| answer)

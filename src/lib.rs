@@ -103,6 +103,7 @@ pub mod unit;
 
 pub use activation::Listener;
 pub use audit::Audit;
+pub use baggage::Stream;
 pub use gate::{Admission, Door, Setup};
 pub use ids::{Gid, Uid};
 pub use limits::{Caps, Limits, Permit, Terms};

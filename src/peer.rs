@@ -251,13 +251,9 @@ impl Subject for Peer {
     }
 }
 
-/// Reads from a socket that has SO_PASSCRED (unix(7)): how many bytes, and the user whose process sent them, by its
-/// real uid; `None` where that names nobody. One answer never joins what different users sent. Descriptors that come
-/// along are closed. Never waits.
-///
-/// # Errors
-/// What recvmsg(2) says; EAGAIN where nothing has come.
-pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
+/// Reads from a socket that has SO_PASSCRED (unix(7)): see [`Stream::receive`](crate::Stream::receive). Descriptors that
+/// come along are closed: look for them before.
+pub(crate) fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
     let (count, sender) = sys::receive(socket.as_fd(), buffer)?;
     Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
 }

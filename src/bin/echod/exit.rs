@@ -2,11 +2,9 @@
 //!
 //! For the threads that serve: the workers, and the gate's own for those who are still on the threshold.
 
-use std::os::fd::AsRawFd;
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-
-use nix::sys::socket::{Shutdown, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
@@ -46,7 +44,6 @@ impl Exit {
         mailbox: &Mailbox,
     ) {
         self.record(&mut connection, &outcome, line_length);
-        let needs_disposal = connection.needs_disposal();
         let Connection { permit, socket, held, is_shared, .. } = *connection;
         buffers.give_back(held);
         // Given back before the peer can know that it is over, and come again.
@@ -66,15 +63,12 @@ impl Exit {
                 let _ = mailbox.epoll.delete(&socket);
                 self.usher.see_off(socket, &self.nothing);
             }
-            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage if needs_disposal => {
-                let _ = mailbox.epoll.delete(&socket);
-                self.usher.dispose(socket);
-            }
             Outcome::Over(None) | Outcome::Goes | Outcome::Baggage => {
-                if is_shared {
-                    // Closing ours would leave it in the epoll, and the peer waiting, until the manager has let go too.
+                if is_shared || socket.may_linger() {
+                    // Closing ours would leave it in the epoll, and the peer waiting, until the other holder has let go
+                    // too: the manager, or the thread that closes what may take long.
                     let _ = mailbox.epoll.delete(&socket);
-                    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+                    let _ = socket.shutdown(Shutdown::Both);
                 }
                 drop(socket);
             }
