@@ -13,6 +13,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -52,7 +53,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         for listener in listeners {
-            tokio::spawn(accept(AsyncFd::with_interest(listener, Interest::READABLE)?, Arc::clone(&gate)));
+            tokio::spawn(accept(watched(listener, Interest::READABLE)?, Arc::clone(&gate)));
         }
         Notifier::from_env().ready("serving");
         tokio::task::spawn_blocking(move || {
@@ -62,14 +63,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .await?
     })?;
     drop(runtime);
-    journal.finish(|| false);
+    journal.finish(Duration::from_secs(1));
     Ok(())
+}
+
+/// In the runtime's hands. Newer versions of tokio ask for a promise that the descriptor stays the same for as long as
+/// its owner lives: that is so for the library's types.
+#[allow(deprecated)]
+fn watched<T: AsRawFd>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    AsyncFd::with_interest(owner, interest)
 }
 
 async fn accept(listener: AsyncFd<Listener>, gate: Arc<Gate>) {
     let address = Arc::clone(listener.get_ref().address());
     loop {
-        match listener.async_io(Interest::READABLE, Listener::accept).await.and_then(Guest::new) {
+        let accepted = listener.async_io(Interest::READABLE, Listener::accept).await;
+        match accepted.and_then(|guest| watched(guest, Interest::READABLE | Interest::WRITABLE)) {
             Ok(guest) => _ = tokio::spawn(meet(guest, Arc::clone(&address), Arc::clone(&gate))),
             // Out of descriptors, or it left before we came to it: neither spin nor give up.
             Err(_) => sleep(Duration::from_millis(10)).await,
@@ -90,7 +99,7 @@ async fn meet(guest: Guest, listener: Arc<str>, gate: Arc<Gate>) -> io::Result<(
             return see_off(guest, b"Unauthorized access\n", &gate, peer.uid()).await;
         }
     };
-    match gate.inside.acquire(peer.uid(), gate.caps.connections, gate.caps.connections_per_user) {
+    match gate.inside.acquire(peer.uid(), &gate.caps, rule.terms()) {
         Ok(_permit) => {
             gate.audit.admitted(&mut peer, &guest, &listener, rule.name());
             peer.release_process();
@@ -128,7 +137,7 @@ async fn write_all(guest: &mut Guest, mut bytes: &[u8]) -> io::Result<()> {
 /// The message, then a clean end of file: what the peer has sent is read first, up to a bound, because closing with
 /// data unread would reach the peer as ECONNRESET.
 async fn see_off(mut guest: Guest, message: &[u8], gate: &Gate, uid: Uid) -> io::Result<()> {
-    let Ok(_permit) = gate.leaving.acquire(uid, 256, 64) else { return Ok(()) };
+    let Ok(_permit) = gate.leaving.acquire(uid, &Caps::new(256, 64), &()) else { return Ok(()) };
     let farewell = async {
         write_all(&mut guest, message).await?;
         guest.get_ref().shutdown(Shutdown::Write)?;

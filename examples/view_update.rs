@@ -17,9 +17,9 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use peergate::audit::{Record, Severity};
-use peergate::gate::Ruling;
 use peergate::journal::Writer;
 use peergate::policy::file::{self, Faults};
 use peergate::service::{Notifier, Request, Signals};
@@ -66,13 +66,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     while let Request::Reload { .. } = signals.wait()? {
         notifier.reloading();
         match read(&path) {
-            Ok(policy) => _ = door.rule(Ruling::new(policy)),
+            Ok(policy) => _ = door.set_policy(policy),
             Err(faults) => audit.write(Record::note(Severity::Error, faults.to_string())),
         }
         notifier.ready("serving the note");
     }
     door.shut();
-    journal.finish(|| false);
+    journal.finish(Duration::from_secs(1));
     Ok(())
 }
 

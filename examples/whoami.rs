@@ -9,6 +9,7 @@
 //! ```
 
 use std::io::Write;
+use std::time::Duration;
 
 use peergate::journal::Writer;
 use peergate::service::{Notifier, Request, Signals};
@@ -24,7 +25,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Notifier::from_env().ready("telling everybody who they are");
     while signals.wait()? != Request::Stop {} // there is nothing to reload
     door.shut();
-    journal.finish(|| false);
+    journal.finish(Duration::from_secs(1));
     Ok(())
 }
 

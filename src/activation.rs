@@ -100,6 +100,7 @@ impl Drop for Listener {
 
 /// What the service manager passed.
 #[derive(Debug, Default)]
+#[non_exhaustive]
 pub struct Passed {
     /// The sockets to serve, in the order given.
     pub listeners: Vec<Listener>,
@@ -111,6 +112,7 @@ pub struct Passed {
 
 /// Why what was passed cannot be served.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Refused {
     /// LISTEN_FDS makes no sense.
     Count(String),
@@ -325,6 +327,7 @@ pub fn address_of(socket: &impl AsFd) -> io::Result<Arc<str>> {
 
 /// Why [`bind`] could not make a listener.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum BindError {
     /// The path does not fit into a socket address; its length in bytes.
     TooLong(PathBuf, usize),

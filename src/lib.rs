@@ -48,7 +48,7 @@
 //!     Notifier::from_env().ready("serving");
 //!     while signals.wait()? != Request::Stop {} // a request to reload finds nothing to do
 //!     door.shut();
-//!     journal.finish(|| false);
+//!     journal.finish(Duration::from_secs(1));
 //!     Ok(())
 //! }
 //! ```
@@ -84,6 +84,7 @@
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
+#![warn(missing_debug_implementations)]
 
 pub mod activation;
 pub mod audit;

@@ -53,6 +53,7 @@ pub struct Peer {
 /// What a record tells about a peer beyond its ids. Each is absent where it could not be tied to the
 /// very process that connected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Details {
     /// The command name of the process, `/proc/PID/comm`, with anything unprintable escaped.
     pub comm: Option<String>,

@@ -3,6 +3,7 @@
 //! Sole user of sd-notify. Everything here is a no-op, not an error, where there is no service manager.
 //! The protocols are sd_notify(3)'s and systemd.service(5)'s; they work alike on systemd 252 and later.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -218,8 +219,15 @@ pub struct Watched {
     pub nudge: Box<dyn Fn() + Send>,
 }
 
+impl fmt::Debug for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watched").field("name", &self.name).field("beat", &self.beat).finish_non_exhaustive()
+    }
+}
+
 /// `WATCHDOG=1`, but only while every thread makes progress. A thread that hangs keeps the message
 /// back, and the service manager ends and restarts us (WatchdogSec= in systemd.service(5)).
+#[derive(Debug)]
 pub struct Watchdog {
     threads: Vec<Watched>,
     pause: Duration,
@@ -310,6 +318,7 @@ impl AsFd for Activity {
 
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Request {
     /// SIGTERM or SIGINT.
     Stop,

@@ -355,13 +355,12 @@ impl Connection {
 
     fn record_lines(&self, echoed: &[u8], audit: &Audit) {
         for line in echoed.split_inclusive(|byte| *byte == b'\n') {
-            audit.write(Record {
-                rule: Some(self.rule.name().as_str().into()),
-                connection: Some(self.number),
-                bytes: Some(line.len() as u64),
-                about: Some(About::former(&self.peer)),
-                ..Record::new(Event::Line)
-            });
+            let mut record = Record::new(Event::Line);
+            record.rule = Some(self.rule.name().as_str().into());
+            record.connection = Some(self.number);
+            record.bytes = Some(line.len() as u64);
+            record.about = Some(About::former(&self.peer));
+            audit.write(record);
         }
     }
 

@@ -502,13 +502,15 @@ pub mod tests {
     use std::io::{ErrorKind, IoSlice, Read, Write};
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::net::UnixStream;
+    use std::sync::atomic::AtomicUsize;
 
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use peergate::activation;
     use peergate::audit::Settings;
     use peergate::baggage::Stream;
-    use peergate::gate::{self, Admission, Replies, Setup};
+    use peergate::gate::{self, Admission, Setup};
     use peergate::ids::Uid;
-    use peergate::limits::{Caps, Limits};
+    use peergate::limits::Limits;
     use peergate::peer::Peer;
     use peergate::policy::Policy;
 
@@ -519,17 +521,11 @@ pub mod tests {
     /// What a worker needs, and a door that nobody comes through.
     pub fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, gate::Door<Terms>) {
         let audit = Audit::new(Settings::default());
-        let activity = Arc::new(Activity::new().unwrap());
-        let caps = Caps { connections: 10, connections_per_user: 10 };
-        let setup = Setup {
-            listeners: Vec::new(),
-            ruling: gate::Ruling { policy: Arc::clone(policy), caps, pass_credentials: false },
-            limits: Limits::new(),
-            audit: audit.clone(),
-            replies: Replies::default(),
-            activity: Arc::clone(&activity),
-            first_connection: 1,
-        };
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("echod-unit-test-{}-{}.sock", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let listener = activation::bind(&std::env::temp_dir().join(name)).unwrap();
+        let setup = Setup::new(vec![listener], Arc::clone(policy), audit.clone()).unwrap();
+        let activity = Arc::clone(&setup.activity);
         let door = gate::Door::open(setup, |_| {}).unwrap();
         (Surroundings { audit, usher: door.usher(), activity, busy_poll: None }, door)
     }
@@ -539,17 +535,9 @@ pub mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         let socket = Stream::accepted(ours);
-        let admission = Admission {
-            peer: Peer::credentials_of(&socket).unwrap(),
-            socket,
-            rule: Arc::clone(policy.rules().next().unwrap()),
-            permit: Limits::new().resume(policy.me()),
-            connection,
-            listener: "nowhere".into(),
-            generation: 0,
-            pass_credentials: false,
-            unattested: 0,
-        };
+        let (peer, rule) = (Peer::credentials_of(&socket).unwrap(), policy.rules().next().unwrap());
+        let mut admission = Admission::new(socket, peer, Arc::clone(rule), Limits::new().resume(policy.me()));
+        admission.connection = connection;
         (admission, theirs)
     }
 
