@@ -499,8 +499,10 @@ struct State {
     waiting_bytes: usize,
     windows: HashMap<(Option<Uid>, Reason), Window>,
     next_tick: Option<Instant>,
-    /// Records about connections that found no room, since the last time we said so.
+    /// Records that no summary stands for and that found no room or no journal, since the last time we said so.
     unwritten: u64,
+    /// The last record did not reach the journal.
+    journal_is_away: bool,
     sleeping: bool,
     nudged: bool,
     closed: bool,
@@ -533,6 +535,7 @@ impl Audit {
             windows: HashMap::new(),
             next_tick: None,
             unwritten: 0,
+            journal_is_away: false,
             sleeping: false,
             nudged: false,
             closed: false,
@@ -647,18 +650,20 @@ impl Audit {
     /// journal is told how many are missing.
     pub fn write(&self, record: Record) {
         let mut state = self.lock();
-        // Bounded by what an administrator does: reloads, and the connections that each of them ends.
-        let bounded = match record.event {
-            Event::Revoked => record.reason == Some(Reason::Policy),
-            event => matches!(event, Event::ConfigLoaded | Event::ConfigRefused),
-        };
-        if bounded || state.has_room() {
-            state.push(record);
-        } else if let (Event::Revoked, Some(reason)) = (record.event, record.reason) {
-            // Peers can bring this about as often as they like: it becomes a count, as a denial does.
-            state.count(record.about.map(|about| about.uid), reason, 1, Instant::now());
-        } else {
-            state.unwritten += 1;
+        match (record.event, record.reason) {
+            // Peers can bring this about as often as they like: the first are written, the rest counted, as with denials.
+            (Event::Revoked, Some(reason)) if reason != Reason::Policy => {
+                let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
+                if state.has_room() && state.may_write(uid, reason, now) {
+                    state.push(record);
+                } else {
+                    state.count(uid, reason, 1, now);
+                }
+            }
+            // Bounded by what an administrator does: reloads, and the connections that each of them ends.
+            (Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused, _) => state.push(record),
+            _ if state.has_room_for_the_admitted() => state.push(record),
+            _ => state.unwritten += 1,
         }
         self.wake(state);
     }
@@ -732,12 +737,26 @@ impl Audit {
         }
     }
 
-    /// Takes back the count of a record that could not be written, for a summary later on.
+    /// Takes back a record that could not be written: what it stands for is for a summary later on; one that stands for
+    /// nobody turned away is counted among those that are missing.
     pub(crate) fn count_again(&self, record: &Record) {
-        let (Some(reason), count @ 1..) = (record.reason, record.stands_for()) else { return };
         let mut state = self.lock();
+        state.journal_is_away = true;
         let uid = record.about.as_ref().map(|about| about.uid);
-        state.count(uid, reason, count, Instant::now());
+        match (record.event, record.reason, record.stands_for()) {
+            // Standard error has it. To count one that says how many are missing would never end.
+            (Event::Note(_), ..) => {}
+            (Event::Revoked, Some(reason), _) if reason != Reason::Policy => {
+                state.count(uid, reason, 1, Instant::now())
+            }
+            (_, Some(reason), count @ 1..) => state.count(uid, reason, count, Instant::now()),
+            _ => state.unwritten += 1,
+        }
+    }
+
+    /// A record has reached the journal.
+    pub(crate) fn got_through(&self) {
+        self.lock().journal_is_away = false;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -758,23 +777,28 @@ impl State {
         self.waiting.len() < MOST_WAITING && self.waiting_bytes < MOST_WAITING_BYTES
     }
 
+    /// A quarter of the room is kept free of what peers bring about as they like without being turned away (admissions,
+    /// ends, lines): they must not keep anybody's denial from being written.
+    fn has_room_for_the_admitted(&self) -> bool {
+        self.waiting.len() < MOST_WAITING / 4 * 3 && self.waiting_bytes < MOST_WAITING_BYTES / 4 * 3
+    }
+
     fn push(&mut self, record: Record) {
         self.waiting_bytes += record.weight();
         self.waiting.push_back(record);
     }
 
     fn pop(&mut self) -> Option<Record> {
+        if self.waiting.is_empty() && self.unwritten > 0 && (self.closed || !self.journal_is_away) {
+            let count = std::mem::take(&mut self.unwritten);
+            let text = format!("{count} records were not written: the journal was too slow, or away");
+            return Some(Record::note(Severity::Warning, text));
+        }
         let record = self.waiting.pop_front()?;
         self.waiting_bytes -= record.weight();
         if self.waiting.is_empty() {
             // A flood is over: give its memory back.
             self.waiting.shrink_to(64);
-            if self.unwritten > 0 {
-                let count = std::mem::take(&mut self.unwritten);
-                let text =
-                    format!("{count} records of connections or lines were not written: the journal was too slow");
-                self.push(Record::note(Severity::Warning, text));
-            }
         }
         Some(record)
     }
@@ -814,8 +838,9 @@ impl State {
     /// Ends the intervals that are over (all of them if `now_or_never`), each with its summary.
     fn summarize(&mut self, now: Instant, now_or_never: bool) {
         let interval = self.settings.interval;
-        // A journal that does not take what waits already must not be given ever more of these.
-        let room = self.closed || self.has_room();
+        // They have room of their own, beyond what any records take: each stands for as many as there were. But a journal
+        // that does not take what waits already must not be given ever more of them.
+        let room = self.closed || self.waiting.len() < MOST_WAITING + MOST_TRACKED;
         let mut summaries = Vec::new();
         self.windows.retain(|(uid, reason), window| {
             let over = now.saturating_duration_since(window.since) >= interval;
@@ -927,17 +952,70 @@ mod tests {
         assert_eq!(sum(&drain(&audit)), 10_000);
     }
 
+    fn revoked(uid: u32, reason: Reason) -> Record {
+        let about =
+            About { uid: Uid::new(uid), gid: None, groups: Box::default(), pid: None, details: Details::default() };
+        Record { reason: Some(reason), about: Some(about), ..Record::new(Event::Revoked) }
+    }
+
     #[test]
-    fn those_cut_off_for_their_senders_sake_find_no_more_room_than_others_and_are_counted() {
+    fn those_cut_off_for_their_senders_sake_are_written_and_counted_as_the_denied_are() {
         let audit = audit(10);
-        for _ in 0..10_000 {
-            audit.write(Record { reason: Some(Reason::Sender), ..Record::new(Event::Revoked) });
-        }
-        assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
+        (0..10_000).for_each(|_| audit.write(revoked(1000, Reason::Sender)));
+        audit.write(revoked(1001, Reason::Sender));
+        // What an administrator's reload brings about is written one by one.
+        (0..20).for_each(|_| audit.write(revoked(1000, Reason::Policy)));
+        let Next::Write(lost) = audit.next() else { panic!("a record waits") };
+        audit.count_again(&lost);
         audit.close();
         let records = drain(&audit);
-        let written = records.iter().filter(|record| record.event == Event::Revoked).count() as u64;
-        assert_eq!(written + sum(&records), 10_000);
+        let written = |reason| {
+            let of = |record: &&Record| record.event == Event::Revoked && record.reason == Some(reason);
+            records.iter().filter(of).count() as u64
+        };
+        assert_eq!((written(Reason::Sender), written(Reason::Policy)), (10, 20));
+        assert_eq!(sum(&records), 10_001 - 10);
+    }
+
+    #[test]
+    fn whatever_the_admitted_do_there_is_room_for_denials_and_their_summaries() {
+        let audit = audit(10);
+        (0..10_000).for_each(|_| audit.write(Record::new(Event::Line)));
+        (0..30).for_each(|_| deny(&audit, 1000));
+        assert_eq!(audit.lock().waiting.len(), MOST_WAITING / 4 * 3 + 10);
+        // Nor does a flood of denials leave no room for what they are summed up in.
+        (0..MOST_WAITING as u32).for_each(|uid| deny(&audit, 2000 + uid % 500));
+        assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
+        audit.flush();
+        assert_eq!(audit.lock().windows.values().map(|window| window.counted).sum::<u64>(), 0);
+        // They have a bound too.
+        for _ in 0..10 {
+            (0..500).for_each(|uid| deny(&audit, 2000 + uid));
+            audit.flush();
+        }
+        assert!(audit.lock().waiting.len() <= MOST_WAITING + 2 * MOST_TRACKED);
+        audit.close();
+        assert_eq!(sum(&drain(&audit)), 30 + MOST_WAITING as u64 + 10 * 500);
+    }
+
+    #[test]
+    fn records_that_the_journal_missed_are_told_when_it_is_back() {
+        let audit = audit(10);
+        let lose = |event| {
+            audit.write(Record::new(event));
+            let Next::Write(record) = audit.next() else { panic!("a record waits") };
+            audit.count_again(&record);
+        };
+        lose(Event::Admitted);
+        lose(Event::ConfigLoaded);
+        lose(Event::Note(Severity::Warning));
+        audit.nudge();
+        assert!(matches!(audit.next(), Next::Nothing), "while it is away there is no use in saying so");
+        audit.write(Record::new(Event::Admitted));
+        assert!(matches!(audit.next(), Next::Write(_)));
+        audit.got_through();
+        let Next::Write(note) = audit.next() else { panic!("it is back") };
+        assert_eq!(note.text.as_deref(), Some("2 records were not written: the journal was too slow, or away"));
     }
 
     #[test]

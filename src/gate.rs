@@ -66,6 +66,8 @@ const ACCEPTS_PER_TURN: usize = 64;
 /// How long one over a limit may wait in case a place comes free: whoever closes a connection and
 /// opens the next must not be refused because the first end has not been noticed yet.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
+/// How often it is looked.
+const BETWEEN_LOOKS: Duration = Duration::from_millis(1);
 /// How many may wait so at once. When all places are taken, whoever has most of them makes room.
 const MOST_WAITING: usize = 64;
 /// How long nothing is accepted after the system was out of descriptors or memory.
@@ -601,6 +603,7 @@ struct Gate<T> {
     farewell: Farewell,
     /// Those over a limit who get a second look.
     waiting: Vec<Arrival>,
+    looked_again: Instant,
     /// Held open only to be closed when descriptors run out: one can then still be accepted, judged and told.
     reserve: Vec<OwnedFd>,
     paused_until: Option<Instant>,
@@ -659,6 +662,7 @@ impl<T: Terms> Gate<T> {
             reception,
             activity: setup.activity,
             waiting: Vec::new(),
+            looked_again: Instant::now(),
             reserve: Vec::new(),
             paused_until: None,
             pass_credentials: None,
@@ -910,8 +914,13 @@ impl<T: Terms> Gate<T> {
         Arrival { socket, listener, number, over_limit: None }
     }
 
-    /// Those over a limit, once more: a place may have come free since.
+    /// Those over a limit, once more: a place may have come free since. Not at every turn: in a flood there are many, and
+    /// each look asks as much of the kernel as a new arrival.
     fn look_again(&mut self, now: Instant) {
+        if self.waiting.is_empty() || now.saturating_duration_since(self.looked_again) < BETWEEN_LOOKS {
+            return;
+        }
+        self.looked_again = now;
         for arrival in take(&mut self.waiting) {
             self.judge(arrival, now);
         }
@@ -995,8 +1004,12 @@ impl<T: Terms> Gate<T> {
         };
         let reply = match judged {
             Err(None) => &self.shared.replies.denied,
-            Ok((rule, _, peer)) | Err(Some((_, rule, peer))) => {
+            Ok((rule, _, peer)) => {
                 self.record_refusal(Excess::Total, &rule, peer, &arrival);
+                &self.shared.replies.busy
+            }
+            Err(Some((excess, rule, peer))) => {
+                self.record_refusal(excess, &rule, peer, &arrival);
                 &self.shared.replies.busy
             }
         };

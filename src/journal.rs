@@ -138,14 +138,15 @@ impl Journal {
 
     fn write(&mut self, record: &Record) {
         let beat = Arc::clone(&self.beat);
-        // The user database may be far away.
-        let user = record.about.as_ref().and_then(|about| beat.excused(|| self.name_of(about.uid)));
+        // The user database may be far away: too far, when there is no time left.
+        let asked = record.about.as_ref().filter(|_| !self.audit.has_given_up());
+        let user = asked.and_then(|about| beat.excused(|| self.name_of(about.uid)));
         let message = record.message(user.as_deref());
         if self.is_ready() {
             self.was_reached = true;
             // Others may have taken the place that was free a moment ago; then sending waits for the next one.
             if beat.excused(|| self.emit(record, user.as_deref(), &message)) {
-                return;
+                return self.audit.got_through();
             }
         }
         let level = match record.event.severity() {

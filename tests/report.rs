@@ -158,6 +158,21 @@ Refused: 1 = 1 recorded in full + 0 counted
 }
 
 #[test]
+fn who_was_cut_off_is_neither_denied_nor_refused() {
+    let lines = [
+        ours(r#""GATE_VERDICT":"revoked","GATE_REASON":"policy","GATE_RULE":"default","PEER_UID":"1000""#),
+        ours(r#""GATE_VERDICT":"revoked","GATE_REASON":"sender","GATE_RULE":"allow.operators","PEER_UID":"1000""#),
+        ours(r#""GATE_VERDICT":"summary","GATE_REASON":"sender","GATE_COUNT":"40","PEER_UID":"1000""#),
+    ];
+    let journal = Journal::of(&lines.each_ref().map(String::as_str));
+    let json = journal.json(&["--system"]);
+    assert_eq!((&json["denied"]["total"], &json["refused"]["total"]), (&0.into(), &0.into()));
+    assert_eq!(json["revoked"], serde_json::json!({ "total": 42, "records": 2, "counted": 40 }));
+    let text = journal.text(&["--system"]);
+    assert!(text.ends_with("\nRevoked: 42 = 2 recorded in full + 40 counted\n"), "{text}");
+}
+
+#[test]
 fn json_holds_the_same_numbers_as_the_table() {
     let json = day().json(&["--system", "--since", "yesterday"]);
     assert_eq!(json["denied"], serde_json::json!({ "total": 13146, "records": 3, "counted": 13143 }));
@@ -187,8 +202,12 @@ fn journalctl_is_asked_for_these_records_and_nothing_else() {
     let journal = day();
     journal.text(&["--system", "--since", "-1h", "--until", "-5min"]);
     let asked = journal.asked();
-    let ids =
-        ["72261db9963c465c8c6121daadeb1cbc", "a45920b1da8c42cb8c4acbd02e5140bf", "e00fb3280d1140dca1192a4f029b14b6"];
+    let ids = [
+        "72261db9963c465c8c6121daadeb1cbc",
+        "a45920b1da8c42cb8c4acbd02e5140bf",
+        "e00fb3280d1140dca1192a4f029b14b6",
+        "765ab08f733d46e1a5b6850cc41b9003",
+    ];
     for wanted in ["--output=json", "--no-pager", "--quiet", "--since=-1h", "--until=-5min", "SYSLOG_IDENTIFIER=echod"]
     {
         assert!(asked.iter().any(|argument| argument == wanted), "{wanted} in {asked:?}");

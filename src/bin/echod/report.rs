@@ -105,7 +105,7 @@ fn start(asked: &Report, scope: Scope) -> io::Result<Child> {
     if let Scope::User(uid) = scope {
         command.arg(format!("_UID={uid}"));
     }
-    let ids = [Event::Denied, Event::Refused, Event::Summary].into_iter().filter_map(Event::message_id);
+    let ids = [Event::Denied, Event::Refused, Event::Summary, Event::Revoked].into_iter().filter_map(Event::message_id);
     command.args(ids.map(|id| format!("MESSAGE_ID={id}")));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
 }

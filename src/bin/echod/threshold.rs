@@ -75,23 +75,25 @@ impl Threshold {
         mailbox.post_quietly(Message::Admit { connection, slot, generation });
     }
 
-    /// Looks at those who have stayed for longest, until one of them is still there.
+    /// Looks once at everybody who has stayed.
     fn look(&mut self) {
-        while let Some(one) = self.staying.pop_front() {
+        for _ in 0..self.staying.len() {
+            let Some(one) = self.staying.pop_front() else { return };
             let before = one.connection.bytes;
             let Some(one) = self.turn(one) else {
                 self.pacing.found();
                 continue;
             };
-            if one.connection.bytes == before {
-                return self.staying.push_front(one);
+            let is_silent = one.connection.bytes == before;
+            if !is_silent {
+                self.pacing.found();
             }
-            self.pacing.found();
-            // Its first line may have come a little later than itself; whoever sends more has come to talk.
-            if before == 0 && may_stay(&one.connection) {
-                return self.staying.push_front(one);
+            // The first line may come a little later than its sender; whoever sends more has come to talk.
+            if is_silent || before == 0 && may_stay(&one.connection) {
+                self.staying.push_back(one);
+            } else {
+                self.hand_over(one);
             }
-            self.hand_over(one);
         }
     }
 }
@@ -119,10 +121,7 @@ impl Reception<Terms> for Threshold {
         }
         self.staying.push_back(one);
         if self.staying.len() > MOST_STAYING {
-            self.look();
-        }
-        if self.staying.len() > MOST_STAYING {
-            if let Some(oldest) = self.staying.pop_front() {
+            if let Some(oldest) = self.staying.pop_front().and_then(|oldest| self.turn(oldest)) {
                 self.hand_over(oldest);
             }
         }
@@ -279,7 +278,20 @@ mod tests {
         drop(clients.remove(1));
         clients.push(scene.comes(b"\n"));
         assert_eq!(scene.handed_over(), NOBODY);
-        assert_eq!(scene.threshold.staying.len(), MOST_STAYING);
+        assert_eq!((scene.threshold.staying.len(), scene.limits.total()), (MOST_STAYING, MOST_STAYING));
+    }
+
+    #[test]
+    fn nobody_waits_for_somebody_silent() {
+        let mut scene = Scene::new(Some(LONG));
+        let _silent = scene.comes(b"");
+        let mut late = scene.comes(b"");
+        let gone = scene.comes(b"\n");
+        late.write_all(b"late\n").unwrap();
+        drop(gone);
+        scene.threshold.linger();
+        hears(&mut late, b"> late\n");
+        assert_eq!((scene.limits.total(), scene.handed_over()), (2, vec![]));
     }
 
     #[test]

@@ -56,6 +56,7 @@ pub fn json(tally: &Tally, asked: Asked<'_>) -> Value {
         "last": span.and_then(|span| utc(span.last)),
         "denied": count_json(tally.total(Verdict::Denied)),
         "refused": count_json(tally.total(Verdict::Refused)),
+        "revoked": count_json(tally.total(Verdict::Revoked)),
         "peers": tally.rows().into_iter().map(|(key, row)| row_json(key, row)).collect::<Vec<_>>(),
         "entries": {
             "read": lines.read,
@@ -103,6 +104,7 @@ const fn verdict_word(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::Denied => "denied",
         Verdict::Refused => "refused",
+        Verdict::Revoked => "revoked",
     }
 }
 
@@ -135,8 +137,13 @@ pub fn text(tally: &Tally, look: &Look, out: &mut impl Write) -> io::Result<()> 
     writeln!(out)?;
     table(&rows, &Columns::of(&rows, span, look), look, out)?;
     writeln!(out)?;
-    for (verdict, word) in [(Verdict::Denied, "Denied: "), (Verdict::Refused, "Refused:")] {
+    let words = [(Verdict::Denied, "Denied: "), (Verdict::Refused, "Refused:"), (Verdict::Revoked, "Revoked:")];
+    for (verdict, word) in words {
         let count = tally.total(verdict);
+        // Those come with a reload, or with `verify = "line"`: most never see one.
+        if verdict == Verdict::Revoked && count.total() == 0 {
+            continue;
+        }
         let (total, records, counted) = (group(count.total()), group(count.records), group(count.counted));
         writeln!(out, "{} {total} = {records} recorded in full + {counted} counted", look.bold(word))?;
     }
@@ -329,6 +336,7 @@ impl Look {
         let colour = match verdict {
             Verdict::Denied => 31,
             Verdict::Refused => 33,
+            Verdict::Revoked => 35,
         };
         if self.colour { format!("\u{1b}[{colour}m{text}\u{1b}[0m") } else { text.to_owned() }
     }

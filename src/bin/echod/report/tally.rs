@@ -29,6 +29,8 @@ pub enum Verdict {
     Denied,
     /// A limit.
     Refused,
+    /// Cut off, after having been admitted: by a new policy, or because their data came from somebody else.
+    Revoked,
 }
 
 /// What GATE_REASON may say.
@@ -40,7 +42,7 @@ const NO_REASON: &str = "unknown";
 /// Who, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
-    /// By the policy or by a limit.
+    /// By the policy or by a limit, at the door or later.
     pub verdict: Verdict,
     /// One of the contract's words, or "unknown".
     pub reason: &'static str,
@@ -209,9 +211,14 @@ impl Tally {
         let (verdict, count) = match entry.verdict.text()? {
             "denied" => (Verdict::Denied, Count { records: 1, counted: 0 }),
             "refused" => (Verdict::Refused, Count { records: 1, counted: 0 }),
+            "revoked" => (Verdict::Revoked, Count { records: 1, counted: 0 }),
             "summary" => {
-                let denial = matches!(reason, "policy" | "no-credentials");
-                let verdict = if denial { Verdict::Denied } else { Verdict::Refused };
+                let verdict = match reason {
+                    "policy" | "no-credentials" => Verdict::Denied,
+                    // At the door nobody has sent anything yet.
+                    "sender" => Verdict::Revoked,
+                    _ => Verdict::Refused,
+                };
                 (verdict, Count { records: 0, counted: entry.count.number()? })
             }
             _ => return None,
