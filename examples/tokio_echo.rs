@@ -17,9 +17,10 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use peergate::journal::Writer;
-use peergate::service::{Notifier, Request, Signals};
-use peergate::{Audit, Caps, Limits, Listener, Peer, Policy, Rule, Stream, Uid, User, Verdict, activation};
+use peergate::{
+    Audit, Caps, Limits, Listener, Notifier, Peer, Policy, Request, Rule, Signals, Stream, Uid, User, Verdict, Writer,
+    activation,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{sleep, timeout};

@@ -20,10 +20,10 @@ use std::thread;
 use std::time::Duration;
 
 use peergate::audit::{Record, Severity};
-use peergate::journal::Writer;
 use peergate::policy::file::{self, Faults};
-use peergate::service::{Notifier, Request, Signals};
-use peergate::{Admission, Audit, Door, Policy, Setup, Stream, Terms, Uid, activation};
+use peergate::{
+    Admission, Audit, Door, Notifier, Policy, Request, Setup, Signals, Stream, Terms, Uid, Writer, activation,
+};
 use serde::Deserialize;
 
 /// The longest command.

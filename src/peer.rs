@@ -68,8 +68,12 @@ impl Peer {
     ///
     /// Holds a descriptor (the pidfd) until [`release_process`](Self::release_process) or drop.
     ///
+    /// Asked of a listening socket the kernel tells of whoever made it listen, and of a pair (socketpair(2)) who made
+    /// that: ask what [`accept`](crate::Listener::accept) returned.
+    ///
     /// # Errors
-    /// What getsockopt(2) says, as for a socket that is no AF_UNIX stream socket. Treat it as a denial.
+    /// ENOTCONN where the kernel names nobody, as for a socket that is not connected, or not of AF_UNIX; else what
+    /// getsockopt(2) says. Treat it as a denial.
     ///
     /// ```
     /// use std::os::unix::net::UnixStream;
@@ -104,6 +108,10 @@ impl Peer {
     /// As [`of`](Self::of).
     pub fn ids_of(socket: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
+        // Where there is no peer the answer is no error, but -1, which is no user (setreuid(2)).
+        if credentials.uid() == u32::MAX {
+            return Err(Errno::ENOTCONN.into());
+        }
         let (uid, gid) = (known_uid(credentials.uid()), known_gid(credentials.gid()));
         let pid = credentials.pid();
         let lacked_descriptors = AtomicBool::new(false);
@@ -380,6 +388,26 @@ mod tests {
         assert_eq!(receive(&ours, &mut buffer).unwrap(), (5, Some(Uid::new(nix::unistd::getuid().as_raw()))));
         theirs.write_all(b"with").unwrap();
         assert_eq!(attach_credentials(&ours), 0, "the option was set when it came");
+    }
+
+    /// The kernel answers for them all, with nobody's credentials.
+    #[test]
+    fn a_socket_that_is_no_connection_to_a_local_process_has_no_peer() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+        use std::net::{TcpListener, TcpStream, UdpSocket};
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let unconnected = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let others: [OwnedFd; 5] = [listener.into(), tcp.into(), udp.into(), datagram.into(), unconnected];
+        for other in others {
+            for asked in [Peer::of(&other), Peer::credentials_of(&other), Peer::ids_of(&other)] {
+                assert_eq!(asked.unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+            }
+        }
+        let file = fs::File::open("/dev/null").unwrap();
+        assert_eq!(Peer::of(&file).unwrap_err().raw_os_error(), Some(libc::ENOTSOCK));
     }
 
     #[test]

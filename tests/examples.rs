@@ -76,6 +76,7 @@ impl Server {
             .args(arguments)
             .env("LISTEN_FDS", "1")
             .env("NOTIFY_SOCKET", directory.join("notify"))
+            .env("WATCHDOG_USEC", "100000")
             .stdin(OwnedFd::from(listener))
             .spawn()
             .unwrap();
@@ -88,10 +89,15 @@ impl Server {
 
     /// Waits until the service says that it is ready, or ready again.
     fn ready(&self) {
+        self.says("READY=1");
+    }
+
+    /// Waits until the service tells its manager this.
+    fn says(&self, expected: &str) {
         let mut message = [0; 4096];
         loop {
-            let length = self.notify.recv(&mut message).expect("READY=1");
-            if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
+            let length = self.notify.recv(&mut message).expect(expected);
+            if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == expected) {
                 return;
             }
         }
@@ -152,6 +158,21 @@ fn whoami_tells_each_client_what_the_kernel_says_of_it() {
     // There is nothing to reload, and no reason to end.
     server.signal(Signal::SIGHUP);
     assert!(server.answers_user(0, "").starts_with("uid 0, gid 0, groups \n"));
+    server.stop();
+}
+
+/// What comes with peergate::serve, which does all that whoami does not.
+#[test]
+fn a_service_of_one_call_tells_its_manager_what_that_wants_to_hear() {
+    let server = Server::start("manager", "whoami", &[]);
+    server.ready();
+    server.says("WATCHDOG=1");
+    server.signal(Signal::SIGHUP);
+    server.says("RELOADING=1");
+    server.ready();
+    server.says("WATCHDOG=1");
+    server.signal(Signal::SIGTERM);
+    server.says("STOPPING=1");
     server.stop();
 }
 
