@@ -275,7 +275,7 @@ impl Write for Stream {
     }
 }
 
-/// For who reads and writes in turn through a [`BufReader`](io::BufReader), or on two threads.
+/// Writing needs nobody to be kept out.
 impl Write for &Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Ok(send(self.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
