@@ -11,16 +11,22 @@
 //!
 //! Its units are for the user's own service manager: under the system's, only the service's own user would be admitted.
 
-use std::io;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use peergate::journal::Writer;
-use peergate::service::{Notifier, Request, Signals};
-use peergate::{Audit, Caps, Limits, Listener, Peer, Policy, Rule, Uid, User, Verdict, activation};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, copy, sink};
-use tokio::net::{UnixListener, UnixStream};
+use peergate::{
+    Audit, Caps, Limits, Listener, Notifier, Peer, Policy, Request, Rule, Signals, Stream, Uid, User, Verdict, Writer,
+    activation,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::time::{sleep, timeout};
+
+/// A connection as the library gives it, which reads no descriptors that strangers send, in the runtime's hands.
+type Guest = AsyncFd<Stream>;
 
 /// What all connections share.
 struct Gate {
@@ -48,7 +54,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         for listener in listeners {
-            tokio::spawn(accept(UnixListener::from_std(listener.to_std()?)?, listener, Arc::clone(&gate)));
+            tokio::spawn(accept(watched(listener, Interest::READABLE)?, Arc::clone(&gate)));
         }
         Notifier::from_env().ready("serving");
         tokio::task::spawn_blocking(move || {
@@ -58,14 +64,23 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .await?
     })?;
     drop(runtime);
-    journal.finish(|| false);
+    journal.finish(Duration::from_secs(1));
     Ok(())
 }
 
-async fn accept(socket: UnixListener, listener: Listener, gate: Arc<Gate>) {
+/// In the runtime's hands. Newer versions of tokio ask for a promise that the descriptor stays the same for as long as
+/// its owner lives: that is so for the library's types.
+#[allow(deprecated)]
+fn watched<T: AsRawFd>(owner: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    AsyncFd::with_interest(owner, interest)
+}
+
+async fn accept(listener: AsyncFd<Listener>, gate: Arc<Gate>) {
+    let address = Arc::clone(listener.get_ref().address());
     loop {
-        match socket.accept().await {
-            Ok((guest, _)) => _ = tokio::spawn(meet(guest, Arc::clone(listener.address()), Arc::clone(&gate))),
+        let accepted = listener.async_io(Interest::READABLE, Listener::accept).await;
+        match accepted.and_then(|guest| watched(guest, Interest::READABLE | Interest::WRITABLE)) {
+            Ok(guest) => _ = tokio::spawn(meet(guest, Arc::clone(&address), Arc::clone(&gate))),
             // Out of descriptors, or it left before we came to it: neither spin nor give up.
             Err(_) => sleep(Duration::from_millis(10)).await,
         }
@@ -73,7 +88,7 @@ async fn accept(socket: UnixListener, listener: Listener, gate: Arc<Gate>) {
 }
 
 /// Who is it, may they in, is there a place?
-async fn meet(guest: UnixStream, listener: Arc<str>, gate: Arc<Gate>) -> io::Result<()> {
+async fn meet(guest: Guest, listener: Arc<str>, gate: Arc<Gate>) -> io::Result<()> {
     let Ok(mut peer) = Peer::of(&guest) else {
         gate.audit.unidentified(&listener);
         return see_off(guest, b"Unauthorized access\n", &gate, Uid::new(0)).await;
@@ -85,7 +100,7 @@ async fn meet(guest: UnixStream, listener: Arc<str>, gate: Arc<Gate>) -> io::Res
             return see_off(guest, b"Unauthorized access\n", &gate, peer.uid()).await;
         }
     };
-    match gate.inside.acquire(peer.uid(), gate.caps.connections, gate.caps.connections_per_user) {
+    match gate.inside.acquire(peer.uid(), &gate.caps, rule.terms()) {
         Ok(_permit) => {
             gate.audit.admitted(&mut peer, &guest, &listener, rule.name());
             peer.release_process();
@@ -98,20 +113,43 @@ async fn meet(guest: UnixStream, listener: Arc<str>, gate: Arc<Gate>) -> io::Res
     }
 }
 
-async fn echo(mut guest: UnixStream) -> io::Result<()> {
-    let (mut input, mut output) = guest.split();
-    copy(&mut input, &mut output).await?;
-    output.shutdown().await
+async fn echo(mut guest: Guest) -> io::Result<()> {
+    let mut buffer = vec![0; 16 * 1024];
+    loop {
+        match read(&mut guest, &mut buffer).await? {
+            0 => return guest.get_ref().shutdown(Shutdown::Write),
+            count => write_all(&mut guest, &buffer[..count]).await?,
+        }
+    }
+}
+
+async fn read(guest: &mut Guest, buffer: &mut [u8]) -> io::Result<usize> {
+    guest.async_io_mut(Interest::READABLE, |socket| socket.read(buffer)).await
+}
+
+async fn write_all(guest: &mut Guest, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = guest.async_io_mut(Interest::WRITABLE, |socket| socket.write(bytes)).await?;
+        bytes = &bytes[written..];
+    }
+    Ok(())
 }
 
 /// The message, then a clean end of file: what the peer has sent is read first, up to a bound, because closing with
 /// data unread would reach the peer as ECONNRESET.
-async fn see_off(mut guest: UnixStream, message: &[u8], gate: &Gate, uid: Uid) -> io::Result<()> {
-    let Ok(_permit) = gate.leaving.acquire(uid, 256, 64) else { return Ok(()) };
+async fn see_off(mut guest: Guest, message: &[u8], gate: &Gate, uid: Uid) -> io::Result<()> {
+    let Ok(_permit) = gate.leaving.acquire(uid, &Caps::new(256, 64), &()) else { return Ok(()) };
     let farewell = async {
-        guest.write_all(message).await?;
-        guest.shutdown().await?;
-        copy(&mut guest.take(64 * 1024), &mut sink()).await
+        write_all(&mut guest, message).await?;
+        guest.get_ref().shutdown(Shutdown::Write)?;
+        let (mut buffer, mut left) = (vec![0; 4096], 64 * 1024_usize);
+        while left > 0 {
+            match read(&mut guest, &mut buffer).await? {
+                0 => break,
+                count => left = left.saturating_sub(count),
+            }
+        }
+        Ok(())
     };
-    timeout(Duration::from_secs(1), farewell).await.map(|_| ()).map_err(io::Error::from)
+    timeout(Duration::from_secs(1), farewell).await?
 }

@@ -14,17 +14,16 @@
 //! SIGHUP reads the file again; whoever is connected keeps the right they came with.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use peergate::audit::{Record, Severity};
-use peergate::gate::Ruling;
-use peergate::journal::Writer;
 use peergate::policy::file::{self, Faults};
-use peergate::service::{Notifier, Request, Signals};
-use peergate::{Admission, Audit, Door, Policy, Setup, Terms, Uid, activation};
+use peergate::{
+    Admission, Audit, Door, Notifier, Policy, Request, Setup, Signals, Stream, Terms, Uid, Writer, activation,
+};
 use serde::Deserialize;
 
 /// The longest command.
@@ -67,13 +66,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     while let Request::Reload { .. } = signals.wait()? {
         notifier.reloading();
         match read(&path) {
-            Ok(policy) => _ = door.rule(Ruling::new(policy)),
+            Ok(policy) => _ = door.set_policy(policy),
             Err(faults) => audit.write(Record::note(Severity::Error, faults.to_string())),
         }
         notifier.ready("serving the note");
     }
     door.shut();
-    journal.finish(|| false);
+    journal.finish(Duration::from_secs(1));
     Ok(())
 }
 
@@ -84,17 +83,16 @@ fn read(path: &std::path::Path) -> Result<Policy<Access>, Faults> {
 /// One guest, on a thread of its own. Its place in the limits is free when the admission is dropped.
 fn serve(guest: Admission<Access>, note: &Note) {
     let Admission { socket, rule, permit, .. } = guest;
-    let socket = UnixStream::from(socket);
-    // An error means that the guest has left.
-    let _ = socket.set_nonblocking(false).and_then(|()| converse(&socket, rule.terms().may, note));
+    // An error means that the guest has left, or sent what nobody takes.
+    let _ = socket.set_nonblocking(false).and_then(|()| converse(socket, rule.terms().may, note));
     drop(permit);
 }
 
-fn converse(socket: &UnixStream, right: Right, note: &Note) -> io::Result<()> {
-    let (mut input, mut output) = (BufReader::new(socket), socket);
+fn converse(socket: Stream, right: Right, note: &Note) -> io::Result<()> {
+    let mut socket = BufReader::new(socket);
     loop {
         let mut line = Vec::new();
-        if input.by_ref().take(LONGEST).read_until(b'\n', &mut line)? == 0 {
+        if (&mut socket).take(LONGEST).read_until(b'\n', &mut line)? == 0 {
             return Ok(());
         }
         let line = String::from_utf8_lossy(&line);
@@ -108,6 +106,6 @@ fn converse(socket: &UnixStream, right: Right, note: &Note) -> io::Result<()> {
             }
             _ => "Say: view, or: update TEXT\n".to_owned(),
         };
-        output.write_all(answer.as_bytes())?;
+        socket.get_mut().write_all(answer.as_bytes())?;
     }
 }

@@ -9,23 +9,12 @@
 //! ```
 
 use std::io::Write;
-use std::os::unix::net::UnixStream;
 
-use peergate::journal::Writer;
-use peergate::service::{Notifier, Request, Signals};
-use peergate::{Admission, Audit, Door, Gid, Policy, Rule, Setup, Uid, User, activation};
+use peergate::{Admission, Gid, Policy, Rule, Uid, User};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let listeners = activation::adopt(|_| false)?.listeners; // before there is a second thread
-    let signals = Signals::catch()?;
     let policy = Policy::new([Rule::allow("everyone", ()).users([User::Any])], Uid::effective())?;
-    let audit = Audit::default();
-    let journal = Writer::start(&audit, "whoami")?;
-    let mut door = Door::open(Setup::new(listeners, policy, audit)?, answer)?;
-    Notifier::from_env().ready("telling everybody who they are");
-    while signals.wait()? != Request::Stop {} // there is nothing to reload
-    door.shut();
-    journal.finish(|| false);
+    peergate::serve("whoami", policy, answer)?;
     Ok(())
 }
 
@@ -38,5 +27,5 @@ fn answer(mut guest: Admission<()>) {
     let pid = or_unknown(peer.pid().map(|pid| pid.to_string()));
     let [command, unit, label] = [known.comm, known.unit, known.label].map(or_unknown);
     let answer = format!("{ids}\npid {pid}, command {command}, unit {unit}, label {label}\n");
-    let _ = UnixStream::from(guest.socket).write_all(answer.as_bytes());
+    let _ = guest.socket.write_all(answer.as_bytes());
 }

@@ -6,19 +6,24 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use listenfd::ListenFd;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, getsockopt, sockopt,
+    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect, getsockname, getsockopt,
+    socket, sockopt,
 };
 use nix::sys::stat::{SFlag, fstat};
 
+use crate::baggage::{self, Stream};
 use crate::sys;
 
 /// More descriptors than systemd would ever pass; a number above it is a mistake, not a request.
@@ -26,6 +31,10 @@ const MOST_DESCRIPTORS: usize = 1 << 20;
 
 /// What a path in `sockaddr_un` may hold, unix(7): 108 bytes less the closing NUL.
 pub const LONGEST_PATH: usize = 107;
+
+/// How long the lock on a directory is waited for, and how often it is tried. One of us has it for a few milliseconds.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// A listening AF_UNIX stream socket, non-blocking and close-on-exec.
 #[derive(Debug)]
@@ -58,9 +67,23 @@ impl Listener {
         self.fd.try_clone().map(UnixListener::from)
     }
 
+    /// The next one who waits to be let in; non-blocking, close-on-exec. For whoever has no [`Door`](crate::Door).
+    ///
+    /// # Errors
+    /// What accept(2) says; EAGAIN where nobody waits.
+    pub fn accept(&self) -> io::Result<Stream> {
+        sys::accept(self.as_fd()).map(Stream::accepted)
+    }
+
     /// Whether the socket is the service manager's, who keeps listening when we are gone.
     pub fn is_inherited(&self) -> bool {
         self.bound.is_none()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
     }
 }
 
@@ -85,6 +108,7 @@ impl Drop for Listener {
 
 /// What the service manager passed.
 #[derive(Debug, Default)]
+#[non_exhaustive]
 pub struct Passed {
     /// The sockets to serve, in the order given.
     pub listeners: Vec<Listener>,
@@ -96,6 +120,7 @@ pub struct Passed {
 
 /// Why what was passed cannot be served.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum Refused {
     /// LISTEN_FDS makes no sense.
     Count(String),
@@ -131,7 +156,8 @@ impl std::error::Error for Refused {}
 ///
 /// `is_kept` tells by its name whether a descriptor is one that this service stored itself
 /// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined. Every other must be a listening
-/// AF_UNIX stream socket.
+/// AF_UNIX stream socket. Who connects to it from now on can send no descriptors (Linux 6.16; see
+/// [`baggage`](crate::baggage)).
 ///
 /// # Errors
 /// [`Refused`] names each descriptor that is something else, and what it is.
@@ -282,6 +308,7 @@ fn describe(fd: &OwnedFd) -> Kind {
 
 fn inherit(fd: OwnedFd) -> io::Result<Listener> {
     set_nonblocking(&fd)?;
+    baggage::refuse_from_all(&fd);
     let address = address_of(&fd)?;
     Ok(Listener { fd, address, bound: None })
 }
@@ -308,6 +335,7 @@ pub fn address_of(socket: &impl AsFd) -> io::Result<Arc<str>> {
 
 /// Why [`bind`] could not make a listener.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum BindError {
     /// The path does not fit into a socket address; its length in bytes.
     TooLong(PathBuf, usize),
@@ -317,6 +345,8 @@ pub enum BindError {
     Occupied(PathBuf, &'static str),
     /// The system refused.
     System(PathBuf, io::Error),
+    /// Another process holds a lock (flock(2)) on the directory that the path is in, which is the second one.
+    Locked(PathBuf, PathBuf),
 }
 
 impl fmt::Display for BindError {
@@ -332,6 +362,12 @@ impl fmt::Display for BindError {
                 write!(f, "{}: there is {what}; expected nothing, or a socket nobody listens on", path.display())
             }
             Self::System(path, error) => write!(f, "{}: {error}", path.display()),
+            Self::Locked(path, directory) => write!(
+                f,
+                "{}: another process holds a lock on {}; expected to have it for a moment (lslocks tells whose it is)",
+                path.display(),
+                directory.display()
+            ),
         }
     }
 }
@@ -339,8 +375,10 @@ impl fmt::Display for BindError {
 impl std::error::Error for BindError {}
 
 /// Binds and listens at `path`, open to every local user (mode 0666): the policy decides who may stay.
-/// The file is removed when the listener is dropped. A stale socket there is replaced; one on which
-/// somebody still listens is left alone.
+/// The file is removed when the listener is dropped. Who connects can send no descriptors, as with [`adopt`].
+///
+/// A stale socket there is replaced; one on which somebody still listens is left alone. Meanwhile the directory is locked
+/// (flock(2)), which others of our kind wait for; two seconds at most, because anybody who may read it can lock it.
 ///
 /// # Errors
 /// [`BindError`] says what is in the way.
@@ -352,8 +390,8 @@ pub fn bind(path: &Path) -> Result<Listener, BindError> {
     let system = |error: io::Error| BindError::System(path.to_owned(), error);
     // Two of us starting at once must not both find the same stale socket. The lock ends with the handle.
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let directory = fs::File::open(directory).map_err(system)?;
-    let _lock = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, errno)| system(errno.into()))?;
+    let _lock =
+        lock(directory).map_err(system)?.ok_or_else(|| BindError::Locked(path.to_owned(), directory.to_owned()))?;
     make_room(path)?;
     let listener = UnixListener::bind(path).map_err(system)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(system)?;
@@ -361,8 +399,25 @@ pub fn bind(path: &Path) -> Result<Listener, BindError> {
     let bound = Bound { path: path.to_owned(), device: found.dev(), inode: found.ino() };
     let fd = OwnedFd::from(listener);
     set_nonblocking(&fd).map_err(system)?;
+    baggage::refuse_from_all(&fd);
     let address = address_of(&fd).map_err(system)?;
     Ok(Listener { fd, address, bound: Some(bound) })
+}
+
+/// An exclusive lock on the directory; `None` where somebody else keeps theirs. Whoever may open the directory may lock
+/// it: that must not keep us waiting for as long as they like.
+fn lock(directory: &Path) -> io::Result<Option<Flock<fs::File>>> {
+    let mut directory = fs::File::open(directory)?;
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(Some(lock)),
+            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= until => return Ok(None),
+            Err((unlocked, Errno::EWOULDBLOCK | Errno::EINTR)) => directory = unlocked,
+            Err((_, error)) => return Err(error.into()),
+        }
+        thread::sleep(LOCK_PAUSE);
+    }
 }
 
 /// Removes a socket file that nobody listens on any more, and nothing else.
@@ -383,22 +438,76 @@ fn make_room(path: &Path) -> Result<(), BindError> {
         };
         return Err(BindError::Occupied(path.to_owned(), what));
     }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(system),
-        Err(e) if e.raw_os_error() == Some(libc::EPROTOTYPE) => {
-            Err(BindError::Occupied(path.to_owned(), "a socket of another type"))
-        }
-        Ok(_) => Err(BindError::InUse(path.to_owned())),
-        Err(e) => Err(system(e)),
+    match knock(path) {
+        Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(system),
+        Err(Errno::EPROTOTYPE) => Err(BindError::Occupied(path.to_owned(), "a socket of another type")),
+        // EAGAIN: so many wait there that there is no room for one more.
+        Ok(()) | Err(Errno::EAGAIN) => Err(BindError::InUse(path.to_owned())),
+        Err(e) => Err(system(e.into())),
     }
+}
+
+/// Connects and goes away again. Never waits: the lock is held.
+fn knock(path: &Path) -> nix::Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let visitor = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(visitor.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
 
     fn parse(fds: &str, pid: Option<&str>, names: Option<&str>) -> Result<Option<Declared>, Ignored> {
         Declared::parse(Some(fds.into()), pid.map(Into::into), names.map(Into::into), 42)
+    }
+
+    fn directory(name: &str) -> PathBuf {
+        let directory = std::env::temp_dir().join(format!("activation-test-{name}-{}", std::process::id()));
+        fs::create_dir(&directory).unwrap();
+        directory
+    }
+
+    /// As any user may do to /run or /tmp.
+    #[test]
+    fn a_lock_that_somebody_holds_on_the_directory_is_named_and_not_waited_for_for_ever() {
+        let directory = directory("locked");
+        let held = Flock::lock(fs::File::open(&directory).unwrap(), FlockArg::LockExclusive).map_err(|_| ()).unwrap();
+        let path = directory.join("socket");
+        let error = bind(&path).unwrap_err();
+        assert!(matches!(&error, BindError::Locked(locked, by) if *locked == path && *by == directory), "{error:?}");
+        assert!(error.to_string().contains("lslocks"), "{error}");
+        drop(held);
+        assert!(bind(&path).is_ok());
+        fs::remove_dir(directory).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_is_held_for_a_moment_is_waited_for() {
+        let directory = directory("moment");
+        let held = Flock::lock(fs::File::open(&directory).unwrap(), FlockArg::LockExclusive).map_err(|_| ()).unwrap();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(20));
+                drop(held);
+            });
+            assert!(bind(&directory.join("socket")).is_ok());
+        });
+        fs::remove_dir(directory).unwrap();
+    }
+
+    /// A connect(2) that waits for room in the queue would wait with the lock held.
+    #[test]
+    fn a_service_whose_queue_is_full_is_in_use() {
+        let directory = directory("full");
+        let path = directory.join("socket");
+        let listener = bind(&path).unwrap();
+        nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+        let _waits = UnixStream::connect(&path).unwrap();
+        assert!(matches!(bind(&path), Err(BindError::InUse(in_use)) if in_use == path));
+        drop(listener);
+        fs::remove_dir(directory).unwrap();
     }
 
     #[test]

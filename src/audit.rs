@@ -29,7 +29,7 @@
 
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -50,6 +50,7 @@ const MOST_TRACKED: usize = 1024;
 
 /// What happened. Each has a MESSAGE_ID of its own, explained in the journal's catalog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Event {
     /// A peer was turned away by the policy.
     Denied,
@@ -75,6 +76,7 @@ pub enum Event {
 
 /// How grave it is; syslog(3)'s levels by other names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Severity {
     /// LOG_ERR, 3.
     Error,
@@ -86,9 +88,16 @@ pub enum Severity {
     Info,
 }
 
+/// A [`Note`](Event::Note).
+impl From<Severity> for Event {
+    fn from(severity: Severity) -> Self {
+        Self::Note(severity)
+    }
+}
+
 impl Event {
     /// Every event that has an id, for whoever keeps the catalog true.
-    pub const WITH_ID: [Self; 9] = [
+    pub const WITH_ID: &'static [Self] = &[
         Self::Denied,
         Self::Refused,
         Self::Summary,
@@ -143,6 +152,7 @@ impl Event {
 
 /// Why a peer was turned away or a connection ended: the field GATE_REASON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Reason {
     /// A deny rule, or no rule at all.
     Policy,
@@ -193,6 +203,7 @@ impl From<Excess> for Reason {
 
 /// Who a record is about.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct About {
     /// PEER_UID.
     pub uid: Uid,
@@ -223,6 +234,7 @@ impl About {
 
 /// Where a peer connected: the listening socket's address, and the connection's number where it has one.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct At<'a> {
     /// GATE_SOCKET.
     pub listener: &'a Arc<str>,
@@ -236,8 +248,15 @@ impl<'a> From<&'a Arc<str>> for At<'a> {
     }
 }
 
+impl<'a> From<(&'a Arc<str>, u64)> for At<'a> {
+    fn from((listener, connection): (&'a Arc<str>, u64)) -> Self {
+        Self { listener, connection: Some(connection) }
+    }
+}
+
 /// One record, before it is written. Absent fields are left out of the journal.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Record {
     /// MESSAGE_ID, PRIORITY and GATE_VERDICT follow from it.
     pub event: Event,
@@ -296,9 +315,9 @@ impl Record {
         }
     }
 
-    /// A record that only says `text`.
-    pub fn note(severity: Severity, text: impl Into<String>) -> Self {
-        Self { text: Some(text.into()), ..Self::new(Event::Note(severity)) }
+    /// A record that only says `text`: of an event, or of no more than a [`Severity`].
+    pub fn note(event: impl Into<Event>, text: impl Into<String>) -> Self {
+        Self { text: Some(text.into()), ..Self::new(event.into()) }
     }
 
     /// The field MESSAGE. `user` is the name of the user the record is about, where there is one.
@@ -407,6 +426,7 @@ impl Record {
 
 /// How much is written in full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Scope {
     /// Who was turned away.
     Denials,
@@ -418,6 +438,7 @@ pub enum Scope {
 
 /// What an administrator sets.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct Settings {
     /// How much is written in full.
     pub scope: Scope,
@@ -435,6 +456,7 @@ impl Default for Settings {
 
 /// How often what happened since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Totals {
     /// Peers admitted.
     pub admitted: u64,
@@ -452,6 +474,12 @@ pub struct Audit(Arc<Shared>);
 impl Default for Audit {
     fn default() -> Self {
         Self::new(Settings::default())
+    }
+}
+
+impl fmt::Debug for Audit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Audit({:?})", self.totals())
     }
 }
 

@@ -3,24 +3,32 @@
 //!
 //! A message that is read without room for its descriptors has them closed by the kernel, in the thread that reads; one
 //! that is never read, in the thread that closes the socket. Whoever sent them chooses how long that takes: a TCP
-//! socket with unsent data and SO_LINGER (socket(7)) is closed for as long as it says, hours if need be. So:
+//! socket with unsent data and SO_LINGER (socket(7)) is closed for as long as it says, hours if need be. So whoever
+//! accepts a connection gets a [`Stream`], with which that cannot happen:
 //!
-//! - From Linux 6.16 on the kernel is told to refuse them (SO_PASSRIGHTS). The sender gets EPERM.
-//! - Where it could not be told, or was told only after the peer may have sent some, one looks before reading
-//!   ([`Baggage::look`]): a peek takes nothing. A peer whose data carries descriptors is read from no more.
-//! - Its socket goes to a thread that nobody waits for ([`Disposal`]), which interrupts itself every millisecond: to
-//!   linger is over at a signal.
-//!
-//! For the gate, and for whoever reads from the connections that it admits.
+//! - From Linux 6.16 on the kernel is told to refuse descriptors (SO_PASSRIGHTS), for a listener when it is
+//!   [adopted](crate::activation::adopt) or [bound](crate::activation::bind). The sender gets EPERM.
+//! - Where it could not be told, or was told only after the peer may have sent some (whoever connected before the service
+//!   was started), reading looks first: a peek takes nothing. A peer whose data carries descriptors is read from no more.
+//! - A socket on which some may lie unread is closed by a thread that nobody waits for, which interrupts itself every
+//!   millisecond: to linger is over at a signal.
 
+use std::fmt;
 use std::fs;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::socket::{MsgFlags, recv, send, shutdown};
+
+use crate::ids::Uid;
+use crate::peer;
 use crate::sys;
 
 /// How often a close that takes its time is interrupted.
@@ -28,8 +36,8 @@ const INTERRUPTED_EVERY: Duration = Duration::from_millis(1);
 
 /// Whether descriptors may lie among what is unread on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Baggage {
-    /// The kernel refused them before the peer could send anything.
+enum Baggage {
+    /// The kernel refused them before the peer could send anything, or nothing is unread and nothing can come.
     Never,
     /// The kernel refuses them by now. What was sent earlier may carry some.
     Earlier,
@@ -37,109 +45,310 @@ pub enum Baggage {
     Possible,
 }
 
-impl Baggage {
-    /// Has the kernel refuse descriptors from those who connect to this listener from now on, where it can.
-    pub fn refuse_from_all(listener: &impl AsFd) {
-        let _ = sys::set_option(listener.as_fd(), sys::SO_PASSRIGHTS, 0);
-    }
+/// A connection to a peer who may send what it likes: reading never takes descriptors, and dropping never waits until
+/// the ones that the peer sent are closed.
+///
+/// It reads and writes like a [`UnixStream`], non-blocking if the socket is (that of an [`Admission`](crate::Admission)
+/// is). As soon as descriptors are seen among what is unread, every read fails with
+/// [`InvalidData`](io::ErrorKind::InvalidData): drop it.
+///
+/// That holds for reading through this type, by one thread at a time. The descriptor itself ([`AsFd`]) serves to wait
+/// (poll(2), epoll(7), tokio's `AsyncFd`), to write, and to ask who is there.
+///
+/// ```
+/// use std::io::{Read, Write};
+/// use std::os::unix::net::UnixStream;
+/// use peergate::Stream;
+///
+/// let (ours, mut theirs) = UnixStream::pair()?;
+/// let mut guest = Stream::accepted(ours);
+/// theirs.write_all(b"hello")?;
+/// let mut buffer = [0; 64];
+/// assert_eq!(guest.read(&mut buffer)?, 5);
+/// guest.write_all(b"> hello")?;
+/// # Ok::<(), std::io::Error>(())
+/// ```
+pub struct Stream {
+    /// There until it is dropped.
+    fd: Option<OwnedFd>,
+    baggage: Baggage,
+    /// Whether the socket is meant to have SO_PASSCRED.
+    credentials: bool,
+}
 
-    /// Has the kernel refuse descriptors on a connection that was just accepted, and says what that leaves possible.
+/// Has the kernel refuse descriptors from those who connect to this listener from now on, where it can.
+pub(crate) fn refuse_from_all(listener: &impl AsFd) {
+    let _ = sys::set_option(listener.as_fd(), sys::SO_PASSRIGHTS, 0);
+}
+
+impl Stream {
+    /// A connection that was just accepted, by whomever. [`Listener::accept`](crate::Listener::accept) gives one too.
+    ///
     /// Urgent data (MSG_OOB) becomes ordinary data: no peek would see what comes with it, and nothing is to be lost.
-    /// Where descriptors are possible, other ancillary data than credentials, and without `credentials` these too, are
-    /// turned off: a peek could not tell one from the other. With `credentials`, SO_PASSCRED is left to whoever asks
-    /// for it.
-    pub fn of_new(socket: &impl AsFd, credentials: bool) -> Self {
-        let socket = socket.as_fd();
-        let _ = sys::set_option(socket, libc::SO_OOBINLINE, 1);
-        if let Ok(0) = sys::option(socket, sys::SO_PASSRIGHTS) {
-            return Self::Never;
+    /// Where descriptors are possible, other ancillary data is turned off: a peek could not tell one from the other.
+    pub fn accepted(socket: impl Into<OwnedFd>) -> Self {
+        Self::new(socket.into(), false)
+    }
+
+    /// As [`accepted`](Self::accepted); with `credentials`, SO_PASSCRED is left to whoever asks for it.
+    pub(crate) fn new(fd: OwnedFd, credentials: bool) -> Self {
+        let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
+        let baggage = match sys::option(fd.as_fd(), sys::SO_PASSRIGHTS) {
+            Ok(0) => Baggage::Never,
+            _ => only_credentials(fd.as_fd(), credentials),
+        };
+        Self { fd: Some(fd), baggage, credentials }
+    }
+
+    /// A connection that another process had before, or other code of this one: what the kernel refuses today it may not
+    /// have refused when the peer sent what is still unread. `credentials`: whether the kernel is to attach the sender's
+    /// credentials to what comes (SO_PASSCRED), as for [`receive`](Self::receive).
+    pub fn inherited(socket: impl Into<OwnedFd>, credentials: bool) -> Self {
+        let fd = socket.into();
+        let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
+        let _ = sys::set_option(fd.as_fd(), libc::SO_PASSCRED, credentials.into());
+        let baggage = only_credentials(fd.as_fd(), credentials);
+        Self { fd: Some(fd), baggage, credentials }
+    }
+
+    /// As it is on kernels before 6.16. For tests alone.
+    #[doc(hidden)]
+    pub fn unrefused(socket: impl Into<OwnedFd>) -> Self {
+        let fd = socket.into();
+        let _ = sys::set_option(fd.as_fd(), sys::SO_PASSRIGHTS, 1);
+        Self { fd: Some(fd), baggage: Baggage::Possible, credentials: false }
+    }
+
+    /// Whether SO_PASSCRED is to be in force from now on. Set where a look depends on it.
+    pub(crate) fn expect_credentials(&mut self, wanted: bool) {
+        self.credentials = wanted;
+        if !wanted && self.may_linger() {
+            // A look would take credentials for descriptors.
+            let _ = sys::set_option(self.as_fd(), libc::SO_PASSCRED, 0);
         }
-        Self::only_credentials(socket, credentials)
     }
 
-    /// As [`of_new`](Self::of_new) for a connection that somebody has had before: what the kernel refuses today it may
-    /// not have refused when its peer sent what is still unread.
-    pub fn of_known(socket: &impl AsFd, credentials: bool) -> Self {
-        let socket = socket.as_fd();
-        let _ = sys::set_option(socket, libc::SO_OOBINLINE, 1);
-        let _ = sys::set_option(socket, libc::SO_PASSCRED, credentials.into());
-        Self::only_credentials(socket, credentials)
-    }
-
-    fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Self {
-        let refused = sys::set_option(socket, sys::SO_PASSRIGHTS, 0).is_ok();
-        if !credentials {
-            let _ = sys::set_option(socket, libc::SO_PASSCRED, 0);
-        }
-        let _ = sys::set_option(socket, libc::SO_PASSSEC, 0);
-        let _ = sys::set_option(socket, libc::SO_PASSPIDFD, 0);
-        if refused { Self::Earlier } else { Self::Possible }
-    }
-
-    /// Whether one has to look before reading, and may not simply close what has not been read to its end.
-    pub fn is_possible(self) -> bool {
-        self != Self::Never
-    }
-
-    /// How many bytes may be read now, at least one and at most `buffer` has room for, without taking descriptors; `None`
-    /// where some lie among them, or anywhere behind them. Overwrites `buffer`. `credentials`: whether the socket has
-    /// SO_PASSCRED.
+    /// Reads from a socket that has SO_PASSCRED (unix(7); [`Ruling::pass_credentials`](crate::gate::Ruling)): how many
+    /// bytes, and the user whose process sent them, by its real uid; `None` where that names nobody. One answer never
+    /// joins what different users sent. Never waits.
     ///
     /// # Errors
-    /// What recvmsg(2) says; EAGAIN where nothing is there. Never waits.
-    pub fn look(&mut self, socket: &impl AsFd, buffer: &mut [u8], credentials: bool) -> io::Result<Option<usize>> {
-        if *self == Self::Never {
-            return Ok(Some(buffer.len()));
+    /// What recvmsg(2) says; EAGAIN where nothing has come. InvalidData where descriptors come next.
+    pub fn receive(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
+        let most = self.look(buffer, false)?;
+        let received = peer::receive(self, &mut buffer[..most])?;
+        self.note_end(received.0, most);
+        Ok(received)
+    }
+
+    /// As [`Read::read`], but never waits.
+    pub(crate) fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = self.look(buffer, false)?;
+        self.take(&mut buffer[..most], MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn take(&mut self, buffer: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
+        let count = recv(self.as_raw_fd(), buffer, flags)?;
+        self.note_end(count, buffer.len());
+        Ok(count)
+    }
+
+    /// After the end of file there is nothing to take, and nothing can come.
+    fn note_end(&mut self, count: usize, room: usize) {
+        if count == 0 && room > 0 {
+            self.baggage = Baggage::Never;
+        }
+    }
+
+    /// How many bytes may be read now, at least one unless `buffer` has no room, and at most what it has room for,
+    /// without taking descriptors. Overwrites `buffer`. May wait, where the socket does and it is told so.
+    fn look(&mut self, buffer: &mut [u8], may_wait: bool) -> io::Result<usize> {
+        if self.baggage == Baggage::Never || buffer.is_empty() {
+            return Ok(buffer.len());
         }
         // Room that no credentials fill would be filled with descriptors.
-        let credentials = credentials && matches!(sys::option(socket.as_fd(), libc::SO_PASSCRED), Ok(1));
-        match sys::peek(socket.as_fd(), buffer, credentials) {
-            Ok((_, true)) => Ok(None),
-            // At the end of file there is nothing to take either.
-            Ok((count, false)) => Ok(Some(count.max(1))),
-            Err(error) => {
-                if error.kind() == io::ErrorKind::WouldBlock && *self == Self::Earlier {
-                    *self = Self::Never;
-                }
-                Err(error)
+        let credentials = self.credentials && matches!(sys::option(self.as_fd(), libc::SO_PASSCRED), Ok(1));
+        // Only where no end of looking is to be found need it wait.
+        let waits = may_wait && self.baggage == Baggage::Possible;
+        match sys::peek(self.as_fd(), buffer, credentials, waits) {
+            Ok((_, true)) => {
+                Err(io::Error::new(io::ErrorKind::InvalidData, "the peer sent file descriptors, which nobody takes"))
             }
+            // At the end of file there is nothing to take either.
+            Ok((count, false)) => Ok(count.max(1)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.baggage == Baggage::Earlier => {
+                self.baggage = Baggage::Never;
+                if may_wait { Ok(buffer.len()) } else { Err(error) }
+            }
+            Err(error) => Err(error),
         }
+    }
+
+    /// Whether dropping this shuts the connection down and leaves the descriptor to another thread, to be closed a
+    /// little later: take it out of an epoll(7) before.
+    pub fn may_linger(&self) -> bool {
+        self.baggage != Baggage::Never
     }
 
     /// Whether descriptors lie anywhere in the queue of this socket, as far as /proc/self/fdinfo tells (Linux 5.10):
-    /// looks at all of it, where [`look`](Self::look) sees what comes next.
-    pub fn lies_with(self, socket: &impl AsFd) -> bool {
-        self.is_possible()
-            && fs::read_to_string(format!("/proc/self/fdinfo/{}", socket.as_fd().as_raw_fd())).is_ok_and(|told| {
+    /// looks at all of it, where reading looks at what comes next.
+    pub fn holds_descriptors(&self) -> bool {
+        self.may_linger()
+            && fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd())).is_ok_and(|told| {
                 let number = told.lines().find_map(|line| line.strip_prefix("scm_fds:"));
                 number.is_some_and(|number| number.trim() != "0")
             })
     }
+
+    /// Whether reading and writing return at once instead of waiting for the peer. All copies of the socket change.
+    ///
+    /// # Errors
+    /// What fcntl(2) says.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        let mut flags = OFlag::from_bits_truncate(fcntl(self, FcntlArg::F_GETFL)?);
+        flags.set(OFlag::O_NONBLOCK, nonblocking);
+        fcntl(self, FcntlArg::F_SETFL(flags))?;
+        Ok(())
+    }
+
+    /// Ends one direction or both, as [`UnixStream::shutdown`].
+    ///
+    /// # Errors
+    /// What shutdown(2) says.
+    pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        Ok(shutdown(self.as_raw_fd(), as_nix(how))?)
+    }
+
+    /// The standard library's type, blocking. **For a thread that nobody else waits for:** to read from it or to drop it
+    /// may take as long as the peer likes, where the peer could send descriptors (see the [module](self)).
+    ///
+    /// # Errors
+    /// What fcntl(2) says.
+    pub fn into_std(self) -> io::Result<UnixStream> {
+        self.set_nonblocking(false)?;
+        Ok(UnixStream::from(OwnedFd::from(self)))
+    }
+
+    fn fd(&self) -> &OwnedFd {
+        match &self.fd {
+            Some(fd) => fd,
+            None => unreachable!("only `drop` and conversion take it, and nobody has the stream after these"),
+        }
+    }
 }
 
-/// Closes what may be slow to close, on a thread of its own. That thread exists from the first time on that there is
-/// something for it.
-#[derive(Clone, Debug, Default)]
-pub struct Disposal {
-    way: Arc<Mutex<Option<Sender<OwnedFd>>>>,
+fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Baggage {
+    let refused = sys::set_option(socket, sys::SO_PASSRIGHTS, 0).is_ok();
+    if !credentials {
+        let _ = sys::set_option(socket, libc::SO_PASSCRED, 0);
+    }
+    let _ = sys::set_option(socket, libc::SO_PASSSEC, 0);
+    let _ = sys::set_option(socket, libc::SO_PASSPIDFD, 0);
+    if refused { Baggage::Earlier } else { Baggage::Possible }
 }
 
-impl Disposal {
-    /// Takes the socket from whoever must not wait, and closes it.
-    pub fn take(&self, socket: OwnedFd) {
-        let mut way = self.way.lock().unwrap_or_else(PoisonError::into_inner);
-        let sender = match way.take() {
-            Some(sender) => sender,
-            None => {
-                let (sender, receiver) = channel();
-                // No thread for it: then its end of the channel is gone, and sending fails.
-                let _ = thread::Builder::new().name("disposal".to_owned()).spawn(move || dispose(&receiver));
-                sender
-            }
-        };
-        // Without a thread there is nobody else to close it.
-        if sender.send(socket).is_ok() {
-            *way = Some(sender);
+fn as_nix(how: Shutdown) -> nix::sys::socket::Shutdown {
+    match how {
+        Shutdown::Read => nix::sys::socket::Shutdown::Read,
+        Shutdown::Write => nix::sys::socket::Shutdown::Write,
+        Shutdown::Both => nix::sys::socket::Shutdown::Both,
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = self.look(buffer, true)?;
+        // What was looked at is there, and nobody has to wait for it.
+        let flags = if self.may_linger() { MsgFlags::MSG_DONTWAIT } else { MsgFlags::empty() };
+        self.take(&mut buffer[..most], flags)
+    }
+}
+
+/// Without SIGPIPE: where the peer has gone, BrokenPipe.
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(send(self.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// For who reads and writes in turn through a [`BufReader`](io::BufReader), or on two threads.
+impl Write for &Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        Ok(send(self.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd().as_fd()
+    }
+}
+
+impl AsRawFd for Stream {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd().as_raw_fd()
+    }
+}
+
+/// As [`Stream::inherited`], without credentials.
+impl From<OwnedFd> for Stream {
+    fn from(socket: OwnedFd) -> Self {
+        Self::inherited(socket, false)
+    }
+}
+
+/// The bare descriptor, for whoever takes over the responsibility: see the [module](self).
+impl From<Stream> for OwnedFd {
+    fn from(mut stream: Stream) -> Self {
+        match stream.fd.take() {
+            Some(fd) => fd,
+            None => unreachable!("taken once"),
+        }
+    }
+}
+
+impl fmt::Debug for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Stream({:?}, descriptors: {:?})", self.fd, self.baggage)
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if let (true, Some(fd)) = (self.may_linger(), self.fd.take()) {
+            // The peer sees the end at once.
+            let _ = shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+            dispose_of(fd);
+        }
+    }
+}
+
+/// The way to the thread that closes what may be slow to close. It exists from the first time on that there is something
+/// for it: one for the whole process, so that a connection need not know of it.
+static WAY: Mutex<Option<Sender<OwnedFd>>> = Mutex::new(None);
+
+fn dispose_of(socket: OwnedFd) {
+    let mut way = WAY.lock().unwrap_or_else(PoisonError::into_inner);
+    let sender = way.take().unwrap_or_else(|| {
+        let (sender, receiver) = channel();
+        // No thread for it: then its end of the channel is gone, and sending fails.
+        let _ = thread::Builder::new().name("disposal".to_owned()).spawn(move || dispose(&receiver));
+        sender
+    });
+    match sender.send(socket) {
+        Ok(()) => *way = Some(sender),
+        // Without a thread there is nobody else to close it; the next one may find one.
+        Err(unsent) => {
+            drop(way);
+            drop(unsent);
         }
     }
 }
@@ -160,13 +369,11 @@ fn dispose(sockets: &Receiver<OwnedFd>) {
 mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream};
-    use std::os::unix::net::UnixStream;
 
-    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
+    use nix::sys::socket::{ControlMessage, sendmsg, setsockopt, sockopt};
 
     /// A TCP connection with unsent data whose close lingers for hours, and its other end.
     fn lingering() -> (TcpStream, TcpStream) {
-        use std::io::Write;
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let other = listener.accept().unwrap().0;
@@ -183,66 +390,121 @@ mod tests {
         sendmsg::<()>(through.as_raw_fd(), &part, &[ControlMessage::ScmRights(&fds)], MsgFlags::empty(), None)
     }
 
+    fn pair() -> (UnixStream, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        (ours, theirs)
+    }
+
+    fn kind<T: fmt::Debug>(result: io::Result<T>) -> io::ErrorKind {
+        result.unwrap_err().kind()
+    }
+
     #[test]
     fn descriptors_are_seen_before_they_are_taken() {
-        use std::io::Write;
-        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        for credentials in [false, true] {
-            sys::set_option(ours.as_fd(), libc::SO_PASSCRED, credentials.into()).unwrap();
-            theirs.write_all(b"before ").unwrap();
-            let mut baggage = Baggage::of_new(&ours, credentials);
-            assert!(baggage.is_possible() && !baggage.lies_with(&ours));
+        for attached in [false, true] {
+            let (ours, mut theirs) = pair();
+            let mut stream = Stream::unrefused(ours);
+            sys::set_option(stream.as_fd(), libc::SO_PASSCRED, attached.into()).unwrap();
+            stream.expect_credentials(attached);
+            theirs.write_all(b"before").unwrap();
+            assert!(!stream.holds_descriptors());
             let mut buffer = [0; 64];
-            assert_eq!(baggage.look(&ours, &mut buffer, credentials).unwrap(), Some(7));
-            sys::set_option(ours.as_fd(), sys::SO_PASSRIGHTS, 1).unwrap();
-        }
-        std::io::Read::read_exact(&mut ours, &mut [0; 14]).unwrap();
-        send_along(&theirs, &theirs).unwrap();
-        for (credentials, attached) in [(false, false), (true, false), (true, true)] {
-            sys::set_option(ours.as_fd(), libc::SO_PASSCRED, attached.into()).unwrap();
-            let mut baggage = Baggage::of_new(&ours, credentials);
-            assert!(baggage.lies_with(&ours));
-            let mut buffer = [0; 64];
-            assert_eq!(baggage.look(&ours, &mut buffer, credentials).unwrap(), None);
-            sys::set_option(ours.as_fd(), sys::SO_PASSRIGHTS, 1).unwrap();
+            assert_eq!(stream.read(&mut buffer).unwrap(), 6);
+            theirs.write_all(b"before").unwrap();
+            send_along(&theirs, &theirs).unwrap();
+            assert_eq!(stream.read(&mut []).unwrap(), 0, "no room, nothing to look at");
+            for _ in 0..2 {
+                assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::InvalidData);
+                assert_eq!(kind(stream.read_now(&mut buffer)), io::ErrorKind::InvalidData);
+                assert_eq!(kind(stream.receive(&mut buffer)), io::ErrorKind::InvalidData);
+            }
+            assert!(stream.holds_descriptors());
         }
     }
 
     #[test]
     fn where_the_kernel_refuses_them_looking_ends_when_nothing_is_left_from_before() {
-        use std::io::{Read, Write};
-        let (mut ours, mut theirs) = UnixStream::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
+        let (ours, mut theirs) = pair();
         theirs.write_all(b"x").unwrap();
-        let mut baggage = Baggage::of_new(&ours, false);
+        let mut stream = Stream::accepted(ours);
         // Before Linux 6.16 it cannot.
-        let afterwards = if baggage == Baggage::Earlier { Baggage::Never } else { Baggage::Possible };
-        assert_eq!(send_along(&theirs, &theirs).is_err(), baggage == Baggage::Earlier);
+        let is_refused = stream.baggage == Baggage::Earlier;
+        let afterwards = if is_refused { Baggage::Never } else { Baggage::Possible };
+        assert!(stream.may_linger());
         let mut buffer = [0; 64];
-        if baggage == Baggage::Earlier {
-            assert_eq!(baggage.look(&ours, &mut buffer, false).unwrap(), Some(1));
-            assert_eq!(ours.read(&mut buffer).unwrap(), 1);
-            assert_eq!(baggage.look(&ours, &mut buffer, false).unwrap_err().kind(), io::ErrorKind::WouldBlock);
-        }
-        assert_eq!(baggage, afterwards);
-        assert_eq!(Baggage::of_new(&ours, false), afterwards);
+        assert_eq!(stream.read(&mut buffer).unwrap(), 1);
+        assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::WouldBlock);
+        assert_eq!(stream.baggage, afterwards);
+        assert_eq!(send_along(&theirs, &theirs).is_err(), is_refused);
+        drop(theirs);
     }
 
     #[test]
-    fn a_close_that_would_take_hours_keeps_nobody_waiting() {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let (bomb, other_end) = lingering();
-        send_along(&theirs, &bomb).unwrap();
-        drop(bomb);
-        let disposal = Disposal::default();
-        disposal.take(ours.into());
-        // The next one's turn comes only when that is closed.
-        let (ours, mut theirs) = UnixStream::pair().unwrap();
-        disposal.take(ours.into());
-        use std::io::Read;
-        theirs.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    fn at_the_end_of_file_nothing_is_left_to_look_for() {
+        let (ours, theirs) = pair();
+        let mut stream = Stream::unrefused(ours);
+        theirs.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+        assert!(!stream.may_linger());
+    }
+
+    #[test]
+    fn a_blocking_stream_waits_for_what_comes_whatever_the_kernel_can_refuse() {
+        for made in [|ours: UnixStream| Stream::accepted(ours), |ours| Stream::unrefused(ours)] {
+            let (ours, mut theirs) = pair();
+            let mut stream = made(ours);
+            stream.set_nonblocking(false).unwrap();
+            let (asked, is_asked) = channel();
+            let reading = thread::spawn(move || {
+                asked.send(()).unwrap();
+                let mut text = String::new();
+                stream.read_to_string(&mut text).map(|_| text)
+            });
+            is_asked.recv().unwrap();
+            for word in ["one ", "two"] {
+                theirs.write_all(word.as_bytes()).unwrap();
+                thread::sleep(Duration::from_millis(2));
+            }
+            drop(theirs);
+            assert_eq!(reading.join().unwrap().unwrap(), "one two");
+        }
+    }
+
+    #[test]
+    fn dropping_what_would_take_hours_to_close_keeps_nobody_waiting_and_tells_the_peer_at_once() {
+        for read in [false, true] {
+            let (ours, mut theirs) = pair();
+            let (bomb, _other_end) = lingering();
+            send_along(&theirs, &bomb).unwrap();
+            drop(bomb);
+            let mut stream = Stream::accepted(ours);
+            assert!(!read || stream.read(&mut [0; 64]).is_err());
+            drop(stream);
+            assert_eq!(theirs.read(&mut [0]).unwrap_or(0), 0);
+        }
+        // The next one's turn comes only when these are closed.
+        let (ours, mut theirs) = pair();
+        let also_ours = ours.try_clone().unwrap();
+        drop(Stream::unrefused(ours));
+        drop(also_ours);
         assert_eq!(theirs.read(&mut [0]).unwrap(), 0);
-        drop(other_end);
+    }
+
+    #[test]
+    fn whoever_takes_over_the_descriptor_has_it_open() {
+        let (ours, mut theirs) = pair();
+        let mut std = Stream::unrefused(ours).into_std().unwrap();
+        theirs.write_all(b"x").unwrap();
+        std.read_exact(&mut [0]).unwrap();
+        let fd = OwnedFd::from(Stream::from(OwnedFd::from(std)));
+        theirs.write_all(b"y").unwrap();
+        UnixStream::from(fd).read_exact(&mut [0]).unwrap();
+    }
+
+    #[test]
+    fn it_is_no_bigger_than_a_socket_must_be() {
+        assert!(size_of::<Stream>() <= 8, "each idle connection has one");
     }
 }

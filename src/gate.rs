@@ -14,7 +14,7 @@
 //! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
 //! let setup = Setup::new(vec![listener], policy, Audit::default())?;
 //! let mut door = Door::open(setup, |guest: Admission<()>| {
-//!     let _ = writeln!(UnixStream::from(guest.socket), "Come in, user {}", guest.peer.uid());
+//!     let _ = writeln!(&guest.socket, "Come in, user {}", guest.peer.uid());
 //! })?;
 //!
 //! let mut answer = String::new();
@@ -22,7 +22,7 @@
 //! assert_eq!(answer, format!("Come in, user {}\n", Uid::effective()));
 //!
 //! // Nobody any more, from the very next connection on.
-//! door.rule(peergate::gate::Ruling::new(Policy::new([], Uid::effective())?));
+//! door.set_policy(Policy::new([], Uid::effective())?);
 //! answer.clear();
 //! UnixStream::connect(&path)?.read_to_string(&mut answer)?;
 //! assert_eq!(answer, "Unauthorized access\n");
@@ -35,9 +35,11 @@
 
 mod farewell;
 
+use std::fmt;
 use std::io;
 use std::mem::take;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError, mpsc};
 use std::thread;
@@ -46,12 +48,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use self::farewell::{Farewell, Guest};
 use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
-use crate::baggage::{Baggage, Disposal};
+use crate::baggage::Stream;
 use crate::ids::Uid;
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
 use crate::peer::{Peer, attach_credentials};
@@ -80,12 +82,15 @@ const RESERVE_INSIDE: usize = 2;
 const TRIES_INSIDE: usize = 100;
 /// How long nothing is said again that was said already.
 const SAID_FOR: Duration = Duration::from_secs(60);
+/// How many different things are said in that time.
+const MOST_COMPLAINTS: usize = 64;
 
 const TOKEN_WAKE: u64 = u64::MAX;
 /// Tokens below are listeners'.
 const TOKEN_LEAVING: u64 = 1 << 32;
 
-/// What is in force: replaced as a whole by [`Door::rule`].
+/// What is in force: replaced as a whole by [`Door::rule`], or only the policy by [`Door::set_policy`].
+#[non_exhaustive]
 pub struct Ruling<T> {
     /// Who may in.
     pub policy: Arc<Policy<T>>,
@@ -98,8 +103,16 @@ pub struct Ruling<T> {
 
 impl<T> Ruling<T> {
     /// This policy, the default [`Caps`], no credentials attached to data.
-    pub fn new(policy: Policy<T>) -> Self {
-        Self { policy: Arc::new(policy), caps: Caps::default(), pass_credentials: false }
+    pub fn new(policy: impl Into<Arc<Policy<T>>>) -> Self {
+        Self { policy: policy.into(), caps: Caps::default(), pass_credentials: false }
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for Ruling<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { policy, caps, pass_credentials } = self;
+        let mut shown = f.debug_struct("Ruling");
+        shown.field("policy", policy).field("caps", caps).field("pass_credentials", pass_credentials).finish()
     }
 }
 
@@ -111,6 +124,7 @@ impl<T> Clone for Ruling<T> {
 
 /// What those hear who are turned away. May be empty.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Replies {
     /// Denied by the policy.
     pub denied: Arc<[u8]>,
@@ -126,9 +140,10 @@ impl Default for Replies {
 
 /// Somebody who is in.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Admission<T> {
-    /// The connection; non-blocking, close-on-exec.
-    pub socket: OwnedFd,
+    /// The connection; non-blocking, close-on-exec. Reading from it and dropping it never wait, whatever the peer sent.
+    pub socket: Stream,
     /// Who it is.
     pub peer: Peer,
     /// The rule that admitted them; its terms are the application's.
@@ -147,12 +162,29 @@ pub struct Admission<T> {
     /// Within how many bytes, from the first on, some may lack credentials because they came before the kernel was asked
     /// to attach them. 0, unless the peer connected before the ruling that asked for them (Linux 6.16 and later).
     pub unattested: usize,
-    /// Whether descriptors may lie among what is unread; then look before reading, and let [`Usher::dispose`] close it.
-    pub baggage: Baggage,
 }
 
-/// The application's side of the door, on the gate's thread: nothing here may block. A function that takes an
-/// [`Admission`] over is one.
+impl<T> Admission<T> {
+    /// As a [`Door`] makes them, for what is to be tested without one: the first of this run, from nowhere. Change the
+    /// fields to have it otherwise.
+    pub fn new(socket: Stream, peer: Peer, rule: Arc<Rule<T>>, permit: Permit) -> Self {
+        Self {
+            socket,
+            peer,
+            rule,
+            permit,
+            connection: 1,
+            listener: Arc::from("unnamed"),
+            generation: 0,
+            pass_credentials: false,
+            unattested: 0,
+        }
+    }
+}
+
+/// The application's side of the door, on the gate's thread: nothing here may block, nor call what waits for that thread
+/// ([`Door::rule`], [`Door::set_policy`], [`Door::stop_accepting`], [`Door::shut`], [`Door::shut_if_quiet`]): it would
+/// wait for itself. Where it panics, that is recorded, whom it was just given is gone, and the gate goes on.
 pub trait Reception<T>: Send + 'static {
     /// Takes over whoever is let in.
     fn admit(&mut self, guest: Admission<T>);
@@ -167,13 +199,18 @@ pub trait Reception<T>: Send + 'static {
     fn settle(&mut self) {}
 }
 
-impl<T, F: FnMut(Admission<T>) + Send + 'static> Reception<T> for F {
+/// A function that takes admissions over, and nothing else.
+struct Takes<F>(F);
+
+impl<T, F: FnMut(Admission<T>) + Send + 'static> Reception<T> for Takes<F> {
     fn admit(&mut self, guest: Admission<T>) {
-        self(guest);
+        self.0(guest);
     }
 }
 
 /// What a gate is made of.
+#[derive(Debug)]
+#[non_exhaustive]
 pub struct Setup<T> {
     /// What to accept from.
     pub listeners: Vec<Listener>,
@@ -197,7 +234,7 @@ impl<T> Setup<T> {
     ///
     /// # Errors
     /// InvalidInput where there is no listener, so that nobody could ever come; what eventfd(2) says.
-    pub fn new(listeners: Vec<Listener>, policy: Policy<T>, audit: Audit) -> io::Result<Self> {
+    pub fn new(listeners: Vec<Listener>, policy: impl Into<Arc<Policy<T>>>, audit: Audit) -> io::Result<Self> {
         if listeners.is_empty() {
             let message =
                 "no listening socket: nothing was passed (systemd-socket-activate -l PATH PROGRAM passes one)";
@@ -215,7 +252,7 @@ impl<T> Setup<T> {
     }
 }
 
-/// What a running gate can be asked, from any thread.
+/// What a running gate can be asked, from any thread. Dropped, it is [shut](Self::shut).
 pub struct Door<T> {
     shared: Arc<Shared<T>>,
     thread: Option<thread::JoinHandle<Closed>>,
@@ -233,14 +270,13 @@ struct Shared<T> {
     wake: EventFd,
     beat: Arc<Beat>,
     replies: Replies,
-    disposal: Disposal,
     /// Held open for those who are in already. While this is locked nobody is accepted, who would have what was freed.
     reserve_inside: Mutex<Vec<OwnedFd>>,
 }
 
 struct Orders<T> {
     ruling: Ruling<T>,
-    to_see_off: Vec<(OwnedFd, Arc<[u8]>)>,
+    to_see_off: Vec<(Stream, Arc<[u8]>)>,
     /// Want to hear that the ruling is in force.
     ruled: Vec<mpsc::Sender<()>>,
     stops: Vec<Stop>,
@@ -280,11 +316,20 @@ enum Stop {
 }
 
 impl<T: Terms> Door<T> {
-    /// Starts the gate's thread. `reception` takes over whoever is let in.
+    /// Starts the gate's thread. There `admit` takes over whoever is let in; it must not block, and is a
+    /// [`Reception`] else: what is said there is said of it too.
     ///
     /// # Errors
     /// What epoll, eventfd or starting a thread say.
-    pub fn open(setup: Setup<T>, reception: impl Reception<T>) -> io::Result<Self> {
+    pub fn open(setup: Setup<T>, admit: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
+        Self::open_with(setup, Takes(admit))
+    }
+
+    /// As [`open`](Self::open), for a service that does some of its work on the gate's thread.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_with(setup: Setup<T>, reception: impl Reception<T>) -> io::Result<Self> {
         let mut gate = Gate::new(setup, Box::new(reception))?;
         gate.prepare()?;
         let shared = Arc::clone(&gate.shared);
@@ -296,13 +341,25 @@ impl<T: Terms> Door<T> {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Puts a new ruling in force for the very next connection. Returns its generation: an
-    /// [`Admission`] of an earlier one was judged by an earlier ruling. When this returns, the last of those
-    /// has been handed over. Not to be called from the function that takes admissions over.
+    /// Puts a new ruling in force for the very next connection, all of it: what [`Ruling::new`] does not set is as most
+    /// services want it, not as it was. Returns its generation: an [`Admission`] of an earlier one was judged by an
+    /// earlier ruling. When this returns, the last of those has been handed over.
+    ///
+    /// Called by the [`Reception`], it would wait for ever.
     pub fn rule(&self, ruling: Ruling<T>) -> u64 {
+        self.change(|in_force| *in_force = ruling)
+    }
+
+    /// As [`rule`](Self::rule), but only the policy changes: how many may in stays as it was.
+    pub fn set_policy(&self, policy: impl Into<Arc<Policy<T>>>) -> u64 {
+        let policy = policy.into();
+        self.change(|in_force| in_force.policy = policy)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Ruling<T>)) -> u64 {
         let (answer, answered) = mpsc::channel();
         let mut orders = self.shared.lock();
-        orders.ruling = ruling;
+        change(&mut orders.ruling);
         // Under the lock, so that no admission can carry the new number and the old verdict.
         let generation = self.shared.generation.fetch_add(1, Ordering::AcqRel) + 1;
         if orders.gone {
@@ -333,7 +390,7 @@ impl<T: Terms> Door<T> {
     }
 
     /// Shuts the gate if nobody is inside, on their way out, or being judged. Whoever connects later
-    /// stays in the listener's queue for the next process.
+    /// stays in the listener's queue for the next process. Called by the [`Reception`], it would wait for ever.
     pub fn shut_if_quiet(&mut self) -> bool {
         let (answer, answered) = mpsc::channel();
         self.shared.lock().stop(Stop::IfQuiet(answer));
@@ -347,7 +404,7 @@ impl<T: Terms> Door<T> {
     }
 
     /// Accepts nobody from now on: whoever connects stays in the listener's queue for the next process.
-    /// Peers are still seen off, until [`shut`](Self::shut).
+    /// Peers are still seen off, until [`shut`](Self::shut). Called by the [`Reception`], it would wait for ever.
     pub fn stop_accepting(&self) {
         let (answer, answered) = mpsc::channel();
         self.shared.lock().stop(Stop::Accepting(answer));
@@ -356,17 +413,13 @@ impl<T: Terms> Door<T> {
         let _ = answered.recv();
     }
 
-    /// Stops accepting, sees off those on their way out (a second at most), and hands the listeners back.
+    /// Stops accepting, sees off those on their way out (a second at most), and hands the listeners back; none, where it
+    /// was shut before. Whoever was admitted stays. Called by the [`Reception`], it would wait for ever.
     pub fn shut(&mut self) -> Vec<Listener> {
         self.shared.lock().stop(Stop::Now);
         self.shared.wake();
         let listeners = self.join();
-        // Whoever was handed over when the thread had looked for the last time.
-        if !self.shared.lock().to_see_off.is_empty() {
-            if let Ok(epoll) = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC) {
-                self.shared.see_off_all(&epoll, &mut Farewell::new(TOKEN_LEAVING, self.shared.disposal.clone()));
-            }
-        }
+        self.shared.see_off_the_late();
         listeners
     }
 
@@ -376,9 +429,35 @@ impl<T: Terms> Door<T> {
     }
 }
 
+impl<T> Drop for Door<T> {
+    /// As [`Door::shut`]; dropped by the [`Reception`], it cannot wait for its own thread, which ends a little later.
+    fn drop(&mut self) {
+        let Some(thread) = self.thread.take() else { return };
+        self.shared.lock().stop(Stop::Now);
+        self.shared.wake();
+        if thread.thread().id() != thread::current().id() {
+            let _ = thread.join();
+            self.shared.see_off_the_late();
+        }
+    }
+}
+
+impl<T> fmt::Debug for Door<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_open = !self.shared.lock().gone;
+        f.debug_struct("Door").field("is_open", &is_open).finish_non_exhaustive()
+    }
+}
+
 /// Sees peers off on behalf of threads that serve them.
 pub struct Usher<T> {
     shared: Arc<Shared<T>>,
+}
+
+impl<T> fmt::Debug for Usher<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Usher").finish_non_exhaustive()
+    }
 }
 
 impl<T> Clone for Usher<T> {
@@ -389,16 +468,10 @@ impl<T> Clone for Usher<T> {
 
 impl<T> Usher<T> {
     /// Sends `message` to an admitted peer, and a clean end of file after it.
-    pub fn see_off(&self, socket: OwnedFd, message: &Arc<[u8]>) {
+    pub fn see_off(&self, socket: impl Into<Stream>, message: &Arc<[u8]>) {
+        let socket = socket.into();
         self.shared.lock().to_see_off.push((socket, Arc::clone(message)));
         self.shared.wake();
-    }
-
-    /// Closes a connection of which not everything was read, and on which descriptors may lie unread: that may take
-    /// long, and nobody waits for it. The peer sees the end at once.
-    pub fn dispose(&self, socket: OwnedFd) {
-        let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-        self.shared.disposal.take(socket);
     }
 
     /// The verdict of another policy on somebody who is in already, after [`learn`]ing what it depends on. Where no
@@ -429,7 +502,7 @@ impl<T> Usher<T> {
     }
 
     /// As [`see_off`](Self::see_off), with what the denied hear.
-    pub fn revoke(&self, socket: OwnedFd) {
+    pub fn revoke(&self, socket: impl Into<Stream>) {
         let denied = Arc::clone(&self.shared.replies.denied);
         self.see_off(socket, &denied);
     }
@@ -455,6 +528,15 @@ impl<T> Shared<T> {
         Some(sys::accept(listener.as_fd()))
     }
 
+    /// Whoever was handed over when the gate's thread had looked for the last time.
+    fn see_off_the_late(&self) {
+        if !self.lock().to_see_off.is_empty() {
+            if let Ok(epoll) = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC) {
+                self.see_off_all(&epoll, &mut Farewell::new(TOKEN_LEAVING));
+            }
+        }
+    }
+
     /// Goes on until nobody is on their way out or about to be.
     fn see_off_all(&self, epoll: &Epoll, farewell: &mut Farewell) {
         let mut events = [EpollEvent::empty(); 64];
@@ -476,9 +558,9 @@ impl<T> Shared<T> {
 }
 
 /// One whom somebody else has served.
-fn known(socket: OwnedFd) -> Guest {
-    let baggage = Baggage::of_known(&socket, false);
-    Guest { socket, baggage, is_shared: true }
+fn known(mut socket: Stream) -> Guest {
+    socket.expect_credentials(false);
+    Guest { socket, is_shared: true }
 }
 
 /// Asks the kernel for what `policy` depends on in this peer's case, and nothing else.
@@ -536,8 +618,7 @@ struct Gate<T> {
 
 /// Somebody at the door.
 struct Arrival {
-    socket: OwnedFd,
-    baggage: Baggage,
+    socket: Stream,
     /// Which listener they came to.
     listener: usize,
     /// GATE_CONNECTION, whatever becomes of them.
@@ -547,12 +628,9 @@ struct Arrival {
 }
 
 impl Arrival {
-    fn leaves(self) -> Guest {
-        if self.baggage.is_possible() {
-            // Who looks for descriptors wants nothing else to come along.
-            let _ = setsockopt(&self.socket, sockopt::PassCred, &false);
-        }
-        Guest { socket: self.socket, baggage: self.baggage, is_shared: false }
+    fn leaves(mut self) -> Guest {
+        self.socket.expect_credentials(false);
+        Guest { socket: self.socket, is_shared: false }
     }
 }
 
@@ -572,11 +650,10 @@ impl<T: Terms> Gate<T> {
             wake,
             beat: Arc::new(Beat::default()),
             replies: setup.replies,
-            disposal: Disposal::default(),
             reserve_inside: Mutex::new(Vec::new()),
         });
         Ok(Self {
-            farewell: Farewell::new(TOKEN_LEAVING, shared.disposal.clone()),
+            farewell: Farewell::new(TOKEN_LEAVING),
             shared,
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             listeners: setup.listeners,
@@ -601,7 +678,6 @@ impl<T: Terms> Gate<T> {
         let pass_credentials = self.shared.lock().ruling.pass_credentials;
         self.pass_credentials(pass_credentials)?;
         self.fill_reserve()?;
-        self.listeners.iter().for_each(Baggage::refuse_from_all);
         for (token, listener) in self.listeners.iter().enumerate() {
             self.epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, token as u64))?;
         }
@@ -653,7 +729,7 @@ impl<T: Terms> Gate<T> {
             self.waiting.first().and_then(|one| Some(one.over_limit?.1 + SECOND_LOOK)),
         ];
         let timeout = match due.into_iter().flatten().min() {
-            _ if self.reception.linger() => EpollTimeout::ZERO,
+            _ if self.application(|reception| reception.linger()) == Some(true) => EpollTimeout::ZERO,
             None => EpollTimeout::NONE,
             // While somebody waits for a second look a place may come free at any time.
             Some(_) if !self.waiting.is_empty() => EpollTimeout::from(1_u8),
@@ -680,7 +756,7 @@ impl<T: Terms> Gate<T> {
             self.complain(&format!("setting SO_PASSCRED: {error}"));
         }
         if !ruled.is_empty() {
-            self.reception.settle();
+            self.application(|reception| reception.settle());
         }
         for ruled in ruled {
             let _ = ruled.send(());
@@ -804,20 +880,38 @@ impl<T: Terms> Gate<T> {
         }
     }
 
+    /// Gives the application its turn. `None` where it panics: that must not end the gate, for whoever connects would
+    /// then wait in the listener's queue for ever.
+    fn application<R>(&mut self, turn: impl FnOnce(&mut dyn Reception<T>) -> R) -> Option<R> {
+        let fault = match panic::catch_unwind(AssertUnwindSafe(|| turn(&mut *self.reception))) {
+            Ok(result) => return Some(result),
+            Err(fault) => fault,
+        };
+        let said = fault.downcast_ref::<&str>().copied().or(fault.downcast_ref::<String>().map(String::as_str));
+        self.say_once(Severity::Error, &format!("the application panicked: {}", said.unwrap_or("no message")));
+        None
+    }
+
     /// Says what should not be; the same thing once in a while.
     fn complain(&mut self, what: &str) {
+        self.say_once(Severity::Warning, what);
+    }
+
+    fn say_once(&mut self, severity: Severity, what: &str) {
         let now = Instant::now();
         self.complaints.retain(|(_, said)| now.saturating_duration_since(*said) < SAID_FOR);
-        if self.complaints.iter().all(|(said, _)| said != what) {
+        // What the application says when it panics may be another thing each time.
+        let is_new = self.complaints.iter().all(|(said, _)| said != what);
+        if is_new && self.complaints.len() < MOST_COMPLAINTS {
             self.complaints.push((what.to_owned(), now));
-            self.audit.write(Record::note(Severity::Warning, what));
+            self.audit.write(Record::note(severity, what));
         }
     }
 
     fn arrival(&self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
-        let baggage = Baggage::of_new(&socket, self.pass_credentials == Some(true));
-        Arrival { socket, baggage, listener, number, over_limit: None }
+        let socket = Stream::new(socket, self.pass_credentials == Some(true));
+        Arrival { socket, listener, number, over_limit: None }
     }
 
     /// Those over a limit, once more: a place may have come free since. Not at every turn: in a flood there are many, and
@@ -877,7 +971,7 @@ impl<T: Terms> Gate<T> {
         self.let_in(arrival, rule, permit, peer, generation);
     }
 
-    fn let_in(&mut self, arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
+    fn let_in(&mut self, mut arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
         // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
@@ -885,11 +979,9 @@ impl<T: Terms> Gate<T> {
         // comes between accept and this does not.
         let pass_credentials = self.pass_credentials == Some(true);
         let unattested = if pass_credentials { attach_credentials(&arrival.socket) } else { 0 };
-        if !pass_credentials && arrival.baggage.is_possible() {
-            // The ruling may be another one than when they came; a look would take credentials for descriptors.
-            let _ = setsockopt(&arrival.socket, sockopt::PassCred, &false);
-        }
-        self.reception.admit(Admission {
+        // The ruling may be another one than when they came.
+        arrival.socket.expect_credentials(pass_credentials);
+        let admission = Admission {
             socket: arrival.socket,
             peer,
             rule,
@@ -899,8 +991,8 @@ impl<T: Terms> Gate<T> {
             generation,
             pass_credentials,
             unattested,
-            baggage: arrival.baggage,
-        });
+        };
+        self.application(|reception| reception.admit(admission));
     }
 
     /// As [`judge`](Self::judge) where there is no descriptor for anyone to stay.
@@ -961,8 +1053,7 @@ impl<T: Terms> Gate<T> {
             }
             Verdict::Admitted(rule) => {
                 let rule = Arc::clone(rule);
-                let per_user = rule.terms().connections_per_user().unwrap_or(ruling.caps.connections_per_user);
-                match self.limits.acquire(peer.uid(), ruling.caps.connections, per_user) {
+                match self.limits.acquire(peer.uid(), &ruling.caps, rule.terms()) {
                     Ok(permit) => Ok((rule, permit, peer)),
                     Err(excess) => Err(Some((excess, rule, peer))),
                 }
@@ -986,7 +1077,7 @@ impl<T: Terms> Gate<T> {
         self.reserve.clear();
         // Late enough for the last look.
         self.look_again(Instant::now() + SECOND_LOOK);
-        self.reception.settle();
+        self.application(|reception| reception.settle());
     }
 
     /// Sees off whoever is on their way out.
@@ -1002,17 +1093,17 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::audit::{Event, Next};
     use crate::{Uid, activation};
 
     #[test]
     fn a_ruling_returns_when_the_last_admission_of_the_old_one_is_handed_over() {
         let path = std::env::temp_dir().join(format!("gate-test-ruling-{}.sock", std::process::id()));
         let listener = activation::bind(&path).unwrap();
-        let owner = || Policy::<()>::owner_only(Uid::effective());
         let setup = Setup::new(vec![listener], owner(), Audit::default()).unwrap();
         let (arrived, arrivals) = mpsc::channel();
         let (go_on, may_go_on) = mpsc::channel::<()>();
-        let mut door = Door::open(setup, move |admission: Admission<()>| {
+        let mut door = Door::open(setup, move |admission| {
             let _ = arrived.send(admission.generation);
             let _ = may_go_on.recv();
         })
@@ -1064,11 +1155,10 @@ mod tests {
     fn whom_the_reception_keeps_is_handed_over_before_a_ruling_or_a_stop_is_answered() {
         let path = std::env::temp_dir().join(format!("gate-test-keeper-{}.sock", std::process::id()));
         let listener = activation::bind(&path).unwrap();
-        let owner = || Policy::<()>::owner_only(Uid::effective());
         let setup = Setup::new(vec![listener], owner(), Audit::default()).unwrap();
         let limits = setup.limits.clone();
         let (handed_over, kept) = mpsc::channel();
-        let mut door = Door::open(setup, Keeper { kept: Vec::new(), handed_over, lingers: 0 }).unwrap();
+        let mut door = Door::open_with(setup, Keeper { kept: Vec::new(), handed_over, lingers: 0 }).unwrap();
         assert_eq!(kept.recv(), Ok(u64::MAX), "it is asked again as long as it lingers");
         let come = |total| {
             let client = UnixStream::connect(&path).unwrap();
@@ -1107,21 +1197,24 @@ mod tests {
         orders.ruled.len() + orders.stops.len()
     }
 
-    /// All that waits for an answer, asked before the application panics and after.
+    fn owner() -> Policy<()> {
+        Policy::owner_only(Uid::effective())
+    }
+
+    /// What waits for an answer of the gate's thread.
+    const ASK: [fn(&mut Door<()>); 3] = [
+        |door| assert!(door.rule(Ruling::new(owner())) > 0),
+        |door| door.stop_accepting(),
+        |door| assert!(door.shut_if_quiet(), "nobody is cared for any more"),
+    ];
+
+    /// Asked before the application panics and after.
     #[test]
-    fn nobody_waits_for_the_answer_of_a_gate_in_which_the_application_panicked() {
-        fn owner() -> Ruling<()> {
-            Ruling::new(Policy::owner_only(Uid::effective()))
-        }
-        let ask: [fn(&mut Door<()>); 3] = [
-            |door| assert_eq!(door.rule(owner()), 1),
-            |door| door.stop_accepting(),
-            |door| assert!(door.shut_if_quiet(), "nobody is cared for any more"),
-        ];
-        for (number, ask) in ask.into_iter().enumerate() {
+    fn whoever_asks_a_gate_in_which_the_application_panics_is_answered() {
+        for (number, ask) in ASK.into_iter().enumerate() {
             for before in [true, false] {
                 let (panic, may_panic) = mpsc::channel::<()>();
-                let (mut door, _client) = door_with_one(&format!("panic-{number}-{before}"), move || {
+                let (mut door, mut client) = door_with_one(&format!("panic-{number}-{before}"), move || {
                     let _ = may_panic.recv();
                     panic!("the application's fault");
                 });
@@ -1131,18 +1224,16 @@ mod tests {
                     ask(&mut door);
                     answered.send(())
                 };
-                if !before {
-                    drop(panic);
-                    while !asked.shared.lock().gone {
-                        thread::yield_now();
-                    }
-                    thread::spawn(asking);
-                } else {
+                if before {
                     thread::spawn(asking);
                     while waiting_for_answers(&asked) == 0 {
                         thread::yield_now();
                     }
                     drop(panic);
+                } else {
+                    drop(panic);
+                    assert_eq!(client.read(&mut [0]).unwrap(), 0, "the connection goes with the panic");
+                    thread::spawn(asking);
                 }
                 assert_eq!(answer.recv_timeout(Duration::from_secs(60)), Ok(()), "{number}, asked before: {before}");
             }
@@ -1150,11 +1241,83 @@ mod tests {
     }
 
     #[test]
+    fn whoever_asks_a_gate_that_is_shut_is_answered() {
+        for ask in ASK {
+            let (mut door, _client) = door_with_one("asked-late", || ());
+            assert_eq!(door.shut().len(), 1);
+            ask(&mut door);
+            assert_eq!(door.shut().len(), 0);
+        }
+    }
+
+    #[test]
+    fn an_application_that_panics_is_on_record_and_the_next_guest_is_let_in() {
+        let path = std::env::temp_dir().join(format!("gate-test-goes-on-{}.sock", std::process::id()));
+        let audit = Audit::default();
+        let setup = Setup::new(vec![activation::bind(&path).unwrap()], owner(), audit.clone()).unwrap();
+        let mut door = Door::open(setup, |mut guest| {
+            assert!(guest.connection > 2, "guest {} is one too many", guest.connection);
+            guest.socket.write_all(b"welcome").unwrap();
+        })
+        .unwrap();
+        for expected in ["", "", "welcome", "welcome"] {
+            let mut answer = String::new();
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, expected);
+        }
+        door.shut();
+        for guest in [1, 2] {
+            let Next::Write(record) = audit.next() else { panic!("no record of guest {guest}") };
+            assert_eq!(record.event, Event::Note(Severity::Error));
+            let text = format!("the application panicked: guest {guest} is one too many");
+            assert_eq!(record.message(None), text);
+        }
+    }
+
+    #[test]
+    fn a_door_that_is_dropped_is_shut_also_by_the_application_itself() {
+        let path = std::env::temp_dir().join(format!("gate-test-dropped-{}.sock", std::process::id()));
+        let open = |admit: Box<dyn FnMut() + Send>| {
+            let setup = Setup::new(vec![activation::bind(&path).unwrap()], owner(), Audit::default()).unwrap();
+            let mut admit = admit;
+            Door::open(setup, move |_| admit()).unwrap()
+        };
+        drop(open(Box::new(|| ())));
+        assert!(!path.exists(), "the listener went with the door");
+
+        let (give, given) = mpsc::channel::<Door<()>>();
+        give.send(open(Box::new(move || drop(given.recv())))).unwrap();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        while path.exists() {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn another_policy_leaves_the_rest_of_the_ruling_as_it_was() {
+        let path = std::env::temp_dir().join(format!("gate-test-policy-{}.sock", std::process::id()));
+        let mut setup = Setup::new(vec![activation::bind(&path).unwrap()], owner(), Audit::default()).unwrap();
+        setup.ruling.caps = Caps::new(7, 0);
+        setup.ruling.pass_credentials = true;
+        let door = Door::open(setup, |_| ()).unwrap();
+        let everybody = Policy::new([Rule::allow("all", ()).users([crate::User::Any])], Uid::effective()).unwrap();
+        assert_eq!(door.set_policy(everybody), 1);
+        let ruling = door.shared.lock().ruling.clone();
+        assert_eq!(ruling.policy.rules().next().unwrap().name().as_str(), "allow.all");
+        assert_eq!((ruling.caps, ruling.pass_credentials), (Caps::new(7, 0), true));
+        let mut answer = String::new();
+        UnixStream::connect(&path).unwrap().read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "Too many connections\n", "the caps are still in force");
+    }
+
+    #[test]
     fn each_of_several_who_ask_at_once_is_answered_only_when_it_is_so() {
-        let ask: [fn(&Door<()>); 2] = [
-            |door| assert!(door.rule(Ruling::new(Policy::owner_only(Uid::effective()))) > 0),
-            |door| door.stop_accepting(),
-        ];
+        let ask: [fn(&Door<()>); 2] =
+            [|door| assert!(door.rule(Ruling::new(owner())) > 0), |door| door.stop_accepting()];
         for (number, ask) in ask.into_iter().enumerate() {
             let (go_on, may_go_on) = mpsc::channel::<()>();
             let (mut door, _client) = door_with_one(&format!("several-{number}"), move || {
@@ -1210,7 +1373,7 @@ mod tests {
         let policy = Policy::<()>::owner_only(Uid::effective());
         let mut setup = Setup::new(vec![listener], policy, Audit::default()).unwrap();
         setup.ruling.caps.connections_per_user = 0;
-        let mut gate = Gate::new(setup, Box::new(|_| {})).unwrap();
+        let mut gate = Gate::new(setup, Box::new(Takes(|_| {}))).unwrap();
         let now = Instant::now();
         let mut clients = Vec::new();
         // The kernel says it is always us: that some are another's is only noted.
@@ -1243,7 +1406,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         theirs.write_all(b"unread").unwrap();
-        door.usher().revoke(ours.into());
+        door.usher().revoke(OwnedFd::from(ours));
         let reading = thread::spawn(move || {
             let mut answer = String::new();
             theirs.read_to_string(&mut answer).map(|_| answer)

@@ -20,6 +20,7 @@ use tracing::dispatcher::{self, Dispatch};
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::audit::{Audit, Next, Record, Severity};
+use crate::clock::later;
 use crate::ids::{Gid, Uid};
 use crate::peer::printable;
 use crate::service::{Beat, Watched};
@@ -39,6 +40,7 @@ const SENT_FROM_ONE: usize = 64 * 1024;
 const DATAGRAM: usize = 1024;
 
 /// The thread that writes.
+#[derive(Debug)]
 pub struct Writer {
     thread: thread::JoinHandle<()>,
     finished: Receiver<()>,
@@ -70,12 +72,19 @@ impl Writer {
         Watched { name: "journal".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || audit.nudge()) }
     }
 
-    /// Writes what waits, summaries included, and ends. `patience_left` is asked every second
-    /// while journald takes nothing; once it says no, what is left goes to standard error.
-    pub fn finish(self, mut patience_left: impl FnMut() -> bool) {
+    /// Writes what waits, summaries included, and ends. Where journald takes nothing for as long as `patience`, in whole
+    /// seconds and at least one, what is left goes to standard error.
+    pub fn finish(self, patience: Duration) {
+        let until = later(Instant::now(), patience);
+        self.finish_while(|| Instant::now() < until);
+    }
+
+    /// As [`finish`](Self::finish); `has_patience` is asked every second while journald takes nothing. For a service that
+    /// has to tell its manager that it takes longer.
+    pub fn finish_while(self, mut has_patience: impl FnMut() -> bool) {
         self.audit.close();
         while self.finished.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
-            if !patience_left() {
+            if !has_patience() {
                 self.audit.give_up();
                 // Text to standard error takes no time, unless that is the stopped journal too.
                 let _ = self.finished.recv_timeout(Duration::from_secs(1));

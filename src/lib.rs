@@ -15,40 +15,72 @@
 //! 6. [`gate`] does all that on a thread of its own, and sees off whoever is turned away. A service with
 //!    another runtime leaves it out and calls the others itself.
 //!
+//! In either case the connection is a [`Stream`]: strangers may send file descriptors along with their data, and with a
+//! bare socket it could take hours to read from it or to close it ([`baggage`]).
+//!
 //! [`service`] is the service manager's side: readiness, watchdog, signals, reload, the descriptor store.
 //!
 //! The names that most services need are here at the root; the modules hold the rest.
 //!
 //! # A service behind the gate
 //!
-//! The whole of it, with a thread for each connection:
+//! The whole of it; who may in are its own user and alice:
 //!
 //! ```no_run
 //! use std::io::Write;
-//! use std::os::unix::net::UnixStream;
+//!
+//! use peergate::{Policy, Rule, Uid, User};
+//!
+//! fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let rules = [Rule::allow("owner", ()).users([User::Me]), Rule::allow("friends", ()).users([User::named("alice")?])];
+//!     peergate::serve("hello", Policy::new(rules, Uid::effective())?, |mut guest| {
+//!         let _ = writeln!(guest.socket, "Hello, uid {}, by {}", guest.peer.uid(), guest.rule.name());
+//!     })?;
+//!     Ok(())
+//! }
+//! ```
+//!
+//! [`serve`] is made of calls that a service can make itself, to do something else in between: to put a changed policy
+//! into force, say, and to give each guest a thread.
+//!
+//! ```no_run
+//! use std::io::{self, Read, Write};
+//! use std::time::Duration;
 //! use std::thread;
 //!
-//! use peergate::journal::Writer;
-//! use peergate::service::{Notifier, Request, Signals};
-//! use peergate::{Admission, Audit, Door, Policy, Rule, Setup, Uid, User, activation};
+//! use peergate::{Admission, Audit, Door, Notifier, Policy, Request, Setup, Signals, Uid, Writer, activation};
+//! use peergate::policy::file;
+//!
+//! fn read_policy() -> Result<Policy<()>, file::Faults> {
+//!     file::load::<(), ()>("/etc/hello.toml", Uid::effective()).map(|loaded| loaded.policy)
+//! }
+//!
+//! fn talk(mut guest: Admission<()>) -> io::Result<()> {
+//!     guest.socket.set_nonblocking(false)?; // on a thread of its own it may wait
+//!     let mut word = [0; 64];
+//!     let length = guest.socket.read(&mut word)?;
+//!     guest.socket.write_all(&word[..length]) // guest.permit, its place in the limits, is taken until it returns
+//! }
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     let passed = activation::adopt(|_| false)?; // before there is a second thread
 //!     let signals = Signals::catch()?;
-//!     let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
 //!     let audit = Audit::default();
+//!     let setup = Setup::new(passed.listeners, read_policy()?, audit.clone())?;
 //!     let journal = Writer::start(&audit, "hello")?;
-//!     let mut door = Door::open(Setup::new(passed.listeners, policy, audit)?, |guest: Admission<()>| {
-//!         thread::spawn(move || {
-//!             let mut socket = UnixStream::from(guest.socket);
-//!             let _ = writeln!(socket, "Hello, user {}, admitted by {}", guest.peer.uid(), guest.rule.name());
-//!             drop(guest.permit); // the place in the limits was taken until here
-//!         });
-//!     })?;
-//!     Notifier::from_env().ready("serving");
-//!     while signals.wait()? != Request::Stop {} // a request to reload finds nothing to do
+//!     let mut door = Door::open(setup, |guest| _ = thread::spawn(|| talk(guest)))?;
+//!     let notifier = Notifier::from_env();
+//!     notifier.ready("serving");
+//!     while let Request::Reload { .. } = signals.wait()? {
+//!         notifier.reloading();
+//!         match read_policy() {
+//!             Ok(policy) => _ = door.set_policy(policy), // for the very next connection
+//!             Err(faults) => eprintln!("{faults}"),
+//!         }
+//!         notifier.ready("serving");
+//!     }
 //!     door.shut();
-//!     journal.finish(|| false);
+//!     journal.finish(Duration::from_secs(1));
 //!     Ok(())
 //! }
 //! ```
@@ -77,13 +109,14 @@
 //! Linux 5.3 or later ([`peer`] says which fact needs which kernel) and, for activation, the journal and the
 //! descriptor store, systemd 252 or later. Units need Linux 6.5: on an older one an allow rule with units matches
 //! nobody, and a deny rule with units everybody whom its other keys match. Where there is no systemd,
-//! [`activation::bind`] makes a listener, records go to standard error, and [`service`] does nothing. No public
-//! function panics.
+//! [`activation::bind`] makes a listener, records go to standard error, and nobody hears of readiness; signals are caught
+//! all the same. No public function panics.
 //!
 //! The library alone, without what only the program in this package needs: `default-features = false`.
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
+#![warn(missing_debug_implementations)]
 
 pub mod activation;
 pub mod audit;
@@ -96,6 +129,7 @@ pub mod journal;
 pub mod limits;
 pub mod peer;
 pub mod policy;
+mod serve;
 pub mod service;
 mod subject;
 mod sys;
@@ -103,9 +137,13 @@ pub mod unit;
 
 pub use activation::Listener;
 pub use audit::Audit;
-pub use gate::{Admission, Door, Setup};
+pub use baggage::Stream;
+pub use gate::{Admission, Door, Ruling, Setup};
 pub use ids::{Gid, Uid};
+pub use journal::Writer;
 pub use limits::{Caps, Limits, Permit, Terms};
 pub use peer::Peer;
 pub use policy::{Group, Policy, Rule, User, Verdict};
+pub use serve::serve;
+pub use service::{Notifier, Request, Signals};
 pub use subject::Subject;

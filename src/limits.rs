@@ -3,14 +3,15 @@
 //!
 //! ```
 //! use peergate::limits::Excess;
-//! use peergate::{Limits, Uid};
+//! use peergate::{Caps, Limits, Uid};
 //!
 //! let (limits, alice, bob) = (Limits::new(), Uid::new(1000), Uid::new(1001));
-//! let first = limits.acquire(alice, 10, 1)?;
-//! assert_eq!(limits.acquire(alice, 10, 1).unwrap_err(), Excess::User);
-//! assert_eq!(limits.acquire(bob, 1, 1).unwrap_err(), Excess::Total);
+//! let caps = Caps::new(10, 1);
+//! let first = limits.acquire(alice, &caps, &())?;
+//! assert_eq!(limits.acquire(alice, &caps, &()).unwrap_err(), Excess::User);
+//! assert_eq!(limits.acquire(bob, &Caps::new(1, 1), &()).unwrap_err(), Excess::Total);
 //! drop(first);
-//! assert!(limits.acquire(bob, 1, 1).is_ok());
+//! assert!(limits.acquire(bob, &caps, &()).is_ok());
 //! # Ok::<(), Excess>(())
 //! ```
 
@@ -33,6 +34,7 @@ impl Terms for () {}
 
 /// How many connections may be admitted at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Caps {
     /// In all.
     pub connections: usize,
@@ -40,21 +42,40 @@ pub struct Caps {
     pub connections_per_user: u32,
 }
 
+impl Caps {
+    /// So many in all, so many for each user.
+    pub const fn new(connections: usize, connections_per_user: u32) -> Self {
+        Self { connections, connections_per_user }
+    }
+}
+
 /// 1,024 in all, 64 for each user.
 impl Default for Caps {
     fn default() -> Self {
-        Self { connections: 1024, connections_per_user: 64 }
+        Self::new(1024, 64)
     }
 }
 
 /// Which limit stood in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Excess {
     /// This user holds as many as allowed.
     User,
     /// All users together do.
     Total,
 }
+
+impl fmt::Display for Excess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::User => "too many connections of this user",
+            Self::Total => "too many connections in all",
+        })
+    }
+}
+
+impl std::error::Error for Excess {}
 
 /// Counts the permits alive. Cheap to clone; all clones count together.
 #[derive(Clone, Default)]
@@ -74,17 +95,19 @@ impl Limits {
         Self::default()
     }
 
-    /// A permit for `uid`, if that leaves at most `total` in all and `per_user` of this user.
+    /// A permit for `uid`, if that leaves no more than `caps` allow, or the terms of the rule that admits them
+    /// ([`Rule::terms`](crate::Rule::terms)) where these say otherwise.
     ///
     /// # Errors
-    /// [`Excess`]: which of the two would be exceeded; the user's own limit is named first.
-    pub fn acquire(&self, uid: Uid, total: usize, per_user: u32) -> Result<Permit, Excess> {
+    /// [`Excess`]: which of the limits would be exceeded; the user's own is named first.
+    pub fn acquire(&self, uid: Uid, caps: &Caps, terms: &impl Terms) -> Result<Permit, Excess> {
+        let per_user = terms.connections_per_user().unwrap_or(caps.connections_per_user);
         let mut counts = self.lock();
         let held = counts.by_user.get(&uid).copied().unwrap_or(0);
         if held >= per_user {
             return Err(Excess::User);
         }
-        if counts.total >= total {
+        if counts.total >= caps.connections {
             return Err(Excess::Total);
         }
         Ok(self.grant(&mut counts, uid))
@@ -155,10 +178,11 @@ mod tests {
     #[test]
     fn the_limit_is_reached_but_never_passed() {
         let limits = Limits::new();
-        let held: Vec<_> = (0..3).map(|_| limits.acquire(ALICE, 10, 3).unwrap()).collect();
-        assert_eq!(limits.acquire(ALICE, 10, 3).unwrap_err(), Excess::User);
-        assert_eq!(limits.acquire(BOB, 3, 3).unwrap_err(), Excess::Total);
-        let bob = limits.acquire(BOB, 4, 3).unwrap();
+        let caps = Caps::new(10, 3);
+        let held: Vec<_> = (0..3).map(|_| limits.acquire(ALICE, &caps, &()).unwrap()).collect();
+        assert_eq!(limits.acquire(ALICE, &caps, &()).unwrap_err(), Excess::User);
+        assert_eq!(limits.acquire(BOB, &Caps::new(3, 3), &()).unwrap_err(), Excess::Total);
+        let bob = limits.acquire(BOB, &Caps::new(4, 3), &()).unwrap();
         assert_eq!(limits.total(), 4);
         drop((held, bob));
         assert_eq!(limits.total(), 0);
@@ -166,11 +190,26 @@ mod tests {
     }
 
     #[test]
+    fn a_rule_has_the_last_word_on_how_many_each_user_may_hold() {
+        struct Own(Option<u32>);
+        impl Terms for Own {
+            fn connections_per_user(&self) -> Option<u32> {
+                self.0
+            }
+        }
+        let (limits, caps) = (Limits::new(), Caps::new(10, 1));
+        let _held = [1, 2].map(|_| limits.acquire(ALICE, &caps, &Own(Some(2))).unwrap());
+        assert_eq!(limits.acquire(ALICE, &caps, &Own(Some(2))).unwrap_err(), Excess::User);
+        assert_eq!(limits.acquire(ALICE, &caps, &Own(None)).unwrap_err(), Excess::User);
+        assert_eq!(limits.acquire(BOB, &caps, &Own(Some(0))).unwrap_err(), Excess::User);
+    }
+
+    #[test]
     fn a_place_given_back_can_be_taken_again() {
-        let limits = Limits::new();
+        let (limits, caps) = (Limits::new(), Caps::new(1, 1));
         for _ in 0..100 {
-            let permit = limits.acquire(ALICE, 1, 1).unwrap();
-            assert!(limits.acquire(ALICE, 1, 1).is_err());
+            let permit = limits.acquire(ALICE, &caps, &()).unwrap();
+            assert!(limits.acquire(ALICE, &caps, &()).is_err());
             drop(permit);
         }
     }

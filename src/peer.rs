@@ -53,6 +53,7 @@ pub struct Peer {
 /// What a record tells about a peer beyond its ids. Each is absent where it could not be tied to the
 /// very process that connected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Details {
     /// The command name of the process, `/proc/PID/comm`, with anything unprintable escaped.
     pub comm: Option<String>,
@@ -67,8 +68,12 @@ impl Peer {
     ///
     /// Holds a descriptor (the pidfd) until [`release_process`](Self::release_process) or drop.
     ///
+    /// Asked of a listening socket the kernel tells of whoever made it listen, and of a pair (socketpair(2)) who made
+    /// that: ask what [`accept`](crate::Listener::accept) returned.
+    ///
     /// # Errors
-    /// What getsockopt(2) says, as for a socket that is no AF_UNIX stream socket. Treat it as a denial.
+    /// ENOTCONN where the kernel names nobody, as for a socket that is not connected, or not of AF_UNIX; else what
+    /// getsockopt(2) says. Treat it as a denial.
     ///
     /// ```
     /// use std::os::unix::net::UnixStream;
@@ -103,6 +108,10 @@ impl Peer {
     /// As [`of`](Self::of).
     pub fn ids_of(socket: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
+        // Where there is no peer the answer is no error, but -1, which is no user (setreuid(2)).
+        if credentials.uid() == u32::MAX {
+            return Err(Errno::ENOTCONN.into());
+        }
         let (uid, gid) = (known_uid(credentials.uid()), known_gid(credentials.gid()));
         let pid = credentials.pid();
         let lacked_descriptors = AtomicBool::new(false);
@@ -251,13 +260,9 @@ impl Subject for Peer {
     }
 }
 
-/// Reads from a socket that has SO_PASSCRED (unix(7)): how many bytes, and the user whose process sent them, by its
-/// real uid; `None` where that names nobody. One answer never joins what different users sent. Descriptors that come
-/// along are closed. Never waits.
-///
-/// # Errors
-/// What recvmsg(2) says; EAGAIN where nothing has come.
-pub fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
+/// Reads from a socket that has SO_PASSCRED (unix(7)): see [`Stream::receive`](crate::Stream::receive). Descriptors that
+/// come along are closed: look for them before.
+pub(crate) fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
     let (count, sender) = sys::receive(socket.as_fd(), buffer)?;
     Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
 }
@@ -383,6 +388,26 @@ mod tests {
         assert_eq!(receive(&ours, &mut buffer).unwrap(), (5, Some(Uid::new(nix::unistd::getuid().as_raw()))));
         theirs.write_all(b"with").unwrap();
         assert_eq!(attach_credentials(&ours), 0, "the option was set when it came");
+    }
+
+    /// The kernel answers for them all, with nobody's credentials.
+    #[test]
+    fn a_socket_that_is_no_connection_to_a_local_process_has_no_peer() {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+        use std::net::{TcpListener, TcpStream, UdpSocket};
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let tcp = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let unconnected = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        let others: [OwnedFd; 5] = [listener.into(), tcp.into(), udp.into(), datagram.into(), unconnected];
+        for other in others {
+            for asked in [Peer::of(&other), Peer::credentials_of(&other), Peer::ids_of(&other)] {
+                assert_eq!(asked.unwrap_err().raw_os_error(), Some(libc::ENOTCONN));
+            }
+        }
+        let file = fs::File::open("/dev/null").unwrap();
+        assert_eq!(Peer::of(&file).unwrap_err().raw_os_error(), Some(libc::ENOTSOCK));
     }
 
     #[test]

@@ -126,6 +126,7 @@ pub struct Policy<T> {
 
 /// What a decision depends on besides the uid: see [`Policy::needs_of`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Needs {
     /// The groups.
     pub groups: bool,

@@ -1,8 +1,10 @@
 //! The service manager's side of a service: readiness, status, watchdog, signals, the descriptor store.
 //!
-//! Sole user of sd-notify. Everything here is a no-op, not an error, where there is no service manager.
+//! Sole user of sd-notify. Where there is no service manager nobody is told anything, which is no error; the [`Store`]
+//! alone has no room then, and says so. Signals, signs of life and [`request_reload`] do not depend on one.
 //! The protocols are sd_notify(3)'s and systemd.service(5)'s; they work alike on systemd 252 and later.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -136,12 +138,17 @@ impl Store {
     /// Puts `fds` into the store under one name. Returns before the manager has them: see [`settle`](Self::settle).
     ///
     /// # Errors
-    /// What sending says; some of them may have been stored by then.
+    /// NotConnected where there is no store; what sending says. Some of them may have been stored by then.
     pub fn put(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.exists()?;
         for batch in fds.chunks(MOST_AT_ONCE) {
             sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(name)], batch)?;
         }
         Ok(())
+    }
+
+    fn exists(&self) -> io::Result<()> {
+        if self.capacity > 0 { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
     }
 
     /// Takes everything stored under `name` out of the store again.
@@ -155,8 +162,10 @@ impl Store {
     /// closes its end of a pipe when it comes to it.
     ///
     /// # Errors
-    /// TimedOut when it has not within `patience`; what making the pipe or sending says.
+    /// TimedOut when it has not within `patience`; NotConnected where there is no store; what making the pipe or sending
+    /// says.
     pub fn settle(&self, patience: Duration) -> io::Result<()> {
+        self.exists()?;
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
         drop(theirs);
@@ -218,8 +227,15 @@ pub struct Watched {
     pub nudge: Box<dyn Fn() + Send>,
 }
 
+impl fmt::Debug for Watched {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watched").field("name", &self.name).field("beat", &self.beat).finish_non_exhaustive()
+    }
+}
+
 /// `WATCHDOG=1`, but only while every thread makes progress. A thread that hangs keeps the message
 /// back, and the service manager ends and restarts us (WatchdogSec= in systemd.service(5)).
+#[derive(Debug)]
 pub struct Watchdog {
     threads: Vec<Watched>,
     pause: Duration,
@@ -310,6 +326,7 @@ impl AsFd for Activity {
 
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Request {
     /// SIGTERM or SIGINT.
     Stop,
@@ -378,7 +395,8 @@ pub fn answer_reload(pid: i32, taken: bool) {
 }
 
 /// Asks the service `pid` to reload and waits for its answer: whether the new configuration is in force.
-/// Made for ExecReload=, which is to return when the reload is done, not when it was asked for.
+/// Made for ExecReload=, which is to return when the reload is done, not when it was asked for. The answer is a signal:
+/// SIGUSR1 and SIGUSR2 stay blocked in the calling thread.
 ///
 /// # Errors
 /// ESRCH where there is no such process or it ended before it answered, EPERM where it is not ours, InvalidInput where
@@ -422,4 +440,16 @@ fn heeds(pid: i32, signal: i32) -> bool {
     let sets = ["SigBlk:", "SigIgn:", "SigCgt:"];
     let mut masks = status.lines().filter_map(|line| sets.iter().find_map(|name| line.strip_prefix(name)));
     masks.any(|mask| u64::from_str_radix(mask.trim(), 16).is_ok_and(|mask| mask & (1 << (signal - 1)) != 0))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_taken_for_stored_where_there_is_no_store() {
+        let (store, (ours, _theirs)) = (Store { capacity: 0 }, UnixDatagram::pair().unwrap());
+        assert_eq!(store.put("x", &[ours.as_fd()]).unwrap_err().kind(), io::ErrorKind::NotConnected);
+        assert_eq!(store.settle(Duration::ZERO).unwrap_err().kind(), io::ErrorKind::NotConnected);
+    }
 }

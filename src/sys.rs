@@ -178,8 +178,13 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
 
 /// recvmsg(2) with MSG_PEEK: how many bytes are there, and whether descriptors are among them. Takes neither. On a
 /// socket with SO_PASSCRED there is room for `credentials` and nothing else, on any other for nothing: what does not
-/// fit is descriptors, if no further ancillary data is turned on. Never waits.
-pub(crate) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8], credentials: bool) -> io::Result<(usize, bool)> {
+/// fit is descriptors, if no further ancillary data is turned on. Waits only with `may_wait`, where the socket does.
+pub(crate) fn peek(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+    credentials: bool,
+    may_wait: bool,
+) -> io::Result<(usize, bool)> {
     let mut control = MaybeUninit::<OneCredential>::zeroed();
     let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
     // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
@@ -190,8 +195,9 @@ pub(crate) fn peek(socket: BorrowedFd<'_>, buffer: &mut [u8], credentials: bool)
         message.msg_control = control.as_mut_ptr().cast();
         message.msg_controllen = size_of::<OneCredential>() as _;
     }
+    let flags = libc::MSG_PEEK | if may_wait { 0 } else { libc::MSG_DONTWAIT };
     // SAFETY: buffer and control outlive the call, and the lengths are theirs.
-    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT | libc::MSG_PEEK) };
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
     let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
     Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0))
 }

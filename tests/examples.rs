@@ -2,8 +2,9 @@
 //! other users. Needs root (to become them), nc and setpriv.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::io::{IoSlice, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg, setsockopt, sockopt};
 use nix::unistd::Pid;
 
 const EXAMPLES: [&str; 3] = ["whoami", "view_update", "tokio_echo"];
@@ -34,7 +36,7 @@ fn program(example: &str) -> PathBuf {
         let profile = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_path_buf();
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args(["build", "--quiet", "--locked", "--offline"]).arg("--target-dir").arg(profile.parent().unwrap());
-        cargo.args(EXAMPLES.into_iter().flat_map(|example| ["--example", example]));
+        cargo.args(EXAMPLES.into_iter().chain(["peer"]).flat_map(|example| ["--example", example]));
         cargo.args((!cfg!(debug_assertions)).then_some("--release"));
         assert!(cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(), "building the examples");
         profile.join("examples")
@@ -51,6 +53,11 @@ struct Server {
 
 impl Server {
     fn start(test: &str, example: &str, arguments: &[&Path]) -> Self {
+        Self::start_after(test, example, arguments, |_| ()).0
+    }
+
+    /// Has somebody come before the service is there, to the socket of this path.
+    fn start_after<R>(test: &str, example: &str, arguments: &[&Path], comes: impl FnOnce(&Path) -> R) -> (Self, R) {
         assert!(nix::unistd::geteuid().is_root(), "run as root: the clients become other users");
         let directory = std::env::temp_dir().join(format!("peergate-{test}-{}", std::process::id()));
         fs::create_dir(&directory).unwrap();
@@ -60,6 +67,7 @@ impl Server {
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
         let notify = UnixDatagram::bind(directory.join("notify")).unwrap();
         notify.set_read_timeout(Some(PATIENCE)).unwrap();
+        let came = comes(&socket);
         // What systemd does before it calls exec.
         let pass = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
         let child = Command::new("sh")
@@ -68,10 +76,11 @@ impl Server {
             .args(arguments)
             .env("LISTEN_FDS", "1")
             .env("NOTIFY_SOCKET", directory.join("notify"))
+            .env("WATCHDOG_USEC", "100000")
             .stdin(OwnedFd::from(listener))
             .spawn()
             .unwrap();
-        Self { child, directory, notify }
+        (Self { child, directory, notify }, came)
     }
 
     fn socket(&self) -> PathBuf {
@@ -80,10 +89,15 @@ impl Server {
 
     /// Waits until the service says that it is ready, or ready again.
     fn ready(&self) {
+        self.says("READY=1");
+    }
+
+    /// Waits until the service tells its manager this.
+    fn says(&self, expected: &str) {
         let mut message = [0; 4096];
         loop {
-            let length = self.notify.recv(&mut message).expect("READY=1");
-            if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == "READY=1") {
+            let length = self.notify.recv(&mut message).expect(expected);
+            if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == expected) {
                 return;
             }
         }
@@ -144,6 +158,21 @@ fn whoami_tells_each_client_what_the_kernel_says_of_it() {
     // There is nothing to reload, and no reason to end.
     server.signal(Signal::SIGHUP);
     assert!(server.answers_user(0, "").starts_with("uid 0, gid 0, groups \n"));
+    server.stop();
+}
+
+/// What comes with peergate::serve, which does all that whoami does not.
+#[test]
+fn a_service_of_one_call_tells_its_manager_what_that_wants_to_hear() {
+    let server = Server::start("manager", "whoami", &[]);
+    server.ready();
+    server.says("WATCHDOG=1");
+    server.signal(Signal::SIGHUP);
+    server.says("RELOADING=1");
+    server.ready();
+    server.says("WATCHDOG=1");
+    server.signal(Signal::SIGTERM);
+    server.says("STOPPING=1");
     server.stop();
 }
 
@@ -226,6 +255,75 @@ fn tokio_echo_gives_its_owner_every_byte_back_and_a_stranger_none() {
     server.signal(Signal::SIGHUP);
     assert_eq!(server.answers_user(ALICE, &text), "Unauthorized access\n");
     server.stop();
+}
+
+/// A TCP connection whose close takes hours (SO_LINGER with unsent data), and what it takes to keep it so.
+fn slow_to_close() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let other = listener.accept().unwrap().0;
+    one.set_nonblocking(true).unwrap();
+    while one.write(&[0; 65536]).is_ok() {}
+    one.set_nonblocking(false).unwrap();
+    let linger = nix::libc::linger { l_onoff: 1, l_linger: 10_000 };
+    setsockopt(&one, sockopt::Linger, &linger).unwrap();
+    (one, other)
+}
+
+/// Sends `what` along with a word, and keeps no copy of it. Whether it was taken is the kernel's business.
+fn send_along(through: &UnixStream, what: TcpStream) {
+    let fds = [what.as_raw_fd()];
+    let control = [ControlMessage::ScmRights(&fds)];
+    let _ = sendmsg::<()>(through.as_raw_fd(), &[IoSlice::new(b"hi")], &control, MsgFlags::empty(), None);
+}
+
+/// As any client at the start of a service is: earlier than the service itself.
+#[test]
+fn nobody_waits_for_what_an_early_guest_sends_along() {
+    for example in ["whoami", "tokio_echo", "view_update"] {
+        let file = policy(&format!("early-{example}"), "[allow.all]\nusers = [\"any\"]\n");
+        let (server, (_bomber, _other_end)) =
+            Server::start_after(&format!("early-{example}"), example, &[&file], |socket| {
+                let (bomb, other_end) = slow_to_close();
+                let bomber = UnixStream::connect(socket).unwrap();
+                send_along(&bomber, bomb);
+                (bomber, other_end)
+            });
+        hears_something(&server);
+        server.stop();
+        fs::remove_file(file).unwrap();
+    }
+}
+
+/// And as a stranger may do at any time, before Linux 6.16 or where nothing refuses it.
+#[test]
+fn nobody_waits_for_what_a_stranger_sends_along() {
+    let server = Server::start("stranger-bomb", "tokio_echo", &[]);
+    server.ready();
+    // Meanwhile the stranger lets go of it, so that the service would be the one to close it.
+    server.signal(Signal::SIGSTOP);
+    let mut stranger = Command::new(program("peer"))
+        .args(["--as", "61001:61001", "bomb"])
+        .arg(server.socket())
+        .arg("1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // Whether the kernel took it is its own business.
+    stranger.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+    server.signal(Signal::SIGCONT);
+    hears_something(&server);
+    server.stop();
+    assert!(stranger.wait().unwrap().success());
+}
+
+/// That a client gets an answer at all; else this takes longer than anybody's patience.
+fn hears_something(server: &Server) {
+    let mut client = UnixStream::connect(server.socket()).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    client.write_all(b"view\n").unwrap();
+    client.read_exact(&mut [0]).unwrap();
 }
 
 #[test]

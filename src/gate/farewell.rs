@@ -7,15 +7,16 @@
 //! the rest, which can no longer grow, close.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::socket::{MsgFlags, Shutdown, recv, send, shutdown};
+use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
-use crate::baggage::{Baggage, Disposal};
+use crate::baggage::Stream;
 
 /// How long a peer that was turned away may keep its descriptor open on our side.
 const PATIENCE: Duration = Duration::from_millis(900);
@@ -33,13 +34,11 @@ pub(super) struct Farewell {
     order: VecDeque<(usize, u64)>,
     serial: u64,
     buffer: Box<[u8]>,
-    disposal: Disposal,
 }
 
 /// Somebody to be seen off.
 pub(super) struct Guest {
-    pub socket: OwnedFd,
-    pub baggage: Baggage,
+    pub socket: Stream,
     /// Another process may hold the same socket, so that closing ours neither ends it nor takes it out of an epoll.
     pub is_shared: bool,
 }
@@ -51,8 +50,6 @@ struct Leaving {
     /// Our direction is.
     is_shut: bool,
     drained: usize,
-    /// Nothing is unread, and nothing can come any more.
-    is_drained: bool,
     deadline: Instant,
     serial: u64,
 }
@@ -64,7 +61,7 @@ enum Progress {
 }
 
 impl Farewell {
-    pub(super) fn new(first_token: u64, disposal: Disposal) -> Self {
+    pub(super) fn new(first_token: u64) -> Self {
         Self {
             first_token,
             leaving: Vec::new(),
@@ -72,7 +69,6 @@ impl Farewell {
             order: VecDeque::new(),
             serial: 0,
             buffer: vec![0; 16 * 1024].into(),
-            disposal,
         }
     }
 
@@ -93,7 +89,7 @@ impl Farewell {
         self.serial += 1;
         let mut leaving = Leaving::new(guest, message, Instant::now() + PATIENCE, self.serial);
         let Progress::Waits(interest) = leaving.advance(&mut self.buffer) else {
-            return leaving.close(&self.disposal);
+            return;
         };
         if self.leaving.len() - self.free.len() >= MOST_LEAVING {
             self.hurry_oldest(epoll);
@@ -106,7 +102,7 @@ impl Farewell {
         if epoll.add(&leaving.guest.socket, event).is_err() {
             leaving.finish(&mut self.buffer);
             self.free.push(slot);
-            return leaving.close(&self.disposal);
+            return;
         }
         self.order.push_back((slot, leaving.serial));
         if let Some(place) = self.leaving.get_mut(slot) {
@@ -120,7 +116,6 @@ impl Farewell {
         if let Progress::Waits(_) = leaving.advance(&mut self.buffer) {
             leaving.finish(&mut self.buffer);
         }
-        leaving.close(&self.disposal);
     }
 
     /// Something happened to the one with this token.
@@ -167,10 +162,9 @@ impl Farewell {
     fn remove(&mut self, epoll: &Epoll, slot: usize) {
         if let Some(leaving) = self.leaving[slot].take() {
             // Where nobody else has it, closing does that, now or a little later.
-            if leaving.guest.is_shared || leaving.needs_disposal() {
+            if leaving.guest.is_shared || leaving.guest.socket.may_linger() {
                 let _ = epoll.delete(&leaving.guest.socket);
             }
-            leaving.close(&self.disposal);
         }
         self.free.push(slot);
         // Stale entries in front would keep `due` and `expire` looking at them for ever.
@@ -190,7 +184,7 @@ impl Farewell {
 impl Leaving {
     fn new(guest: Guest, message: &Arc<[u8]>, deadline: Instant, serial: u64) -> Self {
         let message = Arc::clone(message);
-        Self { guest, message, sent: 0, is_shut: false, drained: 0, is_drained: false, deadline, serial }
+        Self { guest, message, sent: 0, is_shut: false, drained: 0, deadline, serial }
     }
 
     /// Goes as far as it goes without waiting.
@@ -211,15 +205,15 @@ impl Leaving {
             self.is_shut = true;
         }
         while self.drained < MOST_BYTES {
-            match self.read(buffer) {
-                Ok(0) => {
-                    self.is_drained = true;
-                    return Progress::Gone;
-                }
+            match self.guest.socket.read_now(buffer) {
+                Ok(0) => return Progress::Gone,
                 Ok(n) => self.drained += n,
-                Err(Errno::EAGAIN) => return Progress::Waits(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP),
-                Err(Errno::EINTR) => {}
-                Err(_) => return Progress::Gone,
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock => return Progress::Waits(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP),
+                    ErrorKind::Interrupted => {}
+                    // Descriptors come next, which are not for us to take, or the peer is gone.
+                    _ => return Progress::Gone,
+                },
             }
         }
         self.finish(buffer);
@@ -229,41 +223,19 @@ impl Leaving {
     /// No more from either side: what is in the queue is read, so that closing resets nothing.
     fn finish(&mut self, buffer: &mut [u8]) {
         let _ = shutdown(self.guest.socket.as_raw_fd(), Shutdown::Both);
-        while let Ok(1..) | Err(Errno::EINTR) = self.drain(buffer) {}
-    }
-
-    fn drain(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        let read = self.read(buffer);
-        self.is_drained = matches!(read, Ok(0) | Err(Errno::EAGAIN));
-        read
-    }
-
-    /// EPERM where descriptors come next: they are not for us to take.
-    fn read(&mut self, buffer: &mut [u8]) -> Result<usize, Errno> {
-        let Guest { socket, baggage, .. } = &mut self.guest;
-        let most = match baggage.look(socket, buffer, false) {
-            Ok(Some(most)) => most.min(buffer.len()),
-            Ok(None) => return Err(Errno::EPERM),
-            Err(error) => return Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
-        };
-        recv(socket.as_raw_fd(), &mut buffer[..most], MsgFlags::MSG_DONTWAIT)
-    }
-
-    /// Whether closing could take as long as the peer likes.
-    fn needs_disposal(&self) -> bool {
-        self.guest.baggage.is_possible() && !self.is_drained
-    }
-
-    fn close(self, disposal: &Disposal) {
-        if self.needs_disposal() {
-            disposal.take(self.guest.socket);
+        loop {
+            match self.guest.socket.read_now(buffer) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                _ => return,
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::{ErrorKind, Read, Write};
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
     use nix::sys::epoll::EpollCreateFlags;
@@ -273,11 +245,11 @@ mod tests {
     #[test]
     fn without_a_message_the_end_comes_at_once_and_later_data_is_refused() {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
-        let mut farewell = Farewell::new(0, Disposal::default());
+        let mut farewell = Farewell::new(0);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.set_nonblocking(true).unwrap();
         theirs.write_all(b"unread").unwrap();
-        let guest = Guest { socket: ours.into(), baggage: Baggage::Never, is_shared: false };
+        let guest = Guest { socket: Stream::accepted(ours), is_shared: false };
         farewell.begin(&epoll, guest, &Arc::from(&b""[..]));
         assert_eq!(theirs.read(&mut [0; 64]).unwrap(), 0);
         farewell.hurry_oldest(&epoll);

@@ -25,6 +25,7 @@ pub struct Explanation {
 
 /// A rule that was consulted.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Consulted {
     /// Its name.
     pub rule: RuleName,
@@ -38,6 +39,7 @@ pub struct Consulted {
 
 /// How one key of a rule came out.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Finding {
     /// `users`, `groups` or `units`.
     pub key: &'static str,

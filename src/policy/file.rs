@@ -68,6 +68,7 @@ pub use source::{Fault, Faults, ReadError, Source};
 
 /// What a file holds.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Loaded<T, A> {
     /// The rules.
     pub policy: Policy<T>,

@@ -92,6 +92,7 @@ impl fmt::Display for Place {
 
 /// A value of the key `users`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum User {
     /// `self`: the user that the service runs as.
     Me,
@@ -108,6 +109,7 @@ pub enum User {
 
 /// A value of the key `groups`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Group {
     /// `any`: every group that the kernel can name.
     Any,

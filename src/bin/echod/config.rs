@@ -233,7 +233,7 @@ impl Config {
     /// # Errors
     /// Everything that is wrong with the file.
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
-        let Loaded { policy, application, warnings } = file::parse::<Terms, Tables>(source, me, names)?;
+        let Loaded { policy, application, warnings, .. } = file::parse::<Terms, Tables>(source, me, names)?;
         let Tables { limits, audit, service } = application;
         let source = Some(source.path().to_path_buf());
         Ok(Self { policy: Arc::new(policy), limits, audit, service, source, warnings })

@@ -1,21 +1,19 @@
 //! One connection and its turns: read what is there, frame it ([`line`]), write it back. Knows no other connection,
 //! no epoll and no thread.
 
-use std::io::ErrorKind;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, recv, send};
 
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::baggage::Baggage;
+use peergate::baggage::Stream;
 use peergate::gate::Admission;
 use peergate::ids::Uid;
 use peergate::limits::Permit;
-use peergate::peer::{self, Peer};
+use peergate::peer::Peer;
 use peergate::policy::{Policy, Rule};
 
 use crate::config::Terms;
@@ -89,7 +87,7 @@ impl Carried {
 pub struct Connection {
     /// First, so that it is given back before the peer can see the end of file.
     pub permit: Permit,
-    pub socket: OwnedFd,
+    pub socket: Stream,
     pub peer: Peer,
     pub rule: Arc<Rule<Terms>>,
     pub number: u64,
@@ -105,7 +103,6 @@ pub struct Connection {
     pass_credentials: bool,
     /// Of the bytes yet to be read, how many of the first may lack credentials.
     unattested: usize,
-    pub baggage: Baggage,
     /// It came from an earlier process, and the service manager may not have let go of its copy yet.
     pub is_shared: bool,
 }
@@ -170,7 +167,6 @@ impl Connection {
             state: State::Reading,
             pass_credentials: admission.pass_credentials,
             unattested: admission.unattested,
-            baggage: admission.baggage,
             is_shared: false,
         }
     }
@@ -180,9 +176,8 @@ impl Connection {
         let now = Instant::now();
         Self {
             permit,
-            baggage: Baggage::of_known(&carried.socket, carried.pass_credentials),
             is_shared: true,
-            socket: carried.socket,
+            socket: Stream::inherited(carried.socket, carried.pass_credentials),
             peer: carried.peer,
             rule,
             number: carried.connection,
@@ -319,13 +314,13 @@ impl Connection {
     }
 
     /// As much as the peer takes now.
-    fn send(&self, output: &[u8]) -> Result<usize, Errno> {
+    fn send(&mut self, output: &[u8]) -> io::Result<usize> {
         let mut written = 0;
         while written < output.len() {
-            match send(self.socket.as_raw_fd(), &output[written..], MsgFlags::MSG_NOSIGNAL) {
+            match self.socket.write(&output[written..]) {
                 Ok(count) => written += count,
-                Err(Errno::EAGAIN) => break,
-                Err(Errno::EINTR) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
@@ -333,54 +328,40 @@ impl Connection {
     }
 
     fn receive(&mut self, most: usize, buffers: &mut Buffers) -> Input {
-        let socket = self.socket.as_raw_fd();
-        let most = match self.baggage.look(&self.socket, &mut buffers.input[..most], self.pass_credentials) {
-            Ok(Some(count)) => count,
-            Ok(None) => return Input::Baggage,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                return Input::Nothing;
-            }
-            Err(_) => return Input::Broken,
-        };
         let input = &mut buffers.input[..most];
         let received = if self.pass_credentials {
-            match peer::receive(&self.socket, input) {
-                Ok((count, sender)) => {
-                    let came_before = sender.is_none() && count <= self.unattested;
-                    if count > 0 && sender != Some(self.peer.uid()) && !came_before {
-                        return Input::Stranger(sender);
-                    }
+            self.socket.receive(input).map(|(count, sender)| {
+                let came_before = sender.is_none() && count <= self.unattested;
+                let is_strange = count > 0 && sender != Some(self.peer.uid()) && !came_before;
+                if !is_strange {
                     self.unattested = self.unattested.saturating_sub(count);
-                    Ok(count)
                 }
-                Err(error) => Err(error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)),
-            }
+                (count, is_strange.then_some(sender))
+            })
         } else {
-            recv(socket, input, MsgFlags::empty())
+            self.socket.read(input).map(|count| (count, None))
         };
         match received {
-            Ok(0) => Input::End,
-            Ok(count) => Input::Bytes(count),
-            Err(Errno::EAGAIN | Errno::EINTR) => Input::Nothing,
-            Err(_) => Input::Broken,
+            Ok((_, Some(sender))) => Input::Stranger(sender),
+            Ok((0, None)) => Input::End,
+            Ok((count, None)) => Input::Bytes(count),
+            Err(error) => match error.kind() {
+                ErrorKind::WouldBlock | ErrorKind::Interrupted => Input::Nothing,
+                ErrorKind::InvalidData => Input::Baggage,
+                _ => Input::Broken,
+            },
         }
     }
 
     fn record_lines(&self, echoed: &[u8], audit: &Audit) {
         for line in echoed.split_inclusive(|byte| *byte == b'\n') {
-            audit.write(Record {
-                rule: Some(self.rule.name().as_str().into()),
-                connection: Some(self.number),
-                bytes: Some(line.len() as u64),
-                about: Some(About::former(&self.peer)),
-                ..Record::new(Event::Line)
-            });
+            let mut record = Record::new(Event::Line);
+            record.rule = Some(self.rule.name().as_str().into());
+            record.connection = Some(self.number);
+            record.bytes = Some(line.len() as u64);
+            record.about = Some(About::former(&self.peer));
+            audit.write(record);
         }
-    }
-
-    /// Whether closing could take as long as the peer likes: where descriptors may lie unread.
-    pub fn needs_disposal(&self) -> bool {
-        self.baggage.is_possible() && self.state != State::Finishing
     }
 
     /// To be taken over by the next process.
@@ -389,7 +370,7 @@ impl Connection {
         let Self { socket, peer, number, lines, bytes, held, sent, state, .. } = self;
         let (pass_credentials, unattested) = (self.pass_credentials, self.unattested);
         Carried {
-            socket,
+            socket: socket.into(),
             peer,
             connection: number,
             lines,

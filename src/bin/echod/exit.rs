@@ -2,11 +2,9 @@
 //!
 //! For the threads that serve: the workers, and the gate's own for those who are still on the threshold.
 
-use std::os::fd::AsRawFd;
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-
-use nix::sys::socket::{Shutdown, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
@@ -46,7 +44,6 @@ impl Exit {
         mailbox: &Mailbox,
     ) {
         self.record(&mut connection, &outcome, line_length);
-        let needs_disposal = connection.needs_disposal();
         let Connection { permit, socket, held, is_shared, .. } = *connection;
         buffers.give_back(held);
         // Given back before the peer can know that it is over, and come again.
@@ -66,15 +63,12 @@ impl Exit {
                 let _ = mailbox.epoll.delete(&socket);
                 self.usher.see_off(socket, &self.nothing);
             }
-            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage if needs_disposal => {
-                let _ = mailbox.epoll.delete(&socket);
-                self.usher.dispose(socket);
-            }
             Outcome::Over(None) | Outcome::Goes | Outcome::Baggage => {
-                if is_shared {
-                    // Closing ours would leave it in the epoll, and the peer waiting, until the manager has let go too.
+                if is_shared || socket.may_linger() {
+                    // Closing ours would leave it in the epoll, and the peer waiting, until the other holder has let go
+                    // too: the manager, or the thread that closes what may take long.
                     let _ = mailbox.epoll.delete(&socket);
-                    let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+                    let _ = socket.shutdown(Shutdown::Both);
                 }
                 drop(socket);
             }
@@ -111,17 +105,16 @@ impl Exit {
             Outcome::Over(_) | Outcome::Goes | Outcome::Baggage => {}
         }
         if self.audit.writes_connections() {
-            self.audit.write(Record {
-                reason,
-                rule: Some(connection.rule.name().as_str().into()),
-                socket: address_of(&connection.socket).ok(),
-                connection: Some(connection.number),
-                lines: Some(connection.lines),
-                bytes: Some(connection.bytes),
-                duration: Some(connection.since.elapsed()),
-                about: Some(About::former(&connection.peer)),
-                ..Record::new(Event::Closed)
-            });
+            let mut record = Record::new(Event::Closed);
+            record.reason = reason;
+            record.rule = Some(connection.rule.name().as_str().into());
+            record.socket = address_of(&connection.socket).ok();
+            record.connection = Some(connection.number);
+            record.lines = Some(connection.lines);
+            record.bytes = Some(connection.bytes);
+            record.duration = Some(connection.since.elapsed());
+            record.about = Some(About::former(&connection.peer));
+            self.audit.write(record);
         }
     }
 
@@ -129,33 +122,29 @@ impl Exit {
         let limit = connection.line_length(line_length);
         let (peer, rule) = (&mut connection.peer, &connection.rule);
         let (socket, number) = (&connection.socket, connection.number);
-        self.audit.turned_away(Event::Refused, Reason::LineLength, Some(peer.uid()), || Record {
-            reason: Some(Reason::LineLength),
-            rule: Some(rule.name().as_str().into()),
-            socket: address_of(socket).ok(),
-            connection: Some(number),
-            about: Some({
-                let details = peer.details(socket);
-                About::peer(peer, details)
-            }),
-            text: Some(format!("a line was longer than {limit} bytes")),
-            ..Record::new(Event::Refused)
+        self.audit.turned_away(Event::Refused, Reason::LineLength, Some(peer.uid()), || {
+            let mut record = Record::note(Event::Refused, format!("a line was longer than {limit} bytes"));
+            record.reason = Some(Reason::LineLength);
+            record.rule = Some(rule.name().as_str().into());
+            record.socket = address_of(socket).ok();
+            record.connection = Some(number);
+            let details = peer.details(socket);
+            record.about = Some(About::peer(peer, details));
+            record
         });
     }
 
     fn record_revoked(&self, connection: &mut Connection, reason: Reason, rule: &str, text: String) {
         let details = connection.peer.details(&connection.socket);
         connection.peer.release_process();
-        self.audit.write(Record {
-            reason: Some(reason),
-            rule: Some(rule.into()),
-            socket: address_of(&connection.socket).ok(),
-            connection: Some(connection.number),
-            lines: Some(connection.lines),
-            bytes: Some(connection.bytes),
-            about: Some(About::peer(&connection.peer, details)),
-            text: Some(text),
-            ..Record::new(Event::Revoked)
-        });
+        let mut record = Record::note(Event::Revoked, text);
+        record.reason = Some(reason);
+        record.rule = Some(rule.into());
+        record.socket = address_of(&connection.socket).ok();
+        record.connection = Some(connection.number);
+        record.lines = Some(connection.lines);
+        record.bytes = Some(connection.bytes);
+        record.about = Some(About::peer(&connection.peer, details));
+        self.audit.write(record);
     }
 }

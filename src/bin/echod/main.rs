@@ -84,7 +84,7 @@ fn serve(options: Serve) -> Result<(), Failure> {
         Refused::System(_) => Failure(EX_OSERR, refused.to_string()),
         _ => Failure(EX_PROTOCOL, refused.to_string()),
     })?;
-    let Passed { mut listeners, kept, ignored } = passed;
+    let Passed { mut listeners, kept, ignored, .. } = passed;
     if listeners.is_empty() && options.listen.is_empty() {
         let mut message = "nothing to listen on: either let systemd pass a socket (systemctl start echo.socket, or \
                            systemctl --user start echo.socket), or name one (echod --listen PATH)"

@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
 use peergate::audit::{self, About, Audit, Event, Reason, Record, Severity, Totals};
-use peergate::gate::{self, Admission, Door, Reception, Replies, Ruling as Admitting, Setup};
+use peergate::gate::{self, Admission, Door, Reception, Ruling as Admitting, Setup};
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
@@ -77,7 +77,7 @@ pub fn run(start: Start) -> Result<(), String> {
     let mut service = match Service::open(start, audit.clone(), &journal) {
         Ok(service) => service,
         Err(error) => {
-            journal.finish(|| false);
+            journal.finish(Duration::from_secs(1));
             return Err(error);
         }
     };
@@ -139,7 +139,6 @@ enum End {
 impl Service {
     fn open(start: Start, audit: Audit, journal: &Writer) -> Result<Self, String> {
         let Start { listeners, inheritance, config, config_path, store, notifier, signals } = start;
-        let activity = Arc::new(Activity::new().map_err(|error| format!("eventfd: {error}"))?);
         let limits = Limits::new();
         let Inheritance { connections, stateless, unusable, foreign, next_connection } = inheritance;
         let (carried, ended) = (connections.len(), stateless.len());
@@ -153,17 +152,13 @@ impl Service {
         let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
         // Workers need the door, and the door's thread needs workers as soon as somebody is admitted: it waits for them.
         let (threshold, to_threshold) = mpsc::channel();
-        let setup = Setup {
-            listeners,
-            ruling: admitting(&config),
-            limits: limits.clone(),
-            audit: audit.clone(),
-            replies: Replies::default(),
-            activity: Arc::clone(&activity),
-            first_connection: next_connection,
-        };
-        let mut door = Door::open(setup, Entrance { threshold: None, to_threshold })
-            .map_err(|error| format!("opening the gate: {error}"))?;
+        let opening = |error| format!("opening the gate: {error}");
+        let mut setup = Setup::new(listeners, Arc::clone(&config.policy), audit.clone()).map_err(opening)?;
+        setup.ruling = admitting(&config);
+        setup.limits = limits.clone();
+        setup.first_connection = next_connection;
+        let activity = Arc::clone(&setup.activity);
+        let mut door = Door::open_with(setup, Entrance { threshold: None, to_threshold }).map_err(opening)?;
         let around =
             Surroundings { audit: audit.clone(), usher: door.usher(), activity: Arc::clone(&activity), busy_poll };
         let count = config.service.workers.map_or_else(default_workers, Into::into);
@@ -252,6 +247,7 @@ impl Service {
                 match request {
                     Request::Stop => return End::Told,
                     Request::Reload { answer_to } => self.reload(answer_to),
+                    _ => {}
                 }
             }
         }
@@ -326,7 +322,7 @@ impl Service {
             }
             Err(error) => {
                 let text = format!("The configuration was refused, the old one stays in force:\n{error}");
-                self.audit.write(Record { text: Some(text), ..Record::new(Event::ConfigRefused) });
+                self.audit.write(Record::note(Event::ConfigRefused, text));
                 false
             }
         };
@@ -414,7 +410,7 @@ impl Service {
         let listeners = self.door.shut();
         let until = Instant::now() + JOURNAL_PATIENCE;
         let notifier = self.notifier.clone();
-        journal.finish(|| {
+        journal.finish_while(|| {
             notifier.extend_timeout(Duration::from_secs(10));
             Instant::now() < until
         });
@@ -503,16 +499,14 @@ fn record_revoked(connection: &mut Carried, rule: &str, audit: &Audit) {
         "default" => "no rule allows it any more".to_owned(),
         rule => format!("{rule} denies it now"),
     };
-    audit.write(Record {
-        reason: Some(Reason::Policy),
-        rule: Some(rule.into()),
-        connection: Some(connection.connection),
-        lines: Some(connection.lines),
-        bytes: Some(connection.bytes),
-        about: Some(About::peer(&connection.peer, details)),
-        text: Some(text),
-        ..Record::new(Event::Revoked)
-    });
+    let mut record = Record::note(Event::Revoked, text);
+    record.reason = Some(Reason::Policy);
+    record.rule = Some(rule.into());
+    record.connection = Some(connection.connection);
+    record.lines = Some(connection.lines);
+    record.bytes = Some(connection.bytes);
+    record.about = Some(About::peer(&connection.peer, details));
+    audit.write(record);
 }
 
 /// Ends all workers; what comes back are up to `carry` connections at rest.
@@ -543,14 +537,11 @@ fn processors() -> usize {
 }
 
 fn admitting(config: &Config) -> Admitting<Terms> {
-    Admitting {
-        policy: Arc::clone(&config.policy),
-        caps: Caps {
-            connections: config.limits.connections,
-            connections_per_user: u32::try_from(config.limits.connections_per_user).unwrap_or(u32::MAX),
-        },
-        pass_credentials: config.service.verify == Verify::Line,
-    }
+    let mut ruling = Admitting::new(Arc::clone(&config.policy));
+    let per_user = u32::try_from(config.limits.connections_per_user).unwrap_or(u32::MAX);
+    ruling.caps = Caps::new(config.limits.connections, per_user);
+    ruling.pass_credentials = config.service.verify == Verify::Line;
+    ruling
 }
 
 fn serving(config: &Config) -> Ruling {
@@ -562,15 +553,15 @@ fn serving(config: &Config) -> Ruling {
 }
 
 fn audit_settings(config: &Config) -> audit::Settings {
-    audit::Settings {
-        scope: match config.audit.record {
-            RecordWhat::Denials => audit::Scope::Denials,
-            RecordWhat::Connections => audit::Scope::Connections,
-            RecordWhat::Lines => audit::Scope::Lines,
-        },
-        burst: config.audit.burst,
-        interval: config.audit.interval,
-    }
+    let mut settings = audit::Settings::default();
+    settings.scope = match config.audit.record {
+        RecordWhat::Denials => audit::Scope::Denials,
+        RecordWhat::Connections => audit::Scope::Connections,
+        RecordWhat::Lines => audit::Scope::Lines,
+    };
+    settings.burst = config.audit.burst;
+    settings.interval = config.audit.interval;
+    settings
 }
 
 fn record_configuration(audit: &Audit, config: &Config, what: &str) {
@@ -580,7 +571,7 @@ fn record_configuration(audit: &Audit, config: &Config, what: &str) {
     let source = config.source.as_deref().map_or("built-in policy (no file)".into(), Path::to_string_lossy);
     let (rules, plural) = (config.policy.len(), if config.policy.len() == 1 { "" } else { "s" });
     let text = format!("Configuration {what}: {source}, {rules} rule{plural}");
-    audit.write(Record { text: Some(text), ..Record::new(Event::ConfigLoaded) });
+    audit.write(Record::note(Event::ConfigLoaded, text));
 }
 
 /// Each connection is a descriptor, and so is each peer on its way out. The soft limit is 1024 by default

@@ -157,7 +157,7 @@ mod tests {
 
     use peergate::gate::Door;
     use peergate::ids::Uid;
-    use peergate::limits::Limits;
+    use peergate::limits::{Caps, Limits};
     use peergate::policy::Policy;
 
     const LONG: Duration = Duration::from_secs(3600);
@@ -189,7 +189,7 @@ mod tests {
             let (mut admission, mut client) = admission(&self.policy, self.came);
             client.set_nonblocking(true).unwrap();
             client.write_all(sends).unwrap();
-            admission.permit = self.limits.acquire(self.policy.me(), 100, 100).unwrap();
+            admission.permit = self.limits.acquire(self.policy.me(), &Caps::default(), &()).unwrap();
             admission.generation = self.came;
             self.came += 1;
             self.threshold.admit(admission);

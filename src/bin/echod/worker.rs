@@ -6,14 +6,13 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
-use nix::sys::socket::{Shutdown, shutdown};
 
 use peergate::audit::{Audit, Reason};
 use peergate::gate::Usher;
@@ -435,7 +434,7 @@ impl Loop {
             let Some(mut connection) = self.take(slot) else { continue };
             match self.last_turns(&mut connection) {
                 // The manager would have to close them in the end, and PID 1 must not wait for anybody.
-                Outcome::Goes if connection.baggage.lies_with(&connection.socket) => {
+                Outcome::Goes if connection.socket.holds_descriptors() => {
                     self.mailbox.free_slot(slot);
                     self.part(connection, Outcome::Baggage);
                 }
@@ -447,7 +446,7 @@ impl Loop {
                 Outcome::Goes => {
                     // Everything received by now is echoed, a fragment too; then the end. On our side what is in the
                     // queue can still be read, and after it comes the end of file; the peer can add nothing to it.
-                    let _ = shutdown(connection.socket.as_raw_fd(), Shutdown::Read);
+                    let _ = connection.socket.shutdown(Shutdown::Read);
                     let mut event = EpollEvent::new(connection.interest(), slot as u64);
                     let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
                     self.put(slot, connection);
@@ -501,15 +500,17 @@ pub mod tests {
     use super::*;
     use std::fs;
     use std::io::{ErrorKind, IoSlice, Read, Write};
-    use std::os::fd::OwnedFd;
+    use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::net::UnixStream;
+    use std::sync::atomic::AtomicUsize;
 
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use peergate::activation;
     use peergate::audit::Settings;
-    use peergate::baggage::Baggage;
-    use peergate::gate::{self, Admission, Replies, Setup};
+    use peergate::baggage::Stream;
+    use peergate::gate::{self, Admission, Setup};
     use peergate::ids::Uid;
-    use peergate::limits::{Caps, Limits};
+    use peergate::limits::Limits;
     use peergate::peer::Peer;
     use peergate::policy::Policy;
 
@@ -520,17 +521,11 @@ pub mod tests {
     /// What a worker needs, and a door that nobody comes through.
     pub fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, gate::Door<Terms>) {
         let audit = Audit::new(Settings::default());
-        let activity = Arc::new(Activity::new().unwrap());
-        let caps = Caps { connections: 10, connections_per_user: 10 };
-        let setup = Setup {
-            listeners: Vec::new(),
-            ruling: gate::Ruling { policy: Arc::clone(policy), caps, pass_credentials: false },
-            limits: Limits::new(),
-            audit: audit.clone(),
-            replies: Replies::default(),
-            activity: Arc::clone(&activity),
-            first_connection: 1,
-        };
+        static NUMBER: AtomicUsize = AtomicUsize::new(0);
+        let name = format!("echod-unit-test-{}-{}.sock", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let listener = activation::bind(&std::env::temp_dir().join(name)).unwrap();
+        let setup = Setup::new(vec![listener], Arc::clone(policy), audit.clone()).unwrap();
+        let activity = Arc::clone(&setup.activity);
         let door = gate::Door::open(setup, |_| {}).unwrap();
         (Surroundings { audit, usher: door.usher(), activity, busy_poll: None }, door)
     }
@@ -539,31 +534,22 @@ pub mod tests {
     pub fn admission(policy: &Policy<Terms>, connection: u64) -> (Admission<Terms>, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
-        let socket = OwnedFd::from(ours);
-        let admission = Admission {
-            peer: Peer::credentials_of(&socket).unwrap(),
-            socket,
-            rule: Arc::clone(policy.rules().next().unwrap()),
-            permit: Limits::new().resume(policy.me()),
-            connection,
-            listener: "nowhere".into(),
-            generation: 0,
-            pass_credentials: false,
-            unattested: 0,
-            baggage: Baggage::Never,
-        };
+        let socket = Stream::accepted(ours);
+        let (peer, rule) = (Peer::credentials_of(&socket).unwrap(), policy.rules().next().unwrap());
+        let mut admission = Admission::new(socket, peer, Arc::clone(rule), Limits::new().resume(policy.me()));
+        admission.connection = connection;
         (admission, theirs)
     }
 
     /// A worker with one connection, and the other end of that.
-    fn serve_one(number: usize, baggage: Baggage) -> (Worker, UnixStream, gate::Door<Terms>) {
+    fn serve_one(number: usize, take_in: fn(OwnedFd) -> Stream) -> (Worker, UnixStream, gate::Door<Terms>) {
         let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
         let (around, door) = surroundings(&policy);
         let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
         let (audit, exit) = (around.audit.clone(), around.exit());
         let worker = Worker::start(number, ruling, around).unwrap();
-        let (admission, theirs) = admission(&policy, 1);
-        let admission = Admission { baggage, ..admission };
+        let (mut admission, theirs) = admission(&policy, 1);
+        admission.socket = take_in(admission.socket.into());
         Threshold::new(vec![worker.mailbox()], audit, exit, Pacing::new(None)).admit(admission);
         (worker, theirs, door)
     }
@@ -616,7 +602,7 @@ pub mod tests {
 
     #[test]
     fn echoing_allocates_nothing_once_it_is_under_way() {
-        let (_worker, mut client, _door) = serve_one(77, Baggage::Never);
+        let (_worker, mut client, _door) = serve_one(77, Stream::accepted);
         let one: (&[u8], &[u8]) = (b"a line of thirty-two bytes, LF in\n", b"> a line of thirty-two bytes, LF in\n");
         let many = (b"x\n".repeat(500), b"> x\n".repeat(500));
         let long = ([&[b'y'; 60_000][..], b"\n"].concat(), [b"> ", &[b'y'; 60_000][..], b"\n"].concat());
@@ -653,7 +639,7 @@ pub mod tests {
 
     #[test]
     fn a_peer_that_sends_descriptors_is_served_until_then() {
-        let (_worker, mut client, _door) = serve_one(78, Baggage::Possible);
+        let (_worker, mut client, _door) = serve_one(78, Stream::unrefused);
         ask(&mut client, b"hello\n", b"> hello\n", 3);
         send_a_descriptor(&client).unwrap();
         let end = client.read(&mut [0; 64]);
@@ -665,7 +651,7 @@ pub mod tests {
 
     #[test]
     fn a_connection_with_descriptors_unread_is_not_left_to_the_manager_to_close() {
-        let (worker, mut client, _door) = serve_one(79, Baggage::Possible);
+        let (worker, mut client, _door) = serve_one(79, Stream::unrefused);
         client.set_nonblocking(true).unwrap();
         // Until it waits for us to read, and reads no more itself.
         let mut full = 0;

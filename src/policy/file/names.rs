@@ -36,6 +36,40 @@ impl Names for SystemNames {
     }
 }
 
+impl super::User {
+    /// The user of this name, by the system's user database (getpwnam_r(3)), as it is now.
+    ///
+    /// # Errors
+    /// NotFound where there is no such user; what the database says where it does not answer.
+    ///
+    /// ```
+    /// use peergate::{Rule, User};
+    ///
+    /// let rule = Rule::allow("operator", ()).users([User::named("root")?]);
+    /// assert!(User::named("no such user").is_err());
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    pub fn named(name: &str) -> io::Result<Self> {
+        match SystemNames.uid(name)? {
+            Some(uid) => Ok(Self::Named(name.to_owned(), Some(uid))),
+            None => Err(io::Error::new(io::ErrorKind::NotFound, format!("no user is called {name:?}"))),
+        }
+    }
+}
+
+impl super::Group {
+    /// The group of this name, by the system's user database (getgrnam_r(3)), as it is now.
+    ///
+    /// # Errors
+    /// NotFound where there is no such group; what the database says where it does not answer.
+    pub fn named(name: &str) -> io::Result<Self> {
+        match SystemNames.gid(name)? {
+            Some(gid) => Ok(Self::Named(name.to_owned(), Some(gid))),
+            None => Err(io::Error::new(io::ErrorKind::NotFound, format!("no group is called {name:?}"))),
+        }
+    }
+}
+
 fn found<R>(name: &str, look_up: impl Fn(&str) -> nix::Result<Option<R>>) -> io::Result<Option<R>> {
     if name.contains('\0') {
         return Ok(None);

@@ -57,6 +57,8 @@ impl fmt::Display for Fault {
     }
 }
 
+impl std::error::Error for Fault {}
+
 /// Keys and values are quoted from a file that may hold anything: they must not forge a line or steer a terminal.
 fn write_harmless(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
     text.chars().try_for_each(|c| if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) })
@@ -96,6 +98,7 @@ pub struct Source {
 
 /// Why a file gives no text.
 #[derive(Debug)]
+#[non_exhaustive]
 pub enum ReadError {
     /// There is no such file.
     Missing,
