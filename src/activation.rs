@@ -30,7 +30,7 @@ use crate::sys;
 const MOST_DESCRIPTORS: usize = 1 << 20;
 
 /// What a path in `sockaddr_un` may hold, unix(7): 108 bytes less the closing NUL.
-pub const LONGEST_PATH: usize = 107;
+const LONGEST_PATH: usize = 107;
 
 /// How long the lock on a directory is waited for, and how often it is tried. One of us has it for a few milliseconds.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
@@ -73,11 +73,6 @@ impl Listener {
     /// What accept(2) says; EAGAIN where nobody waits.
     pub fn accept(&self) -> io::Result<Stream> {
         sys::accept(self.as_fd()).map(Stream::accepted)
-    }
-
-    /// Whether the socket is the service manager's, who keeps listening when we are gone.
-    pub fn is_inherited(&self) -> bool {
-        self.bound.is_none()
     }
 }
 

@@ -96,19 +96,6 @@ impl From<Severity> for Event {
 }
 
 impl Event {
-    /// Every event that has an id, for whoever keeps the catalog true.
-    pub const WITH_ID: &'static [Self] = &[
-        Self::Denied,
-        Self::Refused,
-        Self::Summary,
-        Self::Admitted,
-        Self::Closed,
-        Self::Line,
-        Self::ConfigLoaded,
-        Self::ConfigRefused,
-        Self::Revoked,
-    ];
-
     /// The journal's MESSAGE_ID (systemd.journal-fields(7)): 128 bits in hexadecimal.
     pub const fn message_id(self) -> Option<&'static str> {
         Some(match self {
@@ -668,15 +655,8 @@ impl Audit {
         self.wake(state);
     }
 
-    /// Puts what was counted so far into summaries now.
-    pub fn flush(&self) {
-        let mut state = self.lock();
-        state.summarize(Instant::now(), true);
-        self.wake(state);
-    }
-
     /// Puts everything counted into summaries; the writer ends once it has written what waits.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
         state.summarize(Instant::now(), true);
@@ -986,12 +966,13 @@ mod tests {
         // Nor does a flood of denials leave no room for what they are summed up in.
         (0..MOST_WAITING as u32).for_each(|uid| deny(&audit, 2000 + uid % 500));
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
-        audit.flush();
+        let sum_up = || audit.lock().summarize(Instant::now(), true);
+        sum_up();
         assert_eq!(audit.lock().windows.values().map(|window| window.counted).sum::<u64>(), 0);
         // They have a bound too.
         for _ in 0..10 {
             (0..500).for_each(|uid| deny(&audit, 2000 + uid));
-            audit.flush();
+            sum_up();
         }
         assert!(audit.lock().waiting.len() <= MOST_WAITING + 2 * MOST_TRACKED);
         audit.close();

@@ -89,8 +89,7 @@ impl Peer {
         Ok(peer)
     }
 
-    /// As [`of`](Self::of), without the process: two system calls, no descriptor, but no units either
-    /// until [`hold_process`](Self::hold_process).
+    /// As [`of`](Self::of), without the process: two system calls, no descriptor, but no units either.
     ///
     /// # Errors
     /// As [`of`](Self::of).
@@ -106,7 +105,7 @@ impl Peer {
     ///
     /// # Errors
     /// As [`of`](Self::of).
-    pub fn ids_of(socket: &impl AsFd) -> io::Result<Self> {
+    pub(crate) fn ids_of(socket: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
         // Where there is no peer the answer is no error, but -1, which is no user (setreuid(2)).
         if credentials.uid() == u32::MAX {
@@ -120,7 +119,7 @@ impl Peer {
 
     /// Asks for the supplementary groups, unless they are known. They are fixed at connect: to ask later
     /// gives the same answer. Where the kernel gives none, they stay incomplete.
-    pub fn learn_groups(&mut self, socket: &impl AsFd) {
+    pub(crate) fn learn_groups(&mut self, socket: &impl AsFd) {
         if self.groups.is_some() {
             return;
         }
@@ -133,7 +132,7 @@ impl Peer {
     /// Takes hold of the process that connected, so that its units can be told. Without effect on
     /// kernels before 6.5, for a peer in another pid namespace and (before 6.16) for one that has been
     /// waited for already: such a peer has no units.
-    pub fn hold_process(&mut self, socket: &impl AsFd) {
+    pub(crate) fn hold_process(&mut self, socket: &impl AsFd) {
         if self.pidfd.is_none() && self.pid > 0 {
             let pidfd = getsockopt(&socket.as_fd(), sockopt::PeerPidfd);
             self.pidfd = pidfd.map_err(|error| self.note_lack(error)).ok();

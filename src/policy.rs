@@ -108,8 +108,7 @@ use index::{Candidates, Index, NONE};
 use matcher::{Asked, Matcher, groups_are_known};
 use set::IdSet;
 
-pub use explain::{Consulted, Explanation, Finding};
-pub use matcher::Answer;
+pub use explain::Explanation;
 pub use rule::{Group, Kind, Place, Rule, RuleName, User};
 
 /// Named rules, in the order of decision, and the tables to decide by.

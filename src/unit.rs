@@ -32,7 +32,7 @@ impl Units {
     /// Where systemd has a hierarchy of its own (cgroup v1 and hybrid: `name=systemd`) that one
     /// tells, else the unified one (`0::`). A process at the very top of the former, where systemd puts none, is
     /// in a system that uses the latter: one booted unified, in a container on a hybrid machine.
-    pub fn from_proc_cgroup(text: &str) -> Option<Self> {
+    pub(crate) fn from_proc_cgroup(text: &str) -> Option<Self> {
         let path_of = |wanted: fn(&str, &str) -> bool| {
             text.lines().find_map(|line| {
                 let mut parts = line.splitn(3, ':');

@@ -39,25 +39,28 @@ fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
     let main = readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the code");
 
     let directory = Directory(std::env::temp_dir().join(format!("peergate-newcomer-{}", std::process::id())));
-    let package = &directory.0;
-    fs::create_dir_all(package.join("src")).unwrap();
+    fs::create_dir(&directory.0).unwrap();
+    let mut new = Command::new(env!("CARGO"));
+    new.args(["new", "--quiet", "--vcs", "none", "hello"]).current_dir(&directory.0);
+    assert!(new.status().unwrap().success());
+    let package = &directory.0.join("hello");
     let dependency = dependency.replace("…/peergate", root.to_str().unwrap());
-    let manifest = format!(
-        "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n[dependencies]\n{dependency}\n"
-    );
-    fs::write(package.join("Cargo.toml"), manifest).unwrap();
+    let manifest = fs::read_to_string(package.join("Cargo.toml")).unwrap();
+    assert!(manifest.ends_with("[dependencies]\n"), "{manifest}");
+    fs::write(package.join("Cargo.toml"), manifest + &dependency + "\n").unwrap();
     fs::write(package.join("src/main.rs"), main).unwrap();
-    // The versions that are here already: this test needs no network.
-    fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
     let target = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().join("newcomer");
-    let build = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--offline", "--target-dir"])
-        .arg(&target)
-        .current_dir(package)
-        .env("RUSTFLAGS", "--deny warnings")
-        .status()
-        .unwrap();
-    assert!(build.success());
+    let build = || {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.args(["build", "--quiet"]).current_dir(package).env("CARGO_TARGET_DIR", &target);
+        // This test needs no network.
+        cargo.env("CARGO_NET_OFFLINE", "true").env("RUSTFLAGS", "--deny warnings").status().unwrap().success()
+    };
+    // A newcomer gets the versions of the day. Where none can be chosen offline, those of the tree are here.
+    if !build() {
+        fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
+        assert!(build());
+    }
     // What only the program needs stays out.
     let lock = fs::read_to_string(package.join("Cargo.lock")).unwrap();
     assert!(lock.contains("name = \"peergate\""));
@@ -69,7 +72,7 @@ fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
     }
 
     // Alice's own directory, so that she can bind in it; the way there is open to all.
-    let home = package.join("home");
+    let home = directory.0.join("home");
     fs::create_dir(&home).unwrap();
     chown(&home, Some(ALICE), Some(ALICE)).unwrap();
     fs::copy(target.join("debug/hello"), home.join("hello")).unwrap();

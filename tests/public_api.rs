@@ -7,9 +7,15 @@
 //!
 //! The list is made from rustdoc's JSON, which the installed stable toolchain gives where it is asked through
 //! tools/rustdoc-unstable.
+//!
+//! How it is to be read: each item is listed once, below the module that is its home; what else it is called is a line
+//! `pub use`. Every type is Debug, Send and Sync, as far as its parameters are, unless it says otherwise; the line `is`
+//! tells which traits without anything to name of their own (Clone, Eq, Display and the like) it implements besides.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fs;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::process::Command;
 
@@ -55,19 +61,28 @@ fn difference(wanted: &str, found: &str) -> String {
     lost.chain(new.difference(&old).map(|line| format!("+ {line}\n"))).collect()
 }
 
+/// The formats of rustdoc's JSON that this reads: from Rust 1.85's to the newest that was tried.
+const FORMATS: RangeInclusive<u64> = 39..=57;
+
+/// What every type is, unless it says otherwise.
+const USUAL: [&str; 3] = ["Debug", "Send", "Sync"];
+
 /// What rustdoc tells of a crate.
 struct Surface<'j> {
     index: &'j Value,
     root: &'j Value,
-    /// The items that a public module holds, by id.
-    named: BTreeSet<String>,
+    /// The items that have a home, by id: a public module that holds them or, where they live in a private one, the first
+    /// that gives them a public name.
+    at_home: RefCell<BTreeSet<String>>,
 }
 
 impl<'j> Surface<'j> {
     fn of(json: &'j Value) -> Self {
+        let format = json["format_version"].as_u64().unwrap_or_default();
+        assert!(FORMATS.contains(&format), "rustdoc's JSON is of format {format}, this test reads {FORMATS:?}");
         let modules = json["index"].as_object().into_iter().flatten().map(|(_, item)| &item["inner"]["module"]);
         let named = modules.flat_map(|module| module["items"].as_array().into_iter().flatten()).map(Value::to_string);
-        Self { index: &json["index"], root: &json["root"], named: named.collect() }
+        Self { index: &json["index"], root: &json["root"], at_home: RefCell::new(named.collect()) }
     }
 
     fn text(&self) -> String {
@@ -86,33 +101,33 @@ impl<'j> Surface<'j> {
 
     /// Each item of a module is one entry; what belongs to it is indented below it.
     fn module(&self, module: &'j Value, path: &str, entries: &mut BTreeSet<String>) {
-        for item in self.items(&module["inner"]["module"]["items"]) {
-            let (kind, inner) = only(&item["inner"]);
-            let name = item["name"].as_str().unwrap_or_default();
-            if kind == "use" {
+        let ids = &module["inner"]["module"]["items"];
+        let kind = |item: &Value| only(&item["inner"]).0.to_owned();
+        // Modules come first: it is in the innermost that an item of a private one is at home.
+        for item in self.items(ids).filter(|item| kind(item) == "module") {
+            let path = format!("{path}::{}", text(&item["name"]));
+            entries.insert(format!("pub mod {path}"));
+            self.module(item, &path, entries);
+        }
+        for item in self.items(ids).filter(|item| !["module", "use"].contains(&kind(item).as_str())) {
+            entries.insert(self.entry(item, &format!("{path}::{}", text(&item["name"]))));
+        }
+        for item in self.items(ids).filter(|item| kind(item) == "use") {
+            let inner = &item["inner"]["use"];
+            let name = format!("{path}::{}", text(&inner["name"]));
+            let target = self.item(&inner["id"]);
+            if !target.is_null() && self.at_home.borrow_mut().insert(target["id"].to_string()) {
+                entries.insert(self.entry(target, &name));
+            } else {
                 let glob = if inner["is_glob"] == true { "::*" } else { "" };
-                let name = format!("{path}::{}", text(&inner["name"]));
                 entries.insert(format!("pub use {}{glob} as {name}", text(&inner["source"])));
-                // What lives in a private module has no other public name than this one.
-                let target = self.item(&inner["id"]);
-                if !target.is_null() && !self.named.contains(&target["id"].to_string()) {
-                    entries.insert(self.entry(target, &name));
-                }
-                continue;
             }
-            let path = format!("{path}::{name}");
-            if kind == "module" {
-                entries.insert(format!("pub mod {path}"));
-                self.module(item, &path, entries);
-                continue;
-            }
-            entries.insert(self.entry(item, &path));
         }
     }
 
     fn entry(&self, item: &'j Value, path: &str) -> String {
         let (kind, inner) = only(&item["inner"]);
-        let mut parts = self.parts(kind, inner);
+        let mut parts = self.parts(kind, inner, &item["id"]);
         parts.sort();
         let declaration = self.declaration(item, path);
         parts.iter().fold(declaration, |entry, part| entry + "\n    " + &part.replace('\n', "\n    "))
@@ -162,8 +177,8 @@ impl<'j> Surface<'j> {
     }
 
     /// What belongs to a type or a trait: public fields, variants, methods, implemented traits.
-    fn parts(&self, kind: &str, inner: &'j Value) -> Vec<String> {
-        let declare = |item: &Value| self.declaration(item, item["name"].as_str().unwrap_or_default());
+    fn parts(&self, kind: &str, inner: &'j Value, id: &Value) -> Vec<String> {
+        let declare = |item: &Value| self.declaration(item, text(&item["name"]));
         match kind {
             "struct" => {
                 let (_, shape) = match &inner["kind"] {
@@ -173,38 +188,105 @@ impl<'j> Surface<'j> {
                 let fields = if shape.is_array() { shape } else { &shape["fields"] };
                 let hidden = shape["has_stripped_fields"] == true || shape.to_string().contains("null");
                 let hidden = hidden.then(|| "and fields that are not public".to_owned());
-                self.items(fields).map(declare).chain(hidden).chain(self.impls(inner)).collect()
+                self.items(fields).map(declare).chain(hidden).chain(self.impls(inner, id)).collect()
             }
-            "enum" => self.items(&inner["variants"]).map(declare).chain(self.impls(inner)).collect(),
+            "enum" => {
+                let (plain, others): (Vec<_>, Vec<_>) =
+                    self.items(&inner["variants"]).partition(|variant| variant["inner"]["variant"]["kind"] == "plain");
+                let plain = plain.into_iter().map(declare).collect::<Vec<_>>().join(" | ");
+                let plain = (!plain.is_empty()).then_some(plain);
+                others.into_iter().map(declare).chain(plain).chain(self.impls(inner, id)).collect()
+            }
             "trait" => {
                 let provided = |item: &Value| item["inner"]["function"]["has_body"] == true;
                 let of_trait =
                     |item| if provided(item) { declare(item) + ", provided" } else { declare(item) + ", required" };
-                let implementors = self.items(&inner["implementations"]).filter_map(|item| self.implementation(item));
+                // Types of this crate say so themselves.
+                let is_foreign = |item: &&Value| {
+                    let id = &item["inner"]["impl"]["for"]["resolved_path"]["id"];
+                    id.is_null() || self.item(id).is_null()
+                };
+                let implementors = self.items(&inner["implementations"]).filter(is_foreign);
+                let implementors = implementors.filter_map(|item| self.implementation(item));
                 self.items(&inner["items"]).map(of_trait).chain(implementors).collect()
             }
             _ => Vec::new(),
         }
     }
 
-    fn impls(&self, inner: &'j Value) -> impl Iterator<Item = String> {
-        self.items(&inner["impls"]).filter_map(|item| self.implementation(item))
+    /// The impl blocks of the type with this id; those of traits with nothing to name in one line.
+    fn impls(&self, inner: &'j Value, id: &Value) -> Vec<String> {
+        let (mut is, mut blocks) = (BTreeSet::new(), Vec::new());
+        for item in self.items(&inner["impls"]) {
+            let block = &item["inner"]["impl"];
+            // What makes another type of this crate out of this one is told by the other. Of the auto traits Send and Sync
+            // are those that users depend on.
+            let other = &block["for"]["resolved_path"]["id"];
+            let is_auto = block["is_synthetic"] == true && !["Send", "Sync"].contains(&trait_name(&block["trait"]));
+            if is_auto || other != id && !other.is_null() && !self.item(other).is_null() {
+                continue;
+            }
+            match self.bare(block) {
+                Some(name) if other == id => _ = is.insert(name),
+                _ => blocks.extend(self.implementation(item)),
+            }
+        }
+        for usual in USUAL {
+            // Where it is so on conditions, these are told.
+            if !is.remove(usual) && !is.iter().any(|one: &String| one.trim_start_matches('!').starts_with(usual)) {
+                is.insert(format!("!{usual}"));
+            }
+        }
+        is.remove("StructuralPartialEq");
+        let is = is.into_iter().collect::<Vec<_>>().join(", ");
+        blocks.extend((!is.is_empty()).then(|| format!("is {is}")));
+        blocks
+    }
+
+    /// The name of the trait, if all there is to say of this impl is that it is there; and the conditions, if they are not
+    /// that each parameter implements the trait too.
+    fn bare(&self, block: &Value) -> Option<String> {
+        let of_trait = &block["trait"];
+        let names_types = self.items_of(&block["items"]).any(|item| item["inner"].get("assoc_type").is_some());
+        if of_trait.is_null()
+            || !block["blanket_impl"].is_null()
+            || names_types
+            || !arguments(&of_trait["args"]).is_empty()
+        {
+            return None;
+        }
+        let name = trait_name(of_trait).rsplit("::").next().unwrap_or_default().to_owned();
+        if block["is_negative"] == true {
+            return Some(format!("!{name}"));
+        }
+        let bounds =
+            |bounds: &Value| list(bounds, |one| bound(one).rsplit("::").next().unwrap_or_default().to_owned(), " + ");
+        let parameters = block["generics"]["params"].as_array().into_iter().flatten().filter_map(|parameter| {
+            let bounds = bounds(&parameter["kind"]["type"]["bounds"]);
+            (!bounds.is_empty()).then(|| (text(&parameter["name"]).to_owned(), bounds))
+        });
+        let predicates = block["generics"]["where_predicates"].as_array().into_iter().flatten().map(|predicate| {
+            let (_, inner) = only(predicate);
+            (ty(&inner["type"]), bounds(&inner["bounds"]))
+        });
+        let conditions = parameters.chain(predicates).filter(|(_, bounds)| *bounds != name);
+        let conditions: Vec<_> = conditions.map(|(what, bounds)| format!("{what}: {bounds}")).collect();
+        Some(if conditions.is_empty() { name } else { format!("{name} where {}", conditions.join(" and ")) })
+    }
+
+    fn items_of<'a>(&self, ids: &'a Value) -> impl Iterator<Item = &'j Value> + use<'a, 'j> {
+        let index = self.index;
+        ids.as_array().into_iter().flatten().map(|id| &index[id.to_string()])
     }
 
     /// An impl block; those that every type has are left out.
     fn implementation(&self, item: &'j Value) -> Option<String> {
         let inner = &item["inner"]["impl"];
-        let of_trait = text(&inner["trait"]["path"]);
-        // Of the auto traits these are the ones that users depend on.
-        let auto = inner["is_synthetic"] == true;
-        let unseen = of_trait == "StructuralPartialEq" || auto && !["Send", "Sync"].contains(&of_trait);
-        if !inner["blanket_impl"].is_null() || unseen {
+        if !inner["blanket_impl"].is_null() || inner["is_synthetic"] == true {
             return None;
         }
         let (parameters, bounds) = generics(&inner["generics"]);
-        let not = if inner["is_negative"] == true { "!" } else { "" };
-        let of_trait =
-            if inner["trait"].is_null() { String::new() } else { format!("{not}{} for ", path(&inner["trait"])) };
+        let of_trait = if inner["trait"].is_null() { String::new() } else { format!("{} for ", path(&inner["trait"])) };
         let head = format!("impl{parameters} {of_trait}{}{bounds}", ty(&inner["for"]));
         // A trait's items are known from the trait; what a type adds is its types.
         let types_only = !inner["trait"].is_null();
@@ -214,6 +296,11 @@ impl<'j> Surface<'j> {
             .map(|item| self.declaration(item, text(&item["name"])))
             .collect();
         parts.sort();
+        // A type's own functions need no heading, unless there are conditions.
+        let plain = !types_only && ["", "<T>", "<'p, T>", "<T, A>"].contains(&parameters.as_str()) && bounds.is_empty();
+        if plain {
+            return (!parts.is_empty()).then(|| parts.join("\n"));
+        }
         (types_only || !parts.is_empty()).then(|| parts.iter().fold(head, |all, part| all + "\n    " + part))
     }
 }
@@ -288,8 +375,12 @@ fn bound(bound: &Value) -> String {
 
 /// A path as the source has it, with its arguments.
 fn path(path: &Value) -> String {
-    let name = path["path"].as_str().unwrap_or(text(&path["name"]));
-    format!("{name}{}", arguments(&path["args"]))
+    format!("{}{}", trait_name(path), arguments(&path["args"]))
+}
+
+/// Until Rust 1.86 it had another key.
+fn trait_name(path: &Value) -> &str {
+    path["path"].as_str().unwrap_or(text(&path["name"]))
 }
 
 fn arguments(args: &Value) -> String {

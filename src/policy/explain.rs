@@ -25,8 +25,7 @@ pub struct Explanation {
 
 /// A rule that was consulted.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Consulted {
+pub(super) struct Consulted {
     /// Its name.
     pub rule: RuleName,
     /// Where it is written.
@@ -39,8 +38,7 @@ pub struct Consulted {
 
 /// How one key of a rule came out.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Finding {
+pub(super) struct Finding {
     /// `users`, `groups` or `units`.
     pub key: &'static str,
     /// Whether it holds. `None` where the other keys had settled the matter, so that nobody asked.
@@ -58,11 +56,6 @@ impl Explanation {
     /// Whether the subject may in.
     pub fn is_admitted(&self) -> bool {
         self.rule.as_ref().is_some_and(|rule| rule.kind() == Kind::Allow)
-    }
-
-    /// The rules that were consulted, in order. The last one decided, unless no rule matched.
-    pub fn consulted(&self) -> &[Consulted] {
-        &self.consulted
     }
 }
 

@@ -10,7 +10,7 @@ use crate::unit::Units;
 
 /// Whether a condition holds. The order makes the minimum Kleene's "and".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Answer {
+pub(super) enum Answer {
     /// It does not hold.
     No,
     /// It cannot be told: the kernel does not vouch for what it depends on.
