@@ -1,6 +1,6 @@
 # What a person types. Everything a target needs beyond make is named, and installed where it is missing (tools/require).
 
-.PHONY: run test check check-root e2e deb package-test bench bench-quick fuzz soak audit
+.PHONY: run test check check-root e2e deb package-test bench bench-quick fuzz soak flood audit
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
 
@@ -74,6 +74,11 @@ fuzz:
 # Everything at once for ten minutes; another length: tests/soak/run SECONDS
 soak:
 	tests/soak/run
+
+# The tests of floods and crowds at full size: a million denials, ten thousand idle inside and as many refused.
+flood:
+	ECHOD_TEST_DENIALS=1000000 cargo test --release --locked --test record -- at_full_speed at_once
+	ECHOD_TEST_IDLE=10000 cargo test --release --locked --test abuse
 
 # Licences, sources and known vulnerabilities of the dependencies.
 audit:

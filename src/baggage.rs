@@ -10,8 +10,8 @@
 //!   [adopted](crate::activation::adopt) or [bound](crate::activation::bind). The sender gets EPERM.
 //! - Where it could not be told, or was told only after the peer may have sent some (whoever connected before the service
 //!   was started), reading looks first: a peek takes nothing. A peer whose data carries descriptors is read from no more.
-//! - A socket on which some may lie unread is closed by a thread that nobody waits for, which interrupts itself every
-//!   millisecond: to linger is over at a signal.
+//! - A socket on which some may lie unread is closed by threads that nobody waits for, which interrupt themselves all the
+//!   time: to linger is over at a signal.
 
 use std::fmt;
 use std::fs;
@@ -19,20 +19,14 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
-use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv, send, shutdown};
 
+use crate::disposal::dispose_of;
 use crate::ids::Uid;
 use crate::peer;
 use crate::sys;
-
-/// How often a close that takes its time is interrupted.
-const INTERRUPTED_EVERY: Duration = Duration::from_millis(1);
 
 /// Whether descriptors may lie among what is unread on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -331,49 +325,18 @@ impl Drop for Stream {
     }
 }
 
-/// The way to the thread that closes what may be slow to close. It exists from the first time on that there is something
-/// for it: one for the whole process, so that a connection need not know of it.
-static WAY: Mutex<Option<Sender<OwnedFd>>> = Mutex::new(None);
-
-fn dispose_of(socket: OwnedFd) {
-    let mut way = WAY.lock().unwrap_or_else(PoisonError::into_inner);
-    let sender = way.take().unwrap_or_else(|| {
-        let (sender, receiver) = channel();
-        // No thread for it: then its end of the channel is gone, and sending fails.
-        let _ = thread::Builder::new().name("disposal".to_owned()).spawn(move || dispose(&receiver));
-        sender
-    });
-    match sender.send(socket) {
-        Ok(()) => *way = Some(sender),
-        // Without a thread there is nobody else to close it; the next one may find one.
-        Err(unsent) => {
-            drop(way);
-            drop(unsent);
-        }
-    }
-}
-
-fn dispose(sockets: &Receiver<OwnedFd>) {
-    // Without interruptions it takes as long as it takes.
-    let interruptions = sys::Interruptions::of_this_thread().ok();
-    let every = |period| interruptions.as_ref().map_or(Ok(()), |one| one.every(period));
-    while let Ok(socket) = sockets.recv() {
-        let _ = every(INTERRUPTED_EVERY);
-        drop(socket);
-        sockets.try_iter().for_each(drop);
-        let _ = every(Duration::ZERO);
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::net::{TcpListener, TcpStream};
+    use std::sync::mpsc::channel;
+    use std::thread;
+    use std::time::Duration;
 
     use nix::sys::socket::{ControlMessage, sendmsg, setsockopt, sockopt};
 
     /// A TCP connection with unsent data whose close lingers for hours, and its other end.
-    fn lingering() -> (TcpStream, TcpStream) {
+    pub(crate) fn lingering() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let other = listener.accept().unwrap().0;
@@ -384,7 +347,7 @@ mod tests {
         (one, other)
     }
 
-    fn send_along(through: &UnixStream, what: &impl AsRawFd) -> nix::Result<usize> {
+    pub(crate) fn send_along(through: &UnixStream, what: &impl AsRawFd) -> nix::Result<usize> {
         let fds = [what.as_raw_fd()];
         let part = [io::IoSlice::new(b"with it")];
         sendmsg::<()>(through.as_raw_fd(), &part, &[ControlMessage::ScmRights(&fds)], MsgFlags::empty(), None)

@@ -122,6 +122,7 @@ pub mod activation;
 pub mod audit;
 pub mod baggage;
 mod clock;
+mod disposal;
 pub mod gate;
 pub mod handover;
 pub mod ids;

@@ -44,7 +44,7 @@ fn while_somebody_talks(echod: &Echod, abuse: impl FnOnce()) {
         abuse();
         stop.store(true, Ordering::Relaxed);
         let (count, longest) = talker.join().unwrap();
-        println!("an admitted client had {count} answers, the slowest after {longest:?}");
+        figure!("an admitted client had {count} answers, the slowest after {longest:?}");
     });
 }
 
@@ -104,7 +104,7 @@ fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind
     let stderr = echod.stop();
     let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
     let summed = common::summed(&stderr);
-    println!("tried 4000, records {records}, in summaries {summed}");
+    figure!("tried 4000, records {records}, in summaries {summed}");
     assert_eq!(records + summed, 4000, "{stderr}");
 }
 
@@ -224,7 +224,7 @@ fn a_turn_is_bounded_in_bytes_however_short_the_lines() {
         reader.join().unwrap();
         meanwhile.sort_unstable();
         let (median, most) = (meanwhile[ROUNDS / 2], meanwhile[ROUNDS - 1]);
-        println!(
+        figure!(
             "between a line and its echo, one who pipelines bare newlines got {median} bytes (median), {most} at the most; \
              a turn is {TURN}"
         );
@@ -257,7 +257,7 @@ fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
     }
     while_somebody_talks(&echod, || {});
     let grown = memory(&echod, "VmHWM") - before;
-    println!("{GREEDY} who never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
+    figure!("{GREEDY} who never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
     // Twice the length of a line for each, and some room for the rest.
     assert!(grown < GREEDY as u64 * 128 + 4096, "{grown} KiB");
     drop(greedy);
@@ -286,7 +286,7 @@ fn who_leaves_a_line_unfinished_holds_no_buffer_that_grew_for_a_long_one() {
         .collect();
     echod.connect().echo("all of them have been heard");
     let grown = memory(&echod, "VmRSS") - before;
-    println!("{SLOW} unfinished lines: {grown} KiB more, {} KiB each", grown / SLOW as u64);
+    figure!("{SLOW} unfinished lines: {grown} KiB more, {} KiB each", grown / SLOW as u64);
     assert!(grown < SLOW as u64 * 12 + 2048, "{grown} KiB");
     for client in &slow {
         client.send("\n");
@@ -306,7 +306,9 @@ fn writers_of_nuls_without_a_newline_get_no_further_than_a_lines_length() {
         });
         assert_eq!((show(&output), end), (show(TOO_LONG), End::Eof));
     }
-    assert!(memory(&echod, "VmHWM") - before < 4096);
+    let grown = memory(&echod, "VmHWM") - before;
+    figure!("30 writers of NULs: {grown} KiB more at the most");
+    assert!(grown < 4096);
 }
 
 #[test]
@@ -334,7 +336,7 @@ fn a_thousand_idle_connections_cost_no_processor_time_and_little_memory() {
     let idle: Vec<Client> = (0..IDLE).map(|_| echod.connect()).collect();
     idle.iter().for_each(|client| client.echo("in"));
     let each = memory(&echod, "VmRSS") * 1024 / IDLE as u64;
-    println!("{IDLE} idle connections: {each} bytes each, the program itself included");
+    figure!("{IDLE} idle connections: {each} bytes each, the program itself included");
     assert!(each < 32 * 1024);
     let before = cpu(&echod);
     // Another process does something worth a while; ours does nothing.
@@ -362,7 +364,8 @@ fn the_refused_get_their_message_also_a_thousand_at_once() {
 fn ten_thousand_may_idle_inside_and_as_many_more_are_refused() {
     let idle = common::setting("ECHOD_TEST_IDLE", 10_000);
     // Here as there: the connections, those who are refused at once, and some room for the other tests.
-    common::raise_descriptor_limit(idle as u64 + 4000);
+    const AT_ONCE: usize = 4000;
+    common::raise_descriptor_limit((idle + AT_ONCE) as u64 + 4000);
     let caps = format!("[limits]\nconnections = {idle}\nconnections-per-user = {}\n", 2 * idle);
     let echod = Start::serving(&format!("{caps}{OWNER}")).ready();
     let (empty, before) = (memory(&echod, "VmRSS"), descriptors(&echod));
@@ -371,11 +374,11 @@ fn ten_thousand_may_idle_inside_and_as_many_more_are_refused() {
     let full = memory(&echod, "VmRSS");
     let mut refused = 0;
     while refused < idle {
-        let late: Vec<Client> = (0..1000.min(idle - refused)).map(|_| echod.connect()).collect();
+        let late: Vec<Client> = (0..AT_ONCE.min(idle - refused)).map(|_| echod.connect()).collect();
         late.iter().for_each(|client| client.expect_end(BUSY));
         refused += late.len();
     }
-    println!(
+    figure!(
         "{idle} idle inside: {empty} KiB before, {full} KiB with them, {} bytes each; {refused} refused; at the most {} KiB",
         (full - empty) * 1024 / idle as u64,
         memory(&echod, "VmHWM"),
@@ -423,7 +426,7 @@ fn out_of_descriptors_it_refuses_politely_does_not_spin_and_recovers() {
             _ => panic!("turned away without a word"),
         }
     }
-    println!("{} got in, {refused} were refused", inside.len());
+    figure!("{} got in, {refused} were refused", inside.len());
     assert!(inside.len() >= 15 && refused >= 20, "{} in, {refused} refused", inside.len());
 
     let spent = cpu(&echod);
@@ -524,7 +527,7 @@ fn a_start_that_fails_for_want_of_descriptors_loses_no_denial() {
         let recorded = stderr.contains(": no rule allows it");
         assert_eq!(told, recorded, "with {descriptors} descriptors: {stderr}");
     }
-    println!("{failed} starts failed, {started} did not");
+    figure!("{failed} starts failed, {started} did not");
     assert!(failed >= 3 && started >= 3);
 }
 
@@ -579,7 +582,7 @@ fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_lo
         faults.echod.connect().expect_end(DENIED);
         let stderr = faults.echod.stop();
         let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
-        println!("{error}: {failures} times, {pauses} pauses; denied {}, records {records}", DENIALS + 1);
+        figure!("{error}: {failures} times, {pauses} pauses; denied {}, records {records}", DENIALS + 1);
         assert_eq!(failures, 116);
         // Those on their way out go first, without a pause; and what finds no reserve has tried twice.
         assert!(pauses >= (failures - DENIALS) / 2, "{error}: {failures} failures, {pauses} pauses");
@@ -595,7 +598,7 @@ fn who_leaves_before_being_accepted_and_signals_in_between_delay_nobody() {
         let clients: Vec<Client> = (0..5).map(|_| faults.echod.connect()).collect();
         clients.iter().for_each(|client| client.echo("in"));
         let (failures, _) = faults.failures_and_pauses();
-        println!("{error}: {failures} times");
+        figure!("{error}: {failures} times");
         assert_eq!(failures, 199);
         let stderr = faults.echod.stop();
         assert!(!stderr.contains("accepting from"), "{stderr}");

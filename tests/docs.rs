@@ -7,6 +7,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use peergate::audit::{Event, Severity};
+
 #[path = "../packaging/generate.rs"]
 mod generate;
 
@@ -62,12 +64,75 @@ fn an_entry_of_the_catalog_has_a_subject_who_wrote_it_and_where_to_read_on() {
         for key in ["Subject: ", "Defined-By: echod", "Documentation: man:"] {
             assert!(header.iter().any(|line| line.starts_with(key)), "{id} lacks {key:?}");
         }
-        // What happened, what it means, what to do.
-        assert!(body.trim().split("\n\n").count() >= 2, "{id} does not say enough");
         for line in body.lines() {
             assert!(line.chars().count() <= 80, "{id}: a terminal would break {line:?}");
         }
     }
+}
+
+#[test]
+fn an_entry_of_the_catalog_says_what_happened_then_what_it_means_then_what_to_do() {
+    for (id, (_, body)) in catalog() {
+        let starts = |word: &str| body.match_indices(word).map(|(at, _)| at).collect::<Vec<_>>();
+        let (meaning, to_do) = (starts("\n\nMeaning:"), starts("\n\nTo do:"));
+        assert!(meaning.len() == 1 && to_do.len() == 1 && meaning[0] < to_do[0], "{id}: {meaning:?} {to_do:?}");
+    }
+}
+
+#[test]
+fn an_entry_of_the_catalog_says_that_fields_may_be_absent_and_puts_none_into_a_command() {
+    for (id, (_, body)) in catalog() {
+        // journalctl puts the bare name where a record has no such field; of a peer about everything may be unknown.
+        if body.contains("@PEER_") {
+            assert_eq!(body.matches("the record has no").count(), 1, "{id} does not say what a bare name means");
+        }
+        for line in body.lines().filter(|line| line.starts_with("    ")) {
+            assert!(!line.contains('@'), "{id}: a command, or a list, depends on a field: {line}");
+        }
+    }
+}
+
+/// Every event that has an id: as many as there are ids, see above.
+const WITH_ID: [Event; 9] = [
+    Event::Denied,
+    Event::Refused,
+    Event::Summary,
+    Event::Admitted,
+    Event::Closed,
+    Event::Line,
+    Event::ConfigLoaded,
+    Event::ConfigRefused,
+    Event::Revoked,
+];
+
+#[test]
+fn the_manual_page_lists_the_message_ids_with_their_verdicts_and_priorities() {
+    let page = read("packaging/man/echod.8");
+    let listed: BTreeSet<String> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix(".It Li "))
+        .filter_map(|line| line.split_once(" Ta "))
+        .filter(|(id, _)| id.len() == 32)
+        .map(|(id, rest)| {
+            let columns: Vec<_> = rest.split(" Ta ").collect();
+            format!("{id} {} {}", columns[0].trim_start_matches("Li "), columns[1])
+        })
+        .collect();
+    let written: BTreeSet<String> = WITH_ID
+        .iter()
+        .map(|event| {
+            let priority = match event.severity() {
+                Severity::Error => 3,
+                Severity::Warning => 4,
+                Severity::Notice => 5,
+                Severity::Info => 6,
+                _ => unreachable!("which syslog priority is that?"),
+            };
+            format!("{} {} {priority}", event.message_id().unwrap(), event.verdict().unwrap_or("\\(en"))
+        })
+        .collect();
+    assert_eq!(listed, written);
+    assert_eq!(written.len(), catalog().len(), "an event is missing from WITH_ID");
 }
 
 /// Fields of a record that are the product's own, as far as `text` names them.

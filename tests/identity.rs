@@ -152,7 +152,7 @@ fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
         // Of somebody else it is known just as well that they may not.
         from_group(&stranger, "64002:64002", &echod).client().expect_end(DENIED);
     }
-    println!("{} got in, {refused} were refused", inside.len());
+    figure!("{} got in, {refused} were refused", inside.len());
     assert!(inside.len() >= 10 && refused >= 10, "{} in, {refused} refused", inside.len());
     drop(inside);
     let stderr = echod.stop();

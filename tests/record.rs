@@ -712,14 +712,14 @@ fn not_one_of_many_thousand_denials_at_full_speed_escapes_the_record() {
     let (entries, tried) = (journald.entries(), 4 * each as u64);
     let count = |verdict: &str| entries.iter().filter(|entry| with_verdict(verdict)(entry)).count();
     let told = denials(&entries);
-    println!(
+    figure!(
         "tried {tried}, denied {tried}, in {ended:.1?}; records {}, in {} summaries {}; difference {}",
         count("denied"),
         count("summary"),
         told - count("denied") as u64,
         i128::from(tried) - i128::from(told),
     );
-    println!(
+    figure!(
         "peak memory {peak} KiB; an admitted client's p50 and p99: quiet {:?} and {:?}, in the flood {:?} and {:?} of {}",
         percentile(&mut quiet, 50),
         percentile(&mut quiet, 99),
@@ -777,7 +777,7 @@ fn the_equation_holds_with_all_of_it_at_once() {
     let entries = journald.entries();
     let count = |verdict: &str| entries.iter().filter(|entry| with_verdict(verdict)(entry)).count();
     let (tried, told) = (4 * each as u64 + 3 * 500 + 10, denials(&entries));
-    println!(
+    figure!(
         "tried {tried}, of whom {each} vanished; records {}, in {} summaries {}; difference {}",
         count("denied"),
         count("summary"),

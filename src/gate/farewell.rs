@@ -255,4 +255,39 @@ mod tests {
         farewell.hurry_oldest(&epoll);
         assert_eq!(theirs.write(b"later").unwrap_err().kind(), ErrorKind::BrokenPipe);
     }
+
+    /// Who holds on: does not read, does not close.
+    fn holding_on(farewell: &mut Farewell, epoll: &Epoll) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        farewell.begin(epoll, Guest { socket: Stream::accepted(ours), is_shared: false }, &Arc::from(&b"no"[..]));
+        theirs
+    }
+
+    #[test]
+    fn nobody_keeps_a_descriptor_for_longer_than_a_second_by_being_turned_away() {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        let mut farewell = Farewell::new(0);
+        let before = Instant::now();
+        let mut client = holding_on(&mut farewell, &epoll);
+        farewell.expire(&epoll, before);
+        assert!(!farewell.is_empty(), "there is some time to read the message and close");
+        farewell.expire(&epoll, Instant::now() + Duration::from_secs(1));
+        assert!(farewell.is_empty());
+        let mut heard = String::new();
+        client.read_to_string(&mut heard).unwrap();
+        assert_eq!(heard, "no");
+    }
+
+    #[test]
+    fn no_more_than_so_many_are_on_their_way_out_at_once_and_the_oldest_goes_first() {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        let mut farewell = Farewell::new(0);
+        let mut clients: Vec<_> = (0..MOST_LEAVING).map(|_| holding_on(&mut farewell, &epoll)).collect();
+        let has_gone = |client: &mut UnixStream| client.write(b"?").is_err();
+        assert!(!has_gone(&mut clients[0]));
+        clients.push(holding_on(&mut farewell, &epoll));
+        assert!(has_gone(&mut clients[0]) && !has_gone(&mut clients[1]));
+        assert_eq!(farewell.leaving.len() - farewell.free.len(), MOST_LEAVING);
+    }
 }

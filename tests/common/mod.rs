@@ -50,6 +50,15 @@ pub const NOBODY: &str = "[allow.somebody]\nusers = [64999]\n";
 pub const ALICE: u32 = 64001;
 pub const BOB: u32 = 64002;
 
+/// Prints what a test has measured. Past the harness, which shows what a test prints only when it has failed.
+#[macro_export]
+macro_rules! figure {
+    ($($what:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), "        {}", format_args!($($what)*));
+    }};
+}
+
 /// For tests with other users, mounts or control groups. It fails rather than skips.
 pub fn needs_root() {
     assert!(nix::unistd::geteuid().is_root(), "this test makes other users' processes: run it as root");

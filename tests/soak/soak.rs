@@ -47,10 +47,11 @@ const FLOODERS: [u32; 2] = [61_003, 61_004];
 const VANISHER: u32 = 61_005;
 const GREEDY: u32 = 61_006;
 
-const ROLES: [Role; 7] = [
+const ROLES: [Role; 8] = [
     Role { name: "talk", uid: TALKER, run: talk },
     Role { name: "mute", uid: SLOW, run: mute },
     Role { name: "loris", uid: SLOW, run: loris },
+    Role { name: "nul", uid: SLOW, run: nul },
     Role { name: "flood", uid: FLOODERS[0], run: flood },
     Role { name: "flood-more", uid: FLOODERS[1], run: flood },
     Role { name: "vanish", uid: VANISHER, run: vanish },
@@ -160,19 +161,26 @@ fn echo_of(sent: &[u8]) -> Vec<u8> {
 
 /// Four at once, each one connection after the other: every byte is checked.
 fn talk(stop: &AtomicBool, figures: &Figures) {
-    thread::scope(|threads| {
-        for seed in 1..=4 {
-            threads.spawn(move || {
-                let mut random = Random(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
-                while !stop.load(Ordering::Relaxed) {
-                    conversation(&mut random, figures);
-                }
-            });
-        }
+    let mut latencies: Vec<u32> = thread::scope(|threads| {
+        let talk = |seed| {
+            let mut random = Random(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(seed));
+            let mut latencies = Vec::new();
+            while !stop.load(Ordering::Relaxed) {
+                conversation(&mut random, &mut latencies, figures);
+            }
+            latencies
+        };
+        let talking: Vec<_> = (1..=4).map(|seed| threads.spawn(move || talk(seed))).collect();
+        talking.into_iter().flat_map(|one| one.join().unwrap()).collect()
     });
+    latencies.sort_unstable();
+    for (name, percent) in [("p50-usec", 50), ("p99-usec", 99)] {
+        figures
+            .most(name, latencies.get(latencies.len().saturating_sub(1) * percent / 100).copied().unwrap_or(0).into());
+    }
 }
 
-fn conversation(random: &mut Random, figures: &Figures) {
+fn conversation(random: &mut Random, latencies: &mut Vec<u32>, figures: &Figures) {
     let mut socket = connect();
     for _ in 0..random.below(50) {
         let begun = Instant::now();
@@ -184,6 +192,7 @@ fn conversation(random: &mut Random, figures: &Figures) {
         figures.add("round-trips", 1);
         figures.add(if took < Duration::from_millis(10) { "under-10-ms" } else { "over-10-ms" }, 1);
         figures.most("longest-usec", took.as_micros() as u64);
+        latencies.push(u32::try_from(took.as_micros()).unwrap_or(u32::MAX));
     }
     let sent = random.lines(random.0 % 2 == 0);
     let expected = echo_of(&sent);
@@ -235,6 +244,24 @@ fn loris(stop: &AtomicBool, figures: &Figures) {
             pace(stop, Duration::from_millis(100));
         }
         figures.add("connections", sockets.len() as u64);
+    }
+}
+
+/// Writes zeros and never a newline, until told that the line is too long.
+fn nul(stop: &AtomicBool, figures: &Figures) {
+    while !stop.load(Ordering::Relaxed) {
+        let mut socket = connect();
+        let mut writing = socket.try_clone().unwrap();
+        let answer = thread::scope(|threads| {
+            // Until the service closes.
+            threads.spawn(move || while writing.write_all(&[0; 16 << 10]).is_ok() {});
+            let mut answer = Vec::new();
+            socket.read_to_end(&mut answer).unwrap();
+            answer
+        });
+        assert_eq!(answer, b"Line too long\n");
+        figures.add("too-long", 1);
+        pace(stop, Duration::from_millis(10));
     }
 }
 
@@ -535,6 +562,7 @@ fn conduct(length: Duration) -> ExitCode {
     verdict.equal("denied, uid 61004", figure("flood-more", "denied"), journal.of("denied", FLOODERS[1]));
     verdict.equal("vanished, uid 61005", figure("vanish", "connections"), journal.of("denied", VANISHER));
     verdict.equal("refused, uid 61006", figure("greed", "refused"), journal.of("refused", GREEDY));
+    verdict.equal("line too long, uid 61002", figure("nul", "too-long"), journal.of("refused", SLOW));
     verdict.growth(&samples);
     let claim = format!("descriptors without clients: {} at first, {} in the end", idle.descriptors, left.descriptors);
     verdict.holds(&claim, left.descriptors <= idle.descriptors);

@@ -115,6 +115,8 @@ pub enum State {
     Writing,
     /// As before, and nothing more will come: when it is taken, the connection is over.
     Finishing,
+    /// A line was too long. Waits for the peer to take what it is told about that; `sent` counts in that.
+    Refusing,
 }
 
 /// How a turn ended.
@@ -202,7 +204,7 @@ impl Connection {
     pub fn interest(&self) -> EpollFlags {
         match self.state {
             State::Reading => EpollFlags::EPOLLIN,
-            State::Writing | State::Finishing => EpollFlags::EPOLLOUT,
+            State::Writing | State::Finishing | State::Refusing => EpollFlags::EPOLLOUT,
         }
     }
 
@@ -233,6 +235,9 @@ impl Connection {
         let Buffers { input, output, .. } = buffers;
         let input = &input[..count];
         let (at, outcome) = self.emit(input, Cursor::default(), limit, output, audit);
+        if let Outcome::TooLong = outcome {
+            return self.refuse();
+        }
         if at.start < count && matches!(outcome, Outcome::Goes) {
             self.sent = at.sent;
             let mut held = buffers.take(count - at.start, limit);
@@ -246,7 +251,30 @@ impl Connection {
     /// the limit, and the line that began before it was held against the limit then. One that came into force since
     /// must not cut off what was accepted, least of all in the middle of its echo.
     pub fn flush(&mut self, buffers: &mut Buffers, audit: &Audit) -> Outcome {
-        self.echo_held(usize::MAX, buffers, audit)
+        match self.state {
+            State::Refusing => self.tell_refusal(),
+            _ => self.echo_held(usize::MAX, buffers, audit),
+        }
+    }
+
+    /// A line is too long, and every earlier one is echoed. The peer may have to take some of that first.
+    fn refuse(&mut self) -> Outcome {
+        self.state = State::Refusing;
+        self.sent = 0;
+        self.tell_refusal()
+    }
+
+    fn tell_refusal(&mut self) -> Outcome {
+        match self.send(&line::TOO_LONG[self.sent..]) {
+            Ok(count) => self.sent += count,
+            Err(_) => return Outcome::TooLong,
+        }
+        if self.sent == line::TOO_LONG.len() { Outcome::TooLong } else { Outcome::Goes }
+    }
+
+    /// What a peer whose line was too long has yet to be told of that.
+    pub fn untold(&self) -> Option<&'static [u8]> {
+        (self.state == State::Refusing).then(|| &line::TOO_LONG[self.sent..])
     }
 
     fn echo_held(&mut self, limit: usize, buffers: &mut Buffers, audit: &Audit) -> Outcome {
@@ -264,6 +292,10 @@ impl Connection {
             buffers.give_back(std::mem::replace(&mut self.held, small));
         }
         match (outcome, self.state) {
+            (Outcome::TooLong, _) => {
+                buffers.give_back(std::mem::take(&mut self.held));
+                self.refuse()
+            }
             (Outcome::Goes, State::Finishing) if self.held.is_empty() => Outcome::Over(None),
             (outcome, _) => outcome,
         }
@@ -431,6 +463,41 @@ impl Buffers {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::worker::tests::admission;
+
+    use std::io::Read;
+
+    /// However much echo the peer has yet to take, and however long it takes.
+    #[test]
+    fn who_reads_late_that_a_line_was_too_long_reads_it_all_the_same() {
+        let policy = Policy::<Terms>::owner_only(Uid::effective());
+        let (mut buffers, audit) = (Buffers::new(READ), Audit::default());
+        for ends in ["", "\n"] {
+            let (admission, mut client) = admission(&policy, 1);
+            let mut connection = Connection::admitted(admission);
+            // There is room for a part of the message.
+            while connection.socket.write(b"an echo\n").is_ok() {}
+            client.set_nonblocking(true).unwrap();
+            client.write_all(&[&[b'x'; 100][..], ends.as_bytes()].concat()).unwrap();
+            assert!(matches!(connection.read(99, &mut buffers, &audit), Outcome::Goes));
+            if connection.state == State::Reading {
+                // No more than the limit is read at once.
+                assert!(matches!(connection.read(99, &mut buffers, &audit), Outcome::Goes));
+            }
+            assert_eq!((connection.state, connection.interest()), (State::Refusing, EpollFlags::EPOLLOUT));
+            assert!(matches!(connection.flush(&mut buffers, &audit), Outcome::Goes));
+            let mut heard = Vec::new();
+            let mut part = [0; 4096];
+            while let Ok(count) = client.read(&mut part) {
+                heard.extend_from_slice(&part[..count]);
+            }
+            assert!(matches!(connection.flush(&mut buffers, &audit), Outcome::TooLong));
+            assert_eq!(connection.untold(), Some(&b""[..]), "nothing is left to tell");
+            let count = client.read(&mut part).unwrap();
+            heard.extend_from_slice(&part[..count]);
+            assert!(heard.ends_with(b"an echo\nLine too long\n"), "{:?}", heard.utf8_chunks().last());
+        }
+    }
 
     #[test]
     fn a_buffer_that_grew_for_long_lines_is_not_for_whoever_may_only_send_short_ones() {

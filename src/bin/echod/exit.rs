@@ -13,7 +13,6 @@ use peergate::service::Activity;
 
 use crate::config::Terms;
 use crate::connection::{Buffers, Connection, Outcome};
-use crate::line;
 use crate::mailbox::Mailbox;
 
 /// What it takes to let go of connections.
@@ -22,7 +21,6 @@ pub struct Exit {
     audit: Audit,
     usher: Usher<Terms>,
     activity: Arc<Activity>,
-    too_long: Arc<[u8]>,
     nothing: Arc<[u8]>,
     /// Who leaves now leaves because everything ends.
     pub is_ending: bool,
@@ -30,8 +28,7 @@ pub struct Exit {
 
 impl Exit {
     pub fn new(audit: Audit, usher: Usher<Terms>, activity: Arc<Activity>) -> Self {
-        let (too_long, nothing) = (Arc::from(line::TOO_LONG), Arc::from(&b""[..]));
-        Self { audit, usher, activity, too_long, nothing, is_ending: false }
+        Self { audit, usher, activity, nothing: Arc::from(&b""[..]), is_ending: false }
     }
 
     /// The end of a connection of this mailbox's worker that is in no place any more. `line_length` is everybody's limit.
@@ -43,6 +40,9 @@ impl Exit {
         buffers: &mut Buffers,
         mailbox: &Mailbox,
     ) {
+        // Whatever it was that ended it then.
+        let untold = connection.untold();
+        let outcome = if untold.is_some() { Outcome::TooLong } else { outcome };
         self.record(&mut connection, &outcome, line_length);
         let Connection { permit, socket, held, is_shared, .. } = *connection;
         buffers.give_back(held);
@@ -52,7 +52,8 @@ impl Exit {
         match outcome {
             Outcome::TooLong => {
                 let _ = mailbox.epoll.delete(&socket);
-                self.usher.see_off(socket, &self.too_long);
+                let rest = untold.unwrap_or_default();
+                self.usher.see_off(socket, &if rest.is_empty() { Arc::clone(&self.nothing) } else { Arc::from(rest) });
             }
             Outcome::Stranger(_) | Outcome::Denied(_) => {
                 let _ = mailbox.epoll.delete(&socket);

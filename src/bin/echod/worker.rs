@@ -334,7 +334,9 @@ impl Loop {
         let (state, bytes) = (connection.state, connection.bytes);
         let outcome = match state {
             State::Reading => connection.read(limit, &mut self.buffers, &self.around.audit),
-            State::Writing | State::Finishing => connection.flush(&mut self.buffers, &self.around.audit),
+            State::Writing | State::Finishing | State::Refusing => {
+                connection.flush(&mut self.buffers, &self.around.audit)
+            }
         };
         if let Outcome::Goes = outcome {
             if connection.state == state && state == State::Reading && connection.bytes == bytes {
@@ -437,6 +439,10 @@ impl Loop {
                 Outcome::Goes if connection.socket.holds_descriptors() => {
                     self.mailbox.free_slot(slot);
                     self.part(connection, Outcome::Baggage);
+                }
+                Outcome::Goes if connection.state == State::Refusing => {
+                    self.mailbox.free_slot(slot);
+                    self.part(connection, Outcome::TooLong);
                 }
                 Outcome::Goes if carried.len() < carry => {
                     let _ = self.mailbox.epoll.delete(&connection.socket);

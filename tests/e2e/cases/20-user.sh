@@ -51,3 +51,27 @@ a_users_service_sees_true_ids() {
     pid=$(of alice systemctl --user show --property=MainPID --value echo.service)
     expect "user namespace of the service" "$(readlink /proc/1/ns/user)" "$(readlink "/proc/$pid/ns/user")"
 }
+
+a_users_service_that_cannot_be_started_is_tried_seldom_and_ends_nothing() {
+    local client starts
+    _start
+    mkdir -p /run/systemd/user/echo.service.d
+    printf '[Service]\nExecStart=\nExecStart=/usr/bin/no-such-echod\n' >/run/systemd/user/echo.service.d/claim.conf
+    of alice systemctl --user daemon-reload
+    talk alice 'hello\n' "$_socket" >/tmp/claim/answer &
+    client=$!
+    for ((i = 0; i < 600; i++)); do
+        [[ $(of alice systemctl --user show --property=ExecMainStatus --value echo.service) != 203 ]] || break
+        sleep 0.05
+    done
+    # A span of time is what is asked about here.
+    sleep 3
+    journalctl --sync
+    starts=$(journalctl --quiet "$(since)" --output=cat _UID=1001 USER_UNIT=echo.service MESSAGE_ID=7d4958e842da4a758f6c1cdc7b36dcc5 | wc -l)
+    ((starts >= 1 && starts <= 2)) || fail "starts in 3 s:" "  expected: one or two" "  found: $starts"
+    _user_unit_is echo.socket active
+    rm /run/systemd/user/echo.service.d/claim.conf
+    of alice systemctl --user daemon-reload
+    wait "$client"
+    expect_bytes "the client that waited" '> hello\n' /tmp/claim/answer
+}

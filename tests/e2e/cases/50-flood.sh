@@ -10,6 +10,12 @@ _expect_equation() {
     figure "denials seen $seen; records $written, counted in $(records summary | wc -l) summaries $counted; difference $((seen - written - counted))"
     ((seen > 0)) || fail "nobody was denied"
     expect "denials in the journal" "$seen" "$((written + counted))"
+    expect "denials in the report" "$seen" "$(echod report --system --json "$(since)" | jq .denied.total)"
+}
+
+# What the running service has needed at the most.
+_peak() {
+    figure "peak memory of the service: $(awk '/^VmHWM:/ { print $2, $3 }' "/proc/$(property echo.service MainPID)/status")"
 }
 
 _policy() {
@@ -32,6 +38,7 @@ no_denial_of_a_flood_escapes_the_record() {
     _flood bob 5000 two &
     _flood root 5000 three &
     wait
+    _peak
     systemctl stop echo.service
     _expect_equation /tmp/claim/{one,two,three}
 }
@@ -50,6 +57,7 @@ no_denial_escapes_while_the_journal_stands_still_or_is_restarted_nor_when_the_se
     expect "an admitted user in the flood" "> x" "$(talk alice 'x\n')"
     systemctl restart echo.service
     wait "$flood"
+    _peak
     systemctl stop echo.service
     _expect_equation /tmp/claim/{stopped,more,continued}
     unit_is echo.socket active
