@@ -153,7 +153,7 @@ impl std::error::Error for Refused {}
 /// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined, unless they are what is served: a socket
 /// unit may call its socket as it likes (`FileDescriptorName=`). Every other must be a listening
 /// AF_UNIX stream socket. Who connects to it from now on can send no descriptors (Linux 6.16; see
-/// [`baggage`](crate::baggage)).
+/// [`baggage`]).
 ///
 /// # Errors
 /// [`Refused`] names each descriptor that is something else, and what it is.
