@@ -1,6 +1,6 @@
 # What a person types. Everything a target needs beyond make is named, and installed where it is missing (tools/require).
 
-.PHONY: run test check check-root e2e deb package-test bench bench-quick fuzz soak flood audit
+.PHONY: run test check check-root e2e units deb installed package-test bench bench-quick fuzz soak flood audit
 .NOTPARALLEL:
 .DEFAULT_GOAL := run
 
@@ -42,21 +42,30 @@ ifneq ($(shell id -u),0)
 		cargo test --locked $(root_tests:%=--test %)
 endif
 
-# The program and its units on real systems: each release booted with its own systemd.
-e2e:
+# The program on real systems, each release booted with its own systemd: its units from the tree, then the package.
+e2e: units installed
+
+units:
 	@tests/e2e/run $(RELEASES)
 
-# The Debian packages, into out/.
+# The Debian packages, into out/, where those of other versions may lie.
 deb:
 	packaging/build-deb
 
-# The finished package: what lintian says of it, whether Debian 13's own compiler takes its source, and its installation,
-# upgrade and removal on each booted release.
-package-test: deb
-	packaging/lint-deb out/*.dsc out/*.changes
-	$(become_root) packaging/build-clean --features out/*.dsc
-	packaging/test-deb out/echod_$$(dpkg-parsechangelog --show-field Version)_$$(dpkg --print-architecture).deb \
-		$(RELEASES)
+version = $(shell dpkg-parsechangelog --show-field Version)
+architecture = $(shell dpkg --print-architecture)
+echod_deb = out/echod_$(version)_$(architecture).deb
+
+# The finished package: installation, upgrade, removal and debian/tests on each booted release. One goal of its own, so
+# that make test, which asks for it twice, does it once.
+installed: deb
+	packaging/test-deb $(echod_deb) $(RELEASES)
+
+# That, what lintian and piuparts say of the package, and whether Debian 13's own compiler takes its source.
+package-test: deb installed
+	packaging/lint-deb out/peergate_$(version).dsc out/peergate_$(version)_$(architecture).changes
+	$(become_root) packaging/piuparts-deb $(echod_deb) $(RELEASES)
+	$(become_root) packaging/build-clean --features out/peergate_$(version).dsc
 
 # The table in benches/README.md, measured anew. Takes its time, and wants a machine that does nothing else.
 bench:
