@@ -130,7 +130,8 @@ impl std::error::Error for Refused {}
 /// Adopts what the service manager passed to this very process, and clears LISTEN_PID and LISTEN_FDS.
 ///
 /// `is_kept` tells by its name whether a descriptor is one that this service stored itself
-/// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined. Every other must be a listening
+/// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined, unless they are what is served: a socket
+/// unit may call its socket as it likes (`FileDescriptorName=`). Every other must be a listening
 /// AF_UNIX stream socket.
 ///
 /// # Errors
@@ -156,12 +157,9 @@ pub fn adopt(is_kept: impl Fn(&str) -> bool) -> Result<Passed, Refused> {
                 break;
             }
         };
-        if is_kept(&name) {
-            passed.kept.push((name, fd));
-            continue;
-        }
         match describe(&fd) {
             Kind::Listener => passed.listeners.push(inherit(fd).map_err(Refused::System)?),
+            Kind::Other(_) if is_kept(&name) => passed.kept.push((name, fd)),
             Kind::Other(what) => wrong.push((number, name, what)),
         }
     }

@@ -191,7 +191,9 @@ impl Journal {
     }
 
     fn connect(&mut self) -> bool {
-        let Ok(layer) = tracing_journald::layer() else {
+        // It sends an empty datagram, and others may have taken the place that was free a moment ago.
+        let beat = Arc::clone(&self.beat);
+        let Ok(layer) = beat.excused(tracing_journald::layer) else {
             // Out of descriptors, most likely, since journald was there a moment ago: better one that may have to wait.
             return self.journald.is_some();
         };

@@ -8,8 +8,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -115,6 +115,9 @@ pub struct Store {
     capacity: usize,
 }
 
+/// How many milliseconds the manager may take to close what it has decided to close. It holds up every restart.
+const CLOSED_WITHIN: u8 = 20;
+
 /// What sendmsg(2) takes at once: SCM_MAX_FD is 253.
 const MOST_AT_ONCE: usize = 250;
 
@@ -144,11 +147,28 @@ impl Store {
         Ok(())
     }
 
-    /// Takes everything stored under `name` out of the store again.
+    /// Takes everything stored under `name` out of the store again: also what an earlier process put there, whatever
+    /// this one was told of the capacity.
     pub fn forget(&self, name: &str) {
-        if self.capacity > 0 {
-            let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
-        }
+        let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+    }
+
+    /// Whether the manager holds everything that was [`put`](Self::put) so far. It tells nobody what finds no room, and
+    /// closes it: so one more descriptor is put, under `name`, whose other end tells whether it is still open, and is
+    /// forgotten again. To be asked last; `name` is to be of no other use.
+    ///
+    /// # Errors
+    /// TimedOut when the manager has not come to it within `patience`; what making a pipe or sending says.
+    pub fn holds_all(&self, name: &str, patience: Duration) -> io::Result<bool> {
+        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+        self.put(name, &[theirs.as_fd()])?;
+        drop(theirs);
+        self.settle(patience)?;
+        // The manager leaves closing to a process of its own (systemd 254), which has been started by now.
+        let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
+        let is_closed = poll(&mut question, PollTimeout::from(CLOSED_WITHIN))? > 0;
+        self.forget(name);
+        Ok(!is_closed)
     }
 
     /// Waits until the manager has dealt with everything sent so far (`BARRIER=1`, systemd 246): it
@@ -315,14 +335,20 @@ pub enum Request {
     Stop,
     /// SIGHUP, or [`request_reload`]; `answer_to` is the process that waits to hear how it went.
     Reload {
-        /// See [`answer_reload`].
+        /// See [`Signals::answer`].
         answer_to: Option<i32>,
     },
 }
 
 /// The signals we act on, as something to poll.
 #[derive(Debug)]
-pub struct Signals(SignalFd);
+pub struct Signals {
+    signals: SignalFd,
+    is_final: AtomicBool,
+    /// Those who wait for an answer, and when they began: by the time it is given the number may be another's. To hold
+    /// them open would take the descriptor that reading the new configuration may need.
+    askers: Mutex<Vec<(i32, Option<u64>)>>,
+}
 
 impl Signals {
     /// Blocks SIGTERM, SIGINT, SIGHUP and the signal of [`request_reload`] for this thread and all that it starts from
@@ -334,7 +360,36 @@ impl Signals {
         let stop_or_reload = [Signal::SIGTERM as i32, Signal::SIGINT as i32, Signal::SIGHUP as i32, asking()];
         let signals = sys::signal_set(&stop_or_reload);
         signals.thread_block()?;
-        Ok(Self(SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?))
+        let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        Ok(Self { signals, is_final: AtomicBool::new(false), askers: Mutex::default() })
+    }
+
+    /// Whether a SIGINT has been among those received: then this service is not to be started again, and whoever keeps
+    /// something for a next process may let it go. SIGTERM leaves that open: systemd sends it for a restart too.
+    pub fn stop_is_final(&self) -> bool {
+        self.is_final.load(Ordering::Relaxed)
+    }
+
+    /// Tells the process that waits in [`request_reload`] how it went; nobody, where it is gone.
+    pub fn answer(&self, pid: i32, taken: bool) {
+        let mut askers = self.askers.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(place) = askers.iter().position(|(asker, _)| *asker == pid) else { return };
+        let (_, began) = askers.swap_remove(place);
+        drop(askers);
+        let process = sys::pidfd_open(pid);
+        // What is held now is the process that asked, if that began when this one did; without a descriptor to see that
+        // by, one that at least the answer would not end.
+        let is_another = began.zip(began_at(pid)).is_some_and(|(then, now)| then != now);
+        if is_another || !heeds(pid, TAKEN as i32) {
+            return;
+        }
+        match process {
+            Ok(process) => {
+                let signal = if taken { TAKEN } else { REFUSED };
+                let _ = sys::signal_process(process.as_fd(), signal as i32);
+            }
+            Err(_) => answer_reload(pid, taken),
+        }
     }
 
     /// Waits for the next one.
@@ -355,23 +410,31 @@ impl Signals {
 
     /// The next one that has arrived.
     pub fn next(&self) -> Option<Request> {
-        let signal = self.0.read_signal().ok()??;
+        let signal = self.signals.read_signal().ok()??;
+        if signal.ssi_signo == Signal::SIGINT as u32 {
+            self.is_final.store(true, Ordering::Relaxed);
+        }
         if [Signal::SIGTERM, Signal::SIGINT].iter().any(|stop| *stop as u32 == signal.ssi_signo) {
             return Some(Request::Stop);
         }
         let wants_answer =
             signal.ssi_signo == asking() as u32 && signal.ssi_code == libc::SI_QUEUE && signal.ssi_int == ANSWER_WANTED;
-        Some(Request::Reload { answer_to: wants_answer.then_some(signal.ssi_pid as i32) })
+        let asker = wants_answer.then_some(signal.ssi_pid as i32);
+        if let Some(pid) = asker {
+            self.askers.lock().unwrap_or_else(PoisonError::into_inner).push((pid, began_at(pid)));
+        }
+        Some(Request::Reload { answer_to: asker })
     }
 }
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.signals.as_fd()
     }
 }
 
-/// Tells the process that waits in [`request_reload`] how it went.
+/// Tells the process that waits in [`request_reload`] how it went, by its number alone: [`Signals::answer`] makes sure
+/// that it is still the same process.
 pub fn answer_reload(pid: i32, taken: bool) {
     let signal = if taken { TAKEN } else { REFUSED };
     let _ = sys::queue_signal(pid, signal as i32, ANSWER_WANTED);
@@ -381,8 +444,9 @@ pub fn answer_reload(pid: i32, taken: bool) {
 /// Made for ExecReload=, which is to return when the reload is done, not when it was asked for.
 ///
 /// # Errors
-/// ESRCH where there is no such process or it ended before it answered, EPERM where it is not ours, InvalidInput where
-/// it has not called [`Signals::catch`], so that the signal would end it, TimedOut where `patience` ran out.
+/// ESRCH where there is no such process or it ended before it answered, EPERM where it is not ours, PermissionDenied
+/// with the reason where it could not answer us, InvalidInput where it has not called [`Signals::catch`], so that the
+/// signal would end it, TimedOut where `patience` ran out.
 pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     if pid <= 1 {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
@@ -391,6 +455,13 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     if !heeds(pid, asking()) {
         let message = "it does not wait to be asked; expected the process of a service that reloads";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+    }
+    if let Some(uid) = cannot_answer(pid) {
+        let me = nix::unistd::Uid::current();
+        let message = format!(
+            "it runs as uid {uid} and could not answer uid {me}; expected to be asked by its own user, as by ExecReload="
+        );
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
     }
     let answers: SigSet = [TAKEN, REFUSED].into_iter().collect();
     answers.thread_block()?;
@@ -413,6 +484,29 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
     }
+}
+
+/// When the process began, in ticks since the system did: proc_pid_stat(5).
+fn began_at(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Its name, in parentheses, may hold anything; what comes after it is the third field, and this the 22nd.
+    let after_name = stat.rsplit_once(") ")?.1;
+    after_name.split(' ').nth(19)?.parse().ok()
+}
+
+/// The user of a process that may not send us a signal, by kill(2) and proc_pid_status(5). Where /proc does not tell,
+/// we take it that it may.
+fn cannot_answer(pid: i32) -> Option<u32> {
+    const CAP_KILL: u64 = 1 << 5;
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    let mut theirs = field("Uid")?.split_whitespace().map_while(|uid| uid.parse::<u32>().ok());
+    let (real, effective) = (theirs.next()?, theirs.next()?);
+    let capabilities = u64::from_str_radix(field("CapEff")?.trim(), 16).ok()?;
+    let us = nix::unistd::getresuid().ok()?;
+    let ours = [us.real.as_raw(), us.saved.as_raw()];
+    let may = capabilities & CAP_KILL != 0 || [real, effective].iter().any(|uid| ours.contains(uid));
+    (!may).then_some(effective)
 }
 
 /// Whether the process has made arrangements for this signal, by proc_pid_status(5): else it would end by it. Where

@@ -133,6 +133,16 @@ pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> 
     }
 }
 
+/// pidfd_send_signal(2): to the very process, whoever has its number by now. Linux 5.1.
+pub(crate) fn signal_process(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
+    let nothing_more = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: with a null pointer the kernel fills in the sender, as for kill(2); nothing of ours is read or written.
+    match unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, nothing_more, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Room for the credentials of one message and nothing else: descriptors that a peer sends along find none, and the
 /// kernel closes them (MSG_CTRUNC, recvmsg(2)).
 #[repr(C)]
