@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, recv, send};
+use nix::sys::socket::{MsgFlags, getsockopt, recv, send, setsockopt, sockopt};
 
 use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::baggage::Baggage;
 use peergate::gate::Admission;
+use peergate::handover::attach_credentials;
 use peergate::ids::Uid;
 use peergate::limits::Permit;
 use peergate::peer::{self, Peer};
@@ -37,6 +38,8 @@ pub struct Ruling {
     pub policy: Arc<Policy<Terms>>,
     pub line_length: usize,
     pub idle_timeout: Option<Duration>,
+    /// Whether the sender of every piece of data must be the user who was judged.
+    pub verify: bool,
 }
 
 impl Ruling {
@@ -55,6 +58,8 @@ pub struct Carried {
     pub lines: u64,
     pub bytes: u64,
     pub age: Duration,
+    /// For how long nothing had come or gone; `None` where no timeout asked for it.
+    pub idle: Option<Duration>,
     /// Received, not yet wholly echoed.
     pub held: Vec<u8>,
     /// How much of the first line's echo is out.
@@ -67,21 +72,33 @@ pub struct Carried {
 
 impl Carried {
     /// A connection of which nothing is known but who is on the other end. `None` where not even that is.
-    pub fn without_state(socket: OwnedFd) -> Option<Self> {
+    pub fn without_state(socket: OwnedFd, connection: u64) -> Option<Self> {
         let peer = Peer::credentials_of(&socket).ok()?;
         Some(Self {
+            // What came may have been sent before the kernel was asked by whom. That it was, the socket still knows.
+            pass_credentials: getsockopt(&socket, sockopt::PassCred).unwrap_or(false),
             socket,
             peer,
-            connection: 0,
+            connection,
             lines: 0,
             bytes: 0,
             age: Duration::ZERO,
+            idle: None,
             held: Vec::new(),
             sent: 0,
             ended: false,
-            pass_credentials: false,
             unattested: 0,
         })
+    }
+
+    /// As [`Connection::verify`].
+    pub fn verify(&mut self, verify: bool) {
+        switch_verifying(&self.socket, verify, &mut self.pass_credentials, &mut self.unattested);
+    }
+
+    /// Whether it is in the middle of nothing: all that came has been echoed, and more may come.
+    pub fn is_between_lines(&self) -> bool {
+        self.held.is_empty() && self.sent == 0 && !self.ended
     }
 }
 
@@ -189,13 +206,19 @@ impl Connection {
             lines: carried.lines,
             bytes: carried.bytes,
             since: now.checked_sub(carried.age).unwrap_or(now),
-            active: now,
+            active: carried.idle.and_then(|idle| now.checked_sub(idle)).unwrap_or(now),
             held: carried.held,
             sent: carried.sent,
             state: if carried.ended { State::Finishing } else { State::Reading },
             pass_credentials: carried.pass_credentials,
             unattested: carried.unattested,
         }
+    }
+
+    /// From now on each piece of data must come from the user who was judged, or need not any more. What has been read
+    /// by now is not asked about.
+    pub fn verify(&mut self, verify: bool) {
+        switch_verifying(&self.socket, verify, &mut self.pass_credentials, &mut self.unattested);
     }
 
     /// The longest line allowed, where everybody's is `general`.
@@ -395,12 +418,26 @@ impl Connection {
             lines,
             bytes,
             age,
+            idle: None,
             held,
             sent,
             ended: state == State::Finishing,
             pass_credentials,
             unattested,
         }
+    }
+}
+
+fn switch_verifying(socket: &OwnedFd, verify: bool, pass_credentials: &mut bool, unattested: &mut usize) {
+    if verify == *pass_credentials {
+        return;
+    }
+    *pass_credentials = verify;
+    if verify {
+        *unattested = attach_credentials(socket);
+    } else {
+        // Who looks for descriptors wants nothing else to come along.
+        let _ = setsockopt(socket, sockopt::PassCred, &false);
     }
 }
 

@@ -2,15 +2,17 @@
 //!
 //! For the threads that serve: the workers, and the gate's own for those who are still on the threshold.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use nix::sys::socket::{Shutdown, shutdown};
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::Usher;
+use peergate::peer::Peer;
 use peergate::service::Activity;
 
 use crate::config::Terms;
@@ -99,30 +101,16 @@ impl Exit {
                     None => "its data came without credentials".to_owned(),
                 };
                 let rule = Arc::clone(&connection.rule);
-                self.record_revoked(connection, Reason::Sender, rule.name().as_str(), text);
+                leaving(connection).record_revoked(&self.audit, Reason::Sender, rule.name().as_str(), text);
             }
             Outcome::Denied(rule) => {
-                let (rule, text) = match rule {
-                    Some(rule) => (rule.name().as_str(), format!("{} denies it now", rule.name())),
-                    None => ("default", "no rule allows it any more".to_owned()),
-                };
-                self.record_revoked(connection, Reason::Policy, rule, text);
+                let rule = rule.as_ref().map(|rule| rule.name().as_str());
+                leaving(connection).record_denied(&self.audit, rule);
             }
             Outcome::Over(_) | Outcome::Goes | Outcome::Baggage => {}
         }
-        if self.audit.writes_connections() {
-            self.audit.write(Record {
-                reason,
-                rule: Some(connection.rule.name().as_str().into()),
-                socket: address_of(&connection.socket).ok(),
-                connection: Some(connection.number),
-                lines: Some(connection.lines),
-                bytes: Some(connection.bytes),
-                duration: Some(connection.since.elapsed()),
-                about: Some(About::former(&connection.peer)),
-                ..Record::new(Event::Closed)
-            });
-        }
+        let rule = Arc::clone(&connection.rule);
+        leaving(connection).record_closed(&self.audit, reason, rule.name().as_str());
     }
 
     fn record_too_long(&self, connection: &mut Connection, line_length: usize) {
@@ -142,20 +130,69 @@ impl Exit {
             ..Record::new(Event::Refused)
         });
     }
+}
 
-    fn record_revoked(&self, connection: &mut Connection, reason: Reason, rule: &str, text: String) {
-        let details = connection.peer.details(&connection.socket);
-        connection.peer.release_process();
-        self.audit.write(Record {
+/// A connection that ends, for the record.
+pub struct Leaving<'a> {
+    pub socket: &'a OwnedFd,
+    pub peer: &'a mut Peer,
+    pub number: u64,
+    pub lines: u64,
+    pub bytes: u64,
+    pub age: Duration,
+}
+
+fn leaving(connection: &mut Connection) -> Leaving<'_> {
+    Leaving {
+        socket: &connection.socket,
+        peer: &mut connection.peer,
+        number: connection.number,
+        lines: connection.lines,
+        bytes: connection.bytes,
+        age: connection.since.elapsed(),
+    }
+}
+
+impl Leaving<'_> {
+    /// The policy, which admitted it once, denies it now; by this rule, if one does.
+    pub fn record_denied(&mut self, audit: &Audit, rule: Option<&str>) {
+        let text = match rule {
+            Some(rule) => format!("{rule} denies it now"),
+            None => "no rule allows it any more".to_owned(),
+        };
+        self.record_revoked(audit, Reason::Policy, rule.unwrap_or("default"), text);
+    }
+
+    fn record_revoked(&mut self, audit: &Audit, reason: Reason, rule: &str, text: String) {
+        let details = self.peer.details(self.socket);
+        self.peer.release_process();
+        audit.write(Record {
             reason: Some(reason),
             rule: Some(rule.into()),
-            socket: address_of(&connection.socket).ok(),
-            connection: Some(connection.number),
-            lines: Some(connection.lines),
-            bytes: Some(connection.bytes),
-            about: Some(About::peer(&connection.peer, details)),
+            socket: address_of(self.socket).ok(),
+            connection: Some(self.number),
+            lines: Some(self.lines),
+            bytes: Some(self.bytes),
+            about: Some(About::peer(self.peer, details)),
             text: Some(text),
             ..Record::new(Event::Revoked)
         });
+    }
+
+    /// That it is over, where that is to be recorded.
+    pub fn record_closed(&self, audit: &Audit, reason: Option<Reason>, rule: &str) {
+        if audit.writes_connections() {
+            audit.write(Record {
+                reason,
+                rule: Some(rule.into()),
+                socket: address_of(self.socket).ok(),
+                connection: Some(self.number),
+                lines: Some(self.lines),
+                bytes: Some(self.bytes),
+                duration: Some(self.age),
+                about: Some(About::former(self.peer)),
+                ..Record::new(Event::Closed)
+            });
+        }
     }
 }

@@ -309,8 +309,8 @@ impl Loop {
     }
 
     fn put(&mut self, slot: usize, connection: Box<Connection>) {
-        if let Some(span) = self.idle_timeout_of(&connection) {
-            self.timeouts.push(Reverse((connection.active + span, slot, connection.number)));
+        if let Some(due) = self.runs_out(&connection) {
+            self.timeouts.push(Reverse((due, slot, connection.number)));
         }
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
@@ -375,18 +375,20 @@ impl Loop {
 
     /// A new ruling: every connection is judged again, with the credentials it had at connect.
     fn rule(&mut self, ruling: Ruling, generation: u64) {
-        self.ruling = ruling;
+        let before = std::mem::replace(&mut self.ruling, ruling);
         self.generation = generation;
         self.timeouts.clear();
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
+            // Where no timeout was in force the last activity is not known: it counts from now.
+            if idle_timeout_of(&connection, &before).is_none() {
+                connection.active = Instant::now();
+            }
             if let Err(rule) = self.judge_again(&mut connection) {
                 self.mailbox.free_slot(slot);
                 self.part(connection, Outcome::Denied(rule));
                 continue;
             }
-            // Where no timeout was in force the last activity is not known: it counts from now.
-            connection.active = Instant::now();
             self.put(slot, connection);
         }
     }
@@ -396,14 +398,16 @@ impl Loop {
         match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.ruling.policy) {
             Verdict::Admitted(rule) => {
                 connection.rule = Arc::clone(rule);
+                connection.verify(self.ruling.verify);
                 Ok(())
             }
             Verdict::Denied(rule) => Err(rule.map(Arc::clone)),
         }
     }
 
-    fn idle_timeout_of(&self, connection: &Connection) -> Option<Duration> {
-        connection.rule.terms().idle_timeout.unwrap_or(self.ruling.idle_timeout)
+    /// When a connection ends if nothing moves on it. `None`: never, or at a time that no clock can tell.
+    fn runs_out(&self, connection: &Connection) -> Option<Instant> {
+        connection.active.checked_add(idle_timeout_of(connection, &self.ruling)?)
     }
 
     /// Ends connections on which nothing moved for too long.
@@ -416,8 +420,7 @@ impl Loop {
             self.timeouts.pop();
             let Some(connection) = self.connections.get(slot).and_then(Option::as_ref) else { continue };
             // The place may belong to somebody else by now.
-            let Some(span) = self.idle_timeout_of(connection).filter(|_| connection.number == number) else { continue };
-            let due = connection.active + span;
+            let Some(due) = self.runs_out(connection).filter(|_| connection.number == number) else { continue };
             if due > now {
                 self.timeouts.push(Reverse((due, slot, number)));
             } else {
@@ -442,7 +445,8 @@ impl Loop {
                 Outcome::Goes if carried.len() < carry => {
                     let _ = self.mailbox.epoll.delete(&connection.socket);
                     self.mailbox.free_slot(slot);
-                    carried.push((*connection).at_rest());
+                    let idle = idle_timeout_of(&connection, &self.ruling).map(|_| connection.active.elapsed());
+                    carried.push(Carried { idle, ..(*connection).at_rest() });
                 }
                 Outcome::Goes => {
                     // Everything received by now is echoed, a fragment too; then the end. On our side what is in the
@@ -472,7 +476,7 @@ impl Loop {
             let before = connection.bytes;
             match connection.read(limit, &mut self.buffers, &self.around.audit) {
                 Outcome::Goes if connection.bytes == before => return Outcome::Goes,
-                Outcome::Goes => {}
+                Outcome::Goes => connection.active = Instant::now(),
                 over => return over,
             }
         }
@@ -494,6 +498,10 @@ impl Loop {
         }
         true
     }
+}
+
+fn idle_timeout_of(connection: &Connection, ruling: &Ruling) -> Option<Duration> {
+    connection.rule.terms().idle_timeout.unwrap_or(ruling.idle_timeout)
 }
 
 #[cfg(test)]
@@ -559,7 +567,7 @@ pub mod tests {
     fn serve_one(number: usize, baggage: Baggage) -> (Worker, UnixStream, gate::Door<Terms>) {
         let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
         let (around, door) = surroundings(&policy);
-        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None, verify: false };
         let (audit, exit) = (around.audit.clone(), around.exit());
         let worker = Worker::start(number, ruling, around).unwrap();
         let (admission, theirs) = admission(&policy, 1);
@@ -573,7 +581,7 @@ pub mod tests {
         let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
         let (around, _door) = surroundings(&policy);
         let idle_timeout = Some(Duration::from_secs(86_400));
-        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout };
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout, verify: false };
         let mut serving = Loop::new(Arc::new(Mailbox::new(&ruling).unwrap()), ruling, around);
         let mut clients = Vec::new();
         for connection in 0..2000 {
