@@ -309,7 +309,7 @@ impl Loop {
     }
 
     fn put(&mut self, slot: usize, connection: Box<Connection>) {
-        if let Some(due) = self.runs_out(&connection) {
+        if let Some(due) = runs_out(&connection, &self.ruling) {
             self.timeouts.push(Reverse((due, slot, connection.number)));
         }
         if self.connections.len() <= slot {
@@ -381,7 +381,7 @@ impl Loop {
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
             // Where no timeout was in force the last activity is not known: it counts from now.
-            if idle_timeout_of(&connection, &before).is_none() {
+            if runs_out(&connection, &before).is_none() {
                 connection.active = Instant::now();
             }
             if let Err(rule) = self.judge_again(&mut connection) {
@@ -405,11 +405,6 @@ impl Loop {
         }
     }
 
-    /// When a connection ends if nothing moves on it. `None`: never, or at a time that no clock can tell.
-    fn runs_out(&self, connection: &Connection) -> Option<Instant> {
-        connection.active.checked_add(idle_timeout_of(connection, &self.ruling)?)
-    }
-
     /// Ends connections on which nothing moved for too long.
     fn expire(&mut self) {
         while let Some(&Reverse((due, slot, number))) = self.timeouts.peek() {
@@ -420,7 +415,9 @@ impl Loop {
             self.timeouts.pop();
             let Some(connection) = self.connections.get(slot).and_then(Option::as_ref) else { continue };
             // The place may belong to somebody else by now.
-            let Some(due) = self.runs_out(connection).filter(|_| connection.number == number) else { continue };
+            let Some(due) = runs_out(connection, &self.ruling).filter(|_| connection.number == number) else {
+                continue;
+            };
             if due > now {
                 self.timeouts.push(Reverse((due, slot, number)));
             } else {
@@ -445,7 +442,7 @@ impl Loop {
                 Outcome::Goes if carried.len() < carry => {
                     let _ = self.mailbox.epoll.delete(&connection.socket);
                     self.mailbox.free_slot(slot);
-                    let idle = idle_timeout_of(&connection, &self.ruling).map(|_| connection.active.elapsed());
+                    let idle = runs_out(&connection, &self.ruling).map(|_| connection.active.elapsed());
                     carried.push(Carried { idle, ..(*connection).at_rest() });
                 }
                 Outcome::Goes => {
@@ -500,8 +497,11 @@ impl Loop {
     }
 }
 
-fn idle_timeout_of(connection: &Connection, ruling: &Ruling) -> Option<Duration> {
-    connection.rule.terms().idle_timeout.unwrap_or(ruling.idle_timeout)
+/// When a connection ends if nothing moves on it. `None`: never, or at a time that no clock can tell; then nobody keeps
+/// up when something last moved.
+fn runs_out(connection: &Connection, ruling: &Ruling) -> Option<Instant> {
+    let span = connection.rule.terms().idle_timeout.unwrap_or(ruling.idle_timeout)?;
+    connection.active.checked_add(span)
 }
 
 #[cfg(test)]
@@ -603,6 +603,25 @@ pub mod tests {
         let (reply, _replies) = mpsc::channel();
         serving.end(0, Instant::now(), reply);
         assert_eq!(serving.timeouts.len(), clients.len());
+    }
+
+    #[test]
+    fn a_reload_counts_from_the_last_that_moved_where_a_timeout_had_it_noted_and_from_now_elsewhere() {
+        let hour = Duration::from_secs(3600);
+        for (before, is_noted) in [(Some(hour), true), (None, false), (Some(Duration::MAX), false)] {
+            let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
+            let (around, _door) = surroundings(&policy);
+            let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: before, verify: false };
+            let mut serving = Loop::new(Arc::new(Mailbox::new(&ruling).unwrap()), ruling.clone(), around);
+            let slot = serving.mailbox.take_slot();
+            let (admission, _client) = admission(&policy, 1);
+            let mut connection = Connection::admitted(admission);
+            connection.active = Instant::now().checked_sub(hour / 2).unwrap();
+            serving.put(slot, Box::new(connection));
+            serving.rule(Ruling { idle_timeout: Some(hour / 4), ..ruling }, 1);
+            serving.expire();
+            assert_eq!(serving.present, usize::from(!is_noted), "{before:?}");
+        }
     }
 
     fn thread_named(name: &str) -> i32 {
