@@ -742,8 +742,9 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
         };
         let first = ask();
         echod.manager.wait_for("RELOADING=1", 1);
-        // In line behind the first, or about to be.
+        // In line behind the first, or about to be; and one that surely is.
         let second = ask();
+        echod.signal(Signal::SIGHUP);
         echod.signal(if keep { Signal::SIGTERM } else { Signal::SIGINT });
         let first = first.wait_with_output().unwrap();
         assert_eq!(first.status.code(), Some(78), "{}", String::from_utf8_lossy(&first.stderr));

@@ -313,7 +313,9 @@ impl Service {
         if events[1].any() == Some(true) {
             // Enough for now: who comes and goes all the time need not wake this thread each time.
             self.activity.calm();
-            self.unwatched_until = Instant::now() + NOTICE_PAUSE;
+            // But an idle exit counts from when the last one is seen to have left.
+            let pause = self.config.service.idle_exit.map_or(NOTICE_PAUSE, |span| span.min(NOTICE_PAUSE));
+            self.unwatched_until = Instant::now() + pause;
         }
     }
 
@@ -411,10 +413,12 @@ impl Service {
             self.activity.calm();
             self.feed_watchdog();
             while let Some(request) = self.signals.next() {
-                self.requests.push_back(request);
                 if request == Request::Stop {
+                    // Before those who asked for another reload earlier: that one would wait as this one does.
+                    self.requests.push_front(request);
                     return Err("the service was told to stop while it was being read".to_owned());
                 }
+                self.requests.push_back(request);
             }
         }
     }
