@@ -113,13 +113,20 @@ impl Stream {
         Self { fd: Some(fd), baggage: Baggage::Possible, credentials: false }
     }
 
-    /// Whether SO_PASSCRED is to be in force from now on. Set where a look depends on it.
-    pub(crate) fn expect_credentials(&mut self, wanted: bool) {
+    /// Has the kernel attach the sender's credentials to what comes from now on (SO_PASSCRED, unix(7)), as
+    /// [`Ruling::pass_credentials`](crate::gate::Ruling::pass_credentials) does from the start; or no more. Returns within
+    /// how many bytes, from the next to be read on, some may lack them because they came before; 0 where it was asked
+    /// already.
+    pub fn attach_credentials(&mut self, wanted: bool) -> usize {
         self.credentials = wanted;
-        if !wanted && self.may_linger() {
+        if wanted {
+            return peer::attach_credentials(self);
+        }
+        if self.may_linger() {
             // A look would take credentials for descriptors.
             let _ = sys::set_option(self.as_fd(), libc::SO_PASSCRED, 0);
         }
+        0
     }
 
     /// Reads from a socket that has SO_PASSCRED (unix(7); [`Ruling::pass_credentials`](crate::gate::Ruling)): how many
@@ -370,7 +377,7 @@ pub(crate) mod tests {
             let (ours, mut theirs) = pair();
             let mut stream = Stream::unrefused(ours);
             sys::set_option(stream.as_fd(), libc::SO_PASSCRED, attached.into()).unwrap();
-            stream.expect_credentials(attached);
+            assert_eq!(stream.attach_credentials(attached), 0);
             theirs.write_all(b"before").unwrap();
             assert!(!stream.holds_descriptors());
             let mut buffer = [0; 64];

@@ -56,7 +56,7 @@ use crate::audit::{At, Audit, Record, Severity};
 use crate::baggage::Stream;
 use crate::ids::Uid;
 use crate::limits::{Caps, Excess, Limits, Permit, Terms};
-use crate::peer::{Peer, attach_credentials};
+use crate::peer::Peer;
 use crate::policy::{Policy, Rule, Verdict};
 use crate::service::{Activity, Beat, Watched};
 use crate::sys;
@@ -240,8 +240,16 @@ impl<T> Setup<T> {
                 "no listening socket: nothing was passed (systemd-socket-activate -l PATH PROGRAM passes one)";
             return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
         }
+        Ok(Self { listeners, ..Self::without_listeners(policy, audit)? })
+    }
+
+    /// As [`new`](Self::new) where nobody is to come any more: for seeing off whom others have let in.
+    ///
+    /// # Errors
+    /// What eventfd(2) says.
+    pub fn without_listeners(policy: impl Into<Arc<Policy<T>>>, audit: Audit) -> io::Result<Self> {
         Ok(Self {
-            listeners,
+            listeners: Vec::new(),
             ruling: Ruling::new(policy),
             limits: Limits::new(),
             audit,
@@ -559,7 +567,7 @@ impl<T> Shared<T> {
 
 /// One whom somebody else has served.
 fn known(mut socket: Stream) -> Guest {
-    socket.expect_credentials(false);
+    socket.attach_credentials(false);
     Guest { socket, is_shared: true }
 }
 
@@ -629,7 +637,7 @@ struct Arrival {
 
 impl Arrival {
     fn leaves(mut self) -> Guest {
-        self.socket.expect_credentials(false);
+        self.socket.attach_credentials(false);
         Guest { socket: self.socket, is_shared: false }
     }
 }
@@ -978,9 +986,8 @@ impl<T: Terms> Gate<T> {
         // the listener had it has yet to get it. What waits for accept carries credentials in any case; what
         // comes between accept and this does not.
         let pass_credentials = self.pass_credentials == Some(true);
-        let unattested = if pass_credentials { attach_credentials(&arrival.socket) } else { 0 };
-        // The ruling may be another one than when they came.
-        arrival.socket.expect_credentials(pass_credentials);
+        // The ruling may also be another one than when they came.
+        let unattested = arrival.socket.attach_credentials(pass_credentials);
         let admission = Admission {
             socket: arrival.socket,
             peer,

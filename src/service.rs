@@ -362,8 +362,9 @@ pub enum Request {
 pub struct Signals {
     signals: SignalFd,
     is_final: AtomicBool,
-    /// Those who wait for an answer. A number may be another process's by the time it is given.
-    askers: Mutex<Vec<(i32, OwnedFd)>>,
+    /// Those who wait for an answer, and when they began: by the time it is given the number may be another's. To hold
+    /// them open would take the descriptor that reading the new configuration may need.
+    askers: Mutex<Vec<(i32, Option<u64>)>>,
 }
 
 impl Signals {
@@ -386,14 +387,26 @@ impl Signals {
         self.is_final.load(Ordering::Relaxed)
     }
 
-    /// Tells the process that waits in [`request_reload`] how it went.
+    /// Tells the process that waits in [`request_reload`] how it went; nobody, where it is gone.
     pub fn answer(&self, pid: i32, taken: bool) {
         let mut askers = self.askers.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(place) = askers.iter().position(|(asker, _)| *asker == pid) else { return };
-        let (_, process) = askers.swap_remove(place);
+        let (_, began) = askers.swap_remove(place);
         drop(askers);
-        let signal = if taken { TAKEN } else { REFUSED };
-        let _ = sys::signal_process(process.as_fd(), signal as i32);
+        let process = sys::pidfd_open(pid);
+        // What is held now is the process that asked, if that began when this one did; without a descriptor to see that
+        // by, one that at least the answer would not end.
+        let is_another = began.zip(began_at(pid)).is_some_and(|(then, now)| then != now);
+        if is_another || !heeds(pid, TAKEN as i32) {
+            return;
+        }
+        match process {
+            Ok(process) => {
+                let signal = if taken { TAKEN } else { REFUSED };
+                let _ = sys::signal_process(process.as_fd(), signal as i32);
+            }
+            Err(_) => answer_reload(pid, taken),
+        }
     }
 
     /// Waits for the next one.
@@ -423,20 +436,11 @@ impl Signals {
         }
         let wants_answer =
             signal.ssi_signo == asking() as u32 && signal.ssi_code == libc::SI_QUEUE && signal.ssi_int == ANSWER_WANTED;
-        let asker = wants_answer.then_some(signal.ssi_pid as i32).filter(|asker| self.remember(*asker));
-        Some(Request::Reload { answer_to: asker })
-    }
-
-    /// Takes hold of one who waits for an answer, unless there is no such process any more, or this is another that the
-    /// answer would end.
-    fn remember(&self, pid: i32) -> bool {
-        let Ok(process) = sys::pidfd_open(pid) else { return false };
-        if !heeds(pid, TAKEN as i32) {
-            return false;
+        let asker = wants_answer.then_some(signal.ssi_pid as i32);
+        if let Some(pid) = asker {
+            self.askers.lock().unwrap_or_else(PoisonError::into_inner).push((pid, began_at(pid)));
         }
-        let mut askers = self.askers.lock().unwrap_or_else(PoisonError::into_inner);
-        askers.push((pid, process));
-        true
+        Some(Request::Reload { answer_to: asker })
     }
 }
 
@@ -473,7 +477,7 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     if let Some(uid) = cannot_answer(pid) {
         let me = nix::unistd::Uid::current();
         let message = format!(
-            "it runs as uid {uid} and could not answer uid {me}; expected to be asked by its own user, as ExecReload= does"
+            "it runs as uid {uid} and could not answer uid {me}; expected to be asked by its own user, as by ExecReload="
         );
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, message));
     }
@@ -500,8 +504,16 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     }
 }
 
-/// The user of a process that may not send us a signal, by kill(2) and proc_pid_status(5). Where /proc does not tell, we
-/// take it that it may.
+/// When the process began, in ticks since the system did: proc_pid_stat(5).
+fn began_at(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Its name, in parentheses, may hold anything; what comes after it is the third field, and this the 22nd.
+    let after_name = stat.rsplit_once(") ")?.1;
+    after_name.split(' ').nth(19)?.parse().ok()
+}
+
+/// The user of a process that may not send us a signal, by kill(2) and proc_pid_status(5). Where /proc does not tell,
+/// we take it that it may.
 fn cannot_answer(pid: i32) -> Option<u32> {
     const CAP_KILL: u64 = 1 << 5;
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;

@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use common::{BUSY, Client, DENIED, Echod, Manager, NOBODY, OWNER, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::ptrace;
@@ -537,4 +538,265 @@ fn nobody_who_connects_as_it_exits_is_lost() {
         });
         assert_eq!((common::show(&answer.0), answer.1), (format!("> round {round}\\n"), common::End::Eof));
     }
+}
+
+#[test]
+fn spans_beyond_what_a_clock_can_tell_are_as_good_as_for_ever() {
+    let longest = i64::MAX;
+    for config in [
+        format!("[limits]\nidle-timeout = {longest}\n{OWNER}"),
+        format!("[allow.owner]\nusers = [\"self\"]\nidle-timeout = {longest}\n"),
+        format!("[service]\nidle-exit = {longest}\n{OWNER}"),
+        format!("[audit]\ninterval = {longest}\nrecord = \"lines\"\n{OWNER}"),
+    ] {
+        let echod = Start::serving(&config).ready();
+        let client = echod.connect();
+        client.echo("hello");
+        assert_eq!(echod.reload(), (0, String::new()));
+        client.echo("still here");
+        client.half_close();
+        client.expect_end("");
+        echod.connect().echo("the next");
+        echod.stop();
+    }
+}
+
+#[test]
+fn the_time_until_an_idle_exit_begins_when_the_last_connection_ends() {
+    let span = Duration::from_millis(400);
+    let echod = Start::serving(&format!("[service]\nidle-exit = \"400ms\"\n{OWNER}")).ready();
+    let client = echod.connect();
+    client.echo("hello");
+    // Longer than the span: whoever counts from their coming exits at once when they go.
+    thread::sleep(2 * span);
+    client.half_close();
+    let left = Instant::now();
+    client.expect_end("");
+    let manager = Arc::clone(&echod.manager);
+    manager.wait_for("STOPPING=1", 1);
+    assert!(left.elapsed() >= span, "exits {:?} after the last one left", left.elapsed());
+    assert!(echod.wait().0.success());
+}
+
+#[test]
+fn reloads_do_not_keep_an_idle_connection_alive() {
+    let echod = Start::serving(&format!("[limits]\nidle-timeout = \"500ms\"\n{OWNER}")).ready();
+    let client = echod.connect();
+    client.echo("hello");
+    thread::scope(|scope| {
+        let ended = scope.spawn(|| client.expect_end(""));
+        // Far more reloads than half a second has room for, each of them sooner than it.
+        for _ in 0..1000 {
+            if ended.is_finished() {
+                break;
+            }
+            assert_eq!(echod.reload().0, 0);
+        }
+        assert!(ended.is_finished(), "each reload began the time anew");
+    });
+}
+
+#[test]
+fn what_moved_on_a_connection_counts_also_where_a_reload_comes_in_between() {
+    let config = |span: &str| format!("[limits]\nidle-timeout = \"{span}\"\n{OWNER}");
+    let echod = Start::serving(&config("1h")).ready();
+    let client = echod.connect();
+    client.echo("hello");
+    thread::sleep(Duration::from_millis(100));
+    client.echo("hello again");
+    // Were it the time of its coming that counts, or the other's, it would be over at once.
+    echod.reload_with(&config("59min"));
+    client.echo("still here");
+    echod.reload_with(&config("1ms"));
+    client.expect_end("");
+}
+
+#[test]
+fn verify_that_a_reload_brings_or_takes_away_holds_for_those_who_are_in() {
+    needs_root();
+    let alice = "[allow.alice]\nusers = [64001]\n";
+    let verifying = format!("[service]\nverify = \"line\"\n{alice}");
+    let echod = Start::serving(alice).ready();
+    let connect = || common::Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let (first, second) = (connect(), connect());
+    for one in [&first, &second] {
+        one.client().expect("> mine\n");
+        // We, root, hold it now.
+        one.client().echo("handed over");
+    }
+    // Of what was not whole at the reload, nobody asks any more who sent it.
+    second.client().send("half ");
+    echod.reload_with(&verifying);
+    first.client().send("not hers\n");
+    first.client().expect_end(DENIED);
+    echod.reload_with(alice);
+    second.client().send("a line\n");
+    second.client().expect("> half a line\n");
+    let third = connect();
+    third.client().expect("> mine\n");
+    echod.reload_with(&verifying);
+    echod.reload_with(alice);
+    third.client().echo("nobody asks");
+}
+
+#[test]
+fn a_reload_that_finds_the_default_file_gone_is_refused() {
+    let start = Start::bare();
+    let listener = start.place().listener("socket");
+    let directory = start.place().path("").to_str().unwrap().to_owned();
+    start.place().file("echod.toml", &format!("[limits]\nconnections-per-user = 1\n{OWNER}"));
+    let echod = start.env("CONFIGURATION_DIRECTORY", &directory).socket("echo.socket", listener).ready();
+    let client = echod.connect();
+    client.echo("in");
+    fs::remove_file(echod.place.path("echod.toml")).unwrap();
+    let (code, said) = echod.reload();
+    assert_eq!(code, 78, "{said}");
+    client.echo("still in");
+    echod.connect().expect_end(BUSY);
+    echod.wait_for_stderr("echod.toml: is gone");
+    // Back again, it is read again.
+    echod.reload_with(&format!("[limits]\nconnections-per-user = 2\n{OWNER}"));
+    echod.connect().echo("the second");
+    // Where there was none from the start there need be none at a reload.
+    let start = Start::bare();
+    let listener = start.place().listener("socket");
+    let directory = start.place().path("").to_str().unwrap().to_owned();
+    let echod = start.env("CONFIGURATION_DIRECTORY", &directory).socket("echo.socket", listener).ready();
+    assert_eq!(echod.reload(), (0, String::new()));
+    echod.connect().echo("in");
+}
+
+#[test]
+fn a_reload_of_a_file_that_it_may_not_read_is_refused() {
+    needs_root();
+    let policy = "[allow.any]\nusers = [\"any\"]\n";
+    for default in [false, true] {
+        let start = Start::bare();
+        let listener = start.place().listener("socket");
+        let file = start.place().file("echod.toml", policy);
+        let directory = start.place().path("").to_str().unwrap().to_owned();
+        let start = match default {
+            true => start.env("CONFIGURATION_DIRECTORY", &directory),
+            false => start.args(&["--config", file.to_str().unwrap()]),
+        };
+        let echod = start.run_as("64001:64001").socket("echo.socket", listener).ready();
+        echod.connect().echo("in");
+        echod.place.file("echod.toml", NOBODY);
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+        echod.signal(Signal::SIGHUP);
+        echod.manager.wait_for("READY=1", 2);
+        echod.wait_for_stderr("Permission denied");
+        echod.connect().echo("the old one stays");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        echod.signal(Signal::SIGHUP);
+        echod.manager.wait_for("READY=1", 3);
+        echod.connect().expect_end(DENIED);
+    }
+}
+
+#[test]
+fn a_name_unknown_at_the_start_is_found_by_a_reload() {
+    needs_root();
+    let place = common::Place::new();
+    let passwd = place.path("passwd");
+    fs::copy("/etc/passwd", &passwd).unwrap();
+    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
+    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()];
+    let echod = Start::serving("[allow.new]\nusers = [\"newcomer\"]\n").wrapper(&wrapper).ready();
+    echod.wait_for_stderr("newcomer");
+    echod.connect().expect_end(DENIED);
+    assert_eq!(echod.reload(), (0, String::new()));
+    echod.connect().expect_end(DENIED);
+    let mut file = fs::OpenOptions::new().append(true).open(&passwd).unwrap();
+    std::io::Write::write_all(&mut file, b"newcomer:x:0:0::/:/bin/sh\n").unwrap();
+    assert_eq!(echod.reload(), (0, String::new()));
+    echod.connect().echo("known now");
+}
+
+/// A service that reads its configuration for as long as the user database takes: for ever.
+fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
+    needs_root();
+    let place = common::Place::new();
+    let passwd = place.path("passwd");
+    nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
+    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
+    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()];
+    let echod = Start::serving(OWNER).env("FDSTORE", "100").wrapper(&wrapper).ready_with(manager);
+    echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
+    (echod, place)
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
+    for keep in [true, false] {
+        let manager = Arc::new(Manager::new());
+        manager.told.change(|told| told.capacity = 100);
+        let (echod, _place) = slow_reload(manager);
+        let client = echod.connect();
+        client.echo("in");
+        client.send("half");
+        let pid = echod.pid().to_string();
+        let ask = || {
+            let mut ask = std::process::Command::new(env!("CARGO_BIN_EXE_echod"));
+            ask.args(["reload", &pid]).stderr(Stdio::piped()).spawn().unwrap()
+        };
+        let first = ask();
+        echod.manager.wait_for("RELOADING=1", 1);
+        // In line behind the first, or about to be; and one that surely is.
+        let second = ask();
+        echod.signal(Signal::SIGHUP);
+        echod.signal(if keep { Signal::SIGTERM } else { Signal::SIGINT });
+        let first = first.wait_with_output().unwrap();
+        assert_eq!(first.status.code(), Some(78), "{}", String::from_utf8_lossy(&first.stderr));
+        assert_ne!(second.wait_with_output().unwrap().status.code(), Some(0));
+        let manager = Arc::clone(&echod.manager);
+        let (status, _, stderr) = echod.wait();
+        assert!(status.success(), "{stderr}");
+        let stored = std::mem::take(&mut manager.told.lock().store);
+        if keep {
+            assert_eq!(stored.len(), 2, "the connection and its state: {stderr}");
+        } else {
+            client.expect_end("> half");
+            assert_eq!(stored.len(), 0);
+        }
+    }
+}
+
+#[test]
+fn one_whom_the_service_could_not_answer_is_told_so_at_once() {
+    needs_root();
+    let echod = Start::serving("[allow.any]\nusers = [\"any\"]\n").run_as("64001:64001").ready();
+    let asked = Instant::now();
+    let (code, said) = echod.reload();
+    assert_eq!(code, 71, "{said}");
+    assert!(said.contains("it runs as uid 64001 and could not answer uid 0"), "{said}");
+    assert!(asked.elapsed() < Duration::from_secs(50), "it waited for an answer");
+    assert!(!echod.manager.told.lock().has("RELOADING=1"), "it was asked all the same");
+    let pid = echod.pid().to_string();
+    let program = echod.place.path("echod");
+    let asked = std::process::Command::new("setpriv")
+        .args(["--reuid", "64001", "--regid", "64001", "--clear-groups"])
+        .arg(program)
+        .args(["reload", &pid])
+        .output()
+        .unwrap();
+    assert_eq!(asked.status.code(), Some(0), "{}", String::from_utf8_lossy(&asked.stderr));
+}
+
+#[test]
+fn the_status_is_told_no_more_than_once_a_second_however_many_come() {
+    let echod = Start::serving(OWNER).ready();
+    let begin = Instant::now();
+    let mut came = 0;
+    while begin.elapsed() < Duration::from_millis(2500) {
+        echod.connect().echo("hello");
+        came += 1;
+    }
+    let count = |told: &mut common::Told| told.messages.iter().filter(|told| told[0].starts_with("STATUS=")).count();
+    let told = echod.manager.wait("the last status", |told| {
+        let last = format!("STATUS=0 connected, {came} admitted, 0 denied; policy of 1 rule");
+        told.has(&last).then(|| count(told))
+    });
+    let most = begin.elapsed().as_secs() as usize + 1;
+    assert!((1..=most).contains(&told), "{told} times in {:?} while {came} came", begin.elapsed());
 }

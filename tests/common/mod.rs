@@ -1026,7 +1026,23 @@ impl Echod {
 
     /// As [`restart`](Self::restart), for one that is ending or has ended already.
     #[track_caller]
-    pub fn start_again(mut self, change: impl FnOnce(Start, &mut Vec<(String, OwnedFd)>) -> Start) -> Self {
+    pub fn start_again(self, change: impl FnOnce(Start, &mut Vec<(String, OwnedFd)>) -> Start) -> Self {
+        let (start, manager) = self.successor(change);
+        start.ready_with(manager)
+    }
+
+    /// As [`start_again`](Self::start_again), for a next one that is not expected to become ready: exit code and what
+    /// it said.
+    #[track_caller]
+    pub fn fail_again(self, change: impl FnOnce(Start, &mut Vec<(String, OwnedFd)>) -> Start) -> (i32, String) {
+        let (start, manager) = self.successor(change);
+        let (status, _, stderr) = start.spawn_with(manager).wait();
+        (status.code().unwrap_or(-1), stderr)
+    }
+
+    /// Waits for the end; then the next one, ready to be started, and its manager.
+    #[track_caller]
+    fn successor(mut self, change: impl FnOnce(Start, &mut Vec<(String, OwnedFd)>) -> Start) -> (Start, Arc<Manager>) {
         let status = self.wait_for_exit();
         assert!(status.success() || status.signal() == Some(9), "{status}: {}", self.stderr());
         let manager = Arc::clone(&self.manager);
@@ -1047,8 +1063,7 @@ impl Echod {
         for (name, fd) in stored {
             start = start.socket(&name, fd);
         }
-        drop(self);
-        start.ready_with(manager)
+        (start, manager)
     }
 }
 

@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{getsockopt, sockopt};
 
 use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::baggage::Stream;
 use peergate::gate::Admission;
+use peergate::handover::attach_credentials;
 use peergate::ids::Uid;
 use peergate::limits::Permit;
 use peergate::peer::Peer;
@@ -35,6 +37,8 @@ pub struct Ruling {
     pub policy: Arc<Policy<Terms>>,
     pub line_length: usize,
     pub idle_timeout: Option<Duration>,
+    /// Whether the sender of every piece of data must be the user who was judged.
+    pub verify: bool,
 }
 
 impl Ruling {
@@ -53,6 +57,8 @@ pub struct Carried {
     pub lines: u64,
     pub bytes: u64,
     pub age: Duration,
+    /// For how long nothing had come or gone; `None` where no timeout asked for it.
+    pub idle: Option<Duration>,
     /// Received, not yet wholly echoed.
     pub held: Vec<u8>,
     /// How much of the first line's echo is out.
@@ -65,21 +71,37 @@ pub struct Carried {
 
 impl Carried {
     /// A connection of which nothing is known but who is on the other end. `None` where not even that is.
-    pub fn without_state(socket: OwnedFd) -> Option<Self> {
+    pub fn without_state(socket: OwnedFd, connection: u64) -> Option<Self> {
         let peer = Peer::credentials_of(&socket).ok()?;
         Some(Self {
+            // What came may have been sent before the kernel was asked by whom. That it was, the socket still knows.
+            pass_credentials: getsockopt(&socket, sockopt::PassCred).unwrap_or(false),
             socket,
             peer,
-            connection: 0,
+            connection,
             lines: 0,
             bytes: 0,
             age: Duration::ZERO,
+            idle: None,
             held: Vec::new(),
             sent: 0,
             ended: false,
-            pass_credentials: false,
             unattested: 0,
         })
+    }
+
+    /// As [`Connection::verify`].
+    pub fn verify(&mut self, verify: bool) {
+        if verify != self.pass_credentials {
+            self.pass_credentials = verify;
+            // Where it is not wanted any more, taking the socket over turns it off.
+            self.unattested = if verify { attach_credentials(&self.socket) } else { 0 };
+        }
+    }
+
+    /// Whether it is in the middle of nothing: all that came has been echoed, and more may come.
+    pub fn is_between_lines(&self) -> bool {
+        self.held.is_empty() && self.sent == 0 && !self.ended
     }
 }
 
@@ -186,12 +208,21 @@ impl Connection {
             lines: carried.lines,
             bytes: carried.bytes,
             since: now.checked_sub(carried.age).unwrap_or(now),
-            active: now,
+            active: carried.idle.and_then(|idle| now.checked_sub(idle)).unwrap_or(now),
             held: carried.held,
             sent: carried.sent,
             state: if carried.ended { State::Finishing } else { State::Reading },
             pass_credentials: carried.pass_credentials,
             unattested: carried.unattested,
+        }
+    }
+
+    /// From now on each piece of data must come from the user who was judged, or need not any more. What has been read
+    /// by now is not asked about.
+    pub fn verify(&mut self, verify: bool) {
+        if verify != self.pass_credentials {
+            self.pass_credentials = verify;
+            self.unattested = self.socket.attach_credentials(verify);
         }
     }
 
@@ -408,6 +439,7 @@ impl Connection {
             lines,
             bytes,
             age,
+            idle: None,
             held,
             sent,
             ended: state == State::Finishing,

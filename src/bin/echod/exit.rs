@@ -3,12 +3,15 @@
 //! For the threads that serve: the workers, and the gate's own for those who are still on the threshold.
 
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::Usher;
+use peergate::peer::Peer;
 use peergate::service::Activity;
 
 use crate::config::Terms;
@@ -94,29 +97,16 @@ impl Exit {
                     None => "its data came without credentials".to_owned(),
                 };
                 let rule = Arc::clone(&connection.rule);
-                self.record_revoked(connection, Reason::Sender, rule.name().as_str(), text);
+                leaving(connection).record_revoked(&self.audit, Reason::Sender, rule.name().as_str(), text);
             }
             Outcome::Denied(rule) => {
-                let (rule, text) = match rule {
-                    Some(rule) => (rule.name().as_str(), format!("{} denies it now", rule.name())),
-                    None => ("default", "no rule allows it any more".to_owned()),
-                };
-                self.record_revoked(connection, Reason::Policy, rule, text);
+                let rule = rule.as_ref().map(|rule| rule.name().as_str());
+                leaving(connection).record_denied(&self.audit, rule);
             }
             Outcome::Over(_) | Outcome::Goes | Outcome::Baggage => {}
         }
-        if self.audit.writes_connections() {
-            let mut record = Record::new(Event::Closed);
-            record.reason = reason;
-            record.rule = Some(connection.rule.name().as_str().into());
-            record.socket = address_of(&connection.socket).ok();
-            record.connection = Some(connection.number);
-            record.lines = Some(connection.lines);
-            record.bytes = Some(connection.bytes);
-            record.duration = Some(connection.since.elapsed());
-            record.about = Some(About::former(&connection.peer));
-            self.audit.write(record);
-        }
+        let rule = Arc::clone(&connection.rule);
+        leaving(connection).record_closed(&self.audit, reason, rule.name().as_str());
     }
 
     fn record_too_long(&self, connection: &mut Connection, line_length: usize) {
@@ -134,18 +124,64 @@ impl Exit {
             record
         });
     }
+}
 
-    fn record_revoked(&self, connection: &mut Connection, reason: Reason, rule: &str, text: String) {
-        let details = connection.peer.details(&connection.socket);
-        connection.peer.release_process();
-        let mut record = Record::note(Event::Revoked, text);
-        record.reason = Some(reason);
+/// A connection that ends, for the record.
+pub struct Leaving<'a> {
+    pub socket: BorrowedFd<'a>,
+    pub peer: &'a mut Peer,
+    pub number: u64,
+    pub lines: u64,
+    pub bytes: u64,
+    pub age: Duration,
+}
+
+fn leaving(connection: &mut Connection) -> Leaving<'_> {
+    Leaving {
+        socket: connection.socket.as_fd(),
+        peer: &mut connection.peer,
+        number: connection.number,
+        lines: connection.lines,
+        bytes: connection.bytes,
+        age: connection.since.elapsed(),
+    }
+}
+
+impl Leaving<'_> {
+    /// The policy, which admitted it once, denies it now; by this rule, if one does.
+    pub fn record_denied(&mut self, audit: &Audit, rule: Option<&str>) {
+        let text = match rule {
+            Some(rule) => format!("{rule} denies it now"),
+            None => "no rule allows it any more".to_owned(),
+        };
+        self.record_revoked(audit, Reason::Policy, rule.unwrap_or("default"), text);
+    }
+
+    fn record_revoked(&mut self, audit: &Audit, reason: Reason, rule: &str, text: String) {
+        let details = self.peer.details(&self.socket);
+        self.peer.release_process();
+        let mut record = self.record(Record::note(Event::Revoked, text), Some(reason), rule);
+        record.about = Some(About::peer(self.peer, details));
+        audit.write(record);
+    }
+
+    /// That it is over, where that is to be recorded.
+    pub fn record_closed(&self, audit: &Audit, reason: Option<Reason>, rule: &str) {
+        if audit.writes_connections() {
+            let mut record = self.record(Record::new(Event::Closed), reason, rule);
+            record.duration = Some(self.age);
+            record.about = Some(About::former(self.peer));
+            audit.write(record);
+        }
+    }
+
+    fn record(&self, mut record: Record, reason: Option<Reason>, rule: &str) -> Record {
+        record.reason = reason;
         record.rule = Some(rule.into());
-        record.socket = address_of(&connection.socket).ok();
-        record.connection = Some(connection.number);
-        record.lines = Some(connection.lines);
-        record.bytes = Some(connection.bytes);
-        record.about = Some(About::peer(&connection.peer, details));
-        self.audit.write(record);
+        record.socket = address_of(&self.socket).ok();
+        record.connection = Some(self.number);
+        record.lines = Some(self.lines);
+        record.bytes = Some(self.bytes);
+        record
     }
 }

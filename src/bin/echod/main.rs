@@ -94,18 +94,33 @@ fn serve(options: Serve) -> Result<(), Failure> {
         }
         return Err(Failure(EX_USAGE, message));
     }
+    let prepared = prepare(&options);
+    let store = Store::from_env(STORE_FALLBACK);
+    let inheritance = handover::take_back(kept, &store);
+    let notifier = Notifier::from_env();
+    let (config, signals, bound) = match prepared {
+        Ok(prepared) => prepared,
+        Err(failure) => {
+            // Nobody can be judged, so nobody goes on; but an earlier process has promised them an orderly end.
+            serve::end_inherited(inheritance, &notifier);
+            return Err(failure);
+        }
+    };
+    listeners.extend(bound);
+    let config_path = options.config.map(absolute);
+    let start = serve::Start { listeners, inheritance, config, config_path, store, notifier, signals };
+    serve::run(start).map_err(|error| Failure(serve::FAILURE, error))
+}
+
+/// What can go wrong before anybody is served, connections of an earlier process included.
+fn prepare(options: &Serve) -> Result<(Config, Signals, Vec<Listener>), Failure> {
     let mut config =
         Config::load(options.config.as_deref()).map_err(|error| Failure(error.exit_code(), error.to_string()))?;
     config.source = config.source.map(absolute);
     // From here on a signal to stop is heard, and what we bound is removed.
     let signals = Signals::catch().map_err(|error| Failure(EX_OSERR, format!("catching signals: {error}")))?;
-    listeners.extend(bind_all(&options.listen)?);
-    let store = Store::from_env(STORE_FALLBACK);
-    let inheritance = handover::take_back(kept, &store);
-    let config_path = options.config.map(absolute);
-    let notifier = Notifier::from_env();
-    let start = serve::Start { listeners, inheritance, config, config_path, store, notifier, signals };
-    serve::run(start).map_err(|error| Failure(serve::FAILURE, error))
+    let bound = bind_all(&options.listen)?;
+    Ok((config, signals, bound))
 }
 
 fn bind_all(paths: &[PathBuf]) -> Result<Vec<Listener>, Failure> {

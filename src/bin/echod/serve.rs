@@ -2,11 +2,12 @@
 //!
 //! The main thread does what is left: signals, reload, watchdog, status, idle exit, the end.
 
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,16 +15,18 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
-use peergate::audit::{self, About, Audit, Event, Reason, Record, Severity, Totals};
+use peergate::audit::{self, Audit, Event, Reason, Record, Severity, Totals};
 use peergate::gate::{self, Admission, Door, Reception, Ruling as Admitting, Setup};
+use peergate::ids::Uid;
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
 use peergate::policy::{Rule, Verdict};
-use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog, answer_reload};
+use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
 
-use crate::config::{Config, LoadError, Record as RecordWhat, Terms, Verify};
+use crate::config::{Config, Record as RecordWhat, Terms, Verify};
 use crate::connection::{Carried, Ruling};
+use crate::exit::Leaving;
 use crate::handover::{self, Inheritance};
 use crate::pacing::Pacing;
 use crate::threshold::Threshold;
@@ -97,6 +100,8 @@ struct Service {
     store: Store,
     notifier: Notifier,
     signals: Signals,
+    /// Asked for while something else was under way.
+    requests: VecDeque<Request>,
     activity: Arc<Activity>,
     watchdog: Option<Watchdog>,
     /// Until then nobody wakes this thread by what they do.
@@ -115,6 +120,8 @@ struct Status {
 /// Since when nobody has been there.
 struct Idle {
     totals: Totals,
+    /// Whether anybody was, at the last look.
+    is_present: bool,
     since: Instant,
     not_before: Instant,
 }
@@ -128,6 +135,17 @@ struct Judgement {
     live: Vec<Judged>,
     /// Without usable state: to be ended in order.
     ending: Vec<Judged>,
+    /// And those who cannot be told anything but that it is over.
+    midline: Vec<Judged>,
+}
+
+impl Judgement {
+    /// How many go on, how many end for want of a state, how many may not stay.
+    fn counts(&self) -> (usize, usize, usize) {
+        let stay = |judged: &[Judged]| judged.iter().filter(|one| one.is_ok()).count();
+        let (live, ended) = (stay(&self.live), stay(&self.ending) + stay(&self.midline));
+        (live, ended, self.live.len() + self.ending.len() + self.midline.len() - live - ended)
+    }
 }
 
 /// Why the service ends.
@@ -140,13 +158,13 @@ impl Service {
     fn open(start: Start, audit: Audit, journal: &Writer) -> Result<Self, String> {
         let Start { listeners, inheritance, config, config_path, store, notifier, signals } = start;
         let limits = Limits::new();
-        let Inheritance { connections, stateless, unusable, foreign, next_connection } = inheritance;
-        let (carried, ended) = (connections.len(), stateless.len());
+        let Inheritance { connections, stateless, midline, unusable, foreign, next_connection } = inheritance;
         // Before the door opens: who comes gets the places that are left, not those of the ones who have been here.
         let judged = |connection| judge(connection, &config, &limits, &audit);
         let inherited = Judgement {
             live: connections.into_iter().map(judged).collect(),
-            ending: stateless.into_iter().filter_map(Carried::without_state).map(judged).collect(),
+            ending: stateless.into_iter().map(judged).collect(),
+            midline: midline.into_iter().map(judged).collect(),
         };
         // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
@@ -188,20 +206,24 @@ impl Service {
             store,
             notifier,
             signals,
+            requests: VecDeque::new(),
             activity,
             watchdog: Watchdog::from_env(watched),
             unwatched_until: now,
             status: Status { said: String::new(), at: now, due: false },
-            idle: Idle { totals: Totals::default(), since: now, not_before: now },
+            idle: Idle { totals: Totals::default(), is_present: false, since: now, not_before: now },
         };
-        if foreign > 0 {
-            service.note(Severity::Warning, format!("{foreign} stored file descriptors that are not ours were closed"));
+        if let Some(text) = describe_foreign(foreign) {
+            service.note(Severity::Warning, text);
         }
-        if carried + ended > 0 {
+        let (carried, ended, revoked) = inherited.counts();
+        if carried + ended + revoked > 0 {
             service.take_over(inherited);
             let why = unusable.map(|why| format!(" ({why})")).unwrap_or_default();
+            let revoked = if revoked > 0 { format!(", {revoked} revoked") } else { String::new() };
             let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
-            service.note(severity, format!("{carried} connections carried over the restart, {ended} ended{why}"));
+            let text = format!("{carried} connections carried over the restart, {ended} ended{why}{revoked}");
+            service.note(severity, text);
         }
         service.status.said = service.status_line();
         service.notifier.ready(&service.status.said);
@@ -215,6 +237,16 @@ impl Service {
             match judged {
                 Ok((connection, rule, permit)) => {
                     self.workers[next.next().unwrap_or(0)].resume(connection, rule, permit);
+                }
+                Err(denied) => self.around.usher.revoke(denied),
+            }
+        }
+        let nothing = Arc::from(&b""[..]);
+        for judged in inherited.midline {
+            match judged {
+                Ok((mut connection, rule, _)) => {
+                    leaving(&mut connection).record_closed(&self.audit, Some(Reason::Stopping), rule.name().as_str());
+                    self.around.usher.see_off(connection.socket, &nothing);
                 }
                 Err(denied) => self.around.usher.revoke(denied),
             }
@@ -243,7 +275,7 @@ impl Service {
                 self.idle.not_before = now + LOOK_AGAIN;
             }
             self.sleep();
-            while let Some(request) = self.signals.next() {
+            while let Some(request) = self.requests.pop_front().or_else(|| self.signals.next()) {
                 match request {
                     Request::Stop => return End::Told,
                     Request::Reload { answer_to } => self.reload(answer_to),
@@ -267,10 +299,7 @@ impl Service {
         let watchdog = self.watchdog.as_ref().map(Watchdog::due);
         let watch = (self.unwatched_until > Instant::now()).then_some(self.unwatched_until);
         let due = [status, watchdog, watch, self.idle_exit_due()].into_iter().flatten().min();
-        let timeout = due.map_or(PollTimeout::NONE, |due| {
-            let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
-        });
+        let timeout = due.map_or(PollTimeout::NONE, until);
         let mut events = [
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
             PollFd::new(self.activity.as_fd(), PollFlags::POLLIN),
@@ -280,14 +309,18 @@ impl Service {
         if events[1].any() == Some(true) {
             // Enough for now: who comes and goes all the time need not wake this thread each time.
             self.activity.calm();
-            self.unwatched_until = Instant::now() + NOTICE_PAUSE;
+            // But an idle exit counts from when the last one is seen to have left.
+            let pause = self.config.service.idle_exit.map_or(NOTICE_PAUSE, |span| span.min(NOTICE_PAUSE));
+            self.unwatched_until = Instant::now() + pause;
         }
     }
 
     fn notice_changes(&mut self) {
-        let totals = self.audit.totals();
-        if totals != self.idle.totals || self.limits.total() > 0 {
+        let (totals, is_present) = (self.audit.totals(), self.limits.total() > 0);
+        // Who was there at the last look and is no more has left since then: the end of a connection stirs this thread.
+        if totals != self.idle.totals || is_present || self.idle.is_present {
             self.idle.totals = totals;
+            self.idle.is_present = is_present;
             self.idle.since = Instant::now();
         }
         self.status.due = self.notifier.is_present() && self.status.said != self.status_line();
@@ -295,7 +328,8 @@ impl Service {
 
     fn idle_exit_due(&self) -> Option<Instant> {
         let span = self.config.service.idle_exit.filter(|_| self.limits.total() == 0)?;
-        Some((self.idle.since + span).max(self.idle.not_before))
+        // At a time that no clock can tell: never.
+        Some(self.idle.since.checked_add(span)?.max(self.idle.not_before))
     }
 
     fn status_line(&self) -> String {
@@ -329,28 +363,58 @@ impl Service {
         self.status.said = self.status_line();
         self.notifier.ready(&self.status.said);
         if let Some(pid) = answer_to {
-            answer_reload(pid, taken);
+            self.signals.answer(pid, taken);
         }
     }
 
     /// Reads the configuration. The user database may be far away, and a restart of ours would not bring it nearer: so
-    /// the watchdog is fed meanwhile.
-    fn load(&mut self) -> Result<Config, LoadError> {
+    /// the watchdog is fed meanwhile, and who wants us to stop is heard.
+    fn load(&mut self) -> Result<Config, String> {
+        let config = self.load_elsewhere()?;
+        match &self.config.source {
+            // To go on with the built-in policy would throw everybody out: whoever wants that restarts the service.
+            Some(path) if config.source.is_none() => {
+                Err(format!("{}: is gone; expected the file that what is in force was read from", path.display()))
+            }
+            _ => Ok(config),
+        }
+    }
+
+    fn load_elsewhere(&mut self) -> Result<Config, String> {
         let path = self.config_path.clone();
-        let (done, loaded) = mpsc::channel();
+        let load_here = move || Config::load(path.as_deref()).map_err(|error| error.to_string());
+        let (result, loaded) = mpsc::channel();
+        let (load, activity) = (load_here.clone(), Arc::clone(&self.activity));
         let load = move || {
-            let _ = done.send(Config::load(path.as_deref()));
+            let _ = result.send(load());
+            // Not a descriptor of its own: there may be none left.
+            activity.stir();
         };
         // Where no thread can be had the channel is closed at once.
         let _ = thread::Builder::new().name("reload".to_owned()).spawn(load);
         loop {
-            let pause = self.watchdog.as_ref().map_or(Duration::MAX, |watchdog| {
-                watchdog.due().saturating_duration_since(Instant::now()) + Duration::from_millis(1)
-            });
-            match loaded.recv_timeout(pause) {
+            // What happened before the watch began wakes nobody: look for it now.
+            self.activity.watch();
+            match loaded.try_recv() {
                 Ok(result) => return result,
-                Err(RecvTimeoutError::Timeout) => self.feed_watchdog(),
-                Err(RecvTimeoutError::Disconnected) => return Config::load(self.config_path.as_deref()),
+                Err(TryRecvError::Disconnected) => return load_here(),
+                Err(TryRecvError::Empty) => {}
+            }
+            let timeout = self.watchdog.as_ref().map_or(PollTimeout::NONE, |watchdog| until(watchdog.due()));
+            let mut events = [
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.activity.as_fd(), PollFlags::POLLIN),
+            ];
+            let _ = poll(&mut events, timeout);
+            self.activity.calm();
+            self.feed_watchdog();
+            while let Some(request) = self.signals.next() {
+                if request == Request::Stop {
+                    // Before those who asked for another reload earlier: that one would wait as this one does.
+                    self.requests.push_front(request);
+                    return Err("the service was told to stop while it was being read".to_owned());
+                }
+                self.requests.push_back(request);
             }
         }
     }
@@ -392,7 +456,20 @@ impl Service {
         self.notifier.stopping("stopping");
         self.door.stop_accepting();
         let total = total.max(self.limits.total());
-        let carry = if total > 0 { self.store.capacity().saturating_sub(1) } else { 0 };
+        // Who waits for the answer to a reload will get no other.
+        let waiting = self.requests.drain(..).chain(std::iter::from_fn(|| self.signals.next()));
+        let waiting: Vec<_> = waiting.collect();
+        for request in waiting {
+            if let Request::Reload { answer_to: Some(pid) } = request {
+                self.signals.answer(pid, false);
+            }
+        }
+        let carry = match total {
+            0 => 0,
+            // Nobody is to come after us.
+            _ if self.signals.stop_is_final() => 0,
+            _ => handover::most_left(self.store.capacity()),
+        };
         self.notifier.extend_timeout(DRAIN * 6);
         let carried = end_workers(&mut self.workers, carry);
         let carried = match carried.len() {
@@ -408,12 +485,7 @@ impl Service {
         // The sockets of the carried are closed only now: the manager holds its own.
         drop(carried);
         let listeners = self.door.shut();
-        let until = Instant::now() + JOURNAL_PATIENCE;
-        let notifier = self.notifier.clone();
-        journal.finish_while(|| {
-            notifier.extend_timeout(Duration::from_secs(10));
-            Instant::now() < until
-        });
+        finish(journal, &self.notifier);
         drop(listeners);
     }
 
@@ -450,6 +522,68 @@ impl Service {
     }
 }
 
+/// Ends the connections of an earlier process where this one cannot serve: nobody is judged, each is echoed what it is
+/// owed, and sees its end.
+pub fn end_inherited(inheritance: Inheritance, notifier: &Notifier) {
+    let count = inheritance.len();
+    if count == 0 {
+        return;
+    }
+    let config = Config::without_file(Uid::effective());
+    let audit = Audit::new(audit_settings(&config));
+    let Ok(journal) = Writer::start(&audit, IDENTIFIER) else { return };
+    if let Err(error) = end_unjudged(inheritance, &config, &audit) {
+        audit.write(Record::note(Severity::Error, format!("ending connections of an earlier process: {error}")));
+    }
+    let text = format!("{count} connections of an earlier process ended: this one has no usable configuration");
+    audit.write(Record::note(Severity::Warning, text));
+    finish(journal, notifier);
+}
+
+fn end_unjudged(inheritance: Inheritance, config: &Config, audit: &Audit) -> io::Result<()> {
+    let Some(rule) = config.policy.rules().next() else { return Ok(()) };
+    let mut setup = Setup::without_listeners(Arc::clone(&config.policy), audit.clone())?;
+    setup.first_connection = inheritance.next_connection;
+    let (limits, activity) = (setup.limits.clone(), Arc::clone(&setup.activity));
+    let mut door = Door::open(setup, |_: Admission<Terms>| {})?;
+    let around = Surroundings { audit: audit.clone(), usher: door.usher(), activity, busy_poll: None };
+    // No limit of ours may cut off what was accepted by theirs.
+    let worker = Worker::start(0, Ruling { line_length: usize::MAX, ..serving(config) }, around.clone())?;
+    for connection in inheritance.connections.into_iter().chain(inheritance.stateless) {
+        let permit = limits.resume(connection.peer.uid());
+        worker.resume(connection, Arc::clone(rule), permit);
+    }
+    let nothing = Arc::from(&b""[..]);
+    inheritance.midline.into_iter().for_each(|connection| around.usher.see_off(connection.socket, &nothing));
+    end_workers(&mut [worker], 0);
+    door.shut();
+    Ok(())
+}
+
+/// The journal's last records, for which systemd is asked to wait.
+fn finish(journal: Writer, notifier: &Notifier) {
+    let until = Instant::now() + JOURNAL_PATIENCE;
+    journal.finish_while(|| {
+        notifier.extend_timeout(Duration::from_secs(10));
+        Instant::now() < until
+    });
+}
+
+fn describe_foreign(mut names: Vec<String>) -> Option<String> {
+    let count = names.len();
+    names.sort();
+    names.dedup();
+    let names = names.join(", ");
+    (count > 0).then(|| format!("{count} stored file descriptors that are not ours were closed: {names}"))
+}
+
+/// How long to sleep for something that is due then.
+fn until(due: Instant) -> PollTimeout {
+    // Rounded up, so as not to wake just before the time.
+    let left = due.saturating_duration_since(Instant::now()).saturating_add(Duration::from_millis(1));
+    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+}
+
 /// What the gate's thread lets people in to: empty until there are workers.
 struct Entrance {
     threshold: Option<Threshold>,
@@ -481,32 +615,30 @@ fn judge(mut connection: Carried, config: &Config, limits: &Limits, audit: &Audi
     gate::learn(&mut connection.peer, &connection.socket, &config.policy);
     match config.policy.decide(&connection.peer) {
         Verdict::Admitted(rule) => {
+            connection.verify(config.service.verify == Verify::Line);
             let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
             connection.peer.release_process();
             Ok((connection, rule, permit))
         }
         Verdict::Denied(rule) => {
-            let rule = rule.map_or("default", |rule| rule.name().as_str()).to_owned();
-            record_revoked(&mut connection, &rule, audit);
+            let rule = rule.map(|rule| rule.name().as_str());
+            let mut leaving = leaving(&mut connection);
+            leaving.record_denied(audit, rule);
+            leaving.record_closed(audit, Some(Reason::Policy), rule.unwrap_or("default"));
             Err(connection.socket)
         }
     }
 }
 
-fn record_revoked(connection: &mut Carried, rule: &str, audit: &Audit) {
-    let details = connection.peer.details(&connection.socket);
-    let text = match rule {
-        "default" => "no rule allows it any more".to_owned(),
-        rule => format!("{rule} denies it now"),
-    };
-    let mut record = Record::note(Event::Revoked, text);
-    record.reason = Some(Reason::Policy);
-    record.rule = Some(rule.into());
-    record.connection = Some(connection.connection);
-    record.lines = Some(connection.lines);
-    record.bytes = Some(connection.bytes);
-    record.about = Some(About::peer(&connection.peer, details));
-    audit.write(record);
+fn leaving(connection: &mut Carried) -> Leaving<'_> {
+    Leaving {
+        socket: connection.socket.as_fd(),
+        peer: &mut connection.peer,
+        number: connection.connection,
+        lines: connection.lines,
+        bytes: connection.bytes,
+        age: connection.age,
+    }
 }
 
 /// Ends all workers; what comes back are up to `carry` connections at rest.
@@ -549,6 +681,7 @@ fn serving(config: &Config) -> Ruling {
         policy: Arc::clone(&config.policy),
         line_length: config.limits.line_length,
         idle_timeout: config.limits.idle_timeout,
+        verify: config.service.verify == Verify::Line,
     }
 }
 

@@ -177,7 +177,7 @@ mod tests {
         fn new(busy_poll: Option<Duration>) -> Self {
             let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
             let (around, door) = surroundings(&policy);
-            let ruling = Ruling { policy: Arc::clone(&policy), line_length: 100, idle_timeout: None };
+            let ruling = Ruling { policy: Arc::clone(&policy), line_length: 100, idle_timeout: None, verify: false };
             let mailbox = Arc::new(Mailbox::new(&ruling).unwrap());
             let exit = around.exit();
             let threshold = Threshold::new(vec![Arc::clone(&mailbox)], around.audit, exit, Pacing::new(busy_poll));

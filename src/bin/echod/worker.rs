@@ -308,8 +308,8 @@ impl Loop {
     }
 
     fn put(&mut self, slot: usize, connection: Box<Connection>) {
-        if let Some(span) = self.idle_timeout_of(&connection) {
-            self.timeouts.push(Reverse((connection.active + span, slot, connection.number)));
+        if let Some(due) = runs_out(&connection, &self.ruling) {
+            self.timeouts.push(Reverse((due, slot, connection.number)));
         }
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
@@ -376,18 +376,20 @@ impl Loop {
 
     /// A new ruling: every connection is judged again, with the credentials it had at connect.
     fn rule(&mut self, ruling: Ruling, generation: u64) {
-        self.ruling = ruling;
+        let before = std::mem::replace(&mut self.ruling, ruling);
         self.generation = generation;
         self.timeouts.clear();
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
+            // Where no timeout was in force the last activity is not known: it counts from now.
+            if runs_out(&connection, &before).is_none() {
+                connection.active = Instant::now();
+            }
             if let Err(rule) = self.judge_again(&mut connection) {
                 self.mailbox.free_slot(slot);
                 self.part(connection, Outcome::Denied(rule));
                 continue;
             }
-            // Where no timeout was in force the last activity is not known: it counts from now.
-            connection.active = Instant::now();
             self.put(slot, connection);
         }
     }
@@ -397,14 +399,11 @@ impl Loop {
         match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.ruling.policy) {
             Verdict::Admitted(rule) => {
                 connection.rule = Arc::clone(rule);
+                connection.verify(self.ruling.verify);
                 Ok(())
             }
             Verdict::Denied(rule) => Err(rule.map(Arc::clone)),
         }
-    }
-
-    fn idle_timeout_of(&self, connection: &Connection) -> Option<Duration> {
-        connection.rule.terms().idle_timeout.unwrap_or(self.ruling.idle_timeout)
     }
 
     /// Ends connections on which nothing moved for too long.
@@ -417,8 +416,9 @@ impl Loop {
             self.timeouts.pop();
             let Some(connection) = self.connections.get(slot).and_then(Option::as_ref) else { continue };
             // The place may belong to somebody else by now.
-            let Some(span) = self.idle_timeout_of(connection).filter(|_| connection.number == number) else { continue };
-            let due = connection.active + span;
+            let Some(due) = runs_out(connection, &self.ruling).filter(|_| connection.number == number) else {
+                continue;
+            };
             if due > now {
                 self.timeouts.push(Reverse((due, slot, number)));
             } else {
@@ -447,7 +447,8 @@ impl Loop {
                 Outcome::Goes if carried.len() < carry => {
                     let _ = self.mailbox.epoll.delete(&connection.socket);
                     self.mailbox.free_slot(slot);
-                    carried.push((*connection).at_rest());
+                    let idle = runs_out(&connection, &self.ruling).map(|_| connection.active.elapsed());
+                    carried.push(Carried { idle, ..(*connection).at_rest() });
                 }
                 Outcome::Goes => {
                     // Everything received by now is echoed, a fragment too; then the end. On our side what is in the
@@ -477,7 +478,7 @@ impl Loop {
             let before = connection.bytes;
             match connection.read(limit, &mut self.buffers, &self.around.audit) {
                 Outcome::Goes if connection.bytes == before => return Outcome::Goes,
-                Outcome::Goes => {}
+                Outcome::Goes => connection.active = Instant::now(),
                 over => return over,
             }
         }
@@ -501,6 +502,13 @@ impl Loop {
     }
 }
 
+/// When a connection ends if nothing moves on it. `None`: never, or at a time that no clock can tell; then nobody keeps
+/// up when something last moved.
+fn runs_out(connection: &Connection, ruling: &Ruling) -> Option<Instant> {
+    let span = connection.rule.terms().idle_timeout.unwrap_or(ruling.idle_timeout)?;
+    connection.active.checked_add(span)
+}
+
 #[cfg(test)]
 pub mod tests {
     use super::*;
@@ -508,10 +516,8 @@ pub mod tests {
     use std::io::{ErrorKind, IoSlice, Read, Write};
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::net::UnixStream;
-    use std::sync::atomic::AtomicUsize;
 
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-    use peergate::activation;
     use peergate::audit::Settings;
     use peergate::baggage::Stream;
     use peergate::gate::{self, Admission, Setup};
@@ -527,10 +533,7 @@ pub mod tests {
     /// What a worker needs, and a door that nobody comes through.
     pub fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, gate::Door<Terms>) {
         let audit = Audit::new(Settings::default());
-        static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("echod-unit-test-{}-{}.sock", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let listener = activation::bind(&std::env::temp_dir().join(name)).unwrap();
-        let setup = Setup::new(vec![listener], Arc::clone(policy), audit.clone()).unwrap();
+        let setup = Setup::without_listeners(Arc::clone(policy), audit.clone()).unwrap();
         let activity = Arc::clone(&setup.activity);
         let door = gate::Door::open(setup, |_| {}).unwrap();
         (Surroundings { audit, usher: door.usher(), activity, busy_poll: None }, door)
@@ -551,7 +554,7 @@ pub mod tests {
     fn serve_one(number: usize, take_in: fn(OwnedFd) -> Stream) -> (Worker, UnixStream, gate::Door<Terms>) {
         let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
         let (around, door) = surroundings(&policy);
-        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None };
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None, verify: false };
         let (audit, exit) = (around.audit.clone(), around.exit());
         let worker = Worker::start(number, ruling, around).unwrap();
         let (mut admission, theirs) = admission(&policy, 1);
@@ -565,7 +568,7 @@ pub mod tests {
         let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
         let (around, _door) = surroundings(&policy);
         let idle_timeout = Some(Duration::from_secs(86_400));
-        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout };
+        let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout, verify: false };
         let mut serving = Loop::new(Arc::new(Mailbox::new(&ruling).unwrap()), ruling, around);
         let mut clients = Vec::new();
         for connection in 0..2000 {
@@ -587,6 +590,25 @@ pub mod tests {
         let (reply, _replies) = mpsc::channel();
         serving.end(0, Instant::now(), reply);
         assert_eq!(serving.timeouts.len(), clients.len());
+    }
+
+    #[test]
+    fn a_reload_counts_from_the_last_that_moved_where_a_timeout_had_it_noted_and_from_now_elsewhere() {
+        let hour = Duration::from_secs(3600);
+        for (before, is_noted) in [(Some(hour), true), (None, false), (Some(Duration::MAX), false)] {
+            let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
+            let (around, _door) = surroundings(&policy);
+            let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: before, verify: false };
+            let mut serving = Loop::new(Arc::new(Mailbox::new(&ruling).unwrap()), ruling.clone(), around);
+            let slot = serving.mailbox.take_slot();
+            let (admission, _client) = admission(&policy, 1);
+            let mut connection = Connection::admitted(admission);
+            connection.active = Instant::now().checked_sub(hour / 2).unwrap();
+            serving.put(slot, Box::new(connection));
+            serving.rule(Ruling { idle_timeout: Some(hour / 4), ..ruling }, 1);
+            serving.expire();
+            assert_eq!(serving.present, usize::from(!is_noted), "{before:?}");
+        }
     }
 
     fn thread_named(name: &str) -> i32 {

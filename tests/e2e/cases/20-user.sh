@@ -75,3 +75,40 @@ a_users_service_that_cannot_be_started_is_tried_seldom_and_ends_nothing() {
     wait "$client"
     expect_bytes "the client that waited" '> hello\n' /tmp/claim/answer
 }
+
+_user_property() {
+    of alice systemctl --user show --property="$1" --value echo.service
+}
+
+a_reload_of_a_users_service_is_in_force_when_it_returns_or_changes_nothing() {
+    configure_user alice <<<$'[allow.me]\nusers = ["self"]'
+    _start
+    expect "root before" "Unauthorized access" "$(talk root 'x\n' "$_socket")"
+    pid=$(_user_property MainPID)
+    configure_user alice <<<$'[allow.me]\nusers = ["self", "root"]'
+    of alice systemctl --user reload echo.service
+    expect "root, let in" "> x" "$(talk root 'x\n' "$_socket")"
+    configure_user alice <<<$'[allow.me]\nusers = ["self"]\ncolour = "red"'
+    if of alice systemctl --user reload echo.service 2>/dev/null; then fail "systemctl reload succeeded"; fi
+    expect "root, by the old policy" "> x" "$(talk root 'x\n' "$_socket")"
+    # Gone is not the same as none: what is in force came from the file.
+    rm /home/alice/.config/echod/echod.toml
+    if of alice systemctl --user reload echo.service 2>/dev/null; then fail "systemctl reload succeeded"; fi
+    expect "root, by the old policy" "> x" "$(talk root 'x\n' "$_socket")"
+    expect "process" "$pid" "$(_user_property MainPID)"
+    _user_unit_is echo.service active
+}
+
+after_a_crash_of_a_users_service_who_waits_is_served() {
+    _start
+    expect "before" "> x" "$(talk alice 'x\n' "$_socket")"
+    pid=$(_user_property MainPID)
+    kill -STOP "$pid"
+    talk alice 'waiting\n' "$_socket" >/tmp/claim/answer &
+    waiting=$!
+    kill -KILL "$pid"
+    wait "$waiting"
+    expect_bytes "who waited" '> waiting\n' /tmp/claim/answer
+    expect "restarts by Restart=" 1 "$(_user_property NRestarts)"
+    expect "descriptors that alice's systemd keeps" 0 "$(_user_property NFileDescriptorStore)"
+}

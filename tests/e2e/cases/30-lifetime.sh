@@ -202,6 +202,169 @@ a_stop_is_final() {
     expect "a new connection" "> x" "$(talk alice 'x\n')"
 }
 
+# The first line of a file with this text that a process writes: _await_line FILE PID [TEXT]
+_await_line() {
+    local line lines
+    exec {lines}< <(exec tail --follow --lines=+1 --sleep-interval=0.05 --pid="$2" "$1")
+    while read -r -t 60 -u "$lines" line; do
+        [[ $line != *"${3:-}"* ]] || break
+        line=
+    done
+    exec {lines}<&-
+    printf '%s' "$line"
+}
+
+# A client in the middle of a line; one that has sent what fits, half-closed, and reads only once it is told to; one that
+# streams and reads meanwhile. Each says in the end what it got, and how it ended.
+_three_kinds() { # SOCKET
+    cat >/tmp/claim/kinds <<'PERL'
+use strict; use IO::Socket::UNIX; use Errno qw(ECONNRESET);
+my ($kind, $path) = @ARGV;
+$| = 1;
+$SIG{PIPE} = "IGNORE";
+my $socket = IO::Socket::UNIX->new(Peer => $path) or die "connect: $!";
+my $line = "x" x 99 . "\n";
+my ($sent, $got, $all) = (0, 0, "");
+sub hear {
+    while (1) {
+        my $count = sysread($socket, my $piece, 65536);
+        return $! == ECONNRESET ? "reset" : "error $!" unless defined $count;
+        return "eof" if $count == 0;
+        $got += $count;
+        $all = substr($all . $piece, -100);
+    }
+}
+if ($kind eq "midline") {
+    syswrite($socket, "whole\nhalf");
+    sysread($socket, my $echo, 8) == 8 or die "no echo";
+    print "ready\n";
+    my $end = hear();
+    print "$all $end\n";
+} elsif ($kind eq "deaf") {
+    $socket->blocking(0);
+    # Until it takes no more for a while.
+    for (my $full = 0; $full < 50;) {
+        my $count = syswrite($socket, substr($line, $sent % 100));
+        if (defined $count) { $sent += $count; $full = 0 } else { $full++; select(undef, undef, undef, 0.01) }
+    }
+    $socket->blocking(1);
+    shutdown($socket, 1);
+    print "ready\n";
+    sysread(STDIN, my $go, 1);
+    my $end = hear();
+    # Two bytes more for each line, the last one perhaps cut short.
+    print $got - $sent - 2 * int(($sent + 99) / 100), " bytes amiss, $end\n";
+} else {
+    my $writer = fork() // die;
+    if (!$writer) { 1 while syswrite($socket, $line); exit }
+    sysread($socket, my $echo, 1) == 1 or die "no echo";
+    print "ready\n";
+    my $end = hear();
+    waitpid($writer, 0);
+    print $all =~ /x\n$/ ? "whole lines" : "a cut line", ", $end\n";
+}
+PERL
+    local kind line
+    mkfifo /tmp/claim/go
+    for kind in midline deaf stream; do
+        as alice perl /tmp/claim/kinds "$kind" "$1" <>/tmp/claim/go >"/tmp/claim/$kind" 2>&1 &
+        kinds+=("$!")
+        : >>"/tmp/claim/$kind"
+        line=$(_await_line "/tmp/claim/$kind" "$!")
+        expect "the client $kind" ready "$line"
+    done
+    trap 'kill "${kinds[@]}" 2>/dev/null || true' EXIT
+}
+_expect_three_clean_ends() {
+    wait "${kinds[@]}"
+    expect "the one in the middle of a line" "> half eof" "$(tail --lines=1 /tmp/claim/midline)"
+    expect "the one that had half-closed" "0 bytes amiss, eof" "$(tail --lines=1 /tmp/claim/deaf)"
+    expect "the one that streamed" "whole lines, eof" "$(tail --lines=1 /tmp/claim/stream)"
+}
+
+a_stop_gives_everybody_what_they_are_owed_and_a_clean_end() {
+    _policy
+    kinds=()
+    _three_kinds /run/echo.sock
+    systemctl stop echo.socket echo.service &
+    stop=$!
+    # Until it is told, the service goes on serving. The end of the one that streams is the first thing to be seen.
+    expect "the one that streams" "whole lines, eof" "$(_await_line /tmp/claim/stream "${kinds[2]}" ,)"
+    echo >/tmp/claim/go
+    wait "$stop"
+    _expect_three_clean_ends
+    expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
+    expect "result" success "$(property echo.service Result)"
+    records all | jq --raw-output .MESSAGE | grep '^0 connections left to the next process, 3 ended' >/dev/null ||
+        fail "the record doesn't say that all three ended" "$(records all)"
+}
+
+a_stop_of_a_users_service_does_so_too() {
+    configure_user alice <<<$'[allow.me]\nusers = ["self"]'
+    of alice systemctl --user daemon-reload
+    of alice systemctl --user start echo.socket
+    kinds=()
+    _three_kinds /run/user/1001/echo.sock
+    of alice systemctl --user stop echo.socket echo.service &
+    stop=$!
+    expect "the one that streams" "whole lines, eof" "$(_await_line /tmp/claim/stream "${kinds[2]}" ,)"
+    echo >/tmp/claim/go
+    wait "$stop"
+    _expect_three_clean_ends
+    expect "descriptors that alice's systemd keeps" 0 \
+        "$(of alice systemctl --user show --property=NFileDescriptorStore --value echo.service)"
+}
+
+a_restart_where_systemd_keeps_nothing_ends_everybody_in_order() {
+    # The unit's ECHOD_FDSTORE_MAX= still says otherwise, and systemd tells nobody what it threw away.
+    local room
+    for room in 0 3; do
+        rm --recursive --force /tmp/claim/*
+        begin_records
+        _policy
+        drop_in echo.service <<<$'[Service]\nEnvironment=FDSTORE=4352\nFileDescriptorStoreMax='$room
+        systemctl restart echo.socket echo.service
+        kinds=()
+        _three_kinds /run/echo.sock
+        systemctl restart echo.service &
+        restart=$!
+        expect "the one that streams" "whole lines, eof" "$(_await_line /tmp/claim/stream "${kinds[2]}" ,)"
+        echo >/tmp/claim/go
+        wait "$restart"
+        _expect_three_clean_ends
+        records all | jq --raw-output .MESSAGE | grep '^0 connections left to the next process, 3 ended' >/dev/null ||
+            fail "room for $room: the record doesn't say that all three ended" "$(records all)"
+        expect "a new connection" "> x" "$(talk alice 'x\n')"
+    done
+}
+
+a_restart_onto_a_faulty_configuration_ends_everybody_in_order() {
+    _policy
+    kinds=()
+    _three_kinds /run/echo.sock
+    configure <<<'colour = "red"'
+    systemctl restart echo.service 2>/dev/null &
+    restart=$!
+    expect "the one that streams" "whole lines, eof" "$(_await_line /tmp/claim/stream "${kinds[2]}" ,)"
+    echo >/tmp/claim/go
+    if wait "$restart"; then fail "systemctl restart succeeded"; fi
+    _expect_three_clean_ends
+    records all | jq --raw-output .MESSAGE | grep '^3 connections of an earlier process ended' >/dev/null ||
+        fail "the record doesn't say that all three ended" "$(records all)"
+    _policy
+    expect "a new connection" "> x" "$(talk alice 'x\n')"
+}
+
+what_a_restart_costs() {
+    # Asking systemd what it is about takes a shell and a call; the service goes on serving meanwhile.
+    _policy
+    _stream_across /run/echo.sock 8 20 systemctl restart echo.service
+    rm /tmp/claim/stream-*
+    drop_in echo.service <<<$'[Service]\nExecStop='
+    begin_records
+    _stream_across /run/echo.sock 8 20 systemctl restart echo.service
+}
+
 after_a_crash_who_waits_is_served() {
     _policy
     expect "before" "> x" "$(talk alice 'x\n')"
@@ -227,6 +390,41 @@ a_service_that_makes_no_progress_is_restarted_by_the_watchdog() {
     journalctl --sync
     journalctl --quiet "$(since)" --output=cat UNIT=echo.service | grep --quiet 'Watchdog timeout' ||
         fail "systemd says nothing of the watchdog"
+    expect "after" "> x" "$(talk alice 'x\n')"
+}
+
+# Stops one thread of a process, and only that one, for as long as this shell's child lives: ptrace(2).
+_hold_thread() { # PID NAME
+    local task
+    for task in /proc/"$1"/task/*; do
+        [[ $(cat "$task/comm") != "$2" ]] || break
+    done
+    expect "the thread's name" "$2" "$(cat "$task/comm")"
+    perl -e '
+        my %number = (x86_64 => 101, aarch64 => 117, riscv64 => 117);
+        my $ptrace = $number{$ARGV[1]} // die "ptrace(2) on $ARGV[1]?";
+        my ($seize, $interrupt) = (0x4206, 0x4207);
+        syscall($ptrace, $_, int $ARGV[0], 0, 0) == 0 or die "ptrace: $!" for $seize, $interrupt;
+        # Once when it stops, and once when it has died: until its tracer has looked, its process would not be gone.
+        $| = 1; waitpid($ARGV[0], 0x40000000) and print "held\n" for 1, 2;
+    ' "${task##*/}" "$(uname -m)" >/tmp/claim/held &
+    holder=$!
+    trap 'kill "$holder" 2>/dev/null || true' EXIT
+    : >>/tmp/claim/held
+    expect "the thread" held "$(_await_line /tmp/claim/held "$holder")"
+}
+
+a_single_worker_that_hangs_is_restarted_by_the_watchdog() {
+    _policy $'[service]\nworkers = 3'
+    drop_in echo.service <<<$'[Service]\nWatchdogSec=2s'
+    expect "before" "> x" "$(talk alice 'x\n')"
+    _hold_thread "$(_pid)" worker-1
+    await_property echo.service NRestarts 1
+    journalctl --sync
+    journalctl --quiet "$(since)" --output=cat UNIT=echo.service | grep 'Watchdog timeout' >/dev/null ||
+        fail "systemd says nothing of the watchdog"
+    records all | jq --raw-output .MESSAGE | grep 'no sign of life from: worker 1' >/dev/null ||
+        fail "the service doesn't say who hangs" "$(records all)"
     expect "after" "> x" "$(talk alice 'x\n')"
 }
 
