@@ -20,7 +20,7 @@ use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
 use peergate::policy::{Rule, Verdict};
-use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog, answer_reload};
+use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
 
 use crate::config::{Config, LoadError, Record as RecordWhat, Terms, Verify};
 use crate::connection::{Carried, Ruling};
@@ -329,7 +329,7 @@ impl Service {
         self.status.said = self.status_line();
         self.notifier.ready(&self.status.said);
         if let Some(pid) = answer_to {
-            answer_reload(pid, taken);
+            self.signals.answer(pid, taken);
         }
     }
 
