@@ -15,7 +15,7 @@ use crate::journal::Writer;
 use crate::limits::Terms;
 use crate::peer::unmapped_ids;
 use crate::policy::Policy;
-use crate::service::{Notifier, Request, Signals, Watchdog, answer_reload};
+use crate::service::{Notifier, Request, Signals, Watchdog};
 
 /// How long the end waits for a journal that takes nothing.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);
@@ -89,7 +89,7 @@ fn attend(
                     notifier.reloading();
                     notifier.ready("serving");
                     if let Some(pid) = answer_to {
-                        answer_reload(pid, true);
+                        signals.answer(pid, true);
                     }
                 }
             }
