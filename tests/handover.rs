@@ -1,6 +1,6 @@
 //! A restart that nobody notices: connections in every state of rest go through the manager's descriptor store to the
-//! next process, and every byte is compared. And every way in which that can go wrong. Needs no rights: the manager is
-//! the test's own.
+//! next process, and every byte is compared. And every way in which that can go wrong. The manager is the test's
+//! own; some of the clients are other users.
 
 mod common;
 
@@ -784,6 +784,7 @@ fn a_restart_onto_a_faulty_configuration_ends_everybody_in_order_and_says_how_ma
 fn a_store_that_is_not_there_is_noticed_and_everybody_ends_in_order() {
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready();
     let clients: Vec<Client> = (0..3).map(|_| echod.connect()).collect();
+    clients.iter().for_each(|client| client.echo("in"));
     clients.iter().for_each(|client| client.send("ha"));
     let stderr = echod.stop();
     clients.iter().for_each(|client| client.expect_end("> ha"));

@@ -1,5 +1,5 @@
 //! From READY=1 to the last record: reload, watchdog, idle exit and stop, with a service manager of the test's own.
-//! Needs no rights.
+//! Some of it needs mounts of its own, and so root.
 
 mod common;
 

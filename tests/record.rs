@@ -683,7 +683,7 @@ fn sigterm_in_the_middle_of_a_flood_leaves_the_equation_exact() {
 #[test]
 fn not_one_of_many_thousand_denials_at_full_speed_escapes_the_record() {
     needs_root();
-    // A million: ECHOD_TEST_DENIALS=1000000 cargo test --release --test record at_full_speed -- --nocapture
+    // A million: make flood
     let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
     let journald = Journald::new();
     let echod = serve(&journald, "[audit]\ninterval = \"1s\"\n[allow.root]\nusers = [0]\n");
@@ -739,7 +739,7 @@ fn percentile(times: &mut [Duration], percent: usize) -> Duration {
 #[test]
 fn the_equation_holds_with_all_of_it_at_once() {
     needs_root();
-    // More: ECHOD_TEST_DENIALS=1000000 cargo test --release --test record at_once -- --nocapture
+    // A million: make flood
     let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
     let journald = Journald::new();
     let config = format!("[audit]\ninterval = \"50ms\"\nburst = 100\n{}", common::NOBODY);
