@@ -355,16 +355,6 @@ a_restart_onto_a_faulty_configuration_ends_everybody_in_order() {
     expect "a new connection" "> x" "$(talk alice 'x\n')"
 }
 
-what_a_restart_costs() {
-    # Asking systemd what it is about takes a shell and a call; the service goes on serving meanwhile.
-    _policy
-    _stream_across /run/echo.sock 8 20 systemctl restart echo.service
-    rm /tmp/claim/stream-*
-    drop_in echo.service <<<$'[Service]\nExecStop='
-    begin_records
-    _stream_across /run/echo.sock 8 20 systemctl restart echo.service
-}
-
 after_a_crash_who_waits_is_served() {
     _policy
     expect "before" "> x" "$(talk alice 'x\n')"
