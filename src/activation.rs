@@ -98,6 +98,8 @@ impl Drop for Listener {
         if ours {
             let _ = fs::remove_file(&bound.path);
         }
+        // Who still waits is closed with the socket, and what they have sent along with them; here that keeps nobody.
+        while self.accept().is_ok() {}
     }
 }
 

@@ -56,7 +56,7 @@ pub enum Event {
     Denied,
     /// A peer that the policy admits was turned away by a limit.
     Refused,
-    /// Denials or refusals that were counted, not written one by one.
+    /// Denials, refusals or cut-offs that were counted, not written one by one.
     Summary,
     /// A peer was admitted.
     Admitted,
@@ -321,6 +321,7 @@ impl Record {
             Event::Denied => "Denied",
             Event::Refused => "Refused",
             Event::Summary if self.reason.is_some_and(Reason::is_denial) => "Denied",
+            Event::Summary if self.reason == Some(Reason::Sender) => "Revoked",
             Event::Summary => "Refused",
             Event::Admitted => "Admitted",
             Event::Closed => "Closed",
@@ -429,7 +430,8 @@ pub enum Scope {
 pub struct Settings {
     /// How much is written in full.
     pub scope: Scope,
-    /// How many denials or refusals of each user and reason are written in full in an interval.
+    /// How many denials or refusals of each user and reason, or connections cut off for their sender's sake, are written
+    /// in full in an interval.
     pub burst: u32,
     /// How long an interval is.
     pub interval: Duration,

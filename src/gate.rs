@@ -288,7 +288,7 @@ struct Orders<T> {
     /// Want to hear that the ruling is in force.
     ruled: Vec<mpsc::Sender<()>>,
     stops: Vec<Stop>,
-    /// Nobody obeys any more: the gate's thread has ended, or the application has panicked in it.
+    /// Nobody obeys any more: the gate's thread has ended.
     gone: bool,
 }
 

@@ -228,6 +228,8 @@ impl Interruptions {
         if unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) } == -1 {
             return Err(io::Error::last_os_error());
         }
+        // Whoever started this thread may have blocked every signal.
+        signal_set(&[signal]).thread_unblock()?;
         // SAFETY: all zeros is a valid sigevent.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;

@@ -114,7 +114,7 @@ _echod_commands() {
     local commands; commands=(
 'check:Check the configuration\: print the effective policy, or every fault' \
 'explain:Tell how the policy judges somebody, and why' \
-'report:Show who was denied or refused, from the journal' \
+'report:Show who was denied, refused or cut off, from the journal' \
 'reload:Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)' \
 'help:Print this message or the help of the given subcommand(s)' \
     )
@@ -135,7 +135,7 @@ _echod__subcmd__help_commands() {
     local commands; commands=(
 'check:Check the configuration\: print the effective policy, or every fault' \
 'explain:Tell how the policy judges somebody, and why' \
-'report:Show who was denied or refused, from the journal' \
+'report:Show who was denied, refused or cut off, from the journal' \
 'reload:Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)' \
 'help:Print this message or the help of the given subcommand(s)' \
     )

@@ -43,7 +43,7 @@ pub enum Command {
     /// Tell how the policy judges somebody, and why
     Explain(Explain),
 
-    /// Show who was denied or refused, from the journal
+    /// Show who was denied, refused or cut off, from the journal
     Report(Report),
 
     /// Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)

@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use peergate::audit::Audit;
 use peergate::gate::{Admission, Reception};
@@ -21,6 +21,9 @@ use crate::pacing::Pacing;
 const FIRST_READ: usize = 4096;
 /// How many may stay for a moment at once.
 const MOST_STAYING: usize = 16;
+/// And how long that moment is for one who is silent: whoever wants no more than one echo is gone by then. Meanwhile no
+/// timeout runs out for anybody here.
+const LONGEST_STAY: Duration = Duration::from_millis(5);
 
 /// What stands between the gate and the workers.
 pub struct Threshold {
@@ -33,6 +36,7 @@ pub struct Threshold {
     /// Looks for whoever comes or goes next, as long as that pays.
     pacing: Pacing,
     last_came: Instant,
+    longest_stay: Duration,
 }
 
 /// A connection that no worker knows of yet.
@@ -47,7 +51,8 @@ impl Threshold {
     /// Before the workers of these `mailboxes`, of which there is at least one.
     pub fn new(mailboxes: Vec<Arc<Mailbox>>, audit: Audit, exit: Exit, pacing: Pacing) -> Self {
         let (buffers, staying) = (Buffers::new(FIRST_READ), VecDeque::new());
-        Self { mailboxes, buffers, audit, exit, staying, pacing, last_came: Instant::now() }
+        let (last_came, longest_stay) = (Instant::now(), LONGEST_STAY);
+        Self { mailboxes, buffers, audit, exit, staying, pacing, last_came, longest_stay }
     }
 
     /// One turn. `None`: it is over, and seen to.
@@ -70,7 +75,8 @@ impl Threshold {
         if mailbox.watch(&connection, slot).is_err() {
             // Out of memory or watches (fs.epoll.max_user_watches): this one cannot be served.
             mailbox.free_slot(slot);
-            return self.exit.part(connection, Outcome::Over(None), 0, &mut self.buffers, &mailbox);
+            let line_length = mailbox.line_length();
+            return self.exit.part(connection, Outcome::Over(None), line_length, &mut self.buffers, &mailbox);
         }
         mailbox.post_quietly(Message::Admit { connection, slot, generation });
     }
@@ -80,16 +86,18 @@ impl Threshold {
         for _ in 0..self.staying.len() {
             let Some(one) = self.staying.pop_front() else { return };
             let before = one.connection.bytes;
-            let Some(one) = self.turn(one) else {
+            let Some(mut one) = self.turn(one) else {
                 self.pacing.found();
                 continue;
             };
             let is_silent = one.connection.bytes == before;
             if !is_silent {
                 self.pacing.found();
+                one.connection.active = Instant::now();
             }
-            // The first line may come a little later than its sender; whoever sends more has come to talk.
-            if is_silent || before == 0 && may_stay(&one.connection) {
+            // The first line may come a little later than its sender; whoever sends more, or waits, has come to talk.
+            let may_stay = if is_silent { one.connection.since.elapsed() < self.longest_stay } else { before == 0 };
+            if may_stay && is_at_rest(&one.connection) {
                 self.staying.push_back(one);
             } else {
                 self.hand_over(one);
@@ -99,7 +107,7 @@ impl Threshold {
 }
 
 /// Whether it needs nothing but to be looked at.
-fn may_stay(connection: &Connection) -> bool {
+fn is_at_rest(connection: &Connection) -> bool {
     connection.state == State::Reading && connection.held.is_empty()
 }
 
@@ -116,7 +124,7 @@ impl Reception<Terms> for Threshold {
         self.pacing.came_after(now.saturating_duration_since(self.last_came), now);
         self.last_came = now;
         let Some(one) = self.turn(Staying { connection, mailbox, generation }) else { return };
-        if !self.pacing.is_looking() || !may_stay(&one.connection) {
+        if !self.pacing.is_looking() || !is_at_rest(&one.connection) {
             return self.hand_over(one);
         }
         self.staying.push_back(one);
@@ -153,7 +161,6 @@ mod tests {
 
     use std::io::{ErrorKind, Read, Write};
     use std::os::unix::net::UnixStream;
-    use std::time::Duration;
 
     use peergate::gate::Door;
     use peergate::ids::Uid;
@@ -180,7 +187,9 @@ mod tests {
             let ruling = Ruling { policy: Arc::clone(&policy), line_length: 100, idle_timeout: None, verify: false };
             let mailbox = Arc::new(Mailbox::new(&ruling).unwrap());
             let exit = around.exit();
-            let threshold = Threshold::new(vec![Arc::clone(&mailbox)], around.audit, exit, Pacing::new(busy_poll));
+            let mut threshold = Threshold::new(vec![Arc::clone(&mailbox)], around.audit, exit, Pacing::new(busy_poll));
+            // However slow this machine is.
+            threshold.longest_stay = LONG;
             Self { threshold, mailbox, policy, limits: Limits::new(), came: 0, _door: door }
         }
 
@@ -265,6 +274,20 @@ mod tests {
         scene.threshold.pacing = Pacing::new(Some(Duration::ZERO));
         assert!(!scene.threshold.linger());
         assert_eq!(scene.handed_over(), [3]);
+    }
+
+    #[test]
+    fn however_many_others_come_nobody_stays_for_longer_than_a_moment() {
+        let mut scene = Scene::new(Some(LONG));
+        let mut talker = scene.comes(b"");
+        let came = scene.threshold.staying[0].connection.active;
+        talker.write_all(b"late\n").unwrap();
+        scene.threshold.linger();
+        assert!(scene.threshold.staying[0].connection.active > came, "what comes counts for the idle timeout");
+        let _silent = scene.comes(b"\n");
+        scene.threshold.longest_stay = Duration::ZERO;
+        assert!(scene.threshold.linger(), "the others are looked for all the same");
+        assert_eq!(scene.handed_over(), [0, 1]);
     }
 
     #[test]
