@@ -21,6 +21,9 @@ use crate::connection::{Carried, Connection, Ruling};
 /// The token of the wake-up; all others are places of connections.
 pub const TOKEN_WAKE: u64 = u64::MAX;
 
+/// How many connections may wait here for something to happen on one of them.
+pub const MOST_UNREAD: usize = 64;
+
 pub enum Message {
     /// A connection that already is in the worker's epoll, as the event of place `slot`.
     Admit {
@@ -98,15 +101,16 @@ impl Mailbox {
         self.wake_if_asleep();
     }
 
-    /// Leaves a connection that the worker need not know of before something happens on it.
+    /// Leaves a connection that the worker need not know of before something happens on it; unless there are many by now:
+    /// they take more room here than with it.
     pub fn post_quietly(&self, message: Message) {
-        let timed = {
+        let wakes = {
             let mut mail = self.lock();
             mail.messages.push_back(message);
             self.waiting.store(true, Ordering::SeqCst);
-            mail.timed
+            mail.timed || mail.messages.len() >= MOST_UNREAD
         };
-        if timed {
+        if wakes {
             self.wake_if_asleep();
         }
     }

@@ -157,10 +157,13 @@ impl Reception<Terms> for Threshold {
 mod tests {
     use super::*;
     use crate::connection::Ruling;
+    use crate::mailbox::{MOST_UNREAD, TOKEN_WAKE};
     use crate::worker::tests::{admission, surroundings};
 
     use std::io::{ErrorKind, Read, Write};
     use std::os::unix::net::UnixStream;
+
+    use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
     use peergate::gate::Door;
     use peergate::ids::Uid;
@@ -315,6 +318,21 @@ mod tests {
         scene.threshold.linger();
         hears(&mut late, b"> late\n");
         assert_eq!((scene.limits.total(), scene.handed_over()), (2, vec![]));
+    }
+
+    #[test]
+    fn a_worker_is_woken_before_those_who_are_silent_become_many() {
+        let mut scene = Scene::new(None);
+        assert!(scene.mailbox.sleeps(true));
+        let mut events = [EpollEvent::empty(); 4];
+        let mut is_woken = |scene: &Scene| {
+            let count = scene.mailbox.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap();
+            events[..count].iter().any(|event| event.data() == TOKEN_WAKE)
+        };
+        let _silent: Vec<_> = (1..MOST_UNREAD).map(|_| scene.comes(b"")).collect();
+        assert!(!is_woken(&scene));
+        let _one_more = scene.comes(b"");
+        assert!(is_woken(&scene));
     }
 
     #[test]
