@@ -543,12 +543,9 @@ impl Faults {
     fn inject(config: &str, faults: &[&str]) -> Self {
         let start = Start::serving(config);
         let trace = start.place().path("trace");
-        let mut words = ["strace", "-D", "-f", "--seccomp-bpf", "-qqq", "-e", "signal=none", "-o"].to_vec();
-        words.push(trace.to_str().unwrap());
-        words.extend(["-e", "trace=accept4,epoll_wait,eventfd2,sendto"]);
-        let faults: Vec<String> = faults.iter().map(|fault| format!("inject={fault}")).collect();
-        faults.iter().for_each(|fault| words.extend(["-e", fault]));
-        Self { echod: start.wrapper(&words).ready(), trace: trace.clone() }
+        let faults = faults.iter().map(|fault| format!("inject={fault}"));
+        let expressions: Vec<_> = faults.chain(["trace=accept4,epoll_wait,eventfd2,sendto".to_owned()]).collect();
+        Self { echod: start.traced(&trace, &expressions).ready(), trace }
     }
 
     /// How often accept4 failed by our doing, and how often the gate waited and nothing came.

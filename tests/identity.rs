@@ -377,9 +377,8 @@ fn what_comes_before_the_kernel_attaches_credentials_is_not_taken_for_a_stranger
     let start = Start::serving(&verifying(ANYBODY));
     let socket = start.place().path("socket");
     let client = Client::connect(&socket);
-    let start = start
-        .wrapper(&["strace", "-D", "-f", "--seccomp-bpf", "-qqq", "-e", "signal=none", "-o", "/dev/null"])
-        .wrapper(&["-e", "trace=setsockopt", "-e", "inject=setsockopt:delay_enter=400000"]);
+    let delay = ["trace=setsockopt", "inject=setsockopt:delay_enter=400000"];
+    let start = start.traced("/dev/null".as_ref(), &delay);
     let echod = std::thread::scope(|scope| {
         scope.spawn(|| {
             common::eventually("accepted", || is_accepted(&socket).then_some(()));

@@ -837,6 +837,15 @@ impl Start {
         self.wrapper(&journald.wrapper())
     }
 
+    /// Under strace(1), which writes to `output` and obeys each of these expressions (`inject=…`, `trace=…`).
+    pub fn traced(self, output: &Path, expressions: &[impl AsRef<str>]) -> Self {
+        // Where fuzz/sanitize runs this: what is traced can't be searched for leaks.
+        let start = self.env("LSAN_OPTIONS", "detect_leaks=0");
+        let start = start.wrapper(&["strace", "-D", "-f", "--seccomp-bpf", "-qqq", "-e", "signal=none", "-o"]);
+        let start = start.wrapper(&[output.to_string_lossy()]);
+        expressions.iter().fold(start, |start, expression| start.wrapper(&["-e", expression.as_ref()]))
+    }
+
     /// Runs the program as another user: `uid:gid:groups`.
     pub fn run_as(mut self, who: &str) -> Self {
         self.options.extend(["--as".to_owned(), who.to_owned()]);
