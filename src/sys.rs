@@ -264,6 +264,18 @@ impl Drop for Interruptions {
     }
 }
 
+/// mallopt(3), M_MMAP_THRESHOLD: allocations of so many bytes and more come from the system one by one.
+pub(crate) fn map_allocations_from(bytes: usize) {
+    #[cfg(target_env = "gnu")]
+    {
+        let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+        // SAFETY: takes two integers, and only what is allocated from now on is affected. What it refuses stays as it was.
+        unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, bytes) };
+    }
+    #[cfg(not(target_env = "gnu"))]
+    let _ = bytes;
+}
+
 /// A socket option that is a number.
 pub(crate) fn option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<libc::c_int> {
     let mut value: libc::c_int = 0;

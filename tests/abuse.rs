@@ -233,13 +233,10 @@ fn a_turn_is_bounded_in_bytes_however_short_the_lines() {
     });
 }
 
-#[test]
-fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
-    const GREEDY: usize = 300;
-    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
-    let before = memory(&echod, "VmRSS");
+/// Clients who send lines until nothing more is taken, and read nothing.
+fn who_never_read(echod: &Echod, number: usize) -> Vec<Client> {
     let line = [vec![b'g'; 8000], b"\n".to_vec()].concat();
-    let greedy: Vec<Client> = (0..GREEDY).map(|_| echod.connect()).collect();
+    let greedy: Vec<Client> = (0..number).map(|_| echod.connect()).collect();
     for client in &greedy {
         client.0.set_nonblocking(true).unwrap();
         // Until nothing more is taken: a while after the last byte that was.
@@ -255,12 +252,39 @@ fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
             }
         }
     }
-    while_somebody_talks(&echod, || {});
+    while_somebody_talks(echod, || {});
+    greedy
+}
+
+#[test]
+fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
+    const GREEDY: usize = 300;
+    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
+    let before = memory(&echod, "VmRSS");
+    let greedy = who_never_read(&echod, GREEDY);
     let grown = memory(&echod, "VmHWM") - before;
     figure!("{GREEDY} who never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
     // Twice the length of a line for each, and some room for the rest.
     assert!(grown < GREEDY as u64 * 128 + 4096, "{grown} KiB");
     drop(greedy);
+    echod.stop();
+}
+
+#[test]
+fn what_those_held_who_are_gone_is_given_back_whoever_stays() {
+    const GREEDY: usize = 100;
+    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
+    let (before, open) = (memory(&echod, "RssAnon"), descriptors(&echod));
+    // Some allocators learn from what is given back the first time that they had better keep it.
+    for round in 1..=3 {
+        let greedy = who_never_read(&echod, GREEDY);
+        // One in ten stays, so that what the others held lies in between.
+        let staying: Vec<Client> = greedy.into_iter().step_by(10).collect();
+        expect_descriptors(&echod, open + staying.len());
+        let kept = memory(&echod, "RssAnon") - before;
+        figure!("round {round}: {} of {GREEDY} stay, {kept} KiB more than before", staying.len());
+        assert!(kept < staying.len() as u64 * 128 + 1024, "{kept} KiB in round {round}");
+    }
     echod.stop();
 }
 

@@ -25,8 +25,9 @@ use crate::line::{self, Cursor, End};
 pub const READ: usize = 64 * 1024;
 /// The most echo that is put together for one write: that of a whole read, even one of bare LFs.
 const ROOM: usize = 4 * READ;
-/// Buffers of each kind kept for the next connection that needs one.
-const SPARE_BUFFERS: usize = 16;
+/// Buffers kept for the next connection that needs one: so many big ones, so many small ones.
+const SPARE: usize = 4;
+const SPARE_SMALL: usize = 16;
 /// What fits into a small buffer. Whoever leaves a line unfinished keeps a buffer for as long as they like: it must not
 /// be one that grew for somebody else's long lines.
 const SMALL: usize = 4 * 1024;
@@ -258,6 +259,7 @@ impl Connection {
             buffers.make_room(&mut self.held, count, limit);
             let new = &buffers.input[..count];
             let ends = memchr::memchr(b'\n', new).is_some();
+            grow(&mut self.held, count, limit);
             self.held.extend_from_slice(new);
             // Nothing to echo yet, and the whole of it need not be looked at again.
             let is_due = ends || self.held.len() > limit;
@@ -449,6 +451,16 @@ impl Connection {
     }
 }
 
+/// Makes room for so many more bytes, where lines have this limit. In powers of two: buffers of any size that many
+/// connections take and give back in any order would leave gaps that nothing else fits into, more of them every hour.
+fn grow(buffer: &mut Vec<u8>, more: usize, limit: usize) {
+    let needed = buffer.len() + more;
+    if needed > buffer.capacity() {
+        let most = needed.max(limit.saturating_mul(2));
+        buffer.reserve_exact(needed.next_power_of_two().min(most) - buffer.len());
+    }
+}
+
 impl Buffers {
     /// For reads of up to `read` bytes.
     pub fn new(read: usize) -> Self {
@@ -458,7 +470,9 @@ impl Buffers {
     /// An empty one for so many bytes, for now, of one whose lines have this limit.
     fn take(&mut self, length: usize, limit: usize) -> Vec<u8> {
         let spare = if length <= SMALL { self.spare_small.pop() } else { self.take_big(limit) };
-        spare.unwrap_or_default()
+        let mut buffer = spare.unwrap_or_default();
+        grow(&mut buffer, length, limit);
+        buffer
     }
 
     /// Not one that grew for somebody whose lines may be longer: what is held for one connection follows from its own
@@ -472,6 +486,7 @@ impl Buffers {
     fn make_room(&mut self, held: &mut Vec<u8>, more: usize, limit: usize) {
         if held.capacity() <= SMALL && held.len() + more > SMALL {
             if let Some(mut big) = self.take_big(limit) {
+                grow(&mut big, held.len(), limit);
                 big.extend_from_slice(held);
                 self.give_back(std::mem::replace(held, big));
             }
@@ -480,12 +495,12 @@ impl Buffers {
 
     /// Keeps an empty buffer for the next one who needs it, unless it has grown too big to keep.
     pub fn give_back(&mut self, mut buffer: Vec<u8>) {
-        let spare = match buffer.capacity() {
+        let (spare, most) = match buffer.capacity() {
             0 => return,
-            1..=SMALL => &mut self.spare_small,
-            _ => &mut self.spare,
+            1..=SMALL => (&mut self.spare_small, SPARE_SMALL),
+            _ => (&mut self.spare, SPARE),
         };
-        if buffer.capacity() <= 2 * READ && spare.len() < SPARE_BUFFERS {
+        if buffer.capacity() <= 2 * READ && spare.len() < most {
             buffer.clear();
             spare.push(buffer);
         }
@@ -540,7 +555,18 @@ mod tests {
         let mut held = vec![b'x'; SMALL];
         buffers.make_room(&mut held, 1, 5000);
         assert_eq!((held.len(), held.capacity()), (SMALL, 9000));
-        assert_eq!(buffers.take(SMALL + 1, 5000).capacity(), 0, "the other one is too big");
+        assert_eq!(buffers.take(SMALL + 1, 5000).capacity(), 2 * SMALL, "the other one is too big");
         assert_eq!(buffers.take(SMALL + 1, READ).capacity(), 2 * READ);
+    }
+
+    #[test]
+    fn a_buffer_grows_to_powers_of_two_and_to_no_more_than_twice_the_longest_line() {
+        for (more, limit, capacity) in [(5000, READ, 8192), (9000, 5000, 10_000), (9000, usize::MAX, 16_384)] {
+            let mut held = vec![b'x'; 10];
+            grow(&mut held, more - 10, limit);
+            assert_eq!(held.capacity(), capacity);
+            grow(&mut held, more - 10, limit);
+            assert_eq!((held.len(), held.capacity()), (10, capacity), "there is room already");
+        }
     }
 }

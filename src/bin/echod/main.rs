@@ -32,7 +32,7 @@ use std::time::Duration;
 use clap::Parser;
 
 use peergate::activation::{self, Listener, Passed, Refused};
-use peergate::service::{Notifier, Signals, Store, request_reload};
+use peergate::service::{Notifier, Signals, Store, request_reload, return_memory};
 
 use crate::cli::{Cli, Command, Serve};
 use crate::config::Config;
@@ -51,6 +51,9 @@ const EX_CONFIG: u8 = 78;
 
 /// Capacity of the descriptor store where systemd does not tell it ($FDSTORE, since 254); our unit sets it.
 const STORE_FALLBACK: &str = "ECHOD_FDSTORE_MAX";
+
+/// What is as large as this is freed for good: what a connection holds of long lines, above all.
+const LARGE: usize = 32 * 1024;
 
 /// How long a reload may take.
 const RELOAD_PATIENCE: Duration = Duration::from_secs(60);
@@ -79,6 +82,7 @@ fn main() -> ExitCode {
 }
 
 fn serve(options: Serve) -> Result<(), Failure> {
+    return_memory(LARGE);
     // Before anything else opens a descriptor or starts a thread.
     let passed = activation::adopt(handover::is_kept).map_err(|refused| match refused {
         Refused::System(_) => Failure(EX_OSERR, refused.to_string()),
