@@ -267,12 +267,22 @@ pub struct Record {
     pub about: Option<About>,
     /// What MESSAGE says beyond the fields, or all it says.
     pub text: Option<String>,
+    /// How many of those it stands for standard error has told of already.
+    told: u64,
 }
 
 /// "1 line", "2 lines".
 fn counted(number: u64, what: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {what}{plural}")
+}
+
+/// The name of a program, which whoever starts it may choose, as it can stand in parentheses: none of its own closes them.
+fn closed_by_the_last(comm: &str) -> Cow<'_, str> {
+    match comm.trim_end_matches(')') {
+        head if head.contains(')') => Cow::Owned(head.replace(')', "\\x29") + &comm[head.len()..]),
+        _ => Cow::Borrowed(comm),
+    }
 }
 
 impl Record {
@@ -290,6 +300,7 @@ impl Record {
             duration: None,
             about: None,
             text: None,
+            told: 0,
         }
     }
 
@@ -374,7 +385,7 @@ impl Record {
             write!(out, " pid {pid}")?;
         }
         if let Some(comm) = &about.details.comm {
-            write!(out, " ({comm})")?;
+            write!(out, " ({})", closed_by_the_last(comm))?;
         }
         if let Some(unit) = &about.details.unit {
             write!(out, " in {unit}")?;
@@ -395,6 +406,15 @@ impl Record {
             (Some(Reason::Stopping), _) => "the service is stopping",
             (None, _) => "no reason given",
         })
+    }
+
+    /// Without those whom standard error has told of; `None` where it has of all.
+    pub(crate) fn untold(&self) -> Option<Cow<'_, Self>> {
+        match self.count.map(|count| count.saturating_sub(self.told)) {
+            Some(0) => None,
+            count if count == self.count => Some(Cow::Borrowed(self)),
+            count => Some(Cow::Owned(Self { count, ..self.clone() })),
+        }
     }
 
     fn weight(&self) -> usize {
@@ -486,6 +506,10 @@ struct State {
     settings: Settings,
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
+    /// Taken out by the writer, which has not said yet what came of it.
+    in_hand: Option<Record>,
+    /// How many records the writer has dealt with.
+    dealt_with: u64,
     windows: HashMap<(Option<Uid>, Reason), Window>,
     next_tick: Option<Instant>,
     /// Records that no summary stands for and that found no room or no journal, since the last time we said so.
@@ -502,6 +526,8 @@ struct Window {
     since: Instant,
     written: u32,
     counted: u64,
+    /// Of those counted, how many standard error has told of: only the journal is still to hear of them.
+    told: u64,
     first_counted: Instant,
     last_counted: Instant,
 }
@@ -514,6 +540,9 @@ pub(crate) enum Next {
     Finished,
 }
 
+/// What is owed to a journal that is away is tried no sooner than this after the last time.
+const LOOK_FOR_JOURNAL: Duration = Duration::from_secs(1);
+
 impl Audit {
     /// An empty one. Nothing is written until a [`journal::Writer`](crate::journal::Writer) takes out.
     pub fn new(settings: Settings) -> Self {
@@ -521,6 +550,8 @@ impl Audit {
             settings,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
+            in_hand: None,
+            dealt_with: 0,
             windows: HashMap::new(),
             next_tick: None,
             unwritten: 0,
@@ -623,6 +654,7 @@ impl Audit {
         let mut state = self.lock();
         // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
         let known = state.next_tick.is_some();
+        state.end_intervals(now);
         if !state.has_room() || !state.may_write(uid, reason, now) {
             state.count(uid, reason, 1, now);
             return if known { drop(state) } else { self.wake(state) };
@@ -643,6 +675,7 @@ impl Audit {
             // Peers can bring this about as often as they like: the first are written, the rest counted, as with denials.
             (Event::Revoked, Some(reason)) if reason != Reason::Policy => {
                 let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
+                state.end_intervals(now);
                 if state.has_room() && state.may_write(uid, reason, now) {
                     state.push(record);
                 } else {
@@ -674,9 +707,34 @@ impl Audit {
         }
     }
 
-    /// Tells the writer to wait for the journal no longer.
-    pub(crate) fn give_up(&self) {
+    /// Whether everything to be written has been. What is counted is not: it waits for its summary.
+    pub fn is_written(&self) -> bool {
+        let state = self.lock();
+        state.waiting.is_empty() && state.in_hand.is_none()
+    }
+
+    /// How many records the writer has dealt with so far.
+    pub(crate) fn dealt_with(&self) -> u64 {
+        self.lock().dealt_with
+    }
+
+    /// Takes everything from the writer that it has not dealt with, the record in its hands included.
+    pub(crate) fn give_up(&self) -> Vec<Record> {
+        let mut state = self.lock();
         self.0.given_up.store(true, Ordering::Relaxed);
+        let mut left: Vec<_> = state.in_hand.take().into_iter().collect();
+        left.extend(state.waiting.drain(..));
+        state.waiting_bytes = 0;
+        left
+    }
+
+    /// What records that will not be written one by one come to: a summary for each user and reason, and a note of how
+    /// many others there are. For when there is no writer any more.
+    pub(crate) fn sum_up(&self, left: &[Record]) -> Vec<Record> {
+        let mut state = self.lock();
+        left.iter().for_each(|record| state.count_again(record, record.told));
+        state.summarize(Instant::now(), true);
+        std::iter::from_fn(|| state.pop()).collect()
     }
 
     pub(crate) fn has_given_up(&self) -> bool {
@@ -695,10 +753,9 @@ impl Audit {
         let mut state = self.lock();
         loop {
             let now = Instant::now();
-            if state.next_tick.is_some_and(|due| due <= now) {
-                state.summarize(now, false);
-            }
+            state.end_intervals(now);
             if let Some(record) = state.pop() {
+                state.in_hand = Some(record.clone());
                 return Next::Write(record);
             }
             if std::mem::take(&mut state.nudged) {
@@ -719,26 +776,28 @@ impl Audit {
         }
     }
 
-    /// Takes back a record that could not be written: what it stands for is for a summary later on; one that stands for
-    /// nobody turned away is counted among those that are missing.
-    pub(crate) fn count_again(&self, record: &Record) {
+    /// The record in hand found no journal, and goes to standard error. False where somebody else has taken it
+    /// ([`give_up`](Self::give_up)) and sees to that.
+    ///
+    /// If a journal is owed it (`is_owed`), what it stands for is for a summary later on; one that stands for nobody
+    /// turned away is counted among those that are missing.
+    pub(crate) fn missed(&self, is_owed: bool) -> bool {
         let mut state = self.lock();
-        state.journal_is_away = true;
-        let uid = record.about.as_ref().map(|about| about.uid);
-        match (record.event, record.reason, record.stands_for()) {
-            // Standard error has it. To count one that says how many are missing would never end.
-            (Event::Note(_), ..) => {}
-            (Event::Revoked, Some(reason), _) if reason != Reason::Policy => {
-                state.count(uid, reason, 1, Instant::now())
-            }
-            (_, Some(reason), count @ 1..) => state.count(uid, reason, count, Instant::now()),
-            _ => state.unwritten += 1,
+        let Some(record) = state.let_go() else { return false };
+        state.journal_is_away |= is_owed;
+        // To count a note that says how many are missing would never end.
+        if is_owed && !matches!(record.event, Event::Note(_)) {
+            let all = record.stands_for();
+            state.count_again(&record, all);
         }
+        true
     }
 
-    /// A record has reached the journal.
+    /// The record in hand has reached the journal.
     pub(crate) fn got_through(&self) {
-        self.lock().journal_is_away = false;
+        let mut state = self.lock();
+        state.let_go();
+        state.journal_is_away = false;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -765,6 +824,30 @@ impl State {
         self.waiting.len() < MOST_WAITING / 4 * 3 && self.waiting_bytes < MOST_WAITING_BYTES / 4 * 3
     }
 
+    fn let_go(&mut self) -> Option<Record> {
+        self.dealt_with += 1;
+        self.in_hand.take()
+    }
+
+    /// Of those that the record stands for, standard error has told of `told`.
+    fn count_again(&mut self, record: &Record, told: u64) {
+        let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
+        let (reason, count) = match (record.event, record.reason, record.stands_for()) {
+            (Event::Revoked, Some(reason), _) if reason != Reason::Policy => (reason, 1),
+            (_, Some(reason), count @ 1..) => (reason, count),
+            _ => return self.unwritten += 1,
+        };
+        self.count(uid, reason, count, now);
+        self.window(uid, reason, now).told += told;
+    }
+
+    /// Also where the writer is held up: the first of the next interval are to be written too.
+    fn end_intervals(&mut self, now: Instant) {
+        if self.next_tick.is_some_and(|due| due <= now) {
+            self.summarize(now, false);
+        }
+    }
+
     fn push(&mut self, record: Record) {
         self.waiting_bytes += record.weight();
         self.waiting.push_back(record);
@@ -773,7 +856,8 @@ impl State {
     fn pop(&mut self) -> Option<Record> {
         if self.waiting.is_empty() && self.unwritten > 0 && (self.closed || !self.journal_is_away) {
             let count = std::mem::take(&mut self.unwritten);
-            let text = format!("{count} records were not written: the journal was too slow, or away");
+            let were = if count == 1 { "was" } else { "were" };
+            let text = format!("{} {were} not written: the journal was too slow, or away", counted(count, "record"));
             return Some(Record::note(Severity::Warning, text));
         }
         let record = self.waiting.pop_front()?;
@@ -812,6 +896,7 @@ impl State {
             since: now,
             written: 0,
             counted: 0,
+            told: 0,
             first_counted: now,
             last_counted: now,
         })
@@ -831,7 +916,7 @@ impl State {
                     return true;
                 }
                 summaries.push(window.summary(*uid, *reason));
-                window.counted = 0;
+                (window.counted, window.told) = (0, 0);
                 if over {
                     (window.since, window.written) = (now, 0);
                 }
@@ -841,8 +926,9 @@ impl State {
         });
         summaries.into_iter().for_each(|summary| self.push(summary));
         let earliest = self.windows.values().map(|window| later(window.since, interval)).min();
-        // Where there was no room, look again in an interval's time, not at once.
-        self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due });
+        // Where there was no room, look again in an interval's time, not at once; nor for a journal that was not there.
+        let soonest = if self.journal_is_away { now + LOOK_FOR_JOURNAL } else { now };
+        self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due }.max(soonest));
         if self.windows.is_empty() {
             self.windows.shrink_to(64);
         }
@@ -856,6 +942,7 @@ impl Window {
         Record {
             reason: Some(reason),
             count: Some(self.counted),
+            told: self.told,
             duration: Some(self.last_counted.saturating_duration_since(self.first_counted)),
             about,
             ..Record::new(Event::Summary)
@@ -947,8 +1034,8 @@ mod tests {
         audit.write(revoked(1001, Reason::Sender));
         // What an administrator's reload brings about is written one by one.
         (0..20).for_each(|_| audit.write(revoked(1000, Reason::Policy)));
-        let Next::Write(lost) = audit.next() else { panic!("a record waits") };
-        audit.count_again(&lost);
+        assert!(matches!(audit.next(), Next::Write(_)));
+        assert!(audit.missed(true));
         audit.close();
         let records = drain(&audit);
         let written = |reason| {
@@ -986,8 +1073,8 @@ mod tests {
         let audit = audit(10);
         let lose = |event| {
             audit.write(Record::new(event));
-            let Next::Write(record) = audit.next() else { panic!("a record waits") };
-            audit.count_again(&record);
+            assert!(matches!(audit.next(), Next::Write(_)));
+            assert!(audit.missed(true));
         };
         lose(Event::Admitted);
         lose(Event::ConfigLoaded);
@@ -1005,12 +1092,58 @@ mod tests {
     fn a_record_that_could_not_be_written_comes_back_in_a_summary() {
         let audit = audit(10);
         (0..25).for_each(|_| deny(&audit, 1000));
-        let Next::Write(lost) = audit.next() else { panic!("a record waits") };
-        audit.count_again(&lost);
+        assert!(matches!(audit.next(), Next::Write(_)));
+        assert!(audit.missed(true));
         audit.close();
         let records = drain(&audit);
         assert_eq!(sum(&records), 25);
         assert_eq!(records.last().unwrap().count, Some(16));
+    }
+
+    #[test]
+    fn who_gives_up_gets_the_record_in_hand_too_and_the_writer_keeps_none() {
+        let audit = audit(3);
+        (0..7).for_each(|_| deny(&audit, 1000));
+        audit.write(Record::new(Event::Admitted));
+        assert!(matches!(audit.next(), Next::Write(_)) && !audit.is_written());
+        audit.close();
+        let left = audit.give_up();
+        assert_eq!((left.len(), sum(&left)), (5, 7));
+        assert!(audit.is_written() && !audit.missed(true), "somebody else has it");
+        assert!(matches!(audit.next(), Next::Finished));
+        let sums = audit.sum_up(&left[1..]);
+        assert_eq!((sums.len(), sums[0].count), (2, Some(6)));
+        assert_eq!(sums[1].text.as_deref(), Some("1 record was not written: the journal was too slow, or away"));
+    }
+
+    #[test]
+    fn of_a_summary_only_what_was_not_told_before_is_told() {
+        let audit = audit(1);
+        (0..5).for_each(|_| deny(&audit, 1000));
+        assert!(matches!(audit.next(), Next::Write(_)));
+        assert!(audit.missed(true));
+        audit.close();
+        let summary = drain(&audit).pop().unwrap();
+        assert_eq!((summary.count, summary.untold().unwrap().count), (Some(5), Some(4)));
+        assert!(audit.missed(true));
+        audit.lock().summarize(Instant::now(), true);
+        let summary = drain(&audit).pop().unwrap();
+        assert_eq!((summary.count, summary.untold().is_none()), (Some(5), true));
+        audit.got_through();
+        (0..3).for_each(|_| deny(&audit, 1000));
+        audit.lock().summarize(Instant::now(), true);
+        assert_eq!(drain(&audit).pop().unwrap().untold().unwrap().count, Some(3), "the journal has the others");
+    }
+
+    #[test]
+    fn a_program_cannot_call_itself_what_reads_as_the_rest_of_a_message() {
+        let message = |comm: &str| {
+            let details = Details { comm: Some(comm.into()), unit: Some("a.scope".into()), label: None };
+            let about = About { uid: Uid::new(1), gid: None, groups: Box::default(), pid: Some(2), details };
+            Record { about: Some(about), ..Record::new(Event::Denied) }.message(None)
+        };
+        assert_eq!(message("x) in b.service"), "Denied uid 1 pid 2 (x\\x29 in b.service) in a.scope: no reason given");
+        assert_eq!(message("(sd-pam)"), "Denied uid 1 pid 2 ((sd-pam)) in a.scope: no reason given");
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! Sole user of tracing-journald. That crate sends with a blocking socket and swallows errors; so before each record
 //! this module makes sure that journald is there and takes one more, waiting as long as it must (nobody waits for us).
 //! Where no journal can be reached, the record goes to standard error as a line of text; if there was one before, a
-//! denial or refusal is also counted into a summary for when it is back.
+//! denial or refusal is also counted into a summary for when it is back. In the end, what a journal has not taken for
+//! long enough goes to standard error too.
 
 use std::collections::HashMap;
 use std::io::{self, Write};
@@ -20,7 +21,6 @@ use tracing::dispatcher::{self, Dispatch};
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::audit::{Audit, Next, Record, Severity};
-use crate::clock::later;
 use crate::ids::{Gid, Uid};
 use crate::peer::printable;
 use crate::service::{Beat, Watched};
@@ -45,6 +45,7 @@ pub struct Writer {
     thread: thread::JoinHandle<()>,
     finished: Receiver<()>,
     audit: Audit,
+    identifier: String,
     beat: Arc<Beat>,
 }
 
@@ -63,7 +64,7 @@ impl Writer {
             let _ = finishing.send(());
         };
         let thread = thread::Builder::new().name("journal".to_owned()).spawn(run)?;
-        Ok(Self { thread, finished, audit: audit.clone(), beat })
+        Ok(Self { thread, finished, audit: audit.clone(), identifier: identifier.to_owned(), beat })
     }
 
     /// For the watchdog.
@@ -72,27 +73,61 @@ impl Writer {
         Watched { name: "journal".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || audit.nudge()) }
     }
 
-    /// Writes what waits, summaries included, and ends. Where journald takes nothing for as long as `patience`, in whole
+    /// Writes what waits, summaries included, and ends. Where nothing gets through for as long as `patience`, in whole
     /// seconds and at least one, what is left goes to standard error.
     pub fn finish(self, patience: Duration) {
-        let until = later(Instant::now(), patience);
-        self.finish_while(|| Instant::now() < until);
+        self.finish_while(|stalled| stalled < patience);
     }
 
-    /// As [`finish`](Self::finish); `has_patience` is asked every second while journald takes nothing. For a service that
-    /// has to tell its manager that it takes longer.
-    pub fn finish_while(self, mut has_patience: impl FnMut() -> bool) {
+    /// As [`finish`](Self::finish); `has_patience` is asked every second, and told for how long nothing has got through.
+    /// For a service that has to tell its manager that it takes longer.
+    pub fn finish_while(self, mut has_patience: impl FnMut(Duration) -> bool) {
         self.audit.close();
+        let (mut dealt_with, mut since) = (self.audit.dealt_with(), Instant::now());
         while self.finished.recv_timeout(Duration::from_secs(1)) == Err(RecvTimeoutError::Timeout) {
-            if !has_patience() {
-                self.audit.give_up();
-                // Text to standard error takes no time, unless that is the stopped journal too.
-                let _ = self.finished.recv_timeout(Duration::from_secs(1));
-                return;
+            if std::mem::replace(&mut dealt_with, self.audit.dealt_with()) != dealt_with {
+                since = Instant::now();
+            }
+            if !has_patience(since.elapsed()) {
+                // The thread is not waited for: what holds it up may be no journal, but the user database.
+                return tell_the_rest(&self.audit, &self.identifier);
             }
         }
         let _ = self.thread.join();
     }
+}
+
+/// Gives up on the journal: what has not been written goes to standard error.
+fn tell_the_rest(audit: &Audit, identifier: &str) {
+    let left = audit.give_up();
+    // Standard error may be the stopped journal too, and has room for some of it then: for each record as long as it
+    // takes one more at once, in the end for what the others come to, all in one.
+    let has_room = || {
+        let stderr = io::stderr();
+        let mut question = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut question, PollTimeout::ZERO) == Ok(1)
+    };
+    let one_by_one = left.iter().take_while(|_| has_room()).inspect(|record| tell(record, None, identifier)).count();
+    let sums = audit.sum_up(&left[one_by_one..]);
+    let lines: String = sums.iter().filter_map(|sum| line(sum, None, identifier)).collect();
+    let _ = io::stderr().lock().write_all(lines.as_bytes());
+}
+
+/// To standard error.
+fn tell(record: &Record, user: Option<&str>, identifier: &str) {
+    if let Some(line) = line(record, user, identifier) {
+        let _ = io::stderr().lock().write_all(line.as_bytes());
+    }
+}
+
+/// The record as a line of text; `None` where standard error has told it all before.
+fn line(record: &Record, user: Option<&str>, identifier: &str) -> Option<String> {
+    let level = match record.event.severity() {
+        Severity::Error => "error: ",
+        Severity::Warning => "warning: ",
+        Severity::Notice | Severity::Info => "",
+    };
+    Some(format!("{identifier}: {level}{}\n", record.untold()?.message(user)))
 }
 
 struct Journal {
@@ -149,15 +184,8 @@ impl Journal {
                 return self.audit.got_through();
             }
         }
-        let level = match record.event.severity() {
-            Severity::Error => "error: ",
-            Severity::Warning => "warning: ",
-            Severity::Notice | Severity::Info => "",
-        };
-        let mut stderr = io::stderr().lock();
-        let _ = writeln!(stderr, "{}: {level}{message}", self.identifier);
-        if self.was_reached && !self.audit.has_given_up() {
-            self.audit.count_again(record);
+        if self.audit.missed(self.was_reached) {
+            tell(record, user.as_deref(), &self.identifier);
         }
     }
 

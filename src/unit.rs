@@ -106,10 +106,15 @@ fn unescape(component: &str) -> &str {
     component.strip_prefix('_').unwrap_or(component)
 }
 
-/// The unit types that can have a control group (systemd.resource-control(5)).
+/// The unit types that can have a control group (systemd.resource-control(5)), and the characters that unit names are
+/// made of (systemd.unit(5)). Whoever may make control groups may call one as they like: no name of theirs is to read as
+/// several words of a record.
 pub(crate) fn is_unit(component: &str) -> bool {
     let Some((name, suffix)) = component.rsplit_once('.') else { return false };
-    !name.is_empty() && matches!(suffix, "slice" | "service" | "scope" | "socket" | "mount" | "swap")
+    let fits = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
+    !name.is_empty()
+        && name.chars().all(fits)
+        && matches!(suffix, "slice" | "service" | "scope" | "socket" | "mount" | "swap")
 }
 
 /// The user whose manager `user@UID.service` is.
@@ -142,6 +147,14 @@ mod tests {
     }
 
     #[test]
+    fn a_control_group_whose_name_no_unit_can_have_is_none() {
+        let (system, user) = units("0::/user.slice/user-1.slice/user@1.service/a  9  root (0).slice/x.service\n");
+        assert_eq!(system, ["user.slice", "user-1.slice", "user@1.service"]);
+        assert_eq!(user, None);
+        assert_eq!(units("0::/a.slice/dev-disk-by\\x2dlabel-a:b.swap\n").0[1], "dev-disk-by\\x2dlabel-a:b.swap");
+    }
+
+    #[test]
     fn names_below_a_delegated_unit_do_not_count() {
         let (system, user) = units("0::/machine.slice/machine-web.scope/payload/system.slice/backup.service\n");
         assert_eq!(system, ["machine.slice", "machine-web.scope"]);
@@ -161,7 +174,16 @@ mod tests {
 
     #[test]
     fn what_is_no_unit_gives_none() {
-        for text in ["", "0::/\n", "0::/../other.slice\n", "nonsense", "0::/docker/abc\n", "0::/.slice\n"] {
+        for text in [
+            "",
+            "0::/\n",
+            "0::/../other.slice\n",
+            "nonsense",
+            "0::/docker/abc\n",
+            "0::/.slice\n",
+            "0::/a b.service\n",
+            "0::/\u{e4}.slice\n",
+        ] {
             assert_eq!(Units::from_proc_cgroup(text), None, "{text:?}");
         }
     }

@@ -453,10 +453,8 @@ fn the_watchdog_starves_when_any_one_thread_hangs_and_is_fed_again_when_it_goes_
 fn the_watchdog_is_fed_while_a_reload_waits_for_the_user_database() {
     needs_root();
     let place = common::Place::new();
+    let wrapper = common::hung_user_database(&place);
     let passwd = place.path("passwd");
-    nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
-    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
-    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()];
     let echod = Start::serving(OWNER).env("WATCHDOG_USEC", "200000").wrapper(&wrapper).ready();
     echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
     echod.signal(Signal::SIGHUP);
@@ -717,10 +715,7 @@ fn a_name_unknown_at_the_start_is_found_by_a_reload() {
 fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
     needs_root();
     let place = common::Place::new();
-    let passwd = place.path("passwd");
-    nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
-    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
-    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()];
+    let wrapper = common::hung_user_database(&place);
     let echod = Start::serving(OWNER).env("FDSTORE", "100").wrapper(&wrapper).ready_with(manager);
     echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
     (echod, place)

@@ -603,6 +603,128 @@ fn what_a_vanished_journal_missed_is_counted_for_when_it_is_back() {
 }
 
 #[test]
+fn what_standard_error_has_told_it_does_not_tell_again_and_the_journal_hears_it_once() {
+    needs_root();
+    for comes_back in [false, true] {
+        let journald = Journald::new();
+        let echod = serve(&journald, &format!("[audit]\ninterval = \"50ms\"\n{}", common::NOBODY));
+        be_denied(&echod, 1);
+        journald.wait_for("the first", with_verdict("denied"));
+        journald.vanish();
+        be_denied(&echod, 40);
+        common::eventually("all of them as text", || (told(&echod.stderr()) >= 40).then_some(()));
+        if comes_back {
+            journald.start();
+            // It is looked for, also when nobody comes.
+            journald.wait_for_sum("denied", DENIALS, 41);
+        }
+        let stderr = echod.stop();
+        assert_eq!(told(&stderr), 40, "{stderr}");
+        assert_eq!(denials(&journald.entries()), if comes_back { 41 } else { 1 });
+    }
+}
+
+/// Denials that text accounts for.
+fn told(stderr: &str) -> usize {
+    stderr.matches(": no rule allows it").count() + common::summed(stderr)
+}
+
+/// Waits until its end, which may take longer than others are waited for.
+fn end_without_journal(echod: Echod) -> String {
+    let manager = std::sync::Arc::clone(&echod.manager);
+    echod.signal(Signal::SIGTERM);
+    // It asks for more time every second, and gives up after a minute.
+    manager.wait_for("EXTEND_TIMEOUT_USEC=10000000", 40);
+    let (status, _, stderr) = echod.wait();
+    assert!(status.success(), "{status}: {stderr}");
+    stderr
+}
+
+#[test]
+fn what_a_journal_that_never_goes_on_does_not_take_is_told_on_standard_error_in_the_end() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}burst = 100\n{}", common::NOBODY));
+    be_denied(&echod, 1);
+    journald.wait_for("the first", with_verdict("denied"));
+    journald.stop_reading();
+    expect_flood(flood(ALICE, 300, &echod.socket()), 300);
+    expect_flood(flood(BOB, 5, &echod.socket()), 5);
+    let stderr = end_without_journal(echod);
+    journald.go_on();
+    let in_journal = common::eventually("what it had been sent before", || {
+        let taken = denials(&journald.entries()) as usize;
+        (taken + told(&stderr) >= 306).then_some(taken)
+    });
+    figure!("306 denied, {in_journal} in the journal, {} on standard error", told(&stderr));
+    assert_eq!(in_journal + told(&stderr), 306, "{stderr}");
+    assert!(in_journal < 101, "the journal had taken it all: nothing was tested");
+}
+
+#[test]
+fn a_user_database_that_never_answers_costs_no_record_at_the_stop() {
+    needs_root();
+    let place = common::Place::new();
+    let echod = Start::serving(&format!("{LONG}burst = 10\n{}", common::NOBODY))
+        .wrapper(&common::hung_user_database(&place))
+        .ready();
+    be_denied(&echod, 30);
+    let stderr = end_without_journal(echod);
+    assert_eq!(told(&stderr), 30, "{stderr}");
+}
+
+#[test]
+fn an_idle_exit_does_not_wait_for_the_journal_since_nobody_is_served_meanwhile() {
+    needs_root();
+    let journald = Journald::new();
+    let config = "[audit]\nburst = 1000\n[deny.alice]\nusers = [64001]\n[allow.root]\nusers = [0]\n\
+                  [service]\nidle-exit = \"100ms\"\n";
+    // At first it stays: somebody is connected.
+    let echod = serve(&journald, config);
+    let stays = echod.connect();
+    journald.stop_reading();
+    expect_flood(flood(ALICE, 100, &echod.socket()), 100);
+    drop(stays);
+    // As long as another one takes to be idle, a few times over.
+    for _ in 0..5 {
+        assert!(Start::serving(config).ready().wait().0.success());
+    }
+    echod.connect().echo("still here");
+    assert_eq!(echod.manager.told.lock().count("STOPPING=1"), 0);
+    journald.go_on();
+    assert!(echod.wait().0.success(), "it exits once everything is written");
+    assert_eq!(denials(&journald.entries()), 100);
+}
+
+#[test]
+fn intervals_end_also_while_the_journal_takes_nothing() {
+    needs_root();
+    let journald = Journald::new();
+    let interval = "[audit]\ninterval = \"50ms\"\nburst = 2\n";
+    let echod = serve(&journald, &format!("{interval}{}", common::NOBODY));
+    be_denied(&echod, 1);
+    journald.wait_for("the first", with_verdict("denied"));
+    journald.stop_reading();
+    let other = journald.sender();
+    other.set_nonblocking(true).unwrap();
+    while other.send(b"MESSAGE=somebody else\n").is_ok() {}
+    const ROUNDS: usize = 8;
+    for _ in 0..ROUNDS {
+        be_denied(&echod, 5);
+        // For longer than an interval.
+        let clock = Start::serving(&format!("[service]\nidle-exit = \"100ms\"\n{}", common::OWNER));
+        assert!(clock.ready().wait().0.success());
+    }
+    journald.go_on();
+    echod.stop();
+    let entries = journald.entries();
+    assert_eq!(denials(&entries), 1 + 5 * ROUNDS as u64);
+    let in_full = entries.iter().filter(|entry| with_verdict("denied")(entry)).count();
+    // All but those of the first, which may be one interval with what came before.
+    assert!(in_full >= 2 * (ROUNDS - 1), "{in_full} in full, where there were {ROUNDS} intervals at least");
+}
+
+#[test]
 fn out_of_descriptors_the_record_still_goes_to_the_journal() {
     needs_root();
     let journald = Journald::new();

@@ -260,6 +260,22 @@ fn damaged_lines_and_fields_of_any_form_stop_nothing() {
 }
 
 #[test]
+fn a_program_cannot_call_itself_what_reads_as_more_than_a_name() {
+    let named = |comm: &str| {
+        ours(&format!(
+            r#""GATE_VERDICT":"denied","GATE_REASON":"policy","PEER_UID":"5","PEER_COMM":"{comm}","PEER_UNIT":"a{:45}1,000,000  root (0).service""#,
+            ""
+        ))
+    };
+    let lines = [named("x; by allow.me"), named("tmux: server"), named("nc")];
+    let text = Journal::of(&lines.each_ref().map(String::as_str)).text(&["--system"]);
+    assert!(text.contains(r#""x; by allow.me" (1)"#) && text.contains(r#""tmux: server" (1)"#), "{text}");
+    assert!(text.contains("nc (1)"), "{text}");
+    let forged = |line: &str| line.trim_start().starts_with("1,000,000");
+    assert!(!text.lines().any(forged), "{text}");
+}
+
+#[test]
 fn times_are_those_of_the_place_as_journalctl_shows_them() {
     let journal = Journal::of(&[DENIED_ROOT]);
     for (zone, full, short) in [

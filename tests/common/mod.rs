@@ -1108,6 +1108,15 @@ pub fn summed(stderr: &str) -> usize {
     stderr.lines().filter_map(count).sum()
 }
 
+/// A command that runs a program where the user database never answers: until somebody writes to the pipe `passwd` in
+/// this place.
+pub fn hung_user_database(place: &Place) -> [String; 8] {
+    let passwd = place.path("passwd");
+    nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
+    let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
+    ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()].map(str::to_owned)
+}
+
 /// How many of something a test makes: as many as the environment says, in a longer run by hand.
 pub fn setting(name: &str, otherwise: usize) -> usize {
     std::env::var(name).map_or(otherwise, |number| number.parse().expect("a number"))

@@ -23,7 +23,7 @@ use crate::line::{self, Cursor, End};
 
 /// The most that is read from one connection before another gets its turn.
 pub const READ: usize = 64 * 1024;
-/// The most echo that is put together for one write: that of a whole read, even one of bare LFs.
+/// The most echo of one turn: that of a whole read, even one of bare LFs, and no more, however long a line is.
 const ROOM: usize = 4 * READ;
 /// Buffers kept for the next connection that needs one: so many big ones, so many small ones.
 const SPARE: usize = 4;
@@ -334,7 +334,8 @@ impl Connection {
         }
     }
 
-    /// Writes the echo of `input` from `from` on. Sets whether the connection waits to write or to read.
+    /// Writes the echo of `input` from `from` on, as much as one turn may and the peer takes. Sets whether the connection
+    /// waits to write or to read.
     fn emit(
         &mut self,
         input: &[u8],
@@ -343,39 +344,24 @@ impl Connection {
         output: &mut Vec<u8>,
         audit: &Audit,
     ) -> (Cursor, Outcome) {
-        let mut at = from;
-        let ended = self.state == State::Finishing;
-        loop {
-            output.clear();
-            let echoed = line::echo(input, at, limit, ended, ROOM, output);
-            let written = match self.send(output) {
-                Ok(written) => written,
-                Err(_) => return (at, Outcome::Over(None)),
-            };
-            let all = written == output.len();
-            let (next, lines) = if all { (echoed.next, echoed.lines) } else { line::advance(input, at, written) };
-            if audit.writes_lines() {
-                self.record_lines(&input[at.start..next.start], audit);
-            }
-            self.lines += lines;
-            at = next;
-            if !all {
-                if self.state == State::Reading {
-                    self.state = State::Writing;
-                }
-                return (at, Outcome::Goes);
-            }
-            match echoed.end {
-                End::Full => {}
-                End::TooLong => return (at, Outcome::TooLong),
-                End::Complete => {
-                    if self.state == State::Writing {
-                        self.state = State::Reading;
-                    }
-                    return (at, Outcome::Goes);
-                }
-            }
+        output.clear();
+        let echoed = line::echo(input, from, limit, self.state == State::Finishing, ROOM, output);
+        let Ok(written) = self.send(output) else { return (from, Outcome::Over(None)) };
+        let all = written == output.len();
+        let (at, lines) = if all { (echoed.next, echoed.lines) } else { line::advance(input, from, written) };
+        if audit.writes_lines() {
+            self.record_lines(&input[from.start..at.start], audit);
         }
+        self.lines += lines;
+        match echoed.end {
+            End::TooLong if all => return (at, Outcome::TooLong),
+            End::Complete if all && self.state == State::Writing => self.state = State::Reading,
+            End::Complete if all => {}
+            // Where the peer would take more, there is another turn as soon as others have had theirs.
+            _ if self.state == State::Reading => self.state = State::Writing,
+            _ => {}
+        }
+        (at, Outcome::Goes)
     }
 
     /// As much as the peer takes now.
@@ -557,6 +543,33 @@ mod tests {
         assert_eq!((held.len(), held.capacity()), (SMALL, 9000));
         assert_eq!(buffers.take(SMALL + 1, 5000).capacity(), 2 * SMALL, "the other one is too big");
         assert_eq!(buffers.take(SMALL + 1, READ).capacity(), 2 * READ);
+    }
+
+    /// However fast the peer takes it.
+    #[test]
+    fn a_turn_is_bounded_however_long_a_line_may_be() {
+        const LENGTH: usize = 16 * ROOM;
+        let policy = Policy::<Terms>::owner_only(Uid::effective());
+        let (mut buffers, audit) = (Buffers::new(READ), Audit::default());
+        let (admission, mut client) = admission(&policy, 1);
+        let mut connection = Connection::admitted(admission);
+        connection.held = vec![b'x'; LENGTH - 1];
+        connection.held.push(b'\n');
+        let heard = std::thread::spawn(move || {
+            let mut heard = Vec::new();
+            client.read_to_end(&mut heard).map(|_| heard)
+        });
+        let (mut out, mut turns) = (0, 0);
+        while !connection.held.is_empty() {
+            assert!(matches!(connection.flush(&mut buffers, &audit), Outcome::Goes));
+            let now = if connection.held.is_empty() { LENGTH + 2 } else { connection.sent };
+            assert!(now - out <= ROOM, "{} bytes in a turn", now - out);
+            (out, turns) = (now, turns + 1);
+        }
+        assert!(turns > LENGTH / ROOM && connection.state == State::Reading && connection.lines == 1);
+        drop(connection);
+        let heard = heard.join().unwrap().unwrap();
+        assert!(heard.starts_with(b"> x") && heard.ends_with(b"x\n") && heard.len() == LENGTH + 2);
     }
 
     #[test]

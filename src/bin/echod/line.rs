@@ -4,7 +4,7 @@
 //! not yet been echoed is kept as it came, with a [`Cursor`] into it, never as echo: so a connection holds no
 //! more than it received.
 
-use memchr::memchr_iter;
+use memchr::{memchr, memchr_iter};
 
 /// What stands before each line that comes back.
 const PROMPT: &[u8] = b"> ";
@@ -66,9 +66,16 @@ pub fn echo(input: &[u8], from: Cursor, limit: usize, ended: bool, room: usize, 
         lines += 1;
         Ok(())
     };
+    // Of a line that was begun, what is out holds no end; and it was held against the limit then, so that no more of it
+    // needs to be looked at than there is room for. A long line takes many calls, and each must not look at all of it.
+    let out_already = from.start + from.sent.saturating_sub(PROMPT.len());
+    if from.sent > 0 && input.len() - out_already > room && memchr(b'\n', &input[out_already..][..room]).is_none() {
+        put_part(&mut at, &input[from.start..], room.saturating_sub(out.len()), out);
+        return Echoed { next: at, lines: 0, end: End::Full };
+    }
     let mut end = End::Complete;
-    for lf in memchr_iter(b'\n', &input[from.start..]) {
-        if let Err(why) = put(&mut at, from.start + lf + 1) {
+    for lf in memchr_iter(b'\n', &input[out_already..]) {
+        if let Err(why) = put(&mut at, out_already + lf + 1) {
             end = why;
             break;
         }
@@ -107,8 +114,15 @@ fn put_part(at: &mut Cursor, line: &[u8], space: usize, out: &mut Vec<u8>) -> bo
 pub fn advance(input: &[u8], from: Cursor, mut written: usize) -> (Cursor, u64) {
     let mut at = from;
     let mut lines = 0;
-    let ends = memchr_iter(b'\n', &input[from.start..]).map(|lf| from.start + lf + 1);
-    for end in ends.chain(std::iter::once(input.len())) {
+    loop {
+        // An end that is not among what was written does not matter: no need to look for it through a long line.
+        let out_already = at.start + at.sent.saturating_sub(PROMPT.len());
+        let reach = input.len().min(out_already.saturating_add(written));
+        let end = match memchr(b'\n', &input[out_already..reach]) {
+            Some(lf) => out_already + lf + 1,
+            None if reach == input.len() => reach,
+            None => break,
+        };
         let left = PROMPT.len() + (end - at.start) - at.sent;
         if written < left || end == at.start {
             break;
@@ -206,7 +220,13 @@ mod tests {
         };
         // Miri takes hundreds of times as long.
         for _ in 0..if cfg!(miri) { 100 } else { 20_000 } {
-            let input: Vec<u8> = (0..random(60)).map(|_| b"\n\nab\0\xff\r> "[random(9)]).collect();
+            // Lines that fit into the room, and now and then some that take it several times.
+            let (length, alphabet, longest): (_, &[u8], _) = if random(4) == 0 {
+                (600, b"\nabcdefghijklmnopqrstuvwxyz", 400)
+            } else {
+                (60, b"\n\nab\0\xff\r> ", 20)
+            };
+            let input: Vec<u8> = (0..random(length)).map(|_| alphabet[random(alphabet.len())]).collect();
             let mut rest = &input[..];
             let mut chunks = Vec::new();
             while !rest.is_empty() {
@@ -214,8 +234,9 @@ mod tests {
                 chunks.push(chunk);
                 rest = after;
             }
-            let limit = 1 + random(20);
-            let rooms: Vec<usize> = (0..5).map(|_| random(9)).chain([3]).collect();
+            let limit = 1 + random(longest);
+            let most = [9, 70][random(2)];
+            let rooms: Vec<usize> = (0..5).map(|_| random(most)).chain([3]).collect();
             assert_eq!(run(&chunks, limit, &rooms), model(&input, limit), "{chunks:?} limit {limit} rooms {rooms:?}");
         }
     }

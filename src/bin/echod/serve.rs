@@ -41,6 +41,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(100);
 const DRAIN: Duration = Duration::from_secs(5);
 /// How long the end may wait for a journal that takes nothing. TimeoutStopSec= of the unit is shorter: it is extended.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(60);
+/// The same for one that takes what is left, but slowly.
+const JOURNAL_AT_MOST: Duration = Duration::from_secs(300);
 /// More workers than this gain nothing by themselves; who wants more says so.
 const MOST_WORKERS: usize = 16;
 /// How often the main thread lets itself be woken by what others do.
@@ -269,7 +271,8 @@ impl Service {
             }
             self.feed_watchdog();
             if self.idle_exit_due().is_some_and(|due| due <= now) {
-                if self.door.shut_if_quiet() {
+                // Nobody is to wait until a journal that has stopped goes on.
+                if self.audit.is_written() && self.door.shut_if_quiet() {
                     return End::Idle;
                 }
                 self.idle.not_before = now + LOOK_AGAIN;
@@ -562,10 +565,10 @@ fn end_unjudged(inheritance: Inheritance, config: &Config, audit: &Audit) -> io:
 
 /// The journal's last records, for which systemd is asked to wait.
 fn finish(journal: Writer, notifier: &Notifier) {
-    let until = Instant::now() + JOURNAL_PATIENCE;
-    journal.finish_while(|| {
+    let until = Instant::now() + JOURNAL_AT_MOST;
+    journal.finish_while(|stalled| {
         notifier.extend_timeout(Duration::from_secs(10));
-        Instant::now() < until
+        stalled < JOURNAL_PATIENCE && Instant::now() < until
     });
 }
 

@@ -264,7 +264,7 @@ fn details(key: Key, row: &Row, look: &Look) -> Vec<String> {
         let mut shown: Vec<String> = names
             .into_iter()
             .map(|(name, records)| {
-                let name = look.plain(name);
+                let name = one_word(&look.plain(name));
                 if alone { name } else { format!("{name} ({})", group(records)) }
             })
             .collect();
@@ -278,14 +278,27 @@ fn details(key: Key, row: &Row, look: &Look) -> Vec<String> {
     details
 }
 
+/// A space that no line is broken at.
+const FIXED_SPACE: char = '\u{1}';
+
+/// A name as it is, or in quotes where it could be read as more than a name: peers choose those of their programs.
+fn one_word(name: &str) -> String {
+    if name.chars().all(|c| c.is_alphanumeric() || "-_.:@/+\\".contains(c)) {
+        return name.to_owned();
+    }
+    let escaped = name.replace('"', "\\\"").replace(' ', &FIXED_SPACE.to_string());
+    format!("\"{escaped}\"")
+}
+
 /// Writes the parts in lines no wider than the terminal where their words allow, each beginning with `indent` spaces.
 fn wrapped(parts: &[String], separator: &str, indent: usize, look: &Look, out: &mut impl Write) -> io::Result<()> {
     let all = parts.join(separator);
     let room = look.width.saturating_sub(indent).max(20);
     let mut line = String::new();
+    let mut put = |line: &str| writeln!(out, "{:indent$}{}", "", line.replace(FIXED_SPACE, " "));
     for word in all.split(' ') {
         if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > room {
-            writeln!(out, "{:indent$}{line}", "")?;
+            put(&line)?;
             line.clear();
         }
         if !line.is_empty() {
@@ -293,7 +306,7 @@ fn wrapped(parts: &[String], separator: &str, indent: usize, look: &Look, out: &
         }
         line.push_str(word);
     }
-    writeln!(out, "{:indent$}{line}", "")
+    put(&line)
 }
 
 /// A bar of at most `width` columns: `most` fills it, and what is not nothing shows.
