@@ -156,11 +156,12 @@ impl Journal {
             was_reached: false,
             names: HashMap::new(),
             names_since: Instant::now(),
-            namespace_is_partial: crate::peer::unmapped_ids().is_some(),
+            namespace_is_partial: false,
         }
     }
 
     fn run(&mut self) {
+        self.namespace_is_partial = crate::peer::unmapped_ids().is_some();
         loop {
             self.beat.answer();
             match self.audit.next() {

@@ -487,12 +487,11 @@ fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
 }
 
 #[test]
-fn an_explanation_cannot_be_forged_by_the_name_of_a_unit() {
-    let loaded = load("[allow.a]\nunits = ['a.service']\n").unwrap();
-    let somebody = Somebody::new(5, &[5], Some("x\nadmitted by allow.a\u{1b}[2J.service"));
-    let text = loaded.policy.explain(&somebody).to_string();
-    assert_eq!(text.lines().next(), Some("denied by default"));
-    assert!(!text.contains('\u{1b}') && !text.lines().any(|line| line.starts_with("admitted")), "{text}");
+fn a_name_that_could_forge_an_explanation_is_no_units() {
+    for name in ["x\nadmitted by allow.a\u{1b}[2J.service", "a b.service", "a;b.service", "\u{202e}a.service"] {
+        assert!(Units::from_path(name).is_none(), "{name:?}");
+        assert!(Units::from_path(&format!("/user.slice/user@1.service/{name}")).unwrap().user().is_none(), "{name:?}");
+    }
 }
 
 #[test]

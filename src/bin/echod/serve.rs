@@ -169,7 +169,8 @@ impl Service {
             midline: midline.into_iter().map(judged).collect(),
         };
         // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
-        let busy_poll = config.service.busy_poll.filter(|_| processors() > 1);
+        let processors = thread::available_parallelism().map_or(1, Into::into);
+        let busy_poll = config.service.busy_poll.filter(|_| processors > 1);
         // Workers need the door, and the door's thread needs workers as soon as somebody is admitted: it waits for them.
         let (threshold, to_threshold) = mpsc::channel();
         let opening = |error| format!("opening the gate: {error}");
@@ -181,7 +182,7 @@ impl Service {
         let mut door = Door::open_with(setup, Entrance { threshold: None, to_threshold }).map_err(opening)?;
         let around =
             Surroundings { audit: audit.clone(), usher: door.usher(), activity: Arc::clone(&activity), busy_poll };
-        let count = config.service.workers.map_or_else(default_workers, Into::into);
+        let count = config.service.workers.map_or_else(|| default_workers(processors), Into::into);
         let workers: io::Result<Vec<Worker>> =
             (0..count).map(|number| Worker::start(number, serving(&config), around.clone())).collect();
         let workers = match workers {
@@ -663,12 +664,8 @@ fn end_workers(workers: &mut [Worker], carry: usize) -> Vec<Carried> {
 
 /// The clients of a local socket run on the same processors, and need as much of them: a worker for every second
 /// one. More workers than that see fewer events at a time and pay more for each (benches/README.md).
-fn default_workers() -> usize {
-    (processors() / 2).clamp(1, MOST_WORKERS)
-}
-
-fn processors() -> usize {
-    thread::available_parallelism().map_or(1, Into::into)
+fn default_workers(processors: usize) -> usize {
+    (processors / 2).clamp(1, MOST_WORKERS)
 }
 
 fn admitting(config: &Config) -> Admitting<Terms> {
