@@ -63,6 +63,25 @@ no_denial_escapes_while_the_journal_stands_still_or_is_restarted_nor_when_the_se
     unit_is echo.socket active
 }
 
+the_journals_own_limit_drops_no_denial() {
+    configure <<'TOML'
+[allow.staff]
+users = ["alice"]
+[audit]
+burst = 1000000
+TOML
+    # So low a limit for whoever has none of their own, however much room the disk has: it is raised up to six times.
+    mkdir -p /run/systemd/journald.conf.d
+    printf '[Journal]\nRateLimitIntervalSec=30s\nRateLimitBurst=50\n' >/run/systemd/journald.conf.d/claim.conf
+    systemctl restart systemd-journald.service
+    _flood bob 2000 in-full
+    systemctl stop echo.service
+    rm /run/systemd/journald.conf.d/claim.conf
+    systemctl restart systemd-journald.service
+    _expect_equation /tmp/claim/in-full
+    (($(records denied | wc -l) > 300)) || fail "too few records to reach the limit"
+}
+
 a_flood_leaves_the_socket_alive() {
     _policy
     # Each round starts the service anew: far above the limits at which systemd would give the socket up.
