@@ -89,8 +89,18 @@ impl Writer {
                 since = Instant::now();
             }
             if !has_patience(since.elapsed()) {
-                // The thread is not waited for: what holds it up may be no journal, but the user database.
-                return tell_the_rest(&self.audit, &self.identifier);
+                // The thread is not waited for: what holds it up may be no journal, but the user database. Nor is
+                // standard error for long, which nobody may read.
+                let (telling, told) = mpsc::channel();
+                let Self { audit, identifier, .. } = self;
+                let tell = move || {
+                    tell_the_rest(&audit, &identifier);
+                    let _ = telling.send(());
+                };
+                if thread::Builder::new().name("last words".to_owned()).spawn(tell).is_ok() {
+                    let _ = told.recv_timeout(Duration::from_secs(5));
+                }
+                return;
             }
         }
         let _ = self.thread.join();
