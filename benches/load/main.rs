@@ -147,8 +147,10 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
     let mut text = heading(&bench, rounds)?;
     text.push_str(&results.table(&workloads, &specs, |w, s| w.skips(&bench, s)));
     missing.iter().for_each(|m| text.push_str(&format!("\nMissing: {m}.\n")));
-    for spec in specs.iter().filter(|s| s.command.iter().any(|a| a == "--config")) {
-        text.push_str(&format!("\n{}", results.reach(&spec.name)));
+    let (echods, others): (Vec<_>, Vec<_>) = specs.iter().partition(|s| s.command.iter().any(|a| a == "--config"));
+    let others: Vec<&str> = others.iter().map(|s| s.name.as_str()).collect();
+    for spec in echods {
+        text.push_str(&format!("\n{}", results.reach(&spec.name, &others)));
     }
     println!("{text}");
     args.write.as_deref().map_or(Ok(()), |file| put(file, &text))
