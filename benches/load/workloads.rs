@@ -92,6 +92,10 @@ const fn workload(
     Workload { name, what, connections, needs, run }
 }
 
+/// What a client may do between an answer and its next line. Longer than an echo takes, shorter than a server that looks
+/// again before it sleeps is likely to look, so that what this looking costs shows.
+const THINK: Duration = Duration::from_micros(15);
+
 /// How long an idle server is watched at least: one that wakes every second has to be seen waking.
 const IDLE: Duration = Duration::from_secs(3);
 
@@ -100,7 +104,12 @@ const FINISHED: u32 = 16;
 
 /// All workloads in the order in which they run.
 pub const ALL: &[Workload] = &[
-    workload("ping-free", "1 connection, 32-byte lines, one at a time", 1, Needs::Nothing, ping),
+    workload("ping-free", "1 connection, 32-byte lines, one at a time", 1, Needs::Nothing, |b, s| {
+        ping(b, s, Duration::ZERO)
+    }),
+    workload("ping-think", "the same, the client busy for 15 µs before each line", 1, Needs::Nothing, |b, s| {
+        ping(b, s, THINK)
+    }),
     workload("ping-same", "as ping-free, client and server on one CPU", 1, Needs::Nothing, ping_same),
     workload("ping-64", "64 connections, one 32-byte line each at a time", 64, Needs::Nothing, |b, s| {
         many(b, s, 64, 32, 1)
@@ -201,25 +210,25 @@ fn metered(server: &Server, load: impl FnOnce() -> Result<Run>) -> Result<Figure
     figures(&mut run, server.cpu()?.saturating_sub(before), server)
 }
 
-fn ping(bench: &Bench, spec: &Spec) -> Result<Figures> {
+fn ping(bench: &Bench, spec: &Spec, think: Duration) -> Result<Figures> {
     let server = spec.start(&bench.socket(), Setting::default())?;
-    ping_at(bench, &server)
+    ping_at(bench, &server, think)
 }
 
 fn ping_same(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let cpu = first_cpu()?;
     let server = spec.start(&bench.socket(), Setting { cpu: Some(cpu), ..Setting::default() })?;
     let allowed = pin(cpu)?;
-    let end = ping_at(bench, &server);
+    let end = ping_at(bench, &server, Duration::ZERO);
     unpin(&allowed)?;
     end
 }
 
-fn ping_at(bench: &Bench, server: &Server) -> Result<Figures> {
+fn ping_at(bench: &Bench, server: &Server, think: Duration) -> Result<Figures> {
     let mut conns = client::open(&bench.socket(), 1, 32, 1)?;
     let figures = metered(server, || {
         let mut run = Run::default();
-        conns.iter_mut().try_for_each(|conn| conn.ping(bench.span, &mut run)).map(|()| run)
+        conns.iter_mut().try_for_each(|conn| conn.ping(bench.span, think, &mut run)).map(|()| run)
     })?;
     finish(conns)?;
     Ok(figures)
@@ -317,7 +326,7 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
     let mut conns = client::open(&socket, 1, 32, 1)?;
     let mut quiet = Run::default();
-    conns[0].ping(bench.span, &mut quiet)?;
+    conns[0].ping(bench.span, Duration::ZERO, &mut quiet)?;
     // The strangers go on for longer than the measurement, so that none of it is quiet.
     let span = bench.span * 2;
     let mut strangers =
@@ -325,7 +334,7 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
     strangers.iter_mut().try_for_each(Stranger::started)?;
     let mut figures = metered(&server, || {
         let mut run = Run::default();
-        conns[0].ping(bench.span, &mut run).map(|()| run)
+        conns[0].ping(bench.span, Duration::ZERO, &mut run).map(|()| run)
     })?;
     // The server's time went to the strangers; per line of the admitted one it says nothing.
     figures.remove(&Figure::Cpu);
