@@ -9,7 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the whole run shares.
 pub struct Bench {
@@ -98,6 +98,9 @@ const THINK: Duration = Duration::from_micros(15);
 
 /// How long an idle server is watched at least: one that wakes every second has to be seen waking.
 const IDLE: Duration = Duration::from_secs(3);
+
+/// How long it has to have been quiet before that: longer than a server puts off what need not be done at once.
+const SETTLED: Duration = Duration::from_millis(1500);
 
 /// How many connections `connect-*` finishes after the time.
 const FINISHED: u32 = 16;
@@ -276,8 +279,9 @@ fn idle(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let before = server.anonymous_kib()?;
     let conns = client::open(&socket, bench.many(10_000), 32, 1)?;
     let more = server.anonymous_kib()?.saturating_sub(before) * 1024;
-    settle(&server)?;
-    let span = if bench.quick { IDLE / 100 } else { bench.span.max(IDLE) };
+    // What a server puts off for a moment belongs to the connections that have just come, not to their idleness.
+    let (quiet, span) = if bench.quick { (IDLE / 100, IDLE / 100) } else { (SETTLED, bench.span.max(IDLE)) };
+    settle(&server, quiet)?;
     let (sleeps, cpu) = (server.sleeps()?, server.cpu()?);
     // Not to await anything: how often the server wakes while nothing happens is the figure.
     std::thread::sleep(span);
@@ -293,16 +297,17 @@ fn idle(bench: &Bench, spec: &Spec) -> Result<Figures> {
     Ok(figures)
 }
 
-/// Returns when the server has stopped working on what came before: no CPU time in 20 ms, or a second has passed.
-fn settle(server: &Server) -> Result<()> {
-    let mut before = server.cpu()?;
-    for _ in 0..50 {
-        std::thread::sleep(Duration::from_millis(20));
+/// Returns when the server has stopped working on what came before: it has used no CPU time for `quiet`, or five times
+/// that has passed.
+fn settle(server: &Server, quiet: Duration) -> Result<()> {
+    let start = Instant::now();
+    let (mut before, mut since) = (server.cpu()?, start);
+    while since.elapsed() < quiet && start.elapsed() < quiet * 5 {
+        std::thread::sleep(Duration::from_millis(10));
         let now = server.cpu()?;
-        if now == before {
-            break;
+        if now != before {
+            (before, since) = (now, Instant::now());
         }
-        before = now;
     }
     Ok(())
 }
