@@ -185,7 +185,7 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
             println!("quick: every lie of the floor's was noticed, in {}", lied.join(", "));
         }
         if !not_lied.is_empty() {
-            println!("quick: the floor was not there to lie in {}", not_lied.join(", "));
+            println!("quick: no lie was told in {}", not_lied.join(", "));
         }
         return Ok(());
     }
