@@ -178,9 +178,11 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
             let noticed = notices_lies(&bench, workload, &specs)?;
             if noticed { &mut lied } else { &mut not_lied }.push(workload.name);
         }
-        let runs = workloads.iter().flat_map(|w| specs.iter().filter(|s| w.skips(&bench, s).is_none())).count();
+        let runs: Vec<_> =
+            workloads.iter().map(|w| specs.iter().filter(|s| w.skips(&bench, s).is_none()).count()).collect();
+        let (ran, runs) = (runs.iter().filter(|&&n| n > 0).count(), runs.iter().sum::<usize>());
         missing.iter().for_each(|m| println!("missing: {m}"));
-        println!("quick: {runs} runs of {} workloads, every byte as due", workloads.len());
+        println!("quick: {runs} runs of {ran} workloads, every byte as due");
         if !lied.is_empty() {
             println!("quick: every lie of the floor's was noticed, in {}", lied.join(", "));
         }
