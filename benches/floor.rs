@@ -3,7 +3,8 @@
 //!
 //! `floor` is one thread and one epoll; `--busy-poll USEC` looks again for that long before it sleeps; `--threads` is a
 //! blocking thread per connection instead. `--only-uid UID` turns everyone else away with the message, which is the
-//! least that a denial can cost; `--lie N` spoils one byte of every N-th answer, for the load generator's own check.
+//! least that a denial can cost; `--lie N` spoils one byte of every N-th answer, `--lie-denial N` of every N-th denial,
+//! for the load generator's own check.
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{Shutdown, SockFlag, accept4, getsockopt, shutdown, sockopt};
@@ -22,6 +23,7 @@ struct Options {
     threads: bool,
     only_uid: Option<u32>,
     lie: u64,
+    lie_denial: u64,
 }
 
 fn main() -> ExitCode {
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
             "--threads" => options.threads = true,
             "--only-uid" => options.only_uid = u32::try_from(number()).ok(),
             "--lie" => options.lie = number(),
+            "--lie-denial" => options.lie_denial = number(),
             other => {
                 eprintln!("floor: unknown option {other}");
                 return ExitCode::from(64);
@@ -113,6 +116,7 @@ struct Floor {
     chunk: Vec<u8>,
     out: Vec<u8>,
     answers: u64,
+    denials: u64,
 }
 
 impl Floor {
@@ -125,7 +129,7 @@ impl Floor {
         epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
         ready();
         let (chunk, out) = (vec![0; 64 * 1024], Vec::with_capacity(3 * 64 * 1024));
-        Ok(Self { options, epoll, listener, conns: Vec::new(), chunk, out, answers: 0 })
+        Ok(Self { options, epoll, listener, conns: Vec::new(), chunk, out, answers: 0, denials: 0 })
     }
 
     fn run(mut self) -> nix::Result<()> {
@@ -159,8 +163,13 @@ impl Floor {
             };
             if let Some(uid) = self.options.only_uid {
                 if getsockopt(&fd, sockopt::PeerCredentials)?.uid() != uid {
+                    self.denials += 1;
+                    let message: &[u8] = match self.options.lie_denial {
+                        n if n != 0 && self.denials % n == 0 => b"unauthorized access\n",
+                        _ => b"Unauthorized access\n",
+                    };
                     // The peer sends nothing in this benchmark, so that a plain close loses it no byte. It may be gone.
-                    let _ = write(&fd, b"Unauthorized access\n");
+                    let _ = write(&fd, message);
                     continue;
                 }
             }

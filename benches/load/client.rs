@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long a server may leave an answer out before the run counts as failed.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What one connection sends at a time, and what must come back before it sends again.
 ///
@@ -133,21 +133,30 @@ impl Conn {
         Ok(())
     }
 
-    /// Exchanges one after the other for `span`, blocking.
-    pub fn ping(&mut self, span: Duration, run: &mut Run) -> Result<()> {
+    /// Exchanges one after the other for `span`, blocking; between an answer and the next line the client is busy for
+    /// `think`. It spins: a timer's lateness, on a virtual machine above all, is longer than what is to be waited for.
+    pub fn ping(&mut self, span: Duration, think: Duration, run: &mut Run) -> Result<()> {
         let mut chunk = vec![0; 64 * 1024];
         let start = Instant::now();
         while start.elapsed() < span {
             self.echo(&mut chunk)?;
             run.record(self.exchange.lines(), self.since);
+            if !think.is_zero() {
+                let answered = Instant::now();
+                while answered.elapsed() < think {
+                    std::hint::spin_loop();
+                }
+            }
         }
         run.elapsed += start.elapsed();
         Ok(())
     }
 
-    /// Says that nothing more comes, and takes the server's end of file: a byte more would be one too many.
+    /// Has one more echo, which shows that the server has kept the connection until now, says that nothing more comes,
+    /// and takes the server's end of file: a byte more would be one too many.
     pub fn finish(mut self) -> Result<()> {
         self.stream.set_nonblocking(false)?;
+        self.echo_gently(&mut vec![0; 64 * 1024])?;
         self.stream.shutdown(Shutdown::Write)?;
         let mut rest = Vec::new();
         self.stream.read_to_end(&mut rest)?;
@@ -255,7 +264,8 @@ fn begin(epoll: &Epoll, conn: &mut Conn, index: usize) -> Result<()> {
     Ok(())
 }
 
-/// Connect, one line, close, again and again for `span`, by each of `clients` threads.
+/// Connect, one line, close, again and again for `span`, by each of `clients` threads. Nothing here limits the time that
+/// an answer takes.
 pub fn connects(path: &Path, clients: u32, span: Duration) -> Result<Run> {
     let start = Instant::now();
     let runs: Vec<Result<Run>> = std::thread::scope(|scope| {
@@ -287,7 +297,8 @@ fn connect_again(path: &Path, id: u32, start: Instant, span: Duration) -> Result
     Ok(run)
 }
 
-/// Connects that must be turned away, for `span`: exactly `message`, then a clean end of file.
+/// Connects that must be turned away, for `span`: exactly `message`, then a clean end of file. Nothing here limits the
+/// time that takes.
 pub fn denials(path: &Path, message: &[u8], span: Duration) -> Result<Run> {
     let mut run = Run::default();
     let mut reply = Vec::with_capacity(64);
@@ -310,38 +321,55 @@ pub fn denials(path: &Path, message: &[u8], span: Duration) -> Result<Run> {
 mod tests {
     use super::*;
 
-    fn answered_by(liar: impl FnOnce(&mut Vec<u8>) + Send + 'static) -> Result<()> {
+    /// What the client says of a server that lies in its first answer and closes after `answers` of them.
+    fn answered_by(answers: usize, lie: impl FnOnce(&mut Vec<u8>) + Send + 'static) -> Result<()> {
         let (ours, mut theirs) = UnixStream::pair()?;
         let exchange = Exchange::new(7, 32, 2);
         let server = std::thread::spawn(move || {
-            let mut request = [0; 64];
-            theirs.read_exact(&mut request)?;
-            let mut answer: Vec<u8> = request.chunks(32).flat_map(|line| [b"> ".as_slice(), line].concat()).collect();
-            liar(&mut answer);
-            theirs.write_all(&answer)
+            let (mut request, mut lie) = ([0; 64], Some(lie));
+            for _ in 0..answers {
+                if theirs.read_exact(&mut request).is_err() {
+                    break;
+                }
+                let mut answer: Vec<u8> = request.chunks(32).flat_map(|l| [b"> ".as_slice(), l].concat()).collect();
+                lie.take().into_iter().for_each(|lie| lie(&mut answer));
+                if theirs.write_all(&answer).is_err() {
+                    break;
+                }
+            }
         });
         let mut conn = Conn { stream: ours, exchange, sent: 0, got: 0, since: Instant::now() };
         let end = conn.echo(&mut [0; 256]).and_then(|()| conn.finish());
-        server.join().map_err(|_| Error::other("the server panicked"))??;
+        server.join().map_err(|_| Error::other("the server panicked"))?;
         end
     }
 
     #[test]
     fn a_true_echo_is_accepted() -> Result<()> {
-        answered_by(|_| {})
+        answered_by(usize::MAX, |_| {})
+    }
+
+    #[test]
+    fn a_connection_that_was_closed_before_its_end_is_noticed() {
+        assert!(answered_by(1, |_| {}).is_err());
+    }
+
+    #[test]
+    fn bytes_that_nobody_sent_are_noticed_at_the_end() {
+        assert!(answered_by(usize::MAX, |answer| answer.extend_from_slice(b"more")).is_err());
     }
 
     #[test]
     fn every_single_wrong_byte_is_noticed() {
         for at in 0..2 * (2 + 32) {
-            assert!(answered_by(move |answer| answer[at] ^= 1).is_err(), "byte {at}");
+            assert!(answered_by(usize::MAX, move |answer| answer[at] ^= 1).is_err(), "byte {at}");
         }
     }
 
     #[test]
     fn a_dropped_a_doubled_and_a_swapped_line_are_noticed() {
-        assert!(answered_by(|answer| answer.truncate(34)).is_err(), "dropped");
-        assert!(answered_by(|answer| answer.extend_from_within(34..)).is_err(), "doubled");
-        assert!(answered_by(|answer| answer.rotate_left(34)).is_err(), "swapped");
+        assert!(answered_by(1, |answer| answer.truncate(34)).is_err(), "dropped");
+        assert!(answered_by(usize::MAX, |answer| answer.extend_from_within(34..)).is_err(), "doubled");
+        assert!(answered_by(usize::MAX, |answer| answer.rotate_left(34)).is_err(), "swapped");
     }
 }

@@ -10,6 +10,7 @@ mod servers;
 mod workloads;
 
 use clap::Parser;
+use nix::sys::signal::{SigSet, Signal};
 use std::io::{Error, Result};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
@@ -50,7 +51,7 @@ struct Args {
     #[arg(long, value_name = "COMMAND")]
     wrap: Option<String>,
     /// Put the table into this file, between the lines `<!-- table -->` and `<!-- end of table -->`
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["quick", "list"])]
     write: Option<PathBuf>,
     /// Stand in for journald: take and drop what is sent to /run/systemd/journal/socket (which must be ours alone)
     #[arg(long, hide = true)]
@@ -63,27 +64,64 @@ struct Args {
     go: Option<PathBuf>,
 }
 
+/// What users type, and what messages begin with.
+const NAME: &str = "benches/run";
+
 fn main() -> ExitCode {
     let own: Vec<String> = std::env::args().skip(1).collect();
-    let end = match own.first().map(String::as_str) {
-        Some(process::LAUNCH) => process::launcher(&own[1..]).map(|never| match never {}),
-        Some(workloads::STRANGER) => workloads::stranger(&own[1..]),
+    let role = own.first().map_or("", String::as_str);
+    let end = match role {
+        process::LAUNCH => process::launcher(&own[1..]).map(|never| match never {}),
+        workloads::STRANGER => workloads::stranger(&own[1..]),
         _ => bench(&Args::parse()),
     };
     match end {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{}: {error}", own.first().map_or("bench", String::as_str));
+            match role {
+                process::LAUNCH | workloads::STRANGER => eprintln!("{NAME}, {role}: {error}"),
+                _ => eprintln!("{NAME}: {error}"),
+            }
             ExitCode::FAILURE
         }
     }
 }
 
 fn bench(args: &Args) -> Result<()> {
+    if let Some(file) = &args.write {
+        // Before an hour is spent on what has no place.
+        around_table(file, &std::fs::read_to_string(file).map_err(|e| named(file, &e))?)?;
+    }
     let work = tempdir()?;
+    clear_up_when_interrupted(work.clone())?;
     let end = bench_in(args, work.clone());
     std::fs::remove_dir_all(work)?;
     end
+}
+
+/// Removes `work` when a signal ends this process. The servers and strangers see to themselves: they die with it.
+fn clear_up_when_interrupted(work: PathBuf) -> Result<()> {
+    // Who was started with one of them ignored, as by nohup, goes on ignoring it: blocked, it would arrive.
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let ignored = status.lines().find_map(|l| l.strip_prefix("SigIgn:")).map(str::trim).unwrap_or_default();
+    let ignored = u64::from_str_radix(ignored, 16).map_err(Error::other)?;
+    let mut signals = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        if ignored >> (signal as i32 - 1) & 1 == 0 {
+            signals.add(signal);
+        }
+    }
+    // Every thread that is made from here on has them blocked too.
+    signals.thread_block()?;
+    std::thread::spawn(move || {
+        let Ok(signal) = signals.wait() else { return };
+        // The run goes on meanwhile, and may put something in.
+        let _ = (0..100).find(|_| std::fs::remove_dir_all(&work).is_ok());
+        // What it would have done.
+        let _ = signals.thread_unblock();
+        let _ = nix::sys::signal::raise(signal);
+    });
+    Ok(())
 }
 
 /// A fresh directory that every user may reach: strangers connect to the socket in it.
@@ -106,14 +144,13 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
         quick: args.quick,
     };
     let (specs, missing) = servers::found(&place(args, work)?)?;
+    known("workload", &args.only, &workloads::ALL.iter().map(|w| w.name).collect::<Vec<_>>(), &[])?;
+    known("server", &args.servers, &specs.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), &missing)?;
     let mut specs: Vec<_> = specs.into_iter().filter(|s| wanted(&args.servers, &s.name)).collect();
     for word in args.wrap.iter().flat_map(|w| w.split_whitespace().rev()) {
         specs.iter_mut().for_each(|spec| spec.command.insert(0, word.to_owned()));
     }
     let workloads: Vec<_> = workloads::ALL.iter().filter(|w| wanted(&args.only, w.name)).collect();
-    if specs.is_empty() || workloads.is_empty() {
-        return Err(Error::other("nothing is left to run; --list names the workloads and the servers"));
-    }
     if args.list {
         workloads.iter().for_each(|w| println!("workload {:12} {}", w.name, w.what));
         specs.iter().for_each(|s| println!("server   {:14} {}", s.name, s.what));
@@ -136,41 +173,64 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
         }
     }
     if args.quick {
-        for workload in workloads.iter().filter(|w| w.needs == workloads::Needs::Nothing) {
-            notices_a_lie(&bench, workload, &specs)?;
+        let (mut lied, mut not_lied) = (Vec::new(), Vec::new());
+        for workload in &workloads {
+            let noticed = notices_lies(&bench, workload, &specs)?;
+            if noticed { &mut lied } else { &mut not_lied }.push(workload.name);
         }
-        let runs = workloads.iter().flat_map(|w| specs.iter().filter(|s| w.skips(&bench, s).is_none())).count();
+        let runs: Vec<_> =
+            workloads.iter().map(|w| specs.iter().filter(|s| w.skips(&bench, s).is_none()).count()).collect();
+        let (ran, runs) = (runs.iter().filter(|&&n| n > 0).count(), runs.iter().sum::<usize>());
         missing.iter().for_each(|m| println!("missing: {m}"));
-        println!("quick: {runs} runs of {} workloads, every byte as due, every lie noticed", workloads.len());
+        println!("quick: {runs} runs of {ran} workloads, every byte as due");
+        if !lied.is_empty() {
+            println!("quick: every lie of the floor's was noticed, in {}", lied.join(", "));
+        }
+        if !not_lied.is_empty() {
+            println!("quick: no lie was told in {}", not_lied.join(", "));
+        }
         return Ok(());
     }
     let mut text = heading(&bench, rounds)?;
     text.push_str(&results.table(&workloads, &specs, |w, s| w.skips(&bench, s)));
     missing.iter().for_each(|m| text.push_str(&format!("\nMissing: {m}.\n")));
-    for spec in specs.iter().filter(|s| s.command.iter().any(|a| a == "--config")) {
-        text.push_str(&format!("\n{}", results.reach(&spec.name)));
+    let (echods, others): (Vec<_>, Vec<_>) = specs.iter().partition(|s| s.command.iter().any(|a| a == "--config"));
+    let others: Vec<&str> = others.iter().map(|s| s.name.as_str()).collect();
+    for spec in echods {
+        text.push_str(&format!("\n{}", results.reach(&spec.name, &others)));
     }
     println!("{text}");
     args.write.as_deref().map_or(Ok(()), |file| put(file, &text))
 }
 
-/// A server that spoils the first byte of now and then an answer must fail the run; otherwise no figure is worth much.
-fn notices_a_lie(bench: &Bench, workload: &Workload, specs: &[servers::Spec]) -> Result<()> {
-    let Some(floor) = specs.iter().find(|s| s.name == report::FLOOR) else { return Ok(()) };
-    let mut liar = floor.clone();
-    liar.command.extend(["--lie".into(), "40".into()]);
-    // Time for many more answers than forty, however busy the machine is; the first spoilt one ends it.
-    let patient = Bench { span: Duration::from_secs(30), work: bench.work.clone(), ..*bench };
-    match workload.run(&patient, &liar) {
-        Err(e) if e.kind() == std::io::ErrorKind::InvalidData => Ok(()),
-        Err(e) => Err(Error::other(format!("{}: a lying server made {e}", workload.name))),
-        Ok(_) => Err(Error::other(format!("{}: a lying server went unnoticed", workload.name))),
+/// A server that now and then spoils an answer must fail the run; otherwise no figure is worth much. False where there
+/// is none that could.
+fn notices_lies(bench: &Bench, workload: &Workload, specs: &[servers::Spec]) -> Result<bool> {
+    let floor = specs.iter().find(|s| s.name == report::FLOOR && workload.skips(bench, s).is_none());
+    let Some(floor) = floor else { return Ok(false) };
+    for lie in workload.lies(bench) {
+        let mut liar = floor.clone();
+        liar.command.extend([lie.option.to_owned(), lie.nth.to_string()]);
+        let patient = Bench { span: lie.span, work: bench.work.clone(), ..*bench };
+        match workload.run(&patient, &liar) {
+            Err(e) if e.kind() == std::io::ErrorKind::InvalidData => {}
+            Err(e) => return Err(Error::other(format!("{}: {} made {e}", workload.name, lie.option))),
+            Ok(_) => return Err(Error::other(format!("{}: {} went unnoticed", workload.name, lie.option))),
+        }
     }
+    Ok(true)
 }
 
 /// Names are compared up to case; nothing given means everything.
 fn wanted(names: &[String], name: &str) -> bool {
     names.is_empty() || names.iter().any(|n| n.eq_ignore_ascii_case(name))
+}
+
+/// An error where one of `names` is none of `known`: what was meant would be left out in silence.
+fn known(kind: &str, names: &[String], known: &[&str], missing: &[String]) -> Result<()> {
+    let Some(stray) = names.iter().find(|n| !known.iter().any(|k| k.eq_ignore_ascii_case(n))) else { return Ok(()) };
+    let missing: String = missing.iter().map(|m| format!("; not installed: {m}")).collect();
+    Err(Error::other(format!("no {kind} is named {stray:?}; there are: {}{missing}", known.join(", "))))
 }
 
 fn place(args: &Args, work: PathBuf) -> Result<servers::Place> {
@@ -248,12 +308,52 @@ fn heading(bench: &Bench, rounds: u32) -> Result<String> {
 }
 
 fn put(file: &Path, text: &str) -> Result<()> {
+    let old = std::fs::read_to_string(file).map_err(|e| named(file, &e))?;
+    let (before, after) = around_table(file, &old)?;
+    std::fs::write(file, format!("{before}\n{text}\n{after}")).map_err(|e| named(file, &e))
+}
+
+/// What of `file`'s text stays: up to the first marker and from the second, both included.
+fn around_table<'a>(file: &Path, text: &'a str) -> Result<(&'a str, &'a str)> {
     const FROM: &str = "<!-- table -->\n";
     const TO: &str = "<!-- end of table -->";
-    let old = std::fs::read_to_string(file)?;
-    let from = old.find(FROM).map(|at| at + FROM.len());
-    let (Some(from), Some(to)) = (from, old.find(TO)) else {
-        return Err(Error::other(format!("{}: no place for the table", file.display())));
-    };
-    std::fs::write(file, format!("{}\n{text}\n{}", &old[..from], &old[to..]))
+    let from = text.find(FROM).map(|at| at + FROM.len());
+    let to = from.and_then(|from| text[from..].find(TO).map(|at| from + at));
+    from.zip(to).map(|(from, to)| (&text[..from], &text[to..])).ok_or_else(|| {
+        Error::other(format!("{}: no place for the table: {TO} has to follow {}", file.display(), FROM.trim()))
+    })
+}
+
+fn named(file: &Path, error: &Error) -> Error {
+    Error::new(error.kind(), format!("{}: {error}", file.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_goes_between_its_markers_and_nowhere_else() -> Result<()> {
+        let file = Path::new("README.md");
+        let (from, to) = ("<!-- table -->\n", "<!-- end of table -->");
+        let whole = format!("before {from} old {to} after");
+        let kept = around_table(file, &whole)?;
+        assert_eq!(kept, ("before <!-- table -->\n", "<!-- end of table --> after"));
+        for text in [String::new(), from.to_owned(), to.to_owned(), format!("{to}\n{from}")] {
+            assert!(around_table(file, &text).is_err(), "{text:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_name_that_nothing_has_is_an_error_that_names_those_there_are() {
+        let names = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect::<Vec<_>>();
+        let missing = names(&["Go (package golang-go)"]);
+        let check = |given: &[&str]| known("server", &names(given), &["floor", "echod", "mine"], &missing);
+        assert!(check(&[]).is_ok());
+        assert!(check(&["Floor", "mine"]).is_ok());
+        let said = check(&["floor", "ecohd"]).map_err(|e| e.to_string());
+        let due = "no server is named \"ecohd\"; there are: floor, echod, mine; not installed: Go (package golang-go)";
+        assert_eq!(said, Err(due.to_owned()));
+    }
 }

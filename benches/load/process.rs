@@ -1,16 +1,18 @@
 //! A server as a process: started the way systemd starts it, measured from outside, ended with its whole group.
 //! Used by the workloads; knows neither the protocol nor which server it is.
 use nix::fcntl::{FcntlArg, fcntl};
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::sys::signal::{Signal, kill, killpg};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::sys::signal::{SigSet, Signal, kill, killpg};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::time::{ClockId, clock_getcpuclockid, clock_gettime};
 use nix::unistd::{Pid, SysconfVar, sysconf};
-use std::io::{BufRead, BufReader, Error, Result, Write};
+use std::io::{BufRead, BufReader, Error, ErrorKind, Result, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
 /// How a server is started.
@@ -38,6 +40,8 @@ pub fn launcher(args: &[String]) -> Result<std::convert::Infallible> {
     let has = |flag: &str| flags.iter().any(|f| f == flag);
     // A server must not outlive a benchmark that was interrupted.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    // The benchmark blocks the signals that end it; a server that inherited that could not be asked to end.
+    SigSet::empty().thread_set_mask()?;
     if let Some(cpu) = flags.iter().find_map(|f| f.strip_prefix("cpu=")) {
         pin(cpu.parse().map_err(Error::other)?)?;
     }
@@ -69,18 +73,25 @@ pub fn now_nanos() -> Result<u64> {
     u64::try_from(now.as_nanos()).map_err(Error::other)
 }
 
-/// Binds the calling thread, and what it starts, to one CPU.
-pub fn pin(cpu: usize) -> Result<()> {
-    let mut set = CpuSet::new();
-    set.set(cpu)?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+/// The first CPU that the calling thread may run on.
+pub fn first_cpu() -> Result<usize> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
+    let first = (0..CpuSet::count()).find(|&cpu| allowed.is_set(cpu) == Ok(true));
+    first.ok_or_else(|| Error::other("no CPU is allowed"))
 }
 
-/// Lets the calling thread run on any of the first `cpus` CPUs again.
-pub fn unpin(cpus: usize) -> Result<()> {
+/// Binds the calling thread, and what it starts, to one CPU. Returns where it was allowed to run, for [`unpin`].
+pub fn pin(cpu: usize) -> Result<CpuSet> {
+    let allowed = sched_getaffinity(Pid::from_raw(0))?;
     let mut set = CpuSet::new();
-    (0..cpus).try_for_each(|cpu| set.set(cpu))?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &set)?)
+    set.set(cpu)?;
+    sched_setaffinity(Pid::from_raw(0), &set)?;
+    Ok(allowed)
+}
+
+/// Lets the calling thread run again where it was allowed to before [`pin`].
+pub fn unpin(allowed: &CpuSet) -> Result<()> {
+    Ok(sched_setaffinity(Pid::from_raw(0), allowed)?)
 }
 
 /// A running server. Dropping it ends its process group.
@@ -126,16 +137,40 @@ impl Server {
     }
 
     /// An error where the server has ended.
-    pub fn alive(&mut self) -> Result<()> {
-        match self.child.try_wait()? {
-            Some(status) => Err(Error::other(format!("the server ended with {status}"))),
-            None => Ok(()),
+    pub fn alive(&self) -> Result<()> {
+        // Its status stays to be taken: until then its number is nobody else's.
+        let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        match waitid(Id::Pid(pid_of(self.pid())), look)? {
+            WaitStatus::StillAlive => Ok(()),
+            WaitStatus::Exited(_, code) => Err(Error::other(format!("the server has ended with status {code}"))),
+            other => Err(Error::other(format!("the server has ended: {other:?}"))),
         }
+    }
+
+    /// Runs `load`. Where that takes longer than `limit`, kills the server, which ends whatever waits for it, and fails.
+    ///
+    /// A time limit on each socket would be a further system call for each connection that is measured.
+    pub fn within<T>(&self, limit: Duration, load: impl FnOnce() -> Result<T>) -> Result<T> {
+        let group = pid_of(self.pid());
+        let (done, ended) = channel::<()>();
+        std::thread::scope(|scope| {
+            let watch = scope.spawn(move || {
+                let late = ended.recv_timeout(limit) == Err(RecvTimeoutError::Timeout);
+                late.then(|| killpg(group, Signal::SIGKILL))
+            });
+            let end = load();
+            drop(done);
+            match watch.join() {
+                Ok(None) => end,
+                _ => Err(Error::new(ErrorKind::TimedOut, format!("not done within {limit:?}: an answer is missing"))),
+            }
+        })
     }
 
     /// CPU time of the server, all its threads (the ended ones too), and its children, reaped or alive.
     /// Its own part is exact; that of reaped children is in clock ticks.
     pub fn cpu(&self) -> Result<Duration> {
+        self.alive()?;
         let ticks = sysconf(SysconfVar::CLK_TCK)?.unwrap_or(100);
         let tick = Duration::from_secs(1) / u32::try_from(ticks).map_err(Error::other)?;
         let mut sum = Duration::ZERO;
@@ -155,23 +190,34 @@ impl Server {
 
     /// The highest resident size so far, in KiB; for a process per connection the sum over those alive, in which pages
     /// they share count in each.
-    pub fn peak_kib(&self) -> u64 {
-        self.tree().into_iter().filter_map(|pid| status_field(pid, "VmHWM:")).sum()
+    pub fn peak_kib(&self) -> Result<u64> {
+        let own = self.status("VmHWM:")?;
+        // A child may have ended since it was listed.
+        let children = self.tree().into_iter().skip(1).filter_map(|pid| status_field(pid, "VmHWM:"));
+        Ok(own + children.sum::<u64>())
     }
 
     /// Resident memory that is the process's own (no file, no shared page), in KiB.
-    pub fn anonymous_kib(&self) -> u64 {
-        status_field(self.pid(), "RssAnon:").unwrap_or(0)
+    pub fn anonymous_kib(&self) -> Result<u64> {
+        self.status("RssAnon:")
     }
 
     /// How often its threads have gone to sleep, which is how often they had been awake.
-    pub fn sleeps(&self) -> u64 {
-        let Ok(tasks) = std::fs::read_dir(format!("/proc/{}/task", self.pid())) else { return 0 };
-        tasks
-            .flatten()
-            .filter_map(|task| std::fs::read_to_string(task.path().join("status")).ok())
-            .filter_map(|status| field(&status, "voluntary_ctxt_switches:"))
-            .sum()
+    pub fn sleeps(&self) -> Result<u64> {
+        self.alive()?;
+        let mut sum = 0;
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            // A thread may have ended since it was listed.
+            let Ok(status) = std::fs::read_to_string(task?.path().join("status")) else { continue };
+            sum += field(&status, "voluntary_ctxt_switches:").unwrap_or(0);
+        }
+        Ok(sum)
+    }
+
+    /// A field of the server's own status. One that has ended has no memory, and no such field.
+    fn status(&self, name: &str) -> Result<u64> {
+        self.alive()?;
+        status_field(self.pid(), name).ok_or_else(|| Error::other(format!("the server's status has no {name}")))
     }
 
     fn tree(&self) -> Vec<u32> {
@@ -216,4 +262,65 @@ fn status_field(pid: u32, name: &str) -> Option<u64> {
 fn field(status: &str, name: &str) -> Option<u64> {
     let line = status.lines().find(|l| l.starts_with(name))?;
     line[name.len()..].split_whitespace().next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn server(program: &str) -> Result<Server> {
+        let mut command = Command::new(program);
+        let mut child = command.process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let said = child.stdout.take().ok_or_else(|| Error::other("no pipe"))?;
+        Ok(Server { child, said: BufReader::new(said) })
+    }
+
+    #[test]
+    fn a_server_that_has_ended_has_no_figures() -> Result<()> {
+        let server = server("true")?;
+        waitid(Id::Pid(pid_of(server.pid())), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?;
+        assert!(server.alive().is_err());
+        assert!(server.cpu().is_err());
+        assert!(server.peak_kib().is_err());
+        assert!(server.anonymous_kib().is_err());
+        assert!(server.sleeps().is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_server_that_waits_has_figures() -> Result<()> {
+        let server = server("cat")?;
+        server.alive()?;
+        server.cpu()?;
+        server.sleeps()?;
+        assert!(server.peak_kib()? > 0);
+        Ok(())
+    }
+
+    #[test]
+    fn waiting_for_a_server_that_does_nothing_ends_and_is_an_error() -> Result<()> {
+        let server = server("cat")?;
+        assert_eq!(server.within(Duration::from_secs(60), || Ok(7))?, 7);
+        let its_end = || Ok(waitid(Id::Pid(pid_of(server.pid())), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT)?);
+        let end = server.within(Duration::from_millis(1), its_end);
+        assert_eq!(end.map_err(|e| e.kind()), Err(ErrorKind::TimedOut));
+        Ok(())
+    }
+
+    #[test]
+    fn who_is_pinned_and_freed_may_run_where_it_could_before() -> Result<()> {
+        let mut allowed = sched_getaffinity(Pid::from_raw(0))?;
+        let first = first_cpu()?;
+        if (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu) == Ok(true)).count() > 1 {
+            // The first CPU of the machine is not ours now.
+            allowed.unset(first)?;
+            sched_setaffinity(Pid::from_raw(0), &allowed)?;
+        }
+        let before = pin(first_cpu()?)?;
+        assert_eq!(before, allowed);
+        assert_ne!(sched_getaffinity(Pid::from_raw(0))?.is_set(first_cpu()?), Ok(false));
+        unpin(&before)?;
+        assert_eq!(sched_getaffinity(Pid::from_raw(0))?, allowed);
+        Ok(())
+    }
 }

@@ -1,13 +1,15 @@
 //! What is asked of the servers, one server and one workload at a time, each on a freshly started server.
-use crate::client::{self, Run};
-use crate::process::{Server, now_nanos, pin, unpin};
+use crate::client::{self, PATIENCE, Run};
+use crate::process::{Server, first_cpu, now_nanos, pin, unpin};
 use crate::servers::{Denies, Setting, Spec};
+use nix::sys::signal::{SigSet, Signal};
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Error, Read, Result};
+use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Result};
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What the whole run shares.
 pub struct Bench {
@@ -70,6 +72,16 @@ pub enum Needs {
     Activation,
 }
 
+/// A way for the floor to lie.
+pub struct Lie {
+    /// The floor's option.
+    pub option: &'static str,
+    /// Which answers are false: every so many-th.
+    pub nth: u32,
+    /// How long the workload has to last.
+    pub span: Duration,
+}
+
 const fn workload(
     name: &'static str,
     what: &'static str,
@@ -80,10 +92,28 @@ const fn workload(
     Workload { name, what, connections, needs, run }
 }
 
+/// What a client may do between an answer and its next line. Longer than an echo takes, shorter than a server that looks
+/// again before it sleeps is likely to look, so that what this looking costs shows.
+const THINK: Duration = Duration::from_micros(15);
+
+/// How long an idle server is watched at least: one that wakes every second has to be seen waking.
+const IDLE: Duration = Duration::from_secs(3);
+
+/// How long it has to have been quiet before that: longer than a server puts off what need not be done at once.
+const SETTLED: Duration = Duration::from_millis(1500);
+
+/// How many connections `connect-*` finishes after the time.
+const FINISHED: u32 = 16;
+
 /// All workloads in the order in which they run.
 pub const ALL: &[Workload] = &[
-    workload("ping-free", "1 connection, 32-byte lines, one at a time", 1, Needs::Nothing, |b, s| ping(b, s, None)),
-    workload("ping-same", "the same, client and server on one CPU", 1, Needs::Nothing, |b, s| ping(b, s, Some(0))),
+    workload("ping-free", "1 connection, 32-byte lines, one at a time", 1, Needs::Nothing, |b, s| {
+        ping(b, s, Duration::ZERO)
+    }),
+    workload("ping-think", "the same, the client busy for 15 µs before each line", 1, Needs::Nothing, |b, s| {
+        ping(b, s, THINK)
+    }),
+    workload("ping-same", "as ping-free, client and server on one CPU", 1, Needs::Nothing, ping_same),
     workload("ping-64", "64 connections, one 32-byte line each at a time", 64, Needs::Nothing, |b, s| {
         many(b, s, 64, 32, 1)
     }),
@@ -127,6 +157,23 @@ impl Workload {
     pub fn run(&self, bench: &Bench, spec: &Spec) -> Result<Figures> {
         (self.run)(bench, spec)
     }
+
+    /// The lies of the floor's that it has to notice.
+    pub fn lies(&self, bench: &Bench) -> Vec<Lie> {
+        // Time for many more answers than that, however busy the machine is; the first false one ends it.
+        let patient = Duration::from_secs(30);
+        // Not while the connections are opened, but in what follows: the metered exchanges, or the echo at the end.
+        let echo = Lie { option: "--lie", nth: bench.many(self.connections) + 40, span: patient };
+        let denial = Lie { option: "--lie-denial", nth: 1, span: patient };
+        match self.needs {
+            Needs::Nothing => vec![echo],
+            Needs::Judgement => vec![denial],
+            // What the strangers saw is asked at the end.
+            Needs::JudgementInOne => vec![echo, Lie { span: Duration::from_secs(1), ..denial }],
+            // A server afresh for each connection.
+            Needs::Activation => vec![Lie { nth: 1, ..echo }],
+        }
+    }
 }
 
 impl Bench {
@@ -148,7 +195,7 @@ fn figures(run: &mut Run, cpu: Duration, server: &Server) -> Result<Figures> {
     let mut figures = percentiles(run);
     figures.insert(Figure::Rate, lines / run.elapsed.as_secs_f64());
     figures.insert(Figure::Cpu, cpu.as_secs_f64() * 1e6 / lines);
-    figures.insert(Figure::Peak, server.peak_kib() as f64);
+    figures.insert(Figure::Peak, server.peak_kib()? as f64);
     Ok(figures)
 }
 
@@ -166,25 +213,33 @@ fn metered(server: &Server, load: impl FnOnce() -> Result<Run>) -> Result<Figure
     figures(&mut run, server.cpu()?.saturating_sub(before), server)
 }
 
-fn ping(bench: &Bench, spec: &Spec, cpu: Option<usize>) -> Result<Figures> {
-    let socket = bench.socket();
-    let server = spec.start(&socket, Setting { cpu, ..Setting::default() })?;
-    if let Some(cpu) = cpu {
-        pin(cpu)?;
-    }
-    let end = (|| {
-        let mut conns = client::open(&socket, 1, 32, 1)?;
-        let figures = metered(&server, || {
-            let mut run = Run::default();
-            conns.iter_mut().try_for_each(|conn| conn.ping(bench.span, &mut run)).map(|()| run)
-        });
-        conns.into_iter().try_for_each(client::Conn::finish)?;
-        figures
-    })();
-    if cpu.is_some() {
-        unpin(bench.cpus)?;
-    }
+fn ping(bench: &Bench, spec: &Spec, think: Duration) -> Result<Figures> {
+    let server = spec.start(&bench.socket(), Setting::default())?;
+    ping_at(bench, &server, think)
+}
+
+fn ping_same(bench: &Bench, spec: &Spec) -> Result<Figures> {
+    let cpu = first_cpu()?;
+    let server = spec.start(&bench.socket(), Setting { cpu: Some(cpu), ..Setting::default() })?;
+    let allowed = pin(cpu)?;
+    let end = ping_at(bench, &server, Duration::ZERO);
+    unpin(&allowed)?;
     end
+}
+
+fn ping_at(bench: &Bench, server: &Server, think: Duration) -> Result<Figures> {
+    let mut conns = client::open(&bench.socket(), 1, 32, 1)?;
+    let figures = metered(server, || {
+        let mut run = Run::default();
+        conns.iter_mut().try_for_each(|conn| conn.ping(bench.span, think, &mut run)).map(|()| run)
+    })?;
+    finish(conns)?;
+    Ok(figures)
+}
+
+/// Outside what is metered: an echo on each connection, and its end.
+fn finish(conns: impl IntoIterator<Item = client::Conn>) -> Result<()> {
+    conns.into_iter().try_for_each(client::Conn::finish)
 }
 
 fn many(bench: &Bench, spec: &Spec, connections: u32, line: usize, lines: usize) -> Result<Figures> {
@@ -192,7 +247,7 @@ fn many(bench: &Bench, spec: &Spec, connections: u32, line: usize, lines: usize)
     let server = spec.start(&socket, Setting::default())?;
     let mut conns = client::open(&socket, bench.many(connections), line, lines)?;
     let figures = metered(&server, || client::drive(&mut conns, bench.span))?;
-    conns.into_iter().try_for_each(client::Conn::finish)?;
+    finish(conns)?;
     Ok(figures)
 }
 
@@ -201,15 +256,19 @@ fn flat(bench: &Bench, spec: &Spec, connections: u32) -> Result<Figures> {
     let server = spec.start(&socket, Setting::default())?;
     let mut conns = client::open(&socket, bench.many(connections), 32, 1)?;
     let figures = metered(&server, || client::drive(&mut conns[..64], bench.span))?;
-    conns.into_iter().try_for_each(client::Conn::finish)?;
+    finish(conns)?;
     Ok(figures)
 }
 
 fn connect(bench: &Bench, spec: &Spec, clients: u32) -> Result<Figures> {
     let socket = bench.socket();
     let server = spec.start(&socket, Setting::default())?;
-    drop(client::open(&socket, 1, 32, 1)?);
-    metered(&server, || client::connects(&socket, clients, bench.span))
+    finish(client::open(&socket, 1, 32, 1)?)?;
+    let figures =
+        metered(&server, || server.within(bench.span + PATIENCE, || client::connects(&socket, clients, bench.span)))?;
+    // Those that are metered the client just closes, as its users would; what the server does at a proper end shows here.
+    finish(client::open(&socket, FINISHED, 32, 1)?)?;
+    Ok(figures)
 }
 
 /// Memory, wake-ups, and CPU (in µs per second, here) of a server with nothing to do.
@@ -217,35 +276,38 @@ fn idle(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let socket = bench.socket();
     let server = spec.start(&socket, Setting::default())?;
     let first = client::open(&socket, 1, 32, 1)?;
-    let before = server.anonymous_kib();
+    let before = server.anonymous_kib()?;
     let conns = client::open(&socket, bench.many(10_000), 32, 1)?;
-    let more = server.anonymous_kib().saturating_sub(before) * 1024;
-    settle(&server)?;
-    let (sleeps, cpu) = (server.sleeps(), server.cpu()?);
+    let more = server.anonymous_kib()?.saturating_sub(before) * 1024;
+    // What a server puts off for a moment belongs to the connections that have just come, not to their idleness.
+    let (quiet, span) = if bench.quick { (IDLE / 100, IDLE / 100) } else { (SETTLED, bench.span.max(IDLE)) };
+    settle(&server, quiet)?;
+    let (sleeps, cpu) = (server.sleeps()?, server.cpu()?);
     // Not to await anything: how often the server wakes while nothing happens is the figure.
-    std::thread::sleep(bench.span);
-    let wakeups = server.sleeps().saturating_sub(sleeps) as f64 / bench.span.as_secs_f64();
+    std::thread::sleep(span);
+    let wakeups = server.sleeps()?.saturating_sub(sleeps) as f64 / span.as_secs_f64();
     let spent = server.cpu()?.saturating_sub(cpu);
     let figures = BTreeMap::from([
         (Figure::PerConnection, more as f64 / conns.len() as f64),
         (Figure::Wakeups, wakeups),
-        (Figure::Cpu, spent.as_secs_f64() * 1e6 / bench.span.as_secs_f64()),
-        (Figure::Peak, server.peak_kib() as f64),
+        (Figure::Cpu, spent.as_secs_f64() * 1e6 / span.as_secs_f64()),
+        (Figure::Peak, server.peak_kib()? as f64),
     ]);
-    first.into_iter().chain(conns).try_for_each(client::Conn::finish)?;
+    finish(first.into_iter().chain(conns))?;
     Ok(figures)
 }
 
-/// Returns when the server has stopped working on what came before: no CPU time in 20 ms, or a second has passed.
-fn settle(server: &Server) -> Result<()> {
-    let mut before = server.cpu()?;
-    for _ in 0..50 {
-        std::thread::sleep(Duration::from_millis(20));
+/// Returns when the server has stopped working on what came before: it has used no CPU time for `quiet`, or five times
+/// that has passed.
+fn settle(server: &Server, quiet: Duration) -> Result<()> {
+    let start = Instant::now();
+    let (mut before, mut since) = (server.cpu()?, start);
+    while since.elapsed() < quiet && start.elapsed() < quiet * 5 {
+        std::thread::sleep(Duration::from_millis(10));
         let now = server.cpu()?;
-        if now == before {
-            break;
+        if now != before {
+            (before, since) = (now, Instant::now());
         }
-        before = now;
     }
     Ok(())
 }
@@ -260,7 +322,7 @@ fn message(spec: &Spec) -> &'static str {
 fn denied(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let socket = bench.socket();
     let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
-    drop(client::open(&socket, 1, 32, 1)?);
+    finish(client::open(&socket, 1, 32, 1)?)?;
     metered(&server, || Stranger::start(STRANGERS[0], &socket, message(spec), bench.span)?.end())
 }
 
@@ -269,7 +331,7 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
     let mut conns = client::open(&socket, 1, 32, 1)?;
     let mut quiet = Run::default();
-    conns[0].ping(bench.span, &mut quiet)?;
+    conns[0].ping(bench.span, Duration::ZERO, &mut quiet)?;
     // The strangers go on for longer than the measurement, so that none of it is quiet.
     let span = bench.span * 2;
     let mut strangers =
@@ -277,7 +339,7 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
     strangers.iter_mut().try_for_each(Stranger::started)?;
     let mut figures = metered(&server, || {
         let mut run = Run::default();
-        conns[0].ping(bench.span, &mut run).map(|()| run)
+        conns[0].ping(bench.span, Duration::ZERO, &mut run).map(|()| run)
     })?;
     // The server's time went to the strangers; per line of the admitted one it says nothing.
     figures.remove(&Figure::Cpu);
@@ -287,7 +349,7 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
         turned_away += stranger.end()?.lines;
     }
     figures.insert(Figure::Strangers, turned_away as f64 / span.as_secs_f64());
-    conns.into_iter().try_for_each(client::Conn::finish)?;
+    finish(conns)?;
     Ok(figures)
 }
 
@@ -304,22 +366,30 @@ impl Stranger {
     fn start(uid: u32, socket: &Path, message: &str, span: Duration) -> Result<Self> {
         let mut command = Command::new("/proc/self/exe");
         command.arg(STRANGER).arg(uid.to_string()).arg(socket).arg(message).arg(span.as_millis().to_string());
-        let mut child = command.stdout(Stdio::piped()).spawn()?;
+        let mut child = command.arg(std::process::id().to_string()).stdout(Stdio::piped()).spawn()?;
         let said = child.stdout.take().ok_or_else(|| Error::other("no pipe from the stranger"))?;
         Ok(Self { child, said: BufReader::new(said) })
     }
 
-    /// Returns when the stranger is about to connect.
+    /// Returns when the stranger is about to connect. It cannot wait for longer than the stranger lives.
     fn started(&mut self) -> Result<()> {
-        self.said.read_line(&mut String::new()).map(drop)
+        let mut said = String::new();
+        self.said.read_line(&mut said)?;
+        if said == "started\n" { Ok(()) } else { Err(Error::other(format!("a stranger said {said:?}"))) }
     }
 
     fn end(mut self) -> Result<Run> {
         let mut said = String::new();
         self.said.read_to_string(&mut said)?;
         let status = self.child.wait()?;
+        if status.signal() == Some(Signal::SIGALRM as i32) {
+            return Err(Error::new(ErrorKind::TimedOut, "a stranger waits for its denial"));
+        }
         if !status.success() {
             return Err(Error::other(format!("a stranger ended with {status}")));
+        }
+        if let Some(wrong) = said.lines().find_map(|l| l.strip_prefix(WRONG)) {
+            return Err(Error::new(ErrorKind::InvalidData, wrong));
         }
         let mut numbers = said.lines().filter_map(|l| l.parse::<u64>().ok());
         let elapsed = Duration::from_nanos(numbers.next().unwrap_or_default());
@@ -328,20 +398,46 @@ impl Stranger {
     }
 }
 
+impl Drop for Stranger {
+    /// Where the run has failed before its end. Of one that has ended already there is nothing left to kill.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// How a stranger begins the line that tells of a wrong answer.
+const WRONG: &str = "wrong: ";
+
 /// The stranger's own side: becomes the user, connects for the time given, and says what it saw.
 pub fn stranger(args: &[String]) -> Result<()> {
-    let [uid, socket, message, millis] = args else { return Err(Error::other("uid socket message milliseconds")) };
+    let [uid, socket, message, millis, parent] = args else {
+        return Err(Error::other("uid socket message milliseconds parent"));
+    };
     let number = |text: &String| text.parse::<u32>().map_err(Error::other);
     let id = number(uid)?;
     nix::unistd::setgroups(&[])?;
     nix::unistd::setgid(id.into())?;
     nix::unistd::setuid(id.into())?;
-    println!("started");
     let span = Duration::from_millis(number(millis)?.into());
-    let run = client::denials(Path::new(socket), message.as_bytes(), span)?;
-    let mut said = format!("{}\n", run.elapsed.as_nanos());
-    run.latencies.iter().for_each(|n| said.push_str(&format!("{n}\n")));
-    print!("{said}");
+    // A server that does not answer must not hold up the benchmark, nor may the stranger outlive it: the one signal ends
+    // it in time, the other with whom it belongs to. Both after it has become the user, which would undo the second.
+    SigSet::empty().thread_set_mask()?;
+    nix::unistd::alarm::set(u32::try_from((span + PATIENCE).as_secs()).map_err(Error::other)?.saturating_add(1));
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    if std::os::unix::process::parent_id() != number(parent)? {
+        return Err(Error::other("the benchmark has ended"));
+    }
+    println!("started");
+    match client::denials(Path::new(socket), message.as_bytes(), span) {
+        Ok(run) => {
+            let mut said = format!("{}\n", run.elapsed.as_nanos());
+            run.latencies.iter().for_each(|n| said.push_str(&format!("{n}\n")));
+            print!("{said}");
+        }
+        Err(error) if error.kind() == ErrorKind::InvalidData => println!("{WRONG}{error}"),
+        Err(error) => return Err(error),
+    }
     Ok(())
 }
 
@@ -394,8 +490,9 @@ fn cold_once(bench: &Bench, spec: &Spec) -> Result<(f64, Option<f64>, u64)> {
         Some(Err(_)) => return Err(Error::other("the reader of READY=1 panicked")),
         None => None,
     };
-    conns.into_iter().try_for_each(client::Conn::finish)?;
-    Ok((millis(before, echoed), ready, server.peak_kib()))
+    let peak = server.peak_kib()?;
+    finish(conns)?;
+    Ok((millis(before, echoed), ready, peak))
 }
 
 fn millis(from: u64, to: u64) -> f64 {
