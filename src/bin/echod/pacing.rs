@@ -3,8 +3,10 @@
 //! Waking a sleeping thread costs tens of microseconds on a virtual processor, on both sides. Whoever looks
 //! for a while before it sleeps saves that. So that an idle or slow service never spins, a look follows only
 //! upon a sleep that was short, and when looks are in vain again and again, each doubles how many short sleeps
-//! must come first.
+//! must come first. Between looks others get the processor; where they keep it, there is nothing to be saved: whoever
+//! sleeps is put before them when it is woken, whoever has yielded waits behind them.
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// A sleep is short up to this many times the span of a look: being woken is itself what makes it so long.
@@ -13,6 +15,15 @@ const SHORT: u32 = 4;
 const FORGIVEN: u32 = 3;
 /// Looks in vain that count: after so many only one in 1,024 short sleeps is followed by another look.
 const MOST_IN_VAIN: u32 = FORGIVEN + 10;
+
+/// Whoever gives way and gets the processor back later than this has given it to others who want it for themselves. A
+/// peer that answers takes less.
+const LONG_ABSENCE: Duration = Duration::from_micros(25);
+/// And later than this also where something has come by then: it would have come sooner to one who sleeps. No peer that
+/// answers takes as long, and those who want the processor for themselves get it for longer at a time.
+const TOO_LONG_ABSENCE: Duration = Duration::from_micros(500);
+/// For how many times as long as they kept it nothing is looked for: so no more than about a twentieth is lost to them.
+const ABSENCES: u32 = 16;
 
 /// Whether to look again, and for how long.
 #[derive(Debug)]
@@ -24,12 +35,16 @@ pub struct Pacing {
     in_vain: u32,
     /// Short sleeps to come before the next look.
     sleeps_due: u32,
+    /// For how long others have just kept the processor, unless that was worth it.
+    absence: Option<Duration>,
+    /// Until then others want the processor.
+    crowded_until: Option<Instant>,
 }
 
 impl Pacing {
     /// Looks for as long as `span`; `None`: never.
     pub fn new(span: Option<Duration>) -> Self {
-        Self { span, last_event: None, in_vain: 0, sleeps_due: 0 }
+        Self { span, last_event: None, in_vain: 0, sleeps_due: 0, absence: None, crowded_until: None }
     }
 
     /// Whether to look once more instead of sleeping. When the span is over: no, until sleeps are short again.
@@ -38,16 +53,42 @@ impl Pacing {
         if last.elapsed() < span {
             return true;
         }
+        self.stop_looking();
+        false
+    }
+
+    fn stop_looking(&mut self) {
         self.last_event = None;
+        if let Some(absence) = self.absence.take() {
+            self.crowded_until = Instant::now().checked_add(ABSENCES * absence);
+            return;
+        }
         self.in_vain = (self.in_vain + 1).min(MOST_IN_VAIN);
         self.sleeps_due = (1 << self.in_vain.saturating_sub(FORGIVEN)) - 1;
-        false
+    }
+
+    /// Lets others have the processor before the next look: the peer may be waiting for it. False where they kept it last
+    /// time, and nothing had come when we got it back, or they kept it too long: then it is time to sleep.
+    pub fn gives_way(&mut self) -> bool {
+        self.gives_way_by(thread::yield_now)
+    }
+
+    fn gives_way_by(&mut self, yield_now: impl FnOnce()) -> bool {
+        if self.absence.is_some() {
+            self.stop_looking();
+            return false;
+        }
+        let since = Instant::now();
+        yield_now();
+        self.absence = Some(since.elapsed()).filter(|absence| *absence > LONG_ABSENCE);
+        true
     }
 
     /// A look found something.
     pub fn found(&mut self) {
         self.last_event = Some(Instant::now());
         self.in_vain /= 2;
+        self.absence = self.absence.filter(|absence| *absence > TOO_LONG_ABSENCE);
     }
 
     /// Sleeps by calling `sleep`, which says how many events ended it, and judges whether a look would have been
@@ -80,7 +121,7 @@ impl Pacing {
 
     /// Whether upon an event after this pause it is better to look for the next than to sleep.
     fn judge(&mut self, pause: Duration, span: Duration, now: Instant) {
-        if pause < SHORT * span {
+        if pause < SHORT * span && self.crowded_until.is_none_or(|until| until <= now) {
             match self.sleeps_due.checked_sub(1) {
                 None => self.last_event = Some(now),
                 Some(due) => self.sleeps_due = due,
@@ -127,6 +168,40 @@ mod tests {
         // However slow the machine is: what is under test is what follows upon short sleeps.
         pacing.span = Some(LONG);
         (1..=2000).find(|_| pacing.sleep(|| 1) == 1 && pacing.last_event.is_some()).unwrap()
+    }
+
+    fn absent() {
+        thread::sleep(2 * LONG_ABSENCE);
+    }
+
+    #[test]
+    fn where_others_keep_the_processor_and_nothing_comes_it_is_left_to_them_for_a_while() {
+        let mut pacing = Pacing::new(Some(LONG));
+        sleeps_until_a_look(&mut pacing);
+        assert!(pacing.gives_way_by(absent), "something may have come meanwhile");
+        assert!(pacing.goes_on_looking());
+        assert!(!pacing.gives_way_by(|| panic!("it has given way once")));
+        assert!(!pacing.goes_on_looking());
+        assert_eq!(pacing.in_vain, 0, "it was not the peer's fault");
+        let until = pacing.crowded_until.unwrap();
+        pacing.judge(Duration::ZERO, LONG, until - Duration::from_nanos(1));
+        assert!(!pacing.is_looking());
+        pacing.judge(Duration::ZERO, LONG, until);
+        assert!(pacing.is_looking());
+    }
+
+    #[test]
+    fn a_peer_that_was_given_the_processor_and_answers_is_looked_for_again() {
+        let mut pacing = Pacing::new(Some(LONG));
+        sleeps_until_a_look(&mut pacing);
+        for _ in 0..3 {
+            pacing.absence = Some(TOO_LONG_ABSENCE);
+            pacing.found();
+            assert!(pacing.gives_way());
+        }
+        pacing.absence = Some(TOO_LONG_ABSENCE + Duration::from_nanos(1));
+        pacing.found();
+        assert!(pacing.is_looking() && !pacing.gives_way() && !pacing.is_looking(), "it came late");
     }
 
     fn look_in_vain(pacing: &mut Pacing) {

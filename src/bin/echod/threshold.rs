@@ -138,7 +138,8 @@ impl Reception<Terms> for Threshold {
     fn linger(&mut self) -> bool {
         self.look();
         if self.pacing.goes_on_looking() {
-            // Where the peer runs on this very processor, it is waiting for us to let it.
+            // Where the peer runs on this very processor, it is waiting for us to let it. However long others keep it then:
+            // to hand everybody over to a worker costs more.
             thread::yield_now();
             return true;
         }

@@ -244,7 +244,9 @@ impl Loop {
                 }
             }
             // Where the peer runs on this very processor, it is waiting for us to let it.
-            thread::yield_now();
+            if !self.pacing.gives_way() {
+                return None;
+            }
         }
         None
     }
