@@ -500,6 +500,8 @@ mod tests {
 
     use std::io::Read;
 
+    use nix::sys::socket::setsockopt;
+
     /// However much echo the peer has yet to take, and however long it takes.
     #[test]
     fn who_reads_late_that_a_line_was_too_long_reads_it_all_the_same() {
@@ -553,6 +555,8 @@ mod tests {
         let (mut buffers, audit) = (Buffers::new(READ), Audit::default());
         let (admission, mut client) = admission(&policy, 1);
         let mut connection = Connection::admitted(admission);
+        // Takes more than a turn's worth at once, whether the peer reads meanwhile or not.
+        setsockopt(&connection.socket, sockopt::SndBuf, &(2 * ROOM)).unwrap();
         connection.held = vec![b'x'; LENGTH - 1];
         connection.held.push(b'\n');
         let heard = std::thread::spawn(move || {
