@@ -92,13 +92,14 @@ impl Writer {
                 // The thread is not waited for: what holds it up may be no journal, but the user database. Nor is
                 // standard error for long, which nobody may read.
                 let (telling, told) = mpsc::channel();
-                let Self { audit, identifier, .. } = self;
+                let (audit, identifier) = (self.audit.clone(), self.identifier.clone());
                 let tell = move || {
                     tell_the_rest(&audit, &identifier);
                     let _ = telling.send(());
                 };
-                if thread::Builder::new().name("last words".to_owned()).spawn(tell).is_ok() {
-                    let _ = told.recv_timeout(Duration::from_secs(5));
+                match thread::Builder::new().name("last words".to_owned()).spawn(tell) {
+                    Ok(_) => _ = told.recv_timeout(Duration::from_secs(5)),
+                    Err(_) => tell_the_rest(&self.audit, &self.identifier),
                 }
                 return;
             }

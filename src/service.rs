@@ -1,4 +1,5 @@
-//! The service manager's side of a service: readiness, status, watchdog, signals, the descriptor store.
+//! The service manager's side of a service: readiness, status, watchdog, signals, the descriptor store. Also what memory
+//! goes back to the system ([`return_memory`]).
 //!
 //! Sole user of sd-notify. Where there is no service manager nobody is told anything, which is no error; the [`Store`]
 //! alone has no room then, and says so. Signals, signs of life and [`request_reload`] do not depend on one.
