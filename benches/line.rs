@@ -1,13 +1,8 @@
 //! What framing costs, beside a plain copy of the same bytes. Run by `cargo bench --bench line`.
-//!
-//! The framing belongs to the program, not to the library; it is taken in as a file.
-#[path = "../src/bin/echod/line.rs"]
-#[allow(dead_code, missing_docs)]
-mod line;
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use line::{Cursor, echo};
+use echod::line::{Cursor, echo};
 
 /// Bytes received at once, in lines of these lengths.
 const INPUT: usize = 16 * 1024;

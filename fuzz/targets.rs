@@ -1,21 +1,10 @@
 //! What the fuzzers run: for each target a function that takes any bytes and panics where a claim does not hold.
 //!
 //! Included by fuzz_targets/ (libFuzzer, nightly compiler) and by tests/fuzz_replay.rs, which replays the corpora on
-//! the stable one. The program's modules are included as files: a program has no library to import them from.
+//! the stable one.
 
 // Each target uses its part of the modules, and of this file.
 #![allow(dead_code)]
-
-#[path = "../src/bin/echod"]
-mod echod {
-    pub mod config;
-    pub mod line;
-    pub mod report {
-        pub mod entry;
-        pub mod show;
-        pub mod tally;
-    }
-}
 
 use std::io::{self, BufReader};
 

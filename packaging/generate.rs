@@ -8,10 +8,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, ArgAction, Command, CommandFactory};
 use clap_complete::Shell;
-
-#[path = "../src/bin/echod/cli.rs"]
-#[allow(dead_code)] // Parsed by nobody here: only the definition counts.
-mod cli;
+use echod::cli;
 
 /// The manual page that holds generated parts.
 const PAGE: &str = "packaging/man/echod.8";
@@ -136,7 +133,7 @@ fn escape(text: &str) -> String {
 
 #[allow(dead_code)] // Included by tests/docs.rs as well, which has no use for it.
 fn main() -> std::io::Result<()> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = &Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     for (path, text) in files(root)? {
         std::fs::write(root.join(path), text)?;
     }

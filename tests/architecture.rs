@@ -4,17 +4,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The sources below a directory, by their path relative to src/: code only, without comments and tests.
-fn sources(below: &str) -> BTreeMap<String, String> {
-    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+/// The sources of a crate, by their path in its folder: code only, without comments and tests.
+fn sources(krate: &str) -> BTreeMap<String, String> {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(krate);
     let mut found = BTreeMap::new();
-    let mut directories = vec![src.join(below)];
+    let mut directories = vec![src.clone()];
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(directory).unwrap() {
             let path: PathBuf = entry.unwrap().path();
             if path.is_dir() {
                 directories.push(path);
-            } else {
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
                 let name = path.strip_prefix(&src).unwrap().to_str().unwrap().to_owned();
                 found.insert(name, code(&fs::read_to_string(&path).unwrap()));
             }
@@ -30,8 +30,7 @@ fn code(text: &str) -> String {
 
 /// The library's sources.
 fn library() -> BTreeMap<String, String> {
-    let mut sources = sources("");
-    sources.retain(|name, _| !name.starts_with("bin/"));
+    let sources = sources("peergate");
     assert!(sources.len() > 10, "the sources are to be found elsewhere now");
     sources
 }
@@ -48,17 +47,18 @@ fn each_crate_that_speaks_to_systemd_has_one_module() {
     assert_eq!(users_of(&["listenfd"], &library), ["activation.rs"]);
     assert_eq!(users_of(&["sd_notify"], &library), ["service.rs"]);
     assert_eq!(users_of(&["tracing_journald", "tracing_subscriber", "tracing::"], &library), ["journal.rs"]);
-    let program = sources("bin");
+    let program = sources("echod");
     let none: [String; 0] = [];
     assert_eq!(users_of(&["listenfd", "sd_notify", "tracing"], &program), none);
 }
 
 #[test]
 fn only_sys_is_unsafe() {
-    let all = sources("");
+    let all = library();
     assert_eq!(users_of(&["unsafe {", "unsafe fn", "allow(unsafe_code)"], &all), ["sys.rs"]);
     assert!(all["lib.rs"].contains("#![deny(unsafe_code)]"));
-    assert!(all["bin/echod/main.rs"].contains("#![cfg_attr(not(test), forbid(unsafe_code))]"));
+    assert!(sources("echod")["lib.rs"].contains("#![cfg_attr(not(test), forbid(unsafe_code))]"));
+    assert!(sources("echod")["main.rs"].contains("#![forbid(unsafe_code)]"));
 }
 
 #[test]
@@ -86,7 +86,7 @@ fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
 
 #[test]
 fn the_framing_knows_only_bytes() {
-    let line = &sources("bin")["bin/echod/line.rs"];
+    let line = &sources("echod")["line.rs"];
     for word in ["use peergate", "use crate", "use nix", "std::os", "std::net", "std::time", "std::fs"] {
         assert!(!line.contains(word), "line.rs: {word}");
     }
@@ -96,15 +96,6 @@ fn the_framing_knows_only_bytes() {
 fn nothing_in_the_library_names_the_program() {
     let none: [String; 0] = [];
     assert_eq!(users_of(&["echod"], &library()), none);
-}
-
-#[test]
-fn the_program_uses_the_public_surface_alone() {
-    for (name, code) in sources("bin") {
-        // What only the tests take in comes from the tests' own directory.
-        let code = code.replace("#[path = \"../../../tests/support/", "");
-        assert!(!code.contains("#[path") && !code.contains("include!"), "{name} takes in the library's sources");
-    }
 }
 
 /// The library's top-level modules that a source names.
@@ -121,8 +112,7 @@ fn no_two_modules_import_each_other() {
     // These two are one: ids are what units are told by, and units belong to a subject.
     expect_no_cycle(&library, &["ids", "unit"]);
 
-    let program = sources("bin").into_iter().map(|(name, code)| (name.replace("bin/echod/", ""), code)).collect();
-    let program = who_imports_whom(program);
+    let program = who_imports_whom(sources("echod"));
     assert!(program["worker"].contains("connection"), "imports are written otherwise now");
     expect_no_cycle(&program, &[]);
 }

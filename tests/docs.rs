@@ -13,7 +13,7 @@ use peergate::audit::{Event, Severity};
 mod generate;
 
 fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
 }
 
 fn read(path: &str) -> String {
@@ -26,7 +26,7 @@ fn completions_and_option_lists_follow_the_command_lines_definition() {
         let found = fs::read(root().join(&path)).unwrap();
         assert!(
             found == wanted,
-            "{} does not follow src/bin/echod/cli.rs: run `cargo run --example generate`",
+            "{} does not follow src/echod/cli.rs: run `cargo run --example generate`",
             path.display()
         );
     }
@@ -53,8 +53,8 @@ fn literals(path: &str) -> BTreeSet<String> {
 #[test]
 fn every_message_id_has_an_entry_in_the_catalog_and_every_entry_an_id() {
     let is_id = |text: &String| text.len() == 32 && text.chars().all(|c| c.is_ascii_hexdigit());
-    let ids: BTreeSet<String> = literals("src/audit.rs").into_iter().filter(is_id).collect();
-    assert!(ids.contains("72261db9963c465c8c6121daadeb1cbc"), "src/audit.rs no longer holds the ids");
+    let ids: BTreeSet<String> = literals("src/peergate/audit.rs").into_iter().filter(is_id).collect();
+    assert!(ids.contains("72261db9963c465c8c6121daadeb1cbc"), "src/peergate/audit.rs no longer holds the ids");
     assert_eq!(ids, catalog().into_keys().collect());
 }
 
@@ -147,7 +147,7 @@ fn fields(text: &str) -> BTreeSet<String> {
 fn the_manual_page_and_the_catalog_name_the_fields_that_are_written_and_no_others() {
     // `PEER_UID = …` in the list of fields of an event.
     let named = |line: &str| line.trim().split_once(" = ").map(|(name, _)| fields(name));
-    let written: BTreeSet<String> = read("src/journal.rs").lines().filter_map(named).flatten().collect();
+    let written: BTreeSet<String> = read("src/peergate/journal.rs").lines().filter_map(named).flatten().collect();
     assert!(written.contains("GATE_VERDICT"), "the names of the fields are to be found elsewhere now");
     assert_eq!(fields(&read("packaging/man/echod.8")), written);
     let unknown: Vec<_> = fields(&read("packaging/echod.catalog")).difference(&written).cloned().collect();

@@ -25,7 +25,7 @@ const ALICE: u32 = 61_001;
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn source(file: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(file)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples").join(file)
 }
 
 /// The program of an example, built as it stands.
@@ -38,7 +38,10 @@ fn program(example: &str) -> PathBuf {
         cargo.args(["build", "--quiet", "--locked", "--offline"]).arg("--target-dir").arg(profile.parent().unwrap());
         cargo.args(EXAMPLES.into_iter().chain(["peer"]).flat_map(|example| ["--example", example]));
         cargo.args((!cfg!(debug_assertions)).then_some("--release"));
-        assert!(cargo.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(), "building the examples");
+        assert!(
+            cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).status().unwrap().success(),
+            "building the examples"
+        );
         profile.join("examples")
     });
     directory.join(example)

@@ -10,7 +10,7 @@ mod targets;
 #[test]
 fn every_input_that_a_fuzzer_found_worth_keeping_holds_every_claim() {
     for (name, target) in targets::ALL {
-        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(name);
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
         let inputs = fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
         let mut replayed = 0;
         for input in inputs {

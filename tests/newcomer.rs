@@ -32,10 +32,10 @@ fn client(socket: &Path, uid: u32) -> String {
 #[test]
 fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
     assert!(nix::unistd::geteuid().is_root(), "this test makes other users' processes: run it as root");
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = &Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let readme = fs::read_to_string(root.join("README.md")).unwrap();
     let dependency = readme.split('`').find(|code| code.starts_with("peergate = {")).expect("the dependency");
-    assert!(dependency.contains("\"…/peergate\""), "{dependency}");
+    assert!(dependency.contains("\"…/src/peergate\""), "{dependency}");
     let main = readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the code");
 
     let directory = Directory(std::env::temp_dir().join(format!("peergate-newcomer-{}", std::process::id())));
@@ -44,7 +44,7 @@ fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
     new.args(["new", "--quiet", "--vcs", "none", "hello"]).current_dir(&directory.0);
     assert!(new.status().unwrap().success());
     let package = &directory.0.join("hello");
-    let dependency = dependency.replace("…/peergate", root.to_str().unwrap());
+    let dependency = dependency.replace("…/src/peergate", env!("CARGO_MANIFEST_DIR"));
     let manifest = fs::read_to_string(package.join("Cargo.toml")).unwrap();
     assert!(manifest.ends_with("[dependencies]\n"), "{manifest}");
     fs::write(package.join("Cargo.toml"), manifest + &dependency + "\n").unwrap();

@@ -23,7 +23,7 @@ use serde_json::Value;
 
 #[test]
 fn the_public_surface_is_the_listed_one() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = &Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let listed = root.join("tests/public-api.txt");
     let found = Surface::of(&rustdoc_json(root)).text();
     if std::env::var_os("UPDATE_PUBLIC_API").is_some() {
@@ -42,7 +42,7 @@ fn rustdoc_json(root: &Path) -> Value {
     // TARGET/PROFILE/deps/public_api-HASH
     let target = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().to_path_buf();
     let run = Command::new(env!("CARGO"))
-        .args(["rustdoc", "--quiet", "--locked", "--offline", "--lib", "--target-dir"])
+        .args(["rustdoc", "--quiet", "--locked", "--offline", "--package", "peergate", "--lib", "--target-dir"])
         .arg(&target)
         .args(["--", "-Z", "unstable-options", "--output-format", "json"])
         .env("RUSTDOC", root.join("tools/rustdoc-unstable"))

@@ -1,5 +1,5 @@
 //! An allocator that counts what one thread allocates: for the claim that echoing allocates nothing.
-//! Included by the program's unit tests (src/bin/echod/main.rs), and by nobody else.
+//! Included by the program's unit tests (src/echod/lib.rs), and by nobody else.
 
 #![allow(unsafe_code)]
 

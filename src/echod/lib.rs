@@ -8,19 +8,19 @@
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 mod check;
-mod cli;
-mod config;
+pub mod cli;
+pub mod config;
 mod connection;
 #[cfg(test)]
-#[path = "../../../tests/support/counting.rs"]
+#[path = "../../tests/support/counting.rs"]
 mod counting;
 mod exit;
 mod explain;
 mod handover;
-mod line;
+pub mod line;
 mod mailbox;
 mod pacing;
-mod report;
+pub mod report;
 mod serve;
 mod threshold;
 mod worker;
@@ -61,7 +61,8 @@ const RELOAD_PATIENCE: Duration = Duration::from_secs(60);
 /// A message and the exit code that goes with it.
 struct Failure(u8, String);
 
-fn main() -> ExitCode {
+/// Runs the program: reads the command line, does what it says, gives the exit code.
+pub fn main() -> ExitCode {
     let cli = Cli::parse();
     let code = match cli.command {
         Some(Command::Check { config }) => check::run(config.as_deref()),

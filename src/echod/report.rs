@@ -5,9 +5,9 @@
 //! read, not for those of --system or --user: in which file journald keeps an entry depends on its configuration
 //! (SplitMode=, Storage=), the fields that it vouches for don't.
 
-mod entry;
-mod show;
-mod tally;
+pub mod entry;
+pub mod show;
+pub mod tally;
 
 use std::env;
 use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};

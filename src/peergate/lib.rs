@@ -111,8 +111,6 @@
 //! nobody, and a deny rule with units everybody whom its other keys match. Where there is no systemd,
 //! [`activation::bind`] makes a listener, records go to standard error, and nobody hears of readiness; signals are caught
 //! all the same. No public function panics.
-//!
-//! The library alone, without what only the program in this package needs: `default-features = false`.
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]

@@ -11,9 +11,11 @@ use clap::{Args, Parser, Subcommand, ValueHint};
 #[command(name = "echod", version, args_conflicts_with_subcommands = true, max_term_width = 100)]
 #[command(after_help = "Without a subcommand: serve the sockets that systemd passed, or those of --listen.")]
 pub struct Cli {
+    /// How to serve, where no subcommand is given.
     #[command(flatten)]
     pub serve: Serve,
 
+    /// What else to do.
     #[command(subcommand)]
     pub command: Option<Command>,
 }
@@ -57,6 +59,7 @@ pub enum Command {
 /// Whom to judge, and by which file.
 #[derive(Debug, Args)]
 pub struct Explain {
+    /// Whom to judge.
     #[command(flatten)]
     pub who: Who,
 
