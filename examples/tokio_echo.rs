@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use peergate::{
-    Audit, Caps, Limits, Listener, Notifier, Peer, Policy, Request, Rule, Signals, Stream, Uid, User, Verdict, Writer,
-    activation,
+    Audit, Limits, Listener, Notifier, Peer, Permits, Policy, Request, Rule, Signals, Stream, Uid, User, Verdict,
+    Writer, activation,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -31,10 +31,10 @@ type Guest = AsyncFd<Stream>;
 /// What all connections share.
 struct Gate {
     policy: Policy<()>,
-    caps: Caps,
-    inside: Limits,
+    caps: Limits,
+    inside: Permits,
     /// Those on their way out: a flood of strangers must not cost all descriptors.
-    leaving: Limits,
+    leaving: Permits,
     audit: Audit,
 }
 
@@ -48,8 +48,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
     let audit = Audit::default();
     let journal = Writer::start(&audit, "tokio_echo")?;
-    let (inside, leaving) = (Limits::new(), Limits::new());
-    let gate = Arc::new(Gate { policy, caps: Caps::default(), inside, leaving, audit });
+    let (inside, leaving) = (Permits::new(), Permits::new());
+    let gate = Arc::new(Gate { policy, caps: Limits::default(), inside, leaving, audit });
 
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -138,7 +138,7 @@ async fn write_all(guest: &mut Guest, mut bytes: &[u8]) -> io::Result<()> {
 /// The message, then a clean end of file: what the peer has sent is read first, up to a bound, because closing with
 /// data unread would reach the peer as ECONNRESET.
 async fn see_off(mut guest: Guest, message: &[u8], gate: &Gate, uid: Uid) -> io::Result<()> {
-    let Ok(_permit) = gate.leaving.acquire(uid, &Caps::new(256, 64), &()) else { return Ok(()) };
+    let Ok(_permit) = gate.leaving.acquire(uid, &Limits::new(256, 64), &()) else { return Ok(()) };
     let farewell = async {
         write_all(&mut guest, message).await?;
         guest.get_ref().shutdown(Shutdown::Write)?;

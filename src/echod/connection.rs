@@ -14,8 +14,8 @@ use peergate::baggage::Stream;
 use peergate::gate::Admission;
 use peergate::handover::attach_credentials;
 use peergate::ids::Uid;
-use peergate::limits::Permit;
 use peergate::peer::Peer;
+use peergate::permits::Permit;
 use peergate::policy::{Policy, Rule};
 
 use crate::config::Terms;

@@ -10,11 +10,10 @@ use std::time::Duration;
 
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::Usher;
+use peergate::gate::Closer;
 use peergate::peer::Peer;
 use peergate::service::Activity;
 
-use crate::config::Terms;
 use crate::connection::{Buffers, Connection, Outcome};
 use crate::mailbox::Mailbox;
 
@@ -22,7 +21,7 @@ use crate::mailbox::Mailbox;
 #[derive(Clone)]
 pub struct Exit {
     audit: Audit,
-    usher: Usher<Terms>,
+    closer: Closer,
     activity: Arc<Activity>,
     nothing: Arc<[u8]>,
     /// Who leaves now leaves because everything ends.
@@ -30,8 +29,8 @@ pub struct Exit {
 }
 
 impl Exit {
-    pub fn new(audit: Audit, usher: Usher<Terms>, activity: Arc<Activity>) -> Self {
-        Self { audit, usher, activity, nothing: Arc::from(&b""[..]), is_ending: false }
+    pub fn new(audit: Audit, closer: Closer, activity: Arc<Activity>) -> Self {
+        Self { audit, closer, activity, nothing: Arc::from(&b""[..]), is_ending: false }
     }
 
     /// The end of a connection of this mailbox's worker that is in no place any more. `line_length` is everybody's limit.
@@ -56,16 +55,17 @@ impl Exit {
             Outcome::TooLong => {
                 let _ = mailbox.epoll.delete(&socket);
                 let rest = untold.unwrap_or_default();
-                self.usher.see_off(socket, &if rest.is_empty() { Arc::clone(&self.nothing) } else { Arc::from(rest) });
+                self.closer
+                    .close_with(socket, &if rest.is_empty() { Arc::clone(&self.nothing) } else { Arc::from(rest) });
             }
             Outcome::Stranger(_) | Outcome::Denied(_) => {
                 let _ = mailbox.epoll.delete(&socket);
-                self.usher.revoke(socket);
+                self.closer.close_denied(socket);
             }
             // The peer may still be sending: it is to see an end of file, not a reset.
             Outcome::Over(Some(_)) => {
                 let _ = mailbox.epoll.delete(&socket);
-                self.usher.see_off(socket, &self.nothing);
+                self.closer.close_with(socket, &self.nothing);
             }
             Outcome::Over(None) | Outcome::Goes | Outcome::Baggage => {
                 if is_shared || socket.may_linger() {

@@ -16,6 +16,7 @@ mod connection;
 mod counting;
 mod exit;
 mod explain;
+mod gate_thread;
 mod handover;
 pub mod line;
 mod mailbox;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use peergate::limits::Permit;
+use peergate::permits::Permit;
 use peergate::policy::Rule;
 use peergate::service::Beat;
 

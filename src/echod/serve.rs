@@ -16,17 +16,18 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use peergate::activation::Listener;
 use peergate::audit::{self, Audit, Event, Reason, Record, Severity, Totals};
-use peergate::gate::{self, Admission, Door, Reception, Ruling as Admitting, Setup};
+use peergate::gate::{Gate, GateConfig, Judge, Setup};
 use peergate::ids::Uid;
 use peergate::journal::Writer;
-use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
+use peergate::permits::{Limits, Permit, Permits};
 use peergate::policy::{Rule, Verdict};
 use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
 
 use crate::config::{Config, Record as RecordWhat, Terms, Verify};
 use crate::connection::{Carried, Ruling};
 use crate::exit::Leaving;
+use crate::gate_thread::GateThread;
 use crate::handover::{self, Inheritance};
 use crate::pacing::Pacing;
 use crate::threshold::Threshold;
@@ -48,7 +49,7 @@ const MOST_WORKERS: usize = 16;
 /// How often the main thread lets itself be woken by what others do.
 const NOTICE_PAUSE: Duration = Duration::from_secs(1);
 
-impl peergate::limits::Terms for Terms {
+impl peergate::permits::Terms for Terms {
     fn connections_per_user(&self) -> Option<u32> {
         self.connections_per_user
     }
@@ -93,8 +94,8 @@ pub fn run(start: Start) -> Result<(), String> {
 
 struct Service {
     audit: Audit,
-    limits: Limits,
-    door: Door<Terms>,
+    limits: Permits,
+    gate: GateThread,
     workers: Vec<Worker>,
     around: Surroundings,
     config: Config,
@@ -159,10 +160,17 @@ enum End {
 impl Service {
     fn open(start: Start, audit: Audit, journal: &Writer) -> Result<Self, String> {
         let Start { listeners, inheritance, config, config_path, store, notifier, signals } = start;
-        let limits = Limits::new();
+        let limits = Permits::new();
         let Inheritance { connections, stateless, midline, unusable, foreign, next_connection } = inheritance;
-        // Before the door opens: who comes gets the places that are left, not those of the ones who have been here.
-        let judged = |connection| judge(connection, &config, &limits, &audit);
+        let opening = |error| format!("opening the gate: {error}");
+        let mut setup = Setup::new(listeners, Arc::clone(&config.policy), audit.clone()).map_err(opening)?;
+        setup.config = gate_config(&config);
+        setup.permits = limits.clone();
+        setup.first_connection = next_connection;
+        let gate = Gate::new(setup).map_err(opening)?;
+        // Before the gate opens: a new connection gets a place that the earlier ones leave.
+        let judge_of_gate = gate.judge();
+        let judged = |connection| judge(connection, &judge_of_gate, &config, &limits, &audit);
         let inherited = Judgement {
             live: connections.into_iter().map(judged).collect(),
             ending: stateless.into_iter().map(judged).collect(),
@@ -171,37 +179,27 @@ impl Service {
         // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let processors = thread::available_parallelism().map_or(1, Into::into);
         let busy_poll = config.service.busy_poll.filter(|_| processors > 1);
-        // Workers need the door, and the door's thread needs workers as soon as somebody is admitted: it waits for them.
-        let (threshold, to_threshold) = mpsc::channel();
-        let opening = |error| format!("opening the gate: {error}");
-        let mut setup = Setup::new(listeners, Arc::clone(&config.policy), audit.clone()).map_err(opening)?;
-        setup.ruling = admitting(&config);
-        setup.limits = limits.clone();
-        setup.first_connection = next_connection;
-        let activity = Arc::clone(&setup.activity);
-        let mut door = Door::open_with(setup, Entrance { threshold: None, to_threshold }).map_err(opening)?;
-        let around =
-            Surroundings { audit: audit.clone(), usher: door.usher(), activity: Arc::clone(&activity), busy_poll };
+        let activity = Arc::new(Activity::new().map_err(opening)?);
+        let around = Surroundings {
+            audit: audit.clone(),
+            closer: gate.closer(),
+            judge: gate.judge(),
+            activity: Arc::clone(&activity),
+            busy_poll,
+        };
         let count = config.service.workers.map_or_else(|| default_workers(processors), Into::into);
         let workers: io::Result<Vec<Worker>> =
             (0..count).map(|number| Worker::start(number, serving(&config), around.clone())).collect();
-        let workers = match workers {
-            Ok(workers) => workers,
-            Err(error) => {
-                // Whoever is denied from now on would not be recorded any more.
-                drop(threshold);
-                drop(door.shut());
-                return Err(format!("starting a worker: {error}"));
-            }
-        };
+        let workers = workers.map_err(|error| format!("starting a worker: {error}"))?;
         let mailboxes = workers.iter().map(Worker::mailbox).collect();
-        let _ = threshold.send(Threshold::new(mailboxes, audit.clone(), around.exit(), Pacing::new(busy_poll)));
-        let watched = workers.iter().map(Worker::watched).chain([door.watched(), journal.watched()]).collect();
+        let threshold = Threshold::new(mailboxes, audit.clone(), around.exit(), Pacing::new(busy_poll));
+        let gate = GateThread::start(gate, threshold, Arc::clone(&activity)).map_err(opening)?;
+        let watched = workers.iter().map(Worker::watched).chain([gate.watched(), journal.watched()]).collect();
         let now = Instant::now();
         let mut service = Self {
             audit,
             limits,
-            door,
+            gate,
             workers,
             around,
             config,
@@ -241,7 +239,7 @@ impl Service {
                 Ok((connection, rule, permit)) => {
                     self.workers[next.next().unwrap_or(0)].resume(connection, rule, permit);
                 }
-                Err(denied) => self.around.usher.revoke(denied),
+                Err(denied) => self.around.closer.close_denied(denied),
             }
         }
         let nothing = Arc::from(&b""[..]);
@@ -249,9 +247,9 @@ impl Service {
             match judged {
                 Ok((mut connection, rule, _)) => {
                     leaving(&mut connection).record_closed(&self.audit, Some(Reason::Stopping), rule.name().as_str());
-                    self.around.usher.see_off(connection.socket, &nothing);
+                    self.around.closer.close_with(connection.socket, &nothing);
                 }
-                Err(denied) => self.around.usher.revoke(denied),
+                Err(denied) => self.around.closer.close_denied(denied),
             }
         }
         self.end_in_order(inherited.ending.into_iter());
@@ -273,7 +271,7 @@ impl Service {
             self.feed_watchdog();
             if self.idle_exit_due().is_some_and(|due| due <= now) {
                 // Nobody is to wait until a journal that has stopped goes on.
-                if self.audit.is_written() && self.door.shut_if_quiet() {
+                if self.audit.is_written() && self.gate.shut_if_quiet() {
                     return End::Idle;
                 }
                 self.idle.not_before = now + LOOK_AGAIN;
@@ -426,7 +424,7 @@ impl Service {
     fn put_in_force(&mut self, config: Config) {
         self.audit.set(audit_settings(&config));
         // First the gate, so that nobody else comes in by the old policy; then those who are in.
-        let generation = self.door.rule(admitting(&config));
+        let generation = self.gate.configure(gate_config(&config));
         let (done, finished) = mpsc::channel();
         for worker in &self.workers {
             worker.rule(serving(&config), generation, done.clone());
@@ -458,7 +456,7 @@ impl Service {
         // Counted before anybody hears of it: who then ends by themselves is one of those who ended.
         let total = self.limits.total();
         self.notifier.stopping("stopping");
-        self.door.stop_accepting();
+        let next_connection = self.gate.stop_accepting();
         let total = total.max(self.limits.total());
         // Who waits for the answer to a reload will get no other.
         let waiting = self.requests.drain(..).chain(std::iter::from_fn(|| self.signals.next()));
@@ -478,7 +476,7 @@ impl Service {
         let carried = end_workers(&mut self.workers, carry);
         let carried = match carried.len() {
             0 => carried,
-            _ => self.leave(carried),
+            _ => self.leave(carried, next_connection),
         };
         if total > 0 {
             let ended = total - carried.len().min(total);
@@ -488,22 +486,22 @@ impl Service {
         }
         // The sockets of the carried are closed only now: the manager holds its own.
         drop(carried);
-        let listeners = self.door.shut();
+        let listeners = self.gate.shut();
         finish(journal, &self.notifier);
         drop(listeners);
     }
 
     /// Leaves connections to the next process. Those that could not be left are ended in order.
-    fn leave(&mut self, carried: Vec<Carried>) -> Vec<Carried> {
+    fn leave(&mut self, carried: Vec<Carried>, next_connection: u64) -> Vec<Carried> {
         // Time for a batch, and for what follows if the manager does not take it.
         let takes_time = || self.notifier.extend_timeout(DRAIN * 6);
-        let error = match handover::leave(&carried, self.door.next_connection(), &self.store, takes_time) {
+        let error = match handover::leave(&carried, next_connection, &self.store, takes_time) {
             Ok(()) => return carried,
             Err(error) => error,
         };
         handover::retract(&self.store);
         self.note(Severity::Warning, format!("the service manager did not take the connections: {error}"));
-        let judged = |connection| judge(connection, &self.config, &self.limits, &self.audit);
+        let judged = |connection| judge(connection, &self.around.judge, &self.config, &self.limits, &self.audit);
         self.end_in_order(carried.into_iter().map(judged));
         Vec::new()
     }
@@ -519,7 +517,7 @@ impl Service {
         for judged in connections {
             match judged {
                 Ok((connection, rule, permit)) => worker.resume(connection, rule, permit),
-                Err(denied) => self.around.usher.revoke(denied),
+                Err(denied) => self.around.closer.close_denied(denied),
             }
         }
         end_workers(&mut [worker], 0);
@@ -546,11 +544,16 @@ pub fn end_inherited(inheritance: Inheritance, notifier: &Notifier) {
 
 fn end_unjudged(inheritance: Inheritance, config: &Config, audit: &Audit) -> io::Result<()> {
     let Some(rule) = config.policy.rules().next() else { return Ok(()) };
-    let mut setup = Setup::without_listeners(Arc::clone(&config.policy), audit.clone())?;
-    setup.first_connection = inheritance.next_connection;
-    let (limits, activity) = (setup.limits.clone(), Arc::clone(&setup.activity));
-    let mut door = Door::open(setup, |_: Admission<Terms>| {})?;
-    let around = Surroundings { audit: audit.clone(), usher: door.usher(), activity, busy_poll: None };
+    let setup = Setup::without_listeners(Arc::clone(&config.policy), audit.clone());
+    let limits = setup.permits.clone();
+    let gate = Gate::new(setup)?;
+    let around = Surroundings {
+        audit: audit.clone(),
+        closer: gate.closer(),
+        judge: gate.judge(),
+        activity: Arc::new(Activity::new()?),
+        busy_poll: None,
+    };
     // No limit of ours may cut off what was accepted by theirs.
     let worker = Worker::start(0, Ruling { line_length: usize::MAX, ..serving(config) }, around.clone())?;
     for connection in inheritance.connections.into_iter().chain(inheritance.stateless) {
@@ -558,9 +561,9 @@ fn end_unjudged(inheritance: Inheritance, config: &Config, audit: &Audit) -> io:
         worker.resume(connection, Arc::clone(rule), permit);
     }
     let nothing = Arc::from(&b""[..]);
-    inheritance.midline.into_iter().for_each(|connection| around.usher.see_off(connection.socket, &nothing));
+    inheritance.midline.into_iter().for_each(|connection| around.closer.close_with(connection.socket, &nothing));
     end_workers(&mut [worker], 0);
-    door.shut();
+    gate.finish();
     Ok(())
 }
 
@@ -588,36 +591,9 @@ fn until(due: Instant) -> PollTimeout {
     PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
 }
 
-/// What the gate's thread lets people in to: empty until there are workers.
-struct Entrance {
-    threshold: Option<Threshold>,
-    to_threshold: mpsc::Receiver<Threshold>,
-}
-
-impl Reception<Terms> for Entrance {
-    fn admit(&mut self, guest: Admission<Terms>) {
-        if self.threshold.is_none() {
-            self.threshold = self.to_threshold.recv().ok();
-        }
-        if let Some(threshold) = &mut self.threshold {
-            threshold.admit(guest);
-        }
-    }
-
-    fn linger(&mut self) -> bool {
-        self.threshold.as_mut().is_some_and(Threshold::linger)
-    }
-
-    fn settle(&mut self) {
-        self.threshold.iter_mut().for_each(Threshold::settle);
-    }
-}
-
 /// A connection that some process admitted before, by the policy in force.
-fn judge(mut connection: Carried, config: &Config, limits: &Limits, audit: &Audit) -> Judged {
-    // The gate's reserves are not filled yet, or not any more: there are descriptors to ask with.
-    gate::learn(&mut connection.peer, &connection.socket, &config.policy);
-    match config.policy.decide(&connection.peer) {
+fn judge(mut connection: Carried, judge: &Judge, config: &Config, limits: &Permits, audit: &Audit) -> Judged {
+    match judge.judge(&mut connection.peer, &connection.socket, &config.policy) {
         Verdict::Admitted(rule) => {
             connection.verify(config.service.verify == Verify::Line);
             let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
@@ -668,10 +644,10 @@ fn default_workers(processors: usize) -> usize {
     (processors / 2).clamp(1, MOST_WORKERS)
 }
 
-fn admitting(config: &Config) -> Admitting<Terms> {
-    let mut ruling = Admitting::new(Arc::clone(&config.policy));
+fn gate_config(config: &Config) -> GateConfig<Terms> {
+    let mut ruling = GateConfig::new(Arc::clone(&config.policy));
     let per_user = u32::try_from(config.limits.connections_per_user).unwrap_or(u32::MAX);
-    ruling.caps = Caps::new(config.limits.connections, per_user);
+    ruling.limits = Limits::new(config.limits.connections, per_user);
     ruling.pass_credentials = config.service.verify == Verify::Line;
     ruling
 }
@@ -717,7 +693,7 @@ fn raise_descriptor_limit(start: &Start, audit: &Audit) {
     let wanted = start.config.limits.connections as u64 + 512;
     if hard < wanted {
         let text = format!(
-            "[limits] connections = {} needs about {wanted} file descriptors, the hard limit is {hard} (LimitNOFILE=)",
+            "[limits](permits) connections = {} needs about {wanted} file descriptors, the hard limit is {hard} (LimitNOFILE=)",
             start.config.limits.connections
         );
         audit.write(Record::note(Severity::Warning, text));

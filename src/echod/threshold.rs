@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use peergate::audit::Audit;
-use peergate::gate::{Admission, Reception};
+use peergate::gate::Admission;
 
 use crate::config::Terms;
 use crate::connection::{Buffers, Connection, Outcome, State};
@@ -111,9 +111,9 @@ fn is_at_rest(connection: &Connection) -> bool {
     connection.state == State::Reading && connection.held.is_empty()
 }
 
-impl Reception<Terms> for Threshold {
+impl Threshold {
     /// Gives a connection its first turn. It will be the worker's with the fewest.
-    fn admit(&mut self, admission: Admission<Terms>) {
+    pub fn admit(&mut self, admission: Admission<Terms>) {
         let Some(mailbox) = self.mailboxes.iter().min_by_key(|one| one.connections.load(Ordering::Relaxed)) else {
             return;
         };
@@ -135,7 +135,8 @@ impl Reception<Terms> for Threshold {
         }
     }
 
-    fn linger(&mut self) -> bool {
+    /// Looks at every connection that stays. Whether to look again at once instead of sleeping.
+    pub fn linger(&mut self) -> bool {
         self.look();
         if self.pacing.goes_on_looking() {
             // Where the peer runs on this very processor, it is waiting for us to let it. However long others keep it then:
@@ -147,7 +148,8 @@ impl Reception<Terms> for Threshold {
         false
     }
 
-    fn settle(&mut self) {
+    /// Hands every connection over to its worker.
+    pub fn settle(&mut self) {
         while let Some(one) = self.staying.pop_front() {
             self.hand_over(one);
         }
@@ -166,9 +168,9 @@ mod tests {
 
     use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
-    use peergate::gate::Door;
+    use peergate::gate::Gate;
     use peergate::ids::Uid;
-    use peergate::limits::{Caps, Limits};
+    use peergate::permits::{Limits, Permits};
     use peergate::policy::Policy;
 
     const LONG: Duration = Duration::from_secs(3600);
@@ -179,22 +181,22 @@ mod tests {
         threshold: Threshold,
         mailbox: Arc<Mailbox>,
         policy: Arc<Policy<Terms>>,
-        limits: Limits,
+        limits: Permits,
         came: u64,
-        _door: Door<Terms>,
+        _gate: Gate<Terms>,
     }
 
     impl Scene {
         fn new(busy_poll: Option<Duration>) -> Self {
             let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
-            let (around, door) = surroundings(&policy);
+            let (around, gate) = surroundings(&policy);
             let ruling = Ruling { policy: Arc::clone(&policy), line_length: 100, idle_timeout: None, verify: false };
             let mailbox = Arc::new(Mailbox::new(&ruling).unwrap());
             let exit = around.exit();
             let mut threshold = Threshold::new(vec![Arc::clone(&mailbox)], around.audit, exit, Pacing::new(busy_poll));
             // However slow this machine is.
             threshold.longest_stay = LONG;
-            Self { threshold, mailbox, policy, limits: Limits::new(), came: 0, _door: door }
+            Self { threshold, mailbox, policy, limits: Permits::new(), came: 0, _gate: gate }
         }
 
         /// Somebody comes, who sends this before being let in.
@@ -202,7 +204,7 @@ mod tests {
             let (mut admission, mut client) = admission(&self.policy, self.came);
             client.set_nonblocking(true).unwrap();
             client.write_all(sends).unwrap();
-            admission.permit = self.limits.acquire(self.policy.me(), &Caps::default(), &()).unwrap();
+            admission.permit = self.limits.acquire(self.policy.me(), &Limits::default(), &()).unwrap();
             admission.generation = self.came;
             self.came += 1;
             self.threshold.admit(admission);

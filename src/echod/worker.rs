@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
 use peergate::audit::{Audit, Reason};
-use peergate::gate::Usher;
-use peergate::limits::Permit;
+use peergate::gate::{Closer, Judge};
+use peergate::permits::Permit;
 use peergate::policy::{Rule, Verdict};
 use peergate::service::{Activity, Watched};
 
@@ -43,7 +43,8 @@ const LOOKS_ALONE: u32 = 8;
 #[derive(Clone)]
 pub struct Surroundings {
     pub audit: Audit,
-    pub usher: Usher<Terms>,
+    pub closer: Closer,
+    pub judge: Judge,
     pub activity: Arc<Activity>,
     pub busy_poll: Option<Duration>,
 }
@@ -51,7 +52,7 @@ pub struct Surroundings {
 impl Surroundings {
     /// What a thread that serves needs to let go of connections.
     pub fn exit(&self) -> Exit {
-        Exit::new(self.audit.clone(), self.usher.clone(), Arc::clone(&self.activity))
+        Exit::new(self.audit.clone(), self.closer.clone(), Arc::clone(&self.activity))
     }
 }
 
@@ -398,7 +399,9 @@ impl Loop {
 
     /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
     fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
-        match self.around.usher.judge_again(&mut connection.peer, &connection.socket, &self.ruling.policy) {
+        let verdict = self.around.judge.judge(&mut connection.peer, &connection.socket, &self.ruling.policy);
+        connection.peer.release_process();
+        match verdict {
             Verdict::Admitted(rule) => {
                 connection.rule = Arc::clone(rule);
                 connection.verify(self.ruling.verify);
@@ -522,23 +525,21 @@ pub mod tests {
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use peergate::audit::Settings;
     use peergate::baggage::Stream;
-    use peergate::gate::{self, Admission, Setup};
+    use peergate::gate::{Admission, Gate, Setup};
     use peergate::ids::Uid;
-    use peergate::limits::Limits;
     use peergate::peer::Peer;
+    use peergate::permits::Permits;
     use peergate::policy::Policy;
 
     use crate::counting::allocations_of;
     use crate::threshold::Threshold;
-    use peergate::gate::Reception;
 
-    /// What a worker needs, and a door that nobody comes through.
-    pub fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, gate::Door<Terms>) {
+    /// What a worker needs, and a gate without listeners.
+    pub fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, Gate<Terms>) {
         let audit = Audit::new(Settings::default());
-        let setup = Setup::without_listeners(Arc::clone(policy), audit.clone()).unwrap();
-        let activity = Arc::clone(&setup.activity);
-        let door = gate::Door::open(setup, |_| {}).unwrap();
-        (Surroundings { audit, usher: door.usher(), activity, busy_poll: None }, door)
+        let gate = Gate::new(Setup::without_listeners(Arc::clone(policy), audit.clone())).unwrap();
+        let activity = Arc::new(Activity::new().unwrap());
+        (Surroundings { audit, closer: gate.closer(), judge: gate.judge(), activity, busy_poll: None }, gate)
     }
 
     /// Somebody who was let in, and their end of the connection.
@@ -547,13 +548,13 @@ pub mod tests {
         ours.set_nonblocking(true).unwrap();
         let socket = Stream::accepted(ours);
         let (peer, rule) = (Peer::credentials_of(&socket).unwrap(), policy.rules().next().unwrap());
-        let mut admission = Admission::new(socket, peer, Arc::clone(rule), Limits::new().resume(policy.me()));
+        let mut admission = Admission::new(socket, peer, Arc::clone(rule), Permits::new().resume(policy.me()));
         admission.connection = connection;
         (admission, theirs)
     }
 
     /// A worker with one connection, and the other end of that.
-    fn serve_one(number: usize, take_in: fn(OwnedFd) -> Stream) -> (Worker, UnixStream, gate::Door<Terms>) {
+    fn serve_one(number: usize, take_in: fn(OwnedFd) -> Stream) -> (Worker, UnixStream, Gate<Terms>) {
         let policy = Arc::new(Policy::<Terms>::owner_only(Uid::effective()));
         let (around, door) = surroundings(&policy);
         let ruling = Ruling { policy: Arc::clone(&policy), line_length: READ, idle_timeout: None, verify: false };

@@ -37,8 +37,8 @@ use std::time::{Duration, Instant};
 
 use crate::clock::later;
 use crate::ids::{Gid, Uid};
-use crate::limits::Excess;
 use crate::peer::{Details, Peer};
+use crate::permits::LimitExceeded;
 use crate::policy::RuleName;
 
 /// Records that may wait for the journal; what comes on top is counted instead.
@@ -179,11 +179,11 @@ impl Reason {
     }
 }
 
-impl From<Excess> for Reason {
-    fn from(excess: Excess) -> Self {
+impl From<LimitExceeded> for Reason {
+    fn from(excess: LimitExceeded) -> Self {
         match excess {
-            Excess::User => Self::UserLimit,
-            Excess::Total => Self::TotalLimit,
+            LimitExceeded::User => Self::UserLimit,
+            LimitExceeded::Total => Self::TotalLimit,
         }
     }
 }
@@ -603,7 +603,7 @@ impl Audit {
         socket: &impl AsFd,
         at: impl Into<At<'a>>,
         rule: &RuleName,
-        excess: Excess,
+        excess: LimitExceeded,
     ) {
         self.turned_away_peer(Event::Refused, excess.into(), peer, socket, at.into(), Some(rule));
     }

@@ -114,7 +114,7 @@ impl Stream {
     }
 
     /// Has the kernel attach the sender's credentials to what comes from now on (SO_PASSCRED, unix(7)), as
-    /// [`Ruling::pass_credentials`](crate::gate::Ruling::pass_credentials) does from the start; or no more. Returns within
+    /// [`GateConfig::pass_credentials`](crate::gate::GateConfig::pass_credentials) does from the start; or no more. Returns within
     /// how many bytes, from the next to be read on, some may lack them because they came before; 0 where it was asked
     /// already.
     pub fn attach_credentials(&mut self, wanted: bool) -> usize {
@@ -129,7 +129,7 @@ impl Stream {
         0
     }
 
-    /// Reads from a socket that has SO_PASSCRED (unix(7); [`Ruling::pass_credentials`](crate::gate::Ruling)): how many
+    /// Reads from a socket that has SO_PASSCRED (unix(7); [`GateConfig::pass_credentials`](crate::gate::GateConfig)): how many
     /// bytes, and the user whose process sent them, by its real uid; `None` where that names nobody. One answer never
     /// joins what different users sent. Never waits.
     ///

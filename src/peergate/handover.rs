@@ -18,7 +18,7 @@ pub fn cookie_of(socket: &impl AsFd) -> io::Result<u64> {
 }
 
 /// Has the kernel attach the sender's credentials to what comes on this connection from now on (SO_PASSCRED, unix(7)),
-/// as [`Ruling::pass_credentials`](crate::gate::Ruling::pass_credentials) does from the start. Returns within how many
+/// as [`GateConfig::pass_credentials`](crate::gate::GateConfig::pass_credentials) does from the start. Returns within how many
 /// bytes, from the next to be read on, some may lack them because they came before; 0 where it was asked already.
 pub fn attach_credentials(socket: &impl AsFd) -> usize {
     peer::attach_credentials(socket)

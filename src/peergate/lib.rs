@@ -2,7 +2,7 @@
 //! turned away.
 //!
 //! A service on an AF_UNIX stream socket can ask the kernel who connected. This library asks, judges the
-//! answer by a [policy], keeps [limits], and records every verdict in the systemd [journal]. It does not
+//! answer by a [policy], keeps [limits](permits), and records every verdict in the systemd [journal]. It does not
 //! know what happens behind the gate; `echod`, the echo service in this package, is only its first user.
 //!
 //! # The path of one connection
@@ -10,7 +10,7 @@
 //! 1. [`activation`] adopts the listening sockets that systemd passed.
 //! 2. [`peer`] asks the kernel who connected: [`Peer`].
 //! 3. [`policy`] gives a [`Verdict`]: admitted by a rule, or denied.
-//! 4. [`limits`] hands out a [`Permit`], or says which limit is in the way.
+//! 4. [`permits`] hands out a [`Permit`], or says which limit is in the way.
 //! 5. [`audit`] counts every verdict and keeps the record, [`journal`] writes it.
 //! 6. [`gate`] does all that on a thread of its own, and sees off whoever is turned away. A service with
 //!    another runtime leaves it out and calls the others itself.
@@ -125,8 +125,8 @@ pub mod gate;
 pub mod handover;
 pub mod ids;
 pub mod journal;
-pub mod limits;
 pub mod peer;
+pub mod permits;
 pub mod policy;
 mod serve;
 pub mod service;
@@ -137,11 +137,11 @@ pub mod unit;
 pub use activation::Listener;
 pub use audit::Audit;
 pub use baggage::Stream;
-pub use gate::{Admission, Door, Ruling, Setup};
+pub use gate::{Admission, Door, Gate, GateConfig, Setup};
 pub use ids::{Gid, Uid};
 pub use journal::Writer;
-pub use limits::{Caps, Limits, Permit, Terms};
 pub use peer::Peer;
+pub use permits::{Limits, Permit, Permits, Terms};
 pub use policy::{Group, Policy, Rule, User, Verdict};
 pub use serve::serve;
 pub use service::{Notifier, Request, Signals};

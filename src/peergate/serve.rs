@@ -12,8 +12,8 @@ use crate::activation;
 use crate::audit::{Audit, Record, Severity};
 use crate::gate::{Admission, Door, Setup};
 use crate::journal::Writer;
-use crate::limits::Terms;
 use crate::peer::unmapped_ids;
+use crate::permits::Terms;
 use crate::policy::Policy;
 use crate::service::{Notifier, Request, Signals, Watchdog};
 
@@ -21,7 +21,7 @@ use crate::service::{Notifier, Request, Signals, Watchdog};
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Serves on the sockets that the service manager passed, until SIGTERM or SIGINT: whoever `policy` admits, within the
-/// default [`Caps`](crate::Caps), goes to `admit`; every denial goes into the journal, under the identifier `name`. The
+/// default [`Limits`](crate::Limits), goes to `admit`; every denial goes into the journal, under the identifier `name`. The
 /// service manager hears that it is ready (Type=notify), and feeds its watchdog where it set one. A request to reload
 /// finds nothing to do.
 ///

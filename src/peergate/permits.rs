@@ -2,17 +2,17 @@
 //! thread and for whatever reason, so the count is the number of permits alive and never drifts.
 //!
 //! ```
-//! use peergate::limits::Excess;
-//! use peergate::{Caps, Limits, Uid};
+//! use peergate::permits::LimitExceeded;
+//! use peergate::{Limits, Permits, Uid};
 //!
-//! let (limits, alice, bob) = (Limits::new(), Uid::new(1000), Uid::new(1001));
-//! let caps = Caps::new(10, 1);
+//! let (limits, alice, bob) = (Permits::new(), Uid::new(1000), Uid::new(1001));
+//! let caps = Limits::new(10, 1);
 //! let first = limits.acquire(alice, &caps, &())?;
-//! assert_eq!(limits.acquire(alice, &caps, &()).unwrap_err(), Excess::User);
-//! assert_eq!(limits.acquire(bob, &Caps::new(1, 1), &()).unwrap_err(), Excess::Total);
+//! assert_eq!(limits.acquire(alice, &caps, &()).unwrap_err(), LimitExceeded::User);
+//! assert_eq!(limits.acquire(bob, &Limits::new(1, 1), &()).unwrap_err(), LimitExceeded::Total);
 //! drop(first);
 //! assert!(limits.acquire(bob, &caps, &()).is_ok());
-//! # Ok::<(), Excess>(())
+//! # Ok::<(), LimitExceeded>(())
 //! ```
 
 use std::collections::HashMap;
@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::ids::Uid;
 
 /// The terms of a rule that the gate itself needs to know. Implement it for your own type of terms;
-/// the default answers leave every limit to the general [`Caps`].
+/// the default answers leave every limit to the general [`Limits`].
 pub trait Terms: Send + Sync + 'static {
     /// How many connections each user admitted by the rule may hold at once, where the rule says so.
     fn connections_per_user(&self) -> Option<u32> {
@@ -35,14 +35,14 @@ impl Terms for () {}
 /// How many connections may be admitted at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Caps {
+pub struct Limits {
     /// In all.
     pub connections: usize,
     /// For each user id, unless the rule that admits them says otherwise.
     pub connections_per_user: u32,
 }
 
-impl Caps {
+impl Limits {
     /// So many in all, so many for each user.
     pub const fn new(connections: usize, connections_per_user: u32) -> Self {
         Self { connections, connections_per_user }
@@ -50,7 +50,7 @@ impl Caps {
 }
 
 /// 1,024 in all, 64 for each user.
-impl Default for Caps {
+impl Default for Limits {
     fn default() -> Self {
         Self::new(1024, 64)
     }
@@ -59,14 +59,14 @@ impl Default for Caps {
 /// Which limit stood in the way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Excess {
+pub enum LimitExceeded {
     /// This user holds as many as allowed.
     User,
     /// All users together do.
     Total,
 }
 
-impl fmt::Display for Excess {
+impl fmt::Display for LimitExceeded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::User => "too many connections of this user",
@@ -75,11 +75,11 @@ impl fmt::Display for Excess {
     }
 }
 
-impl std::error::Error for Excess {}
+impl std::error::Error for LimitExceeded {}
 
 /// Counts the permits alive. Cheap to clone; all clones count together.
 #[derive(Clone, Default)]
-pub struct Limits {
+pub struct Permits {
     counts: Arc<Mutex<Counts>>,
 }
 
@@ -89,7 +89,7 @@ struct Counts {
     by_user: HashMap<Uid, u32>,
 }
 
-impl Limits {
+impl Permits {
     /// No permit given yet.
     pub fn new() -> Self {
         Self::default()
@@ -99,16 +99,16 @@ impl Limits {
     /// ([`Rule::terms`](crate::Rule::terms)) where these say otherwise.
     ///
     /// # Errors
-    /// [`Excess`]: which of the limits would be exceeded; the user's own is named first.
-    pub fn acquire(&self, uid: Uid, caps: &Caps, terms: &impl Terms) -> Result<Permit, Excess> {
+    /// [`LimitExceeded`]: which of the limits would be exceeded; the user's own is named first.
+    pub fn acquire(&self, uid: Uid, caps: &Limits, terms: &impl Terms) -> Result<Permit, LimitExceeded> {
         let per_user = terms.connections_per_user().unwrap_or(caps.connections_per_user);
         let mut counts = self.lock();
         let held = counts.by_user.get(&uid).copied().unwrap_or(0);
         if held >= per_user {
-            return Err(Excess::User);
+            return Err(LimitExceeded::User);
         }
         if counts.total >= caps.connections {
-            return Err(Excess::Total);
+            return Err(LimitExceeded::Total);
         }
         Ok(self.grant(&mut counts, uid))
     }
@@ -136,9 +136,9 @@ impl Limits {
     }
 }
 
-impl fmt::Debug for Limits {
+impl fmt::Debug for Permits {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Limits({} held)", self.total())
+        write!(f, "Permits({} held)", self.total())
     }
 }
 
@@ -177,12 +177,12 @@ mod tests {
 
     #[test]
     fn the_limit_is_reached_but_never_passed() {
-        let limits = Limits::new();
-        let caps = Caps::new(10, 3);
+        let limits = Permits::new();
+        let caps = Limits::new(10, 3);
         let held: Vec<_> = (0..3).map(|_| limits.acquire(ALICE, &caps, &()).unwrap()).collect();
-        assert_eq!(limits.acquire(ALICE, &caps, &()).unwrap_err(), Excess::User);
-        assert_eq!(limits.acquire(BOB, &Caps::new(3, 3), &()).unwrap_err(), Excess::Total);
-        let bob = limits.acquire(BOB, &Caps::new(4, 3), &()).unwrap();
+        assert_eq!(limits.acquire(ALICE, &caps, &()).unwrap_err(), LimitExceeded::User);
+        assert_eq!(limits.acquire(BOB, &Limits::new(3, 3), &()).unwrap_err(), LimitExceeded::Total);
+        let bob = limits.acquire(BOB, &Limits::new(4, 3), &()).unwrap();
         assert_eq!(limits.total(), 4);
         drop((held, bob));
         assert_eq!(limits.total(), 0);
@@ -197,16 +197,16 @@ mod tests {
                 self.0
             }
         }
-        let (limits, caps) = (Limits::new(), Caps::new(10, 1));
+        let (limits, caps) = (Permits::new(), Limits::new(10, 1));
         let _held = [1, 2].map(|_| limits.acquire(ALICE, &caps, &Own(Some(2))).unwrap());
-        assert_eq!(limits.acquire(ALICE, &caps, &Own(Some(2))).unwrap_err(), Excess::User);
-        assert_eq!(limits.acquire(ALICE, &caps, &Own(None)).unwrap_err(), Excess::User);
-        assert_eq!(limits.acquire(BOB, &caps, &Own(Some(0))).unwrap_err(), Excess::User);
+        assert_eq!(limits.acquire(ALICE, &caps, &Own(Some(2))).unwrap_err(), LimitExceeded::User);
+        assert_eq!(limits.acquire(ALICE, &caps, &Own(None)).unwrap_err(), LimitExceeded::User);
+        assert_eq!(limits.acquire(BOB, &caps, &Own(Some(0))).unwrap_err(), LimitExceeded::User);
     }
 
     #[test]
     fn a_place_given_back_can_be_taken_again() {
-        let (limits, caps) = (Limits::new(), Caps::new(1, 1));
+        let (limits, caps) = (Permits::new(), Limits::new(1, 1));
         for _ in 0..100 {
             let permit = limits.acquire(ALICE, &caps, &()).unwrap();
             assert!(limits.acquire(ALICE, &caps, &()).is_err());

@@ -1,0 +1,106 @@
+//! What a gate is made of, and what can be changed while it runs.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+
+use crate::activation::Listener;
+use crate::audit::Audit;
+use crate::permits::{Limits, Permits};
+use crate::policy::Policy;
+
+/// What is in force: replaced as a whole by [`Gate::set_config`](super::Gate::set_config), or only the policy by
+/// [`Gate::set_policy`](super::Gate::set_policy).
+#[non_exhaustive]
+pub struct GateConfig<T> {
+    /// Which peers are admitted.
+    pub policy: Arc<Policy<T>>,
+    /// How many connections.
+    pub limits: Limits,
+    /// Whether the kernel attaches the sender's credentials to all data (SO_PASSCRED, unix(7)) on connections admitted
+    /// from now on.
+    pub pass_credentials: bool,
+}
+
+impl<T> GateConfig<T> {
+    /// This policy, the default [`Limits`], no credentials attached to data.
+    pub fn new(policy: impl Into<Arc<Policy<T>>>) -> Self {
+        Self { policy: policy.into(), limits: Limits::default(), pass_credentials: false }
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for GateConfig<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { policy, limits, pass_credentials } = self;
+        let mut shown = f.debug_struct("GateConfig");
+        shown.field("policy", policy).field("limits", limits).field("pass_credentials", pass_credentials).finish()
+    }
+}
+
+impl<T> Clone for GateConfig<T> {
+    fn clone(&self) -> Self {
+        Self { policy: Arc::clone(&self.policy), limits: self.limits, pass_credentials: self.pass_credentials }
+    }
+}
+
+/// What a peer gets that is turned away. May be empty.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Replies {
+    /// Denied by the policy.
+    pub denied: Arc<[u8]>,
+    /// Admitted by the policy, but over a limit.
+    pub busy: Arc<[u8]>,
+}
+
+impl Default for Replies {
+    fn default() -> Self {
+        Self { denied: Arc::from(&b"Unauthorized access\n"[..]), busy: Arc::from(&b"Too many connections\n"[..]) }
+    }
+}
+
+/// What a gate is made of.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Setup<T> {
+    /// What to accept from.
+    pub listeners: Vec<Listener>,
+    /// What is in force at first.
+    pub config: GateConfig<T>,
+    /// Counts the connections that are admitted.
+    pub permits: Permits,
+    /// Where every verdict is recorded.
+    pub audit: Audit,
+    /// What a peer gets that is turned away.
+    pub replies: Replies,
+    /// The first connection's number.
+    pub first_connection: u64,
+}
+
+impl<T> Setup<T> {
+    /// A gate before `listeners` that decides by `policy` and records in `audit`; everything else as most services
+    /// want it. Change the fields to have it otherwise.
+    ///
+    /// # Errors
+    /// InvalidInput where there is no listener, so that no connection could ever come.
+    pub fn new(listeners: Vec<Listener>, policy: impl Into<Arc<Policy<T>>>, audit: Audit) -> io::Result<Self> {
+        if listeners.is_empty() {
+            let message =
+                "no listening socket: nothing was passed (systemd-socket-activate -l PATH PROGRAM passes one)";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
+        Ok(Self { listeners, ..Self::without_listeners(policy, audit) })
+    }
+
+    /// As [`new`](Self::new) where no connection is to come any more: for closing what another process admitted.
+    pub fn without_listeners(policy: impl Into<Arc<Policy<T>>>, audit: Audit) -> Self {
+        Self {
+            listeners: Vec::new(),
+            config: GateConfig::new(policy),
+            permits: Permits::new(),
+            audit,
+            replies: Replies::default(),
+            first_connection: 1,
+        }
+    }
+}
