@@ -50,7 +50,7 @@ impl fmt::Display for Summary<'_> {
 
         let span = |span: Option<_>| span.map_or("off".to_owned(), |span| format!("\"{}\"", show_span(span)));
         let or_off = |text: String| if text == "off" { "\"off\"".to_owned() } else { text };
-        writeln!(f, "[limits](permits)")?;
+        writeln!(f, "[limits]")?;
         writeln!(f, "connections = {}", limits.connections)?;
         writeln!(f, "connections-per-user = {}", limits.connections_per_user)?;
         writeln!(f, "line-length = \"{}\"", show_size(limits.line_length))?;
@@ -144,7 +144,7 @@ allow.owner   users self (1000)                                 any             
 allow.backup  users backup (34), gone (unknown) and groups 4-6  backup.service   connections-per-user 200, line-length 1M, idle-timeout off  built in
 Whom no rule matches is denied.
 
-[limits](permits)
+[limits]
 connections = 1024
 connections-per-user = 64
 line-length = \"64K\"

@@ -693,7 +693,7 @@ fn raise_descriptor_limit(start: &Start, audit: &Audit) {
     let wanted = start.config.limits.connections as u64 + 512;
     if hard < wanted {
         let text = format!(
-            "[limits](permits) connections = {} needs about {wanted} file descriptors, the hard limit is {hard} (LimitNOFILE=)",
+            "[limits] connections = {} needs about {wanted} file descriptors, the hard limit is {hard} (LimitNOFILE=)",
             start.config.limits.connections
         );
         audit.write(Record::note(Severity::Warning, text));
