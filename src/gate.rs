@@ -631,6 +631,8 @@ struct Arrival {
     listener: usize,
     /// GATE_CONNECTION, whatever becomes of them.
     number: u64,
+    /// Within how many bytes some may lack credentials; `None` where the kernel was not asked for them.
+    unattested: Option<usize>,
     /// Who was found over a limit, and when for the first time.
     over_limit: Option<(Uid, Instant)>,
 }
@@ -918,8 +920,13 @@ impl<T: Terms> Gate<T> {
 
     fn arrival(&self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.shared.next_connection.fetch_add(1, Ordering::Relaxed);
-        let socket = Stream::new(socket, self.pass_credentials == Some(true));
-        Arrival { socket, listener, number, over_limit: None }
+        let pass_credentials = self.pass_credentials == Some(true);
+        let mut socket = Stream::new(socket, pass_credentials);
+        // From Linux 6.16 on the option is inherited at connect, not at accept: a connection made before the listener had
+        // it has yet to get it. What waits for accept carries credentials in any case; what comes between accept and this
+        // does not. So it comes before the peer is judged, and before it waits for a place, which can take a while.
+        let unattested = pass_credentials.then(|| socket.attach_credentials(true));
+        Arrival { socket, listener, number, unattested, over_limit: None }
     }
 
     /// Those over a limit, once more: a place may have come free since. Not at every turn: in a flood there are many, and
@@ -982,12 +989,15 @@ impl<T: Terms> Gate<T> {
     fn let_in(&mut self, mut arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
-        // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
-        // the listener had it has yet to get it. What waits for accept carries credentials in any case; what
-        // comes between accept and this does not.
         let pass_credentials = self.pass_credentials == Some(true);
-        // The ruling may also be another one than when they came.
-        let unattested = arrival.socket.attach_credentials(pass_credentials);
+        let unattested = match arrival.unattested {
+            Some(unattested) if pass_credentials => unattested,
+            // The ruling is another one than when the peer came. What it sent by now was not asked for, and no excuse holds.
+            _ => {
+                let _ = arrival.socket.attach_credentials(pass_credentials);
+                0
+            }
+        };
         let admission = Admission {
             socket: arrival.socket,
             peer,
@@ -1370,6 +1380,28 @@ mod tests {
         // The one who has waited longest has had the most of their look.
         assert_eq!(who_makes_room(&[b, a, a, b, a], b), None);
         assert_eq!(who_makes_room(&[b, a, a, a], b), Some(1));
+    }
+
+    #[test]
+    fn who_sends_while_a_connection_waits_to_be_let_in_is_attested() {
+        let path = std::env::temp_dir().join(format!("gate-test-attested-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let policy = Policy::<()>::owner_only(Uid::effective());
+        let mut setup = Setup::new(vec![listener], policy, Audit::default()).unwrap();
+        setup.ruling.pass_credentials = true;
+        let (came, admitted) = mpsc::channel();
+        let mut gate = Gate::new(setup, Box::new(Takes(move |one| came.send(one).unwrap()))).unwrap();
+        for (asked_before, unattested) in [(true, 6), (false, 0)] {
+            // Connected before the listener had the option, as a pair is.
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(b"before").unwrap();
+            gate.pass_credentials = Some(asked_before);
+            let arrival = gate.arrival(ours.into(), 0);
+            theirs.write_all(b", while it waits").unwrap();
+            gate.pass_credentials = Some(true);
+            gate.judge(arrival, Instant::now());
+            assert_eq!(admitted.recv().unwrap().unattested, unattested, "asked before: {asked_before}");
+        }
     }
 
     /// The same at the door. Nobody comes or goes but in the test's own order, on the test's thread.
