@@ -619,7 +619,13 @@ fn judge(mut connection: Carried, config: &Config, limits: &Limits, audit: &Audi
     gate::learn(&mut connection.peer, &connection.socket, &config.policy);
     match config.policy.decide(&connection.peer) {
         Verdict::Admitted(rule) => {
-            connection.verify(config.service.verify == Verify::Line);
+            if !connection.verify(config.service.verify == Verify::Line) {
+                let rule = rule.name().as_str();
+                let mut leaving = leaving(&mut connection);
+                leaving.record_unattested(audit, rule);
+                leaving.record_closed(audit, Some(Reason::Sender), rule);
+                return Err(connection.socket);
+            }
             let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
             connection.peer.release_process();
             Ok((connection, rule, permit))
