@@ -11,7 +11,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
-    BUSY, Client, DENIED, Echod, End, NOBODY, OWNER, Start, TOO_LONG, cpu, descriptors, eventually, memory, show,
+    BUSY, Client, DENIED, Echod, End, Entry, Journald, NOBODY, OWNER, Start, TOO_LONG, cpu, descriptors, eventually,
+    memory, show,
 };
 
 /// Everything that holds a descriptor for somebody has let go again.
@@ -70,8 +71,7 @@ fn descriptors_that_take_hours_to_close_hold_nobody_up() {
             assert_eq!(show(&client.read(heard.len())), show(heard));
         }
         for bomber in &bombers {
-            let (all, _) = bomber.rest();
-            assert_eq!(show(&all), show(if config == NOBODY { DENIED } else { b"" }));
+            bomber.expect_end(if config == NOBODY { DENIED } else { b"" });
         }
         // Every thread makes progress, and none of it is left in the end.
         let seen = echod.manager.told.lock().count("WATCHDOG=1");
@@ -694,6 +694,80 @@ fn descriptors_sent_along_with_the_data_are_refused_or_end_the_connection() {
         }
         expect_descriptors(&echod, before);
     }
+}
+
+/// One that nobody minds closing, and its other end.
+fn send_a_descriptor(client: &Client) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    common::send_along(&client.0, b"with it\n", &[theirs.as_raw_fd()]).unwrap();
+    ours
+}
+
+/// What is sent before the descriptors, what after them, and what comes back.
+type Case<'a> = (&'a [&'a [u8]], &'a [u8], &'a [u8]);
+
+/// Descriptors that lie in the queue before anything could refuse them. What came before them is not theirs to lose.
+#[test]
+fn what_came_before_descriptors_is_echoed_then_comes_the_end_and_a_record() {
+    for verify in ["connection", "line"] {
+        let journald = Journald::new();
+        let start = Start::serving(&format!("[service]\nverify = \"{verify}\"\n{OWNER}")).journal(&journald);
+        let connect = || Client::connect(start.place().path("socket"));
+        let long = [&[b'x'; 50_000][..], b"\n"].concat();
+        let echo_of_long = [b"> ", &long[..]].concat();
+        let cases: [Case; 6] = [
+            (&[b"one\n"], b"", b"> one\n"),
+            (&[b"one\n", b"two\nfragm"], b"", b"> one\n> two\n> fragm"),
+            (&[], b"after\n", b""),
+            (&[b"one\n"], b"after\n", b"> one\n"),
+            (&[&long, b"\n"], b"", &[&echo_of_long[..], b"> \n"].concat()),
+            (&[b"fragm"], b"ent\n", b"> fragm"),
+        ];
+        let mut clients = Vec::new();
+        for (before, after, heard) in &cases {
+            let client = connect();
+            before.iter().for_each(|part| client.send(part));
+            let end = send_a_descriptor(&client);
+            client.send(after);
+            clients.push((client, heard.to_vec(), end));
+        }
+        let last = connect();
+        last.send("one\n");
+        let _last_end = send_a_descriptor(&last);
+        last.half_close();
+        let echod = start.ready();
+        for (client, heard, _) in &clients {
+            client.expect_end(heard);
+        }
+        last.expect_end("> one\n");
+        let is_due = |entry: &Entry| entry.get("GATE_VERDICT").is_some_and(|it| it == "revoked");
+        let entry = journald.wait_for("the record", is_due);
+        assert_eq!(entry["GATE_REASON"], "sender");
+        assert!(entry["MESSAGE"].ends_with(": it sent file descriptors, which are not taken"), "{}", entry["MESSAGE"]);
+        echod.stop();
+        let records = journald.entries().into_iter().filter(is_due).count();
+        assert_eq!(records, cases.len() + 1);
+    }
+}
+
+/// It is only read when the peer takes its echo, and a stop meets it before.
+#[test]
+fn a_stop_gives_a_peer_with_descriptors_what_it_is_owed_before_them() {
+    let start = Start::serving(OWNER);
+    let client = Client::connect(start.place().path("socket"));
+    client.send("one\nfragm");
+    let _end = send_a_descriptor(&client);
+    let echod = start.ready();
+    echod.stop();
+    client.expect_end("> one\n> fragm");
+}
+
+#[test]
+fn idle_for_too_long_a_peer_gets_back_the_line_it_has_not_ended() {
+    let echod = Start::serving(&format!("[limits]\nidle-timeout = \"100ms\"\n{OWNER}")).ready();
+    let client = echod.connect();
+    client.send("one\nfragm");
+    client.expect_end("> one\n> fragm");
 }
 
 #[test]

@@ -420,6 +420,100 @@ fn verify_goes_on_over_a_restart_and_begins_with_a_reload() {
     drop(echod);
 }
 
+/// How many bytes wait to be read on this end.
+fn unread(client: &Client) -> usize {
+    rustix::io::ioctl_fionread(&client.0).unwrap() as usize
+}
+
+/// Sends lines until nothing more is taken; nothing is read. What was sent.
+fn pile_up(client: &Client) -> Vec<u8> {
+    let line = b"not hers\n";
+    client.0.set_nonblocking(true).unwrap();
+    let (mut sent, mut stalls) = (0, 0);
+    while stalls < 20 {
+        match std::io::Write::write(&mut &client.0, &line[sent % line.len()..]) {
+            Ok(count) => (sent, stalls) = (sent + count, 0),
+            Err(_) => {
+                stalls += 1;
+                std::thread::sleep(std::time::Duration::from_millis(3));
+            }
+        }
+    }
+    client.0.set_nonblocking(false).unwrap();
+    line.iter().copied().cycle().take(sent).collect()
+}
+
+#[test]
+fn at_a_reload_to_verify_no_byte_that_piled_up_before_is_echoed_after() {
+    needs_root();
+    let policy = "[allow.alice]\nusers = [64001]\n";
+    let journald = Journald::new();
+    let echod = Start::serving(policy).journal(&journald).ready();
+    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    alice.client().expect("> mine\n");
+    pile_up(alice.client());
+    echod.reload_with(&verifying(policy));
+    let echoed_before = unread(alice.client());
+    let (all, end) = alice.client().rest();
+    assert_eq!(end, End::Eof);
+    assert!(all.ends_with(DENIED), "{}", show(&all[all.len() - 40..]));
+    assert!(all.len() <= echoed_before + DENIED.len(), "{} after {echoed_before}", all.len());
+    let entry = journald.wait_for("revoked", |entry| entry.get("GATE_VERDICT").is_some_and(|it| it == "revoked"));
+    assert_eq!((entry["GATE_REASON"].as_str(), entry["PEER_UID"].as_str()), ("sender", "64001"));
+    assert!(entry["MESSAGE"].ends_with(": its data came without credentials"), "{}", entry["MESSAGE"]);
+}
+
+#[test]
+fn at_a_reload_to_verify_a_line_begun_before_it_is_cut_off() {
+    needs_root();
+    let policy = "[allow.alice]\nusers = [64001]\n";
+    let echod = Start::serving(policy).ready();
+    let alice = Other::with(&["--as", "64001:64001"], &echod.socket());
+    alice.client().send("not hers\nnor th");
+    alice.client().expect("> not hers\n");
+    let idle = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    idle.client().expect("> mine\n");
+    echod.reload_with(&verifying(policy));
+    alice.client().expect_end(DENIED);
+    // And no other connection: what comes on it next is looked at.
+    idle.client().send("not hers\n");
+    idle.client().expect_end(DENIED);
+    let stderr = echod.stop();
+    assert!(stderr.contains("its data came without credentials"), "{stderr}");
+    assert!(stderr.contains("its data came from another user (uid 0)"), "{stderr}");
+}
+
+#[test]
+fn at_a_restart_to_verify_unattested_bytes_are_cut_off_wherever_they_wait() {
+    needs_root();
+    let policy = "[allow.alice]\nusers = [64001]\n";
+    let manager = std::sync::Arc::new(common::Manager::new());
+    manager.told.change(|told| told.capacity = 10);
+    let echod = Start::serving(policy).env("FDSTORE", "10").ready_with(manager);
+    let [held, clogged, queued, idle] =
+        [(); 4].map(|()| Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket()));
+    for other in [&held, &clogged, &queued, &idle] {
+        other.client().expect("> mine\n");
+    }
+    held.client().send("not hers\nnor th");
+    held.client().expect("> not hers\n");
+    pile_up(clogged.client());
+    let echod = echod.restart(|start, _| {
+        queued.client().send("not hers\n");
+        start.place().file("echod.toml", &verifying(policy));
+        start
+    });
+    held.client().expect_end(DENIED);
+    queued.client().expect_end(DENIED);
+    let echoed_before = unread(clogged.client());
+    let (all, end) = clogged.client().rest();
+    assert!(end == End::Eof && all.ends_with(DENIED) && all.len() <= echoed_before + DENIED.len(), "{end:?}");
+    idle.client().send("not hers\n");
+    idle.client().expect_end(DENIED);
+    let stderr = echod.stop();
+    assert_eq!(stderr.matches("its data came without credentials").count(), 3, "{stderr}");
+}
+
 #[test]
 fn a_set_uid_program_is_its_effective_user_at_connect_and_its_real_user_when_it_sends() {
     needs_root();

@@ -92,12 +92,18 @@ impl Carried {
     }
 
     /// As [`Connection::verify`].
-    pub fn verify(&mut self, verify: bool) {
-        if verify != self.pass_credentials {
-            self.pass_credentials = verify;
-            // Where it is not wanted any more, taking the socket over turns it off.
-            self.unattested = if verify { attach_credentials(&self.socket) } else { 0 };
+    #[must_use]
+    pub fn verify(&mut self, verify: bool) -> bool {
+        if verify == self.pass_credentials {
+            return true;
         }
+        self.pass_credentials = verify;
+        self.unattested = 0;
+        // Where it is not wanted any more, taking the socket over turns it off.
+        if verify {
+            attach_credentials(&self.socket);
+        }
+        !verify || self.held.is_empty()
     }
 
     /// Whether it is in the middle of nothing: all that came has been echoed, and more may come.
@@ -138,6 +144,8 @@ pub enum State {
     Writing,
     /// As before, and nothing more will come: when it is taken, the connection is over.
     Finishing,
+    /// As [`Finishing`](Self::Finishing): the peer has sent descriptors, and nothing from there on is read.
+    AtDescriptors,
     /// A line was too long. Waits for the peer to take what it is told about that; `sent` counts in that.
     Refusing,
 }
@@ -151,7 +159,7 @@ pub enum Outcome {
     Stranger(Option<Uid>),
     /// The policy admits the peer no more; the rule that denies it, if one does.
     Denied(Option<Arc<Rule<Terms>>>),
-    /// The peer sent descriptors, which nobody takes.
+    /// The peer sent descriptors, which are not taken. What came before them is echoed.
     Baggage,
 }
 
@@ -218,13 +226,23 @@ impl Connection {
         }
     }
 
-    /// From now on each piece of data must come from the user who was judged, or need not any more. What has been read
-    /// by now is not asked about.
-    pub fn verify(&mut self, verify: bool) {
-        if verify != self.pass_credentials {
-            self.pass_credentials = verify;
-            self.unattested = self.socket.attach_credentials(verify);
+    /// From now on each piece of data must come from the user who was judged, or need not any more. What was sent before
+    /// can be attested by nothing: false where some of it is read and not yet echoed, and the connection must end. What is
+    /// still in the queue is found out when it is read.
+    #[must_use]
+    pub fn verify(&mut self, verify: bool) -> bool {
+        if verify == self.pass_credentials {
+            return true;
         }
+        self.pass_credentials = verify;
+        let _ = self.socket.attach_credentials(verify);
+        self.unattested = 0;
+        !verify || self.held.is_empty()
+    }
+
+    /// Whether [`verify`](Self::verify) with this would ask for more than before.
+    pub fn verifies_more(&self, verify: bool) -> bool {
+        verify && !self.pass_credentials
     }
 
     /// The longest line allowed, where everybody's is `general`.
@@ -236,7 +254,7 @@ impl Connection {
     pub fn interest(&self) -> EpollFlags {
         match self.state {
             State::Reading => EpollFlags::EPOLLIN,
-            State::Writing | State::Finishing | State::Refusing => EpollFlags::EPOLLOUT,
+            State::Writing | State::Finishing | State::AtDescriptors | State::Refusing => EpollFlags::EPOLLOUT,
         }
     }
 
@@ -248,7 +266,10 @@ impl Connection {
             Input::Nothing => return Outcome::Goes,
             Input::Broken => return Outcome::Over(None),
             Input::Stranger(uid) => return Outcome::Stranger(uid),
-            Input::Baggage => return Outcome::Baggage,
+            Input::Baggage => {
+                self.state = State::AtDescriptors;
+                return self.flush(buffers, audit);
+            }
             Input::End => {
                 self.state = State::Finishing;
                 return self.flush(buffers, audit);
@@ -305,6 +326,15 @@ impl Connection {
         if self.sent == line::TOO_LONG.len() { Outcome::TooLong } else { Outcome::Goes }
     }
 
+    /// The echo of everything received that is not out yet, where nothing more will come.
+    pub fn owed(&self) -> Vec<u8> {
+        let mut owed = Vec::new();
+        if self.state != State::Refusing {
+            line::echo(&self.held, Cursor { start: 0, sent: self.sent }, usize::MAX, true, usize::MAX, &mut owed);
+        }
+        owed
+    }
+
     /// What a peer whose line was too long has yet to be told of that.
     pub fn untold(&self) -> Option<&'static [u8]> {
         (self.state == State::Refusing).then(|| &line::TOO_LONG[self.sent..])
@@ -330,6 +360,7 @@ impl Connection {
                 self.refuse()
             }
             (Outcome::Goes, State::Finishing) if self.held.is_empty() => Outcome::Over(None),
+            (Outcome::Goes, State::AtDescriptors) if self.held.is_empty() => Outcome::Baggage,
             (outcome, _) => outcome,
         }
     }
@@ -345,7 +376,8 @@ impl Connection {
         audit: &Audit,
     ) -> (Cursor, Outcome) {
         output.clear();
-        let echoed = line::echo(input, from, limit, self.state == State::Finishing, ROOM, output);
+        let ended = matches!(self.state, State::Finishing | State::AtDescriptors);
+        let echoed = line::echo(input, from, limit, ended, ROOM, output);
         let Ok(written) = self.send(output) else { return (from, Outcome::Over(None)) };
         let all = written == output.len();
         let (at, lines) = if all { (echoed.next, echoed.lines) } else { line::advance(input, from, written) };

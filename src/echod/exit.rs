@@ -17,6 +17,8 @@ use peergate::service::Activity;
 use crate::connection::{Buffers, Connection, Outcome};
 use crate::mailbox::Mailbox;
 
+const WITHOUT_CREDENTIALS: &str = "its data came without credentials";
+
 /// What it takes to let go of connections.
 #[derive(Clone)]
 pub struct Exit {
@@ -46,6 +48,10 @@ impl Exit {
         let untold = connection.untold();
         let outcome = if untold.is_some() { Outcome::TooLong } else { outcome };
         self.record(&mut connection, &outcome, line_length);
+        let owed = match outcome {
+            Outcome::Over(Some(_)) | Outcome::Baggage => connection.owed(),
+            _ => Vec::new(),
+        };
         let Connection { permit, socket, held, is_shared, .. } = *connection;
         buffers.give_back(held);
         // Given back before the peer can know that it is over, and come again.
@@ -63,11 +69,12 @@ impl Exit {
                 self.closer.close_denied(socket);
             }
             // The peer may still be sending: it is to see an end of file, not a reset.
-            Outcome::Over(Some(_)) => {
+            Outcome::Over(Some(_)) | Outcome::Baggage => {
                 let _ = mailbox.epoll.delete(&socket);
-                self.closer.close_with(socket, &self.nothing);
+                self.closer
+                    .close_with(socket, &if owed.is_empty() { Arc::clone(&self.nothing) } else { Arc::from(owed) });
             }
-            Outcome::Over(None) | Outcome::Goes | Outcome::Baggage => {
+            Outcome::Over(None) | Outcome::Goes => {
                 if is_shared || socket.may_linger() {
                     // Closing ours would leave it in the epoll, and the peer waiting, until the other holder has let go
                     // too: the manager, or the thread that closes what may take long.
@@ -87,26 +94,31 @@ impl Exit {
             Outcome::TooLong => Some(Reason::LineLength),
             Outcome::Stranger(_) => Some(Reason::Sender),
             Outcome::Denied(_) => Some(Reason::Policy),
-            Outcome::Goes | Outcome::Baggage => None,
+            Outcome::Baggage => Some(Reason::Sender),
+            Outcome::Goes => None,
         };
         match outcome {
             Outcome::TooLong => self.record_too_long(connection, line_length),
-            Outcome::Stranger(sender) => {
-                let text = match sender {
-                    Some(uid) => format!("its data came from another user (uid {uid})"),
-                    None => "its data came without credentials".to_owned(),
-                };
-                let rule = Arc::clone(&connection.rule);
-                leaving(connection).record_revoked(&self.audit, Reason::Sender, rule.name().as_str(), text);
+            Outcome::Stranger(Some(uid)) => {
+                self.record_sender(connection, format!("its data came from another user (uid {uid})"));
+            }
+            Outcome::Stranger(None) => self.record_sender(connection, WITHOUT_CREDENTIALS.to_owned()),
+            Outcome::Baggage => {
+                self.record_sender(connection, "it sent file descriptors, which are not taken".to_owned());
             }
             Outcome::Denied(rule) => {
                 let rule = rule.as_ref().map(|rule| rule.name().as_str());
                 leaving(connection).record_denied(&self.audit, rule);
             }
-            Outcome::Over(_) | Outcome::Goes | Outcome::Baggage => {}
+            Outcome::Over(_) | Outcome::Goes => {}
         }
         let rule = Arc::clone(&connection.rule);
         leaving(connection).record_closed(&self.audit, reason, rule.name().as_str());
+    }
+
+    fn record_sender(&self, connection: &mut Connection, text: String) {
+        let rule = Arc::clone(&connection.rule);
+        leaving(connection).record_revoked(&self.audit, Reason::Sender, rule.name().as_str(), text);
     }
 
     fn record_too_long(&self, connection: &mut Connection, line_length: usize) {
@@ -155,6 +167,11 @@ impl Leaving<'_> {
             None => "no rule allows it any more".to_owned(),
         };
         self.record_revoked(audit, Reason::Policy, rule.unwrap_or("default"), text);
+    }
+
+    /// What is to be echoed came before it was asked who sends it.
+    pub fn record_unattested(&mut self, audit: &Audit, rule: &str) {
+        self.record_revoked(audit, Reason::Sender, rule, WITHOUT_CREDENTIALS.to_owned());
     }
 
     fn record_revoked(&mut self, audit: &Audit, reason: Reason, rule: &str, text: String) {

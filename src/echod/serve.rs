@@ -595,7 +595,13 @@ fn until(due: Instant) -> PollTimeout {
 fn judge(mut connection: Carried, judge: &Judge, config: &Config, limits: &Permits, audit: &Audit) -> Judged {
     match judge.judge(&mut connection.peer, &connection.socket, &config.policy) {
         Verdict::Admitted(rule) => {
-            connection.verify(config.service.verify == Verify::Line);
+            if !connection.verify(config.service.verify == Verify::Line) {
+                let rule = rule.name().as_str();
+                let mut leaving = leaving(&mut connection);
+                leaving.record_unattested(audit, rule);
+                leaving.record_closed(audit, Some(Reason::Sender), rule);
+                return Err(connection.socket);
+            }
             let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
             connection.peer.release_process();
             Ok((connection, rule, permit))

@@ -289,10 +289,12 @@ impl Loop {
     fn admit(&mut self, mut connection: Box<Connection>, slot: usize, generation: u64) {
         // Judged just before a reload that this worker has already been through.
         if generation < self.generation {
-            if let Err(rule) = self.judge_again(&mut connection) {
+            let outcome = self.judge_again(&mut connection);
+            if !matches!(outcome, Outcome::Goes) {
                 self.mailbox.free_slot(slot);
-                return self.part(connection, Outcome::Denied(rule));
+                return self.part(connection, outcome);
             }
+            self.renew_interest(slot, &connection);
         }
         self.put(slot, connection);
     }
@@ -337,7 +339,7 @@ impl Loop {
         let (state, bytes) = (connection.state, connection.bytes);
         let outcome = match state {
             State::Reading => connection.read(limit, &mut self.buffers, &self.around.audit),
-            State::Writing | State::Finishing | State::Refusing => {
+            State::Writing | State::Finishing | State::AtDescriptors | State::Refusing => {
                 connection.flush(&mut self.buffers, &self.around.audit)
             }
         };
@@ -388,27 +390,48 @@ impl Loop {
             if runs_out(&connection, &before).is_none() {
                 connection.active = Instant::now();
             }
-            if let Err(rule) = self.judge_again(&mut connection) {
+            let state = connection.state;
+            let outcome = self.judge_again(&mut connection);
+            if !matches!(outcome, Outcome::Goes) {
                 self.mailbox.free_slot(slot);
-                self.part(connection, Outcome::Denied(rule));
+                self.part(connection, outcome);
                 continue;
+            }
+            if connection.state != state {
+                self.renew_interest(slot, &connection);
             }
             self.put(slot, connection);
         }
     }
 
-    /// Whether the peer may stay, and by which rule; else the rule that denies it, if one does.
-    fn judge_again(&self, connection: &mut Connection) -> Result<(), Option<Arc<Rule<Terms>>>> {
+    /// [`Outcome::Goes`] where the peer may stay.
+    fn judge_again(&mut self, connection: &mut Connection) -> Outcome {
         let verdict = self.around.judge.judge(&mut connection.peer, &connection.socket, &self.ruling.policy);
         connection.peer.release_process();
         match verdict {
-            Verdict::Admitted(rule) => {
-                connection.rule = Arc::clone(rule);
-                connection.verify(self.ruling.verify);
-                Ok(())
-            }
-            Verdict::Denied(rule) => Err(rule.map(Arc::clone)),
+            Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),
+            Verdict::Denied(rule) => return Outcome::Denied(rule.map(Arc::clone)),
         }
+        if connection.verifies_more(self.ruling.verify) {
+            // What has come by now is echoed while it still may be: a peer that reads its echo, and is not in the middle of
+            // a line, stays.
+            let outcome = self.last_turns(connection);
+            if !matches!(outcome, Outcome::Goes) {
+                return outcome;
+            }
+            if !connection.verify(true) {
+                return Outcome::Stranger(None);
+            }
+            // What came too late for that ends the connection now.
+            return self.last_turns(connection);
+        }
+        if connection.verify(self.ruling.verify) { Outcome::Goes } else { Outcome::Stranger(None) }
+    }
+
+    /// After turns that were not its own.
+    fn renew_interest(&self, slot: usize, connection: &Connection) {
+        let mut event = EpollEvent::new(connection.interest(), slot as u64);
+        let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
     }
 
     /// Ends connections on which nothing moved for too long.
@@ -441,7 +464,7 @@ impl Loop {
             let Some(mut connection) = self.take(slot) else { continue };
             match self.last_turns(&mut connection) {
                 // The manager would have to close them in the end, and PID 1 must not wait for anybody.
-                Outcome::Goes if connection.socket.holds_descriptors() => {
+                Outcome::Goes if connection.state == State::AtDescriptors || connection.socket.holds_descriptors() => {
                     self.mailbox.free_slot(slot);
                     self.part(connection, Outcome::Baggage);
                 }
@@ -478,7 +501,10 @@ impl Loop {
         let limit = connection.line_length(self.ruling.line_length);
         for _ in 0..LAST_READS {
             if connection.state != State::Reading {
-                return connection.flush(&mut self.buffers, &self.around.audit);
+                match connection.flush(&mut self.buffers, &self.around.audit) {
+                    Outcome::Goes if connection.state == State::Reading => continue,
+                    outcome => return outcome,
+                }
             }
             let before = connection.bytes;
             match connection.read(limit, &mut self.buffers, &self.around.audit) {

@@ -145,7 +145,7 @@ pub enum Reason {
     Policy,
     /// The kernel would not say who it is.
     NoCredentials,
-    /// Data came from another user than the one who was judged.
+    /// Data came from another user than the one who was judged, without credentials, or with file descriptors.
     Sender,
     /// This user's connections are used up.
     UserLimit,
@@ -398,7 +398,7 @@ impl Record {
             (Some(Reason::Policy), Some(rule)) if rule != "default" => return format!("{rule} denies it").into(),
             (Some(Reason::Policy), _) => "no rule allows it",
             (Some(Reason::NoCredentials), _) => "the kernel would not tell its credentials",
-            (Some(Reason::Sender), _) => "its data came from another user",
+            (Some(Reason::Sender), _) => "its data came from another user, or with file descriptors",
             (Some(Reason::UserLimit), _) => "too many connections of this user",
             (Some(Reason::TotalLimit), _) => "too many connections in all",
             (Some(Reason::LineLength), _) => "a line was too long",

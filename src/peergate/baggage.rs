@@ -9,9 +9,9 @@
 //! - From Linux 6.16 on the kernel is told to refuse descriptors (SO_PASSRIGHTS), for a listener when it is
 //!   [adopted](crate::activation::adopt) or [bound](crate::activation::bind). The sender gets EPERM.
 //! - Where it could not be told, or was told only after the peer may have sent some (whoever connected before the service
-//!   was started), reading looks first: a peek takes nothing. A peer whose data carries descriptors is read from no more.
-//! - A socket on which some may lie unread is closed by threads that nobody waits for, which interrupt themselves all the
-//!   time: to linger is over at a signal.
+//!   was started), reading looks first: a peek takes nothing. What came before the descriptors is read, nothing after.
+//! - A socket on which some may lie unread is emptied and closed by threads that nobody waits for, which interrupt
+//!   themselves all the time: to linger is over at a signal.
 
 use std::fmt;
 use std::fs;
@@ -43,8 +43,8 @@ enum Baggage {
 /// the ones that the peer sent are closed.
 ///
 /// It reads and writes like a [`UnixStream`], non-blocking if the socket is (that of an [`Admission`](crate::Admission)
-/// is). As soon as descriptors are seen among what is unread, every read fails with
-/// [`InvalidData`](io::ErrorKind::InvalidData): drop it.
+/// is). Where descriptors come next in what is unread, every read fails with
+/// [`InvalidData`](io::ErrorKind::InvalidData): drop it. What came before them is read first.
 ///
 /// That holds for reading through this type, by one thread at a time. The descriptor itself ([`AsFd`]) serves to wait
 /// (poll(2), epoll(7), tokio's `AsyncFd`), to write, and to ask who is there.
@@ -172,9 +172,13 @@ impl Stream {
         // Only where no end of looking is to be found need it wait.
         let waits = may_wait && self.baggage == Baggage::Possible;
         match sys::peek(self.as_fd(), buffer, credentials, waits) {
-            Ok((_, true)) => {
-                Err(io::Error::new(io::ErrorKind::InvalidData, "the peer sent file descriptors, which nobody takes"))
-            }
+            Ok((_, true)) => match before_descriptors(self.as_fd(), credentials)? {
+                0 => {
+                    let message = "the peer sent file descriptors, which are not taken";
+                    Err(io::Error::new(io::ErrorKind::InvalidData, message))
+                }
+                before => Ok(before.min(buffer.len())),
+            },
             // At the end of file there is nothing to take either.
             Ok((count, false)) => Ok(count.max(1)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.baggage == Baggage::Earlier => {
@@ -235,6 +239,18 @@ impl Stream {
             Some(fd) => fd,
             None => unreachable!("only `drop` and conversion take it, and nobody has the stream after these"),
         }
+    }
+}
+
+/// How many bytes come before the first descriptors, where some are unread.
+///
+/// One peek does not tell: it goes on to the next message even when its buffer is full, so that it meets descriptors
+/// wherever they are, and counts the bytes that they came with. So one peek tells where the message with the descriptors
+/// ends, and a second one, with room for everything but that message's last byte, stops in front of it.
+fn before_descriptors(socket: BorrowedFd<'_>, credentials: bool) -> io::Result<usize> {
+    match sys::peek_messages(socket, sys::unread(socket)?, credentials)? {
+        (count, false) => Ok(count),
+        (end, true) => Ok(sys::peek_messages(socket, end.saturating_sub(1), credentials)?.0),
     }
 }
 
@@ -385,12 +401,39 @@ pub(crate) mod tests {
             theirs.write_all(b"before").unwrap();
             send_along(&theirs, &theirs).unwrap();
             assert_eq!(stream.read(&mut []).unwrap(), 0, "no room, nothing to look at");
+            // However it is asked, what came before is given.
+            assert_eq!(stream.read(&mut buffer[..2]).unwrap(), 2);
+            assert_eq!(stream.read(&mut buffer).unwrap(), 4);
             for _ in 0..2 {
                 assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::InvalidData);
                 assert_eq!(kind(stream.read_now(&mut buffer)), io::ErrorKind::InvalidData);
                 assert_eq!(kind(stream.receive(&mut buffer)), io::ErrorKind::InvalidData);
             }
             assert!(stream.holds_descriptors());
+        }
+    }
+
+    #[test]
+    fn what_came_before_descriptors_is_read_to_the_byte_however_it_was_sent() {
+        let long = vec![b'x'; 70_000];
+        for attached in [false, true] {
+            for before in [vec![&b"a"[..], b"bc"], vec![&long], vec![&long, b"y", &long], vec![b"x"; 100]] {
+                let (ours, mut theirs) = pair();
+                theirs.set_write_timeout(Some(Duration::from_secs(60))).unwrap();
+                let mut stream = Stream::unrefused(ours);
+                sys::set_option(stream.as_fd(), libc::SO_PASSCRED, attached.into()).unwrap();
+                stream.attach_credentials(attached);
+                before.iter().for_each(|part| theirs.write_all(part).unwrap());
+                send_along(&theirs, &theirs).unwrap();
+                theirs.write_all(b"after").unwrap();
+                send_along(&theirs, &theirs).unwrap();
+                let (mut buffer, mut got) = (vec![0; 4096], Vec::new());
+                while let Ok(count) = stream.read_now(&mut buffer) {
+                    got.extend_from_slice(&buffer[..count]);
+                }
+                assert!(got == before.concat(), "{} of {}", got.len(), before.concat().len());
+                assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::InvalidData);
+            }
         }
     }
 
@@ -452,7 +495,7 @@ pub(crate) mod tests {
             let mut stream = Stream::accepted(ours);
             assert!(!read || stream.read(&mut [0; 64]).is_err());
             drop(stream);
-            assert_eq!(theirs.read(&mut [0]).unwrap_or(0), 0);
+            assert_eq!(theirs.read(&mut [0]).unwrap(), 0, "no reset");
         }
         // The next one's turn comes only when these are closed.
         let (ours, mut theirs) = pair();

@@ -1,15 +1,21 @@
 //! Closes what may be slow to close, on threads that nobody waits for. For [`baggage`](crate::baggage).
 //!
-//! What lies unread on a socket is closed with it, in the thread that closes it, and whoever sent it chooses how long
-//! that takes (SO_LINGER, socket(7)). To linger is over at a signal; so these threads interrupt themselves all the time.
+//! What lies unread on a socket is closed in the thread that reads it or closes the socket, and the peer that sent it
+//! chooses how long that takes (SO_LINGER, socket(7)). To linger is over at a signal; so these threads interrupt themselves
+//! all the time. They read before they close: a socket that is closed with data unread makes the peer's next call fail with
+//! ECONNRESET (unix(7)), although everything it is owed has been sent.
+//!
 //! They must not be slower at it than somebody is at sending: each thing that lingers costs its sender about 100 µs to
 //! make, and as long as it waits here it holds a descriptor of ours.
 
 use std::collections::VecDeque;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 
 use crate::sys;
 
@@ -30,7 +36,8 @@ struct Waiting {
     threads: usize,
 }
 
-/// Takes the socket from whoever must not wait, and closes it.
+/// Takes the socket from whoever must not wait, reads what is left on it, and closes it. Shut down for reading before, so
+/// that it is no more than a queue can hold.
 pub(crate) fn dispose_of(socket: OwnedFd) {
     let mut waiting = lock();
     waiting.sockets.push_back(socket);
@@ -48,9 +55,21 @@ fn close_all() {
     // Without interruptions it takes as long as it takes.
     let interruptions = sys::Interruptions::of_this_thread().ok();
     let every = |period| interruptions.as_ref().map_or(Ok(()), |one| one.every(period));
+    let mut unread = vec![0; 16 * 1024];
     while let Some(socket) = next(|| drop(every(Duration::ZERO))) {
         let _ = every(INTERRUPTED_EVERY);
+        empty(&socket, &mut unread);
         drop(socket);
+    }
+}
+
+/// Without room for them, the descriptors among what is read are closed here.
+fn empty(socket: &OwnedFd, unread: &mut [u8]) {
+    loop {
+        match recv(socket.as_raw_fd(), unread, MsgFlags::MSG_DONTWAIT) {
+            Ok(1..) | Err(Errno::EINTR) => {}
+            Ok(0) | Err(_) => return,
+        }
     }
 }
 

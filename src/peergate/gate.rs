@@ -141,6 +141,8 @@ struct Arrival {
     listener: usize,
     /// GATE_CONNECTION, whatever is decided.
     number: u64,
+    /// Within how many bytes some may lack credentials; `None` where the kernel was not asked for them.
+    unattested: Option<usize>,
 }
 
 /// Listeners, policy, limits and the connections being closed: one value that is polled.
@@ -425,7 +427,12 @@ impl<T: Terms> Gate<T> {
     fn arrival(&mut self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.next_connection;
         self.next_connection += 1;
-        Arrival { socket: Stream::new(socket, self.pass_credentials), listener, number }
+        let mut socket = Stream::new(socket, self.pass_credentials);
+        // From Linux 6.16 on the option is inherited at connect, not at accept: a connection made before the listener had it
+        // has yet to get it. What waits for accept carries credentials in any case; what comes between accept and this
+        // does not. So it comes before the peer is judged, and before it waits for a place, which can take a while.
+        let unattested = self.pass_credentials.then(|| socket.attach_credentials(true));
+        Arrival { socket, listener, number, unattested }
     }
 
     /// Judges a connection, and admits it, lets it wait for a place or turns it away. `waited`: since when it has been
@@ -489,11 +496,15 @@ impl<T: Terms> Gate<T> {
     ) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
-        // From Linux 6.16 on the option is inherited at connect, not at accept: a peer that connected before the listener
-        // had it has yet to get it. What waits for accept carries credentials in any case; what comes between accept and
-        // this does not. The configuration may also be another one than when the peer connected.
         let pass_credentials = self.pass_credentials;
-        let unattested = arrival.socket.attach_credentials(pass_credentials);
+        let unattested = match arrival.unattested {
+            Some(unattested) if pass_credentials => unattested,
+            // The configuration is another one than when the peer connected: nothing that it sent by now is excused.
+            _ => {
+                let _ = arrival.socket.attach_credentials(pass_credentials);
+                0
+            }
+        };
         admitted.push(Admission {
             socket: arrival.socket,
             peer,
@@ -573,7 +584,7 @@ impl<T> fmt::Debug for Gate<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
     use super::over_limit::MOST_WAITING;
@@ -627,6 +638,23 @@ mod tests {
         admitted.clear();
         gate.stop_accepting(&mut admitted);
         assert_eq!(admitted.len(), 1);
+    }
+
+    #[test]
+    fn what_is_sent_while_a_connection_waits_for_a_place_is_attested() {
+        let (mut gate, _) = gate("attested", Limits::default());
+        for (asked_before, unattested) in [(true, 6), (false, 0)] {
+            // Connected before the listener had the option, as a pair is.
+            let (ours, mut theirs) = UnixStream::pair().unwrap();
+            theirs.write_all(b"before").unwrap();
+            gate.pass_credentials = asked_before;
+            let arrival = gate.arrival(ours.into(), 0);
+            theirs.write_all(b", while it waits").unwrap();
+            gate.pass_credentials = true;
+            let mut admitted = Vec::new();
+            gate.judge_arrival(arrival, None, &mut admitted);
+            assert_eq!(admitted[0].unattested, unattested, "asked before: {asked_before}");
+        }
     }
 
     #[test]

@@ -212,6 +212,44 @@ pub(crate) fn peek(
     Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0))
 }
 
+/// As [`peek`], without waiting, of whole messages: how many bytes are in the first ones that together have no more than
+/// `length`, up to and including the first with descriptors, and whether it has some. (0, false) where the first message is
+/// longer.
+///
+/// Behind room for so many bytes comes a buffer at no address. The kernel copies message by message; one that reaches there
+/// fails as a whole, before its descriptors are looked at, and the answer is what was copied before it.
+pub(crate) fn peek_messages(socket: BorrowedFd<'_>, length: usize, credentials: bool) -> io::Result<(usize, bool)> {
+    /// What UIO_MAXIOV (1024) leaves, with the one at no address.
+    const MOST_PARTS: usize = 1023;
+    // What was copied is not looked at: all parts are the same memory.
+    let mut scratch = vec![0_u8; length.clamp(1, 64 * 1024)];
+    let length = length.min(MOST_PARTS * scratch.len());
+    let mut parts: Vec<libc::iovec> = (0..length)
+        .step_by(scratch.len())
+        .map(|at| libc::iovec { iov_base: scratch.as_mut_ptr().cast(), iov_len: scratch.len().min(length - at) })
+        .collect();
+    parts.push(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 });
+    let mut control = MaybeUninit::<OneCredential>::zeroed();
+    // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = parts.as_mut_ptr();
+    message.msg_iovlen = parts.len() as _;
+    if credentials {
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of::<OneCredential>() as _;
+    }
+    // SAFETY: scratch, parts and control outlive the call, and the lengths are theirs. At the null address the kernel finds
+    // no page to write to, which it answers with EFAULT or by stopping there.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
+    match usize::try_from(count) {
+        Ok(count) => Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0)),
+        Err(_) => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::EFAULT) => Ok((0, false)),
+            error => Err(error),
+        },
+    }
+}
+
 /// A signal that does nothing, sent to one thread again and again, so that a call of its which waits is over with
 /// EINTR. The signal's disposition is the process's: SIGRTMIN+2.
 pub(crate) struct Interruptions(libc::timer_t);
