@@ -3,10 +3,13 @@
 
 mod common;
 
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::Command;
 
-use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, Other, Start, needs_root};
+use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, Other, Place, Start, needs_root};
 
 /// `uid:gid:groups` connects and is let in, or not.
 #[track_caller]
@@ -366,4 +369,38 @@ fn the_manager_hears_of_nothing_but_the_truth() {
 
 fn wait_for_status(manager: &Manager, status: &str) {
     manager.wait_for(status, 1);
+}
+
+/// A start with a socket of its own.
+fn listening(path: &Path) -> Start {
+    Start::bare().config(common::OWNER).args(&["--listen", path.to_str().unwrap()])
+}
+
+#[test]
+fn another_users_socket_in_the_place_of_ours_is_not_removed() {
+    needs_root();
+    let place = Place::new();
+    let path = place.path("own");
+    let mut theirs = None;
+    let echod = listening(&path).swapped_after_bind(&path, || {
+        fs::remove_file(&path).unwrap();
+        theirs = Some(UnixListener::bind(&path).unwrap());
+        chown(&path, Some(ALICE), None).unwrap();
+    });
+    echod.stop();
+    UnixStream::connect(&path).expect("the other socket is still there");
+}
+
+#[test]
+fn a_socket_is_bound_in_a_directory_that_may_not_be_read() {
+    needs_root();
+    let place = Place::new();
+    let directory = place.path("drop");
+    fs::create_dir(&directory).unwrap();
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o733)).unwrap();
+    let path = directory.join("own");
+    let echod = listening(&path).run_as("64001:64001").ready();
+    Other::user(ALICE, &path).client().echo("it serves");
+    echod.stop();
+    assert!(!path.exists());
 }
