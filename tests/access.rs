@@ -3,10 +3,13 @@
 
 mod common;
 
-use std::path::Path;
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, Other, Start, needs_root};
+use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, Other, Place, Start, needs_root};
 
 /// `uid:gid:groups` connects and is let in, or not.
 #[track_caller]
@@ -366,4 +369,173 @@ fn the_manager_hears_of_nothing_but_the_truth() {
 
 fn wait_for_status(manager: &Manager, status: &str) {
     manager.wait_for(status, 1);
+}
+
+/// A start with a socket of its own.
+fn listening(path: &Path) -> Start {
+    Start::bare().config(common::OWNER).args(&["--listen", path.to_str().unwrap()])
+}
+
+#[test]
+fn another_users_socket_in_the_place_of_ours_is_not_removed() {
+    needs_root();
+    let place = Place::new();
+    let path = place.path("own");
+    let mut theirs = None;
+    let echod = listening(&path).swapped_after_bind(&path, || {
+        fs::remove_file(&path).unwrap();
+        theirs = Some(UnixListener::bind(&path).unwrap());
+        chown(&path, Some(ALICE), None).unwrap();
+    });
+    echod.stop();
+    UnixStream::connect(&path).expect("the other socket is still there");
+}
+
+#[test]
+fn a_socket_is_bound_in_a_directory_that_may_not_be_read() {
+    needs_root();
+    let place = Place::new();
+    let directory = place.path("drop");
+    fs::create_dir(&directory).unwrap();
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o733)).unwrap();
+    let path = directory.join("own");
+    let echod = listening(&path).run_as("64001:64001").ready();
+    Other::user(ALICE, &path).client().echo("it serves");
+    echod.stop();
+    assert!(!path.exists());
+}
+
+fn check(config: &Path) -> (i32, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_echod")).arg("check").arg("--config").arg(config).output().unwrap();
+    (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+}
+
+fn directory(path: PathBuf, owner: u32, mode: u32) -> PathBuf {
+    fs::create_dir(&path).unwrap();
+    chown(&path, Some(owner), None).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    path
+}
+
+/// An old file of root's, moved there by whoever may write the directory, has the right owner and mode.
+#[test]
+fn a_file_is_refused_where_others_may_write_a_directory_on_the_way() {
+    needs_root();
+    let owned = "owned by uid 64001; expected root or the service's user, uid 0";
+    let writable = |mode: &str| format!("others than its owner may write it (mode {mode}); expected mode 0755 or less");
+    for (owner, mode, why) in [
+        (ALICE, 0o755, owned.to_owned()),
+        (ALICE, 0o1777, owned.to_owned()),
+        (0, 0o775, writable("0775")),
+        (0, 0o757, writable("0757")),
+        (0, 0o777, writable("0777")),
+    ] {
+        let place = Place::new();
+        let outer = directory(place.path("outer"), owner, mode);
+        let inner = directory(outer.join("inner"), 0, 0o755);
+        let file = place.file("outer/echod.toml", common::OWNER);
+        fs::copy(&file, inner.join("echod.toml")).unwrap();
+        symlink(&outer, place.path("link")).unwrap();
+        symlink("outer/inner/../echod.toml", place.path("echod.toml")).unwrap();
+        for way in ["outer/echod.toml", "outer/inner/echod.toml", "link/echod.toml", "echod.toml"] {
+            let (code, stderr) = check(&place.path(way));
+            assert_eq!(code, 78, "{way}, {owner}, {mode:o}: {stderr}");
+            assert!(stderr.contains(&format!("directory {}: {why}", outer.display())), "{way}: {stderr}");
+        }
+        let (code, _, stderr) =
+            Start::bare().args(&["--listen", "/x", "--config"]).args(&[file.to_str().unwrap()]).run();
+        assert_eq!(code, 78, "{stderr}");
+    }
+}
+
+/// Whoever may write the directory can also remove the file, and have the defaults in its stead.
+#[test]
+fn a_default_file_that_others_may_have_removed_is_not_missing() {
+    needs_root();
+    let place = Place::new();
+    for (name, owner, mode) in [("owned", ALICE, 0o755), ("writable", 0, 0o777)] {
+        let theirs = directory(place.path(name), owner, mode);
+        let start = Start::bare().env("CONFIGURATION_DIRECTORY", theirs.to_str().unwrap());
+        let listener = start.place().listener("socket");
+        let (code, _, stderr) = start.socket("s", listener).run();
+        assert_eq!(code, 78, "{stderr}");
+    }
+}
+
+#[test]
+fn a_default_file_in_a_directory_that_may_not_be_entered_is_not_missing() {
+    needs_root();
+    let place = Place::new();
+    let closed = directory(place.path("closed"), 0, 0o700);
+    let start = Start::bare().env("CONFIGURATION_DIRECTORY", closed.to_str().unwrap()).run_as("64001:64001");
+    let listener = start.place().listener("socket");
+    let (code, _, stderr) = start.socket("s", listener).run();
+    assert_eq!(code, 78, "{stderr}");
+    assert!(stderr.contains("cannot be read"), "{stderr}");
+}
+
+/// As /tmp: what belongs to root there, only root can replace.
+#[test]
+fn in_a_sticky_directory_only_what_others_can_put_there_is_refused() {
+    needs_root();
+    let place = Place::new();
+    let sticky = directory(place.path("sticky"), 0, 0o1777);
+    let file = place.file("sticky/echod.toml", common::OWNER);
+    assert_eq!(check(&file).0, 0);
+    let inner = directory(sticky.join("inner"), 0, 0o755);
+    fs::rename(&file, inner.join("echod.toml")).unwrap();
+    assert_eq!(check(&inner.join("echod.toml")).0, 0);
+
+    let link = sticky.join("link");
+    symlink(inner.join("echod.toml"), &link).unwrap();
+    assert_eq!(check(&link).0, 0);
+    lchown(&link, Some(ALICE), None).unwrap();
+    let (code, stderr) = check(&link);
+    assert_eq!(code, 78, "{stderr}");
+    assert!(stderr.contains(&format!("symbolic link {}: owned by uid {ALICE}", link.display())), "{stderr}");
+
+    let second_name = sticky.join("hard");
+    fs::hard_link(inner.join("echod.toml"), &second_name).unwrap();
+    let (code, stderr) = check(&second_name);
+    assert_eq!(code, 78, "{stderr}");
+    assert!(stderr.contains("has 2 names"), "{stderr}");
+}
+
+#[test]
+fn the_services_user_may_own_the_way_to_its_file() {
+    needs_root();
+    let place = Place::new();
+    let home = directory(place.path("home"), ALICE, 0o755);
+    let config = directory(home.join("echod"), ALICE, 0o755);
+    fs::write(config.join("echod.toml"), common::OWNER).unwrap();
+    chown(config.join("echod.toml"), Some(ALICE), None).unwrap();
+    let start = Start::bare().env("CONFIGURATION_DIRECTORY", "").env("XDG_CONFIG_HOME", home.to_str().unwrap());
+    let listener = start.place().listener("socket");
+    let echod = start.run_as("64001:64001").socket("s", listener).ready();
+    expect(&echod, "64001:64001", true);
+    echod.stop();
+}
+
+/// There root's directories read as the overflow id's.
+#[test]
+fn a_user_namespace_without_root_still_reads_its_users_file() {
+    needs_root();
+    let place = Place::new();
+    let program = place.path("echod");
+    fs::copy(env!("CARGO_BIN_EXE_echod"), &program).unwrap();
+    let home = directory(place.path("home"), ALICE, 0o755);
+    let file = place.file("home/echod.toml", common::OWNER);
+    let check = || {
+        let words = ["--reuid=64001", "--regid=64001", "--clear-groups", "unshare", "--user", "--map-root-user"];
+        let mut command = Command::new("setpriv");
+        command.args(words).arg(&program).arg("check").arg("--config").arg(&file).current_dir(&home);
+        let output = command.output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, stderr) = check();
+    assert_eq!(code, 78, "root's file: {stderr}");
+    assert!(stderr.contains("owned by uid 65534"), "{stderr}");
+    chown(&file, Some(ALICE), None).unwrap();
+    let (code, stderr) = check();
+    assert_eq!(code, 0, "{stderr}");
 }

@@ -11,6 +11,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 
 use common::{Client, OWNER, Place, Start, eventually};
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 
@@ -316,6 +317,77 @@ fn a_socket_file_that_somebody_else_put_there_meanwhile_is_not_removed() {
     let _theirs = UnixListener::bind(&path).unwrap();
     echod.stop();
     assert!(path.exists());
+}
+
+/// As the owner of the directory can do, while root starts the service.
+#[test]
+fn a_link_put_in_the_sockets_place_is_not_followed() {
+    let place = Place::new();
+    let secret = place.path("secret");
+    fs::write(&secret, "").unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+    let path = place.path("own");
+    let echod = listening(&path).swapped_after_bind(&path, || {
+        fs::rename(&path, place.path("away")).unwrap();
+        symlink(&secret, &path).unwrap();
+    });
+    assert_eq!(fs::metadata(&secret).unwrap().mode() & 0o7777, 0o600);
+    assert_eq!(fs::metadata(place.path("away")).unwrap().mode() & 0o7777, 0o666);
+    Client::connect(place.path("away")).echo("it serves all the same");
+    echod.stop();
+    assert!(fs::symlink_metadata(place.path("own")).unwrap().is_symlink(), "the link is not ours to remove");
+}
+
+#[test]
+fn no_path_is_used_once_the_socket_exists() {
+    let place = Place::new();
+    let elsewhere = Place::new();
+    let trace = elsewhere.path("trace");
+    let path = place.path("own");
+    let echod = listening(&path).traced(&trace, &["trace=bind,connect,%file"]).ready();
+    echod.stop();
+    let calls = fs::read_to_string(&trace).unwrap();
+    let (_, after) = calls.split_once(" bind(").expect("the socket is bound");
+    let (_, after) = after.split_once('\n').unwrap();
+    let by_path: Vec<_> = after.lines().filter(|call| call.contains(place.path("").to_str().unwrap())).collect();
+    assert!(by_path.is_empty(), "{by_path:#?}");
+    assert!(!path.exists(), "and yet the file is removed");
+}
+
+#[test]
+fn the_socket_is_removed_from_the_directory_it_was_made_in() {
+    let place = Place::new();
+    let [made_in, moved, other] = ["made-in", "moved", "other"].map(|name| place.path(name));
+    fs::create_dir(&made_in).unwrap();
+    fs::create_dir(&other).unwrap();
+    let echod = listening(&made_in.join("own")).ready();
+    fs::rename(&made_in, &moved).unwrap();
+    fs::hard_link(moved.join("own"), other.join("own")).unwrap();
+    symlink("other", &made_in).unwrap();
+    echod.stop();
+    assert!(!moved.join("own").exists());
+    assert!(other.join("own").exists(), "a file was removed by way of a link that came later");
+}
+
+/// Anybody who may read a directory can hold a lock on it, as long as they like.
+#[test]
+fn a_lock_that_another_process_holds_on_the_directory_refuses_nothing() {
+    let place = Place::new();
+    let path = place.path("own");
+    let directory = fs::File::open(place.path("")).unwrap();
+    let _held = Flock::lock(directory, FlockArg::LockExclusive).map_err(|(_, error)| error).unwrap();
+    for stale in [false, true] {
+        if stale {
+            drop(UnixListener::bind(&path).unwrap());
+        }
+        let echod = listening(&path).ready();
+        Client::connect(&path).echo("it serves");
+        let (code, _, stderr) = listening(&path).run();
+        assert_eq!(code, 71, "{stderr}");
+        Client::connect(&path).echo("and nobody takes its socket");
+        echod.stop();
+        assert!(!path.exists());
+    }
 }
 
 #[test]

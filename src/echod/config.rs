@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::errno::Errno;
 use peergate::ids::Uid;
 use peergate::policy::Policy;
 use peergate::policy::file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
@@ -159,8 +160,10 @@ pub enum Location {
     Named(PathBuf),
     /// The one default file; it need not be there.
     Default(PathBuf),
-    /// Nowhere: neither an environment nor a user database that tells a home directory.
+    /// Nowhere: neither the environment nor the user database tells a home directory.
     Nowhere,
+    /// The user database, which would tell the home directory, does not answer.
+    Unknown(Errno),
 }
 
 /// Why there is no configuration.
@@ -262,15 +265,27 @@ fn locate(cli: Option<&Path>, me: Uid, variable: &dyn Fn(&str) -> Option<OsStrin
     // A relative path is invalid and to be ignored (XDG Base Directory Specification).
     let of_users = variable("XDG_CONFIG_HOME").map(PathBuf::from).and_then(absolute).or_else(|| {
         let home = variable("HOME").map(PathBuf::from).and_then(absolute);
-        home.or_else(|| home_of(me)).map(|home| home.join(".config"))
+        home.map(|home| home.join(".config"))
     });
-    of_users.map_or(Location::Nowhere, |directory| Location::Default(directory.join("echod").join(NAME)))
+    let directory = match of_users {
+        Some(directory) => directory,
+        None => match home_of(me) {
+            Ok(Some(home)) => home.join(".config"),
+            Ok(None) => return Location::Nowhere,
+            Err(error) => return Location::Unknown(error),
+        },
+    };
+    Location::Default(directory.join("echod").join(NAME))
 }
 
 /// The home directory as the user database has it.
-fn home_of(me: Uid) -> Option<PathBuf> {
-    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(me.raw())).ok().flatten();
-    user.map(|user| user.dir).filter(|directory| directory.is_absolute())
+fn home_of(me: Uid) -> nix::Result<Option<PathBuf>> {
+    let user = match nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(me.raw())) {
+        // Some sources say so where the others say "nothing found" (getpwnam(3), ERRORS).
+        Err(Errno::ENOENT | Errno::ESRCH) => None,
+        answer => answer?,
+    };
+    Ok(user.map(|user| user.dir).filter(|directory| directory.is_absolute()))
 }
 
 fn load(location: Location, me: Uid, names: &dyn Names) -> Result<Config, LoadError> {
@@ -278,6 +293,13 @@ fn load(location: Location, me: Uid, names: &dyn Names) -> Result<Config, LoadEr
         Location::Named(path) => (path, true),
         Location::Default(path) => (path, false),
         Location::Nowhere => return Ok(Config::without_file(me)),
+        Location::Unknown(error) => {
+            let message = format!(
+                "cannot be looked for: the home directory of uid {me} is unknown ({error}); expected an \
+                                   answer from the user database, or HOME"
+            );
+            return Err(LoadError::Refused(Faults(vec![Fault::of_file(NAME, message)])));
+        }
     };
     match Source::read(&path, me) {
         Ok(source) => Config::from_source(&source, me, names).map_err(LoadError::Refused),

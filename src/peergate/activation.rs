@@ -3,23 +3,19 @@
 //! The protocol is sd_listen_fds(3)'s. Call [`adopt`] before the process has a second thread: the
 //! environment is read and cleared here. Where there is no systemd, [`bind`] makes a listener.
 
+mod bind;
+
 use std::fmt;
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
 use listenfd::ListenFd;
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, Flock, FlockArg, OFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrLike, SockaddrStorage, UnixAddr, connect, getsockname, getsockopt,
-    socket, sockopt,
+    AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, getsockopt, sockopt,
 };
 use nix::sys::stat::{SFlag, fstat};
 
@@ -32,24 +28,13 @@ const MOST_DESCRIPTORS: usize = 1 << 20;
 /// What a path in `sockaddr_un` may hold, unix(7): 108 bytes less the closing NUL.
 const LONGEST_PATH: usize = 107;
 
-/// How long the lock on a directory is waited for, and how often it is tried. One of us has it for a few milliseconds.
-const LOCK_PATIENCE: Duration = Duration::from_secs(2);
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
-
 /// A listening AF_UNIX stream socket, non-blocking and close-on-exec.
 #[derive(Debug)]
 pub struct Listener {
     fd: OwnedFd,
     address: Arc<str>,
-    bound: Option<Bound>,
-}
-
-/// The file that [`bind`] made, to be removed with the listener.
-#[derive(Debug)]
-struct Bound {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
+    /// The file that [`bind`] made, to be removed with the listener.
+    bound: Option<bind::Bound>,
 }
 
 impl Listener {
@@ -93,11 +78,7 @@ impl Drop for Listener {
     /// An inherited listener is only closed: the socket is systemd's.
     fn drop(&mut self) {
         let Some(bound) = &self.bound else { return };
-        let ours = fs::symlink_metadata(&bound.path)
-            .is_ok_and(|found| found.dev() == bound.device && found.ino() == bound.inode);
-        if ours {
-            let _ = fs::remove_file(&bound.path);
-        }
+        bound.remove();
         // Who still waits is closed with the socket, and what they have sent along with them; here that keeps nobody.
         while self.accept().is_ok() {}
     }
@@ -340,8 +321,6 @@ pub enum BindError {
     Occupied(PathBuf, &'static str),
     /// The system refused.
     System(PathBuf, io::Error),
-    /// Another process holds a lock (flock(2)) on the directory that the path is in, which is the second one.
-    Locked(PathBuf, PathBuf),
 }
 
 impl fmt::Display for BindError {
@@ -357,12 +336,6 @@ impl fmt::Display for BindError {
                 write!(f, "{}: there is {what}; expected nothing, or a socket nobody listens on", path.display())
             }
             Self::System(path, error) => write!(f, "{}: {error}", path.display()),
-            Self::Locked(path, directory) => write!(
-                f,
-                "{}: another process holds a lock on {}; expected to have it for a moment (lslocks tells whose it is)",
-                path.display(),
-                directory.display()
-            ),
         }
     }
 }
@@ -372,86 +345,19 @@ impl std::error::Error for BindError {}
 /// Binds and listens at `path`, open to every local user (mode 0666): the policy decides who may stay.
 /// The file is removed when the listener is dropped. Who connects can send no descriptors, as with [`adopt`].
 ///
-/// A stale socket there is replaced; one on which somebody still listens is left alone. Meanwhile the directory is locked
-/// (flock(2)), which others of our kind wait for; two seconds at most, because anybody who may read it can lock it.
+/// A stale socket there is replaced; one on which somebody still listens is left alone. The umask is changed for a moment:
+/// call this before another thread makes files.
 ///
 /// # Errors
 /// [`BindError`] says what is in the way.
 pub fn bind(path: &Path) -> Result<Listener, BindError> {
-    let length = path.as_os_str().len();
-    if length > LONGEST_PATH {
-        return Err(BindError::TooLong(path.to_owned(), length));
-    }
-    let system = |error: io::Error| BindError::System(path.to_owned(), error);
-    // Two of us starting at once must not both find the same stale socket. The lock ends with the handle.
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let _lock =
-        lock(directory).map_err(system)?.ok_or_else(|| BindError::Locked(path.to_owned(), directory.to_owned()))?;
-    make_room(path)?;
-    let listener = UnixListener::bind(path).map_err(system)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o666)).map_err(system)?;
-    let found = fs::symlink_metadata(path).map_err(system)?;
-    let bound = Bound { path: path.to_owned(), device: found.dev(), inode: found.ino() };
-    let fd = OwnedFd::from(listener);
-    set_nonblocking(&fd).map_err(system)?;
-    baggage::refuse_from_all(&fd);
-    let address = address_of(&fd).map_err(system)?;
-    Ok(Listener { fd, address, bound: Some(bound) })
-}
-
-/// An exclusive lock on the directory; `None` where somebody else keeps theirs. Whoever may open the directory may lock
-/// it: that must not keep us waiting for as long as they like.
-fn lock(directory: &Path) -> io::Result<Option<Flock<fs::File>>> {
-    let mut directory = fs::File::open(directory)?;
-    let until = Instant::now() + LOCK_PATIENCE;
-    loop {
-        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(Some(lock)),
-            Err((_, Errno::EWOULDBLOCK)) if Instant::now() >= until => return Ok(None),
-            Err((unlocked, Errno::EWOULDBLOCK | Errno::EINTR)) => directory = unlocked,
-            Err((_, error)) => return Err(error.into()),
-        }
-        thread::sleep(LOCK_PAUSE);
-    }
-}
-
-/// Removes a socket file that nobody listens on any more, and nothing else.
-fn make_room(path: &Path) -> Result<(), BindError> {
-    let system = |error: io::Error| BindError::System(path.to_owned(), error);
-    let kind = match fs::symlink_metadata(path) {
-        Ok(found) => found.file_type(),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(system(e)),
-    };
-    if !kind.is_socket() {
-        let what = if kind.is_dir() {
-            "a directory"
-        } else if kind.is_symlink() {
-            "a symbolic link"
-        } else {
-            "a file that is no socket"
-        };
-        return Err(BindError::Occupied(path.to_owned(), what));
-    }
-    match knock(path) {
-        Err(Errno::ECONNREFUSED) => fs::remove_file(path).map_err(system),
-        Err(Errno::EPROTOTYPE) => Err(BindError::Occupied(path.to_owned(), "a socket of another type")),
-        // EAGAIN: so many wait there that there is no room for one more.
-        Ok(()) | Err(Errno::EAGAIN) => Err(BindError::InUse(path.to_owned())),
-        Err(e) => Err(system(e.into())),
-    }
-}
-
-/// Connects and goes away again. Never waits: the lock is held.
-fn knock(path: &Path) -> nix::Result<()> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let visitor = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(visitor.as_raw_fd(), &UnixAddr::new(path)?)
+    bind::listener(path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
     use std::os::unix::net::UnixStream;
 
     fn parse(fds: &str, pid: Option<&str>, names: Option<&str>) -> Result<Option<Declared>, Ignored> {
@@ -464,35 +370,7 @@ mod tests {
         directory
     }
 
-    /// As any user may do to /run or /tmp.
-    #[test]
-    fn a_lock_that_somebody_holds_on_the_directory_is_named_and_not_waited_for_for_ever() {
-        let directory = directory("locked");
-        let held = Flock::lock(fs::File::open(&directory).unwrap(), FlockArg::LockExclusive).map_err(|_| ()).unwrap();
-        let path = directory.join("socket");
-        let error = bind(&path).unwrap_err();
-        assert!(matches!(&error, BindError::Locked(locked, by) if *locked == path && *by == directory), "{error:?}");
-        assert!(error.to_string().contains("lslocks"), "{error}");
-        drop(held);
-        assert!(bind(&path).is_ok());
-        fs::remove_dir(directory).unwrap();
-    }
-
-    #[test]
-    fn a_lock_that_is_held_for_a_moment_is_waited_for() {
-        let directory = directory("moment");
-        let held = Flock::lock(fs::File::open(&directory).unwrap(), FlockArg::LockExclusive).map_err(|_| ()).unwrap();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                thread::sleep(Duration::from_millis(20));
-                drop(held);
-            });
-            assert!(bind(&directory.join("socket")).is_ok());
-        });
-        fs::remove_dir(directory).unwrap();
-    }
-
-    /// A connect(2) that waits for room in the queue would wait with the lock held.
+    /// A connect(2) that waits for room in the queue would hold up the start.
     #[test]
     fn a_service_whose_queue_is_full_is_in_use() {
         let directory = directory("full");

@@ -846,6 +846,19 @@ impl Start {
         expressions.iter().fold(start, |start, expression| start.wrapper(&["-e", expression.as_ref()]))
     }
 
+    /// The program stops as soon as its socket at `path` exists, and goes on when `swap` has put something else there.
+    pub fn swapped_after_bind(self, path: &Path, swap: impl FnOnce()) -> Echod {
+        // With --seccomp-bpf, as in `traced`, strace injects no signal.
+        let strace = ["strace", "-D", "-f", "-qqq", "-o", "/dev/null", "-e", "trace=bind"];
+        let start = self.env("LSAN_OPTIONS", "detect_leaks=0").wrapper(&strace);
+        let echod = start.wrapper(&["-e", "inject=bind:signal=SIGSTOP"]).spawn();
+        eventually("the socket exists", || fs::symlink_metadata(path).ok());
+        swap();
+        echod.signal(Signal::SIGCONT);
+        echod.manager.wait_for("READY=1", 1);
+        echod
+    }
+
     /// Runs the program as another user: `uid:gid:groups`.
     pub fn run_as(mut self, who: &str) -> Self {
         self.options.extend(["--as".to_owned(), who.to_owned()]);

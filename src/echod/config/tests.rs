@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
 
 use peergate::ids::Gid;
 
@@ -149,6 +149,7 @@ impl Scratch {
     fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("echod-config-{}-{name}", std::process::id()));
         fs::create_dir(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         Self(path)
     }
 
@@ -244,4 +245,53 @@ fn an_unreadable_default_file_is_refused_and_never_replaced_by_the_defaults() {
     assert_eq!(error.exit_code(), 78);
     assert!(error.to_string().contains("cannot be read"), "{error}");
     assert_eq!(load(Location::Named(path), me(), &Alice).unwrap_err().exit_code(), 66);
+}
+
+#[test]
+fn a_default_file_is_missing_only_where_nothing_has_its_name() {
+    let scratch = Scratch::new("absent");
+    let path = |name: &str| scratch.0.join(name);
+    fs::write(path("file"), "").unwrap();
+    fs::create_dir(path("empty")).unwrap();
+    symlink("empty", path("link")).unwrap();
+    symlink("nowhere", path("dangling")).unwrap();
+    symlink("file/x", path("through")).unwrap();
+    symlink(path("gone/echod.toml"), path("absolute")).unwrap();
+    for absent in ["none.toml", "no/such/directory/echod.toml", "empty/echod.toml", "link/echod.toml"] {
+        assert_eq!(load(Location::Default(path(absent)), me(), &Alice).unwrap().source, None, "{absent}");
+        assert_eq!(load(Location::Named(path(absent)), me(), &Alice).unwrap_err().exit_code(), 66, "{absent}");
+    }
+    for (present, why) in [
+        ("dangling", "a symbolic link leads to"),
+        ("absolute", "a symbolic link leads to"),
+        ("dangling/echod.toml", "nowhere, which does not exist"),
+        ("file/echod.toml", "file: Not a directory"),
+        ("through", "file: Not a directory"),
+    ] {
+        let error = load(Location::Default(path(present)), me(), &Alice).unwrap_err();
+        assert_eq!(error.exit_code(), 78, "{present}");
+        assert!(error.to_string().contains("cannot be read") && error.to_string().contains(why), "{error}");
+        assert_eq!(load(Location::Named(path(present)), me(), &Alice).unwrap_err().exit_code(), 66, "{present}");
+    }
+}
+
+#[test]
+fn an_unknown_home_directory_is_no_reason_to_take_the_defaults() {
+    let error = load(Location::Unknown(Errno::EIO), me(), &Alice).unwrap_err();
+    assert_eq!(error.exit_code(), 78);
+    assert!(error.to_string().contains("expected an answer from the user database"), "{error}");
+}
+
+#[test]
+fn a_link_to_the_file_is_followed() {
+    let scratch = Scratch::new("links");
+    let path = |name: &str| scratch.0.join(name);
+    fs::create_dir(path("real")).unwrap();
+    fs::set_permissions(path("real"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(scratch.file("[allow.owner]\nusers = ['self']\n", 0o644), path("real/echod.toml")).unwrap();
+    symlink("real/../real", path("directory")).unwrap();
+    symlink(path("directory/echod.toml"), path("file")).unwrap();
+    for name in ["real/echod.toml", "directory/echod.toml", "file", "real/../file"] {
+        assert!(load(Location::Named(path(name)), me(), &Alice).is_ok(), "{name}");
+    }
 }

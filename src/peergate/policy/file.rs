@@ -48,6 +48,7 @@
 mod names;
 mod source;
 mod table;
+mod trust;
 
 use std::collections::HashMap;
 use std::io;

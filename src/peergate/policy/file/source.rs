@@ -2,13 +2,12 @@
 //! names public.
 
 use std::fmt::{self, Write as _};
-use std::fs::OpenOptions;
 use std::io::{self, Read as _};
 use std::ops::Range;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::sync::Arc;
 
+use super::trust;
 use crate::ids::Uid;
 
 /// The longest file that is read.
@@ -100,9 +99,9 @@ pub struct Source {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum ReadError {
-    /// There is no such file.
+    /// There is no such file, nor anything else by that name, such as a link that leads nowhere.
     Missing,
-    /// The system refused to open or read it.
+    /// The system refused to open or read it, or something on the way to it is not what it should be.
     Unreadable(io::Error),
     /// It is there, but not to be trusted, or not text.
     Refused(Fault),
@@ -129,34 +128,19 @@ impl Source {
         Self { path: path.as_ref().into(), text, lines }
     }
 
-    /// Reads a file of at most 1 MiB of UTF-8 which only its owner may write, and whose owner is root or `me`.
+    /// Reads a file of at most 1 MiB of UTF-8 which only its owner may write, and whose owner is root or `me`. The same
+    /// must hold of each directory on the way, or others could put another file in its place; one with the sticky bit,
+    /// as /tmp, may be written by all.
     ///
     /// # Errors
     /// See [`ReadError`]. Never waits, whatever the path leads to.
     pub fn read(path: &Path, me: Uid) -> Result<Self, ReadError> {
-        let refuse = |message: String| Err(ReadError::Refused(Fault::of_file(path, message)));
-        // Non-blocking, or a FIFO would hold us up.
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path);
-        let file = opened.map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => ReadError::Missing,
-            _ => ReadError::Unreadable(error),
-        })?;
-        // The open file is judged, not the path, which may lead elsewhere by now.
-        let status = file.metadata().map_err(ReadError::Unreadable)?;
-        if !status.is_file() {
-            return refuse("not a regular file; expected a file of text".into());
-        }
-        if status.uid() != 0 && status.uid() != me.raw() {
-            return refuse(format!("owned by uid {}; expected root or the service's user, uid {me}", status.uid()));
-        }
-        if status.mode() & 0o022 != 0 {
-            let mode = status.mode() & 0o7777;
-            return refuse(format!("others than its owner may write it (mode {mode:04o}); expected mode 0644 or less"));
-        }
+        let file = trust::open(path, me)?;
         let mut bytes = Vec::new();
         file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(ReadError::Unreadable)?;
         if bytes.len() as u64 > LONGEST {
-            return refuse(format!("longer than {LONGEST} bytes; expected at most that"));
+            let message = format!("longer than {LONGEST} bytes; expected at most that");
+            return Err(ReadError::Refused(Fault::of_file(path, message)));
         }
         Self::from_bytes(path, bytes).map_err(ReadError::Refused)
     }
