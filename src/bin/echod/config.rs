@@ -14,8 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use peergate::ids::Uid;
-use peergate::policy::Policy;
 use peergate::policy::file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
+use peergate::policy::{Name, Policy};
 use serde::Deserialize;
 
 /// The file's name below each directory it may be in.
@@ -36,6 +36,8 @@ pub struct Config {
     pub source: Option<PathBuf>,
     /// What is hardly meant, but no reason to refuse.
     pub warnings: Vec<Fault>,
+    /// The names in the policy for which the user database gave no answer.
+    pub unanswered: Vec<Name>,
 }
 
 /// What an allow rule may say in place of `[limits]`. `None`: the general limit holds.
@@ -225,6 +227,7 @@ impl Config {
             service: Service::default(),
             source: None,
             warnings: Vec::new(),
+            unanswered: Vec::new(),
         }
     }
 
@@ -233,10 +236,10 @@ impl Config {
     /// # Errors
     /// Everything that is wrong with the file.
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
-        let Loaded { policy, application, warnings, .. } = file::parse::<Terms, Tables>(source, me, names)?;
+        let Loaded { policy, application, warnings, unanswered, .. } = file::parse::<Terms, Tables>(source, me, names)?;
         let Tables { limits, audit, service } = application;
         let source = Some(source.path().to_path_buf());
-        Ok(Self { policy: Arc::new(policy), limits, audit, service, source, warnings })
+        Ok(Self { policy: Arc::new(policy), limits, audit, service, source, warnings, unanswered })
     }
 }
 
@@ -269,8 +272,8 @@ fn locate(cli: Option<&Path>, me: Uid, variable: &dyn Fn(&str) -> Option<OsStrin
 
 /// The home directory as the user database has it.
 fn home_of(me: Uid) -> Option<PathBuf> {
-    let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(me.raw())).ok().flatten();
-    user.map(|user| user.dir).filter(|directory| directory.is_absolute())
+    let account = SystemNames.account_of(me).ok().flatten();
+    account.map(|account| account.home).filter(|directory| directory.is_absolute())
 }
 
 fn load(location: Location, me: Uid, names: &dyn Names) -> Result<Config, LoadError> {
