@@ -19,6 +19,7 @@ mod explain;
 mod handover;
 mod line;
 mod mailbox;
+mod names;
 mod pacing;
 mod report;
 mod serve;

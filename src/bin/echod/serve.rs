@@ -21,13 +21,14 @@ use peergate::ids::Uid;
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
-use peergate::policy::{Rule, Verdict};
+use peergate::policy::{Name, Rule, Verdict};
 use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
 
 use crate::config::{Config, Record as RecordWhat, Terms, Verify};
 use crate::connection::{Carried, Ruling};
 use crate::exit::Leaving;
 use crate::handover::{self, Inheritance};
+use crate::names::{Found, NameSearch};
 use crate::pacing::Pacing;
 use crate::threshold::Threshold;
 use crate::worker::{Surroundings, Worker};
@@ -110,6 +111,7 @@ struct Service {
     unwatched_until: Instant,
     status: Status,
     idle: Idle,
+    names: NameSearch,
 }
 
 /// What the status line said last, and when.
@@ -198,6 +200,7 @@ impl Service {
         let _ = threshold.send(Threshold::new(mailboxes, audit.clone(), around.exit(), Pacing::new(busy_poll)));
         let watched = workers.iter().map(Worker::watched).chain([door.watched(), journal.watched()]).collect();
         let now = Instant::now();
+        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&activity));
         let mut service = Self {
             audit,
             limits,
@@ -215,6 +218,7 @@ impl Service {
             unwatched_until: now,
             status: Status { said: String::new(), at: now, due: false },
             idle: Idle { totals: Totals::default(), is_present: false, since: now, not_before: now },
+            names,
         };
         if let Some(text) = describe_foreign(foreign) {
             service.note(Severity::Warning, text);
@@ -266,6 +270,7 @@ impl Service {
                 self.unwatched_until = now;
             }
             // What happened before the watch began wakes nobody: look for it now.
+            self.look_for_names(now);
             self.notice_changes();
             if self.status.due && now >= self.status.at + STATUS_PAUSE {
                 self.say_status(now);
@@ -302,7 +307,7 @@ impl Service {
         let status = self.status.due.then(|| self.status.at + STATUS_PAUSE);
         let watchdog = self.watchdog.as_ref().map(Watchdog::due);
         let watch = (self.unwatched_until > Instant::now()).then_some(self.unwatched_until);
-        let due = [status, watchdog, watch, self.idle_exit_due()].into_iter().flatten().min();
+        let due = [status, watchdog, watch, self.idle_exit_due(), self.names.due()].into_iter().flatten().min();
         let timeout = due.map_or(PollTimeout::NONE, until);
         let mut events = [
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
@@ -355,7 +360,9 @@ impl Service {
         self.notifier.reloading();
         let taken = match self.load() {
             Ok(config) => {
+                let config = self.keep_ids(config);
                 self.put_in_force(config);
+                record_configuration(&self.audit, &self.config, "reloaded");
                 true
             }
             Err(error) => {
@@ -445,8 +452,42 @@ impl Service {
                 );
             }
         }
-        record_configuration(&self.audit, &config, "reloaded");
+        self.names.set_names(config.policy.unknown_names(), Instant::now());
         self.config = config;
+    }
+
+    /// A name for which the user database gives no answer just now keeps the id that the policy in force has for it: to
+    /// lose it would cut off the peers that it admits.
+    fn keep_ids(&self, config: Config) -> Config {
+        let id = |name: &Name| Some((name.clone(), self.config.policy.id_of(name)?));
+        let kept: Found = config.unanswered.iter().filter_map(id).collect();
+        if kept.is_empty() {
+            return config;
+        }
+        self.note(Severity::Warning, format!("the user database did not answer; as before: {}", listed(&kept)));
+        self.with_ids(&config, &kept).unwrap_or(config)
+    }
+
+    /// Puts names into force that have been found since the configuration was read, as a reload would.
+    fn look_for_names(&mut self, now: Instant) {
+        let found = self.names.turn(now);
+        if found.is_empty() {
+            return;
+        }
+        let Some(config) = self.with_ids(&self.config, &found) else { return };
+        self.put_in_force(config);
+        let text = format!("Names found and in force: {}; configuration: {}", listed(&found), describe(&self.config));
+        self.audit.write(Record::note(Event::ConfigLoaded, text));
+    }
+
+    fn with_ids(&self, config: &Config, ids: &Found) -> Option<Config> {
+        match config.policy.with_ids(ids) {
+            Ok(policy) => Some(Config { policy: Arc::new(policy), ..config.clone() }),
+            Err(error) => {
+                self.note(Severity::Error, format!("names that were found cannot be used: {error}"));
+                None
+            }
+        }
     }
 
     fn note(&self, severity: Severity, text: String) {
@@ -571,6 +612,16 @@ fn finish(journal: Writer, notifier: &Notifier) {
         notifier.extend_timeout(Duration::from_secs(10));
         stalled < JOURNAL_PATIENCE && Instant::now() < until
     });
+}
+
+/// `user "alice" (1001), group "adm" (4)`; not more than a message should hold.
+fn listed(names: &Found) -> String {
+    const MOST: usize = 20;
+    let mut listed: Vec<_> = names.iter().take(MOST).map(|(name, id)| format!("{name} ({id})")).collect();
+    if names.len() > MOST {
+        listed.push(format!("and {} more", names.len() - MOST));
+    }
+    listed.join(", ")
 }
 
 fn describe_foreign(mut names: Vec<String>) -> Option<String> {
@@ -701,10 +752,14 @@ fn record_configuration(audit: &Audit, config: &Config, what: &str) {
     for warning in &config.warnings {
         audit.write(Record::note(Severity::Warning, warning.to_string()));
     }
+    audit.write(Record::note(Event::ConfigLoaded, format!("Configuration {what}: {}", describe(config))));
+}
+
+/// `/etc/echod/echod.toml, 3 rules`.
+fn describe(config: &Config) -> String {
     let source = config.source.as_deref().map_or("built-in policy (no file)".into(), Path::to_string_lossy);
     let (rules, plural) = (config.policy.len(), if config.policy.len() == 1 { "" } else { "s" });
-    let text = format!("Configuration {what}: {source}, {rules} rule{plural}");
-    audit.write(Record::note(Event::ConfigLoaded, text));
+    format!("{source}, {rules} rule{plural}")
 }
 
 /// Each connection is a descriptor, and so is each peer on its way out. The soft limit is 1024 by default
