@@ -664,12 +664,12 @@ fn names_found_later_take_effect_and_nothing_else_changes() {
     assert_eq!(found, [(names[0].clone(), 7), (names[2].clone(), 70)]);
     let later = policy.with_ids(&found).unwrap();
     assert_eq!(later.unknown_names(), [names[1].clone(), names[3].clone()]);
-    assert_eq!(later.id_of(&names[0]), Some(7));
+    assert_eq!(later.known_names().get(&names[0]), Some(&7));
     assert_eq!(decide(&later, &Somebody::new(7, &[7], None)), "allow.a");
     assert_eq!(decide(&later, &Somebody::new(8, &[70], Some("a.service"))), "allow.b");
     assert_eq!(decide(&later, &Somebody::new(8, &[70], None)), "default");
     // An id that is known stays, and the rules keep their names, places and order.
-    assert_eq!(later.id_of(&Name::User("alice".into())), Some(1001));
+    assert_eq!(later.known_names().get(&Name::User("alice".into())), Some(&1001));
     let rules = |policy: &Policy<()>| -> Vec<_> {
         policy.rules().map(|rule| (rule.name().clone(), rule.place().cloned())).collect()
     };

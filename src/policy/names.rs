@@ -51,9 +51,9 @@ impl<T> Policy<T> {
         unknown.map(|(name, _)| name).filter(|name| seen.insert(name.clone())).collect()
     }
 
-    /// The id that goes with a name in one of its rules.
-    pub fn id_of(&self, name: &Name) -> Option<u32> {
-        self.rules().flat_map(|rule| rule.names()).find_map(|(known, id)| id.filter(|_| known == *name))
+    /// The names in its rules that have an id, with it.
+    pub fn known_names(&self) -> HashMap<Name, u32> {
+        self.rules().flat_map(|rule| rule.names()).filter_map(|(name, id)| Some((name, id?))).collect()
     }
 
     /// The same policy, in which these ids go with those of its [unknown names](Self::unknown_names) that are listed

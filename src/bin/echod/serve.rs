@@ -21,7 +21,7 @@ use peergate::ids::Uid;
 use peergate::journal::Writer;
 use peergate::limits::{Caps, Limits, Permit};
 use peergate::peer::unmapped_ids;
-use peergate::policy::{Name, Rule, Verdict};
+use peergate::policy::{Rule, Verdict};
 use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
 
 use crate::config::{Config, Record as RecordWhat, Terms, Verify};
@@ -459,8 +459,11 @@ impl Service {
     /// A name for which the user database gives no answer just now keeps the id that the policy in force has for it: to
     /// lose it would cut off the peers that it admits.
     fn keep_ids(&self, config: Config) -> Config {
-        let id = |name: &Name| Some((name.clone(), self.config.policy.id_of(name)?));
-        let kept: Found = config.unanswered.iter().filter_map(id).collect();
+        if config.unanswered.is_empty() {
+            return config;
+        }
+        let known = self.config.policy.known_names();
+        let kept: Found = config.unanswered.iter().filter_map(|name| Some((name.clone(), *known.get(name)?))).collect();
         if kept.is_empty() {
             return config;
         }

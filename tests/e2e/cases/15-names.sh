@@ -12,14 +12,12 @@ _denied_so_far() {
     expect_bytes "before the name is known" 'Unauthorized access\n' /tmp/claim/answer
 }
 
-# _found NAME: waits for the record of it, and makes sure that nobody has reloaded.
+# _found NAMES RULES: waits for the record of it, the second about the configuration: nobody has reloaded.
 _found() {
     local record
     record=$(await_records 2 loaded | tail --lines=1)
-    expect_record "$record" '{
-        "MESSAGE": "~Names found and in force: '"$1"'; configuration: /etc/echod/echod\\.toml, [0-9]+ rules?",
-        "MESSAGE_ID": "b07bc66e288e48eba96896e38dfe1144", "PRIORITY": "5", "SYSLOG_IDENTIFIER": "echod"
-    }'
+    expect "the record" "5 Names found and in force: $1; configuration: /etc/echod/echod.toml, $2" \
+        "$(jq --raw-output '"\(.PRIORITY) \(.MESSAGE)"' <<<"$record")"
 }
 
 a_user_who_is_made_later_is_admitted_without_a_reload() {
@@ -28,7 +26,7 @@ users = ["carol"]'
     _denied_so_far 1010
     trap 'userdel carol' EXIT
     useradd --uid 1010 --no-create-home carol
-    _found 'user "carol" \\(1010\\)'
+    _found 'user "carol" (1010)' '1 rule'
     printf 'hello\n' | _as_uid 1010 timeout 20 nc -N -U /run/echo.sock >/tmp/claim/answer
     expect_bytes "afterwards" '> hello\n' /tmp/claim/answer
     expect "denials" 1 "$(records denied | wc -l)"
@@ -46,7 +44,7 @@ groups = ["divers"]'
     echo '{"userName": "dave", "uid": 1011, "gid": 1011, "disposition": "regular"}' >/run/userdb/dave.user
     ln --symbolic dave.user /run/userdb/1011.user
     expect "getent" "1011" "$(getent passwd dave | cut --delimiter=: --fields=3)"
-    _found 'user "dave" \\(1011\\), group "divers" \\(1011\\)'
+    _found 'user "dave" (1011), group "divers" (1011)' '1 rule'
     printf 'hello\n' | _as_uid 1011 timeout 20 nc -N -U /run/echo.sock >/tmp/claim/answer
     expect_bytes "afterwards" '> hello\n' /tmp/claim/answer
 }
@@ -60,12 +58,14 @@ line-length = 10
 users = ["any"]'
     coproc live { exec setpriv --reuid 1010 --regid 1010 --clear-groups nc -U /run/echo.sock; }
     local from=${live[0]} to=${live[1]} line
+    client=$live_PID
     echo 'more than ten bytes' >&"$to"
     read -r -t 20 -u "$from" line
     expect "before the name is known" '> more than ten bytes' "$line"
-    trap 'userdel carol' EXIT
+    # userdel refuses while a process has that uid.
+    trap 'kill "$client" 2>/dev/null || true; wait; userdel carol' EXIT
     useradd --uid 1010 --no-create-home carol
-    _found 'user "carol" \\(1010\\)'
+    _found 'user "carol" (1010)' '2 rules'
     echo 'more than ten bytes' >&"$to"
     read -r -t 20 -u "$from" line
     expect "afterwards" 'Line too long' "$line"
