@@ -184,6 +184,24 @@ fn check_prints_the_policy_and_the_settings_in_force() {
 }
 
 #[test]
+fn check_shows_as_much_of_a_long_list_as_fits_and_how_many_there_are() {
+    // No two of these ranges touch. Together they are longer than any width that std's formatting takes.
+    let ranges: Vec<String> = (0..5000).map(|n| format!("{}-{}", 100_000 + 10 * n, 100_005 + 10 * n)).collect();
+    let units: Vec<String> = (0..5000).map(|n| format!("a-rather-long-name-{n}.service")).collect();
+    let text = format!("[deny.many]\nusers = {ranges:?}\n[allow.units]\nunits = {units:?}\n");
+    let configuration = Configuration::new("long", &text);
+    let outcome = configuration.run(&["check"]);
+    assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
+    let line = |rule: &str| outcome.stdout.lines().find(|line| line.starts_with(rule)).unwrap();
+    let many = line("deny.many");
+    assert!(many.contains("users 100000-100005, 100010-100015, "), "{many}");
+    assert!(many.contains(", ... (5000 in all)  ") && many.len() < 300, "{many}");
+    let units = line("allow.units");
+    assert!(units.contains("a-rather-long-name-0.service, ") && units.contains(", ... (5000 in all)  "), "{units}");
+    assert_eq!(configuration.run(&["explain", "--uid", "100012"]).verdict(), ("denied by deny.many", 1));
+}
+
+#[test]
 fn check_warns_on_standard_error_and_still_succeeds() {
     let configuration = Configuration::new("warn", "[allow.old]\nusers = ['no such user']\n");
     let outcome = configuration.run(&["check"]);

@@ -9,7 +9,7 @@ use std::io;
 use peergate::Subject;
 use peergate::ids::{Gid, OVERFLOW_ID, Uid};
 use peergate::policy::file::{self, Fault, Loaded, Names, Source};
-use peergate::policy::{Group, Kind, Policy, Rule, User, Verdict};
+use peergate::policy::{Group, Kind, Name, Policy, Rule, User, Verdict};
 use peergate::unit::Units;
 
 /// A subject that counts how often it is asked for its units.
@@ -346,6 +346,7 @@ impl Names for Database {
             "alice" => Ok(Some(Uid::new(1001))),
             "nobody" => Ok(Some(Uid::new(OVERFLOW_ID))),
             "ldap" => Err(io::Error::from(io::ErrorKind::TimedOut)),
+            "broken" => Ok(Some(Uid::new(u32::MAX))),
             _ => Ok(None),
         }
     }
@@ -533,7 +534,8 @@ fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() 
     );
     let expected = [
         "f:2:10: the user \"mallory\" does not exist, and a denial must not be lost; expected a user the system knows",
-        "f:2:21: the user \"ldap\" could not be looked up (timed out); expected the user database to answer",
+        "f:2:21: the user \"ldap\" could not be looked up (timed out), and a denial must not be lost; expected the user \
+         database to answer",
         "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `units` (a deny rule has no terms)",
         "f:4:7: `deny.empty` does not say whom it is for; expected `users`, `groups` or `units` in it",
         &format!("f:6:10: the range \"2999-2000\", which runs backwards; {USERS}"),
@@ -591,8 +593,8 @@ fn an_allow_rule_for_an_account_that_is_gone_is_a_warning_and_stops_nothing() {
     assert_eq!(
         told(text),
         [
-            "f:2:10: the user \"mallory\" does not exist and so matches nobody; expected a user the system knows",
-            "f:3:11: the group \"gone\" does not exist and so matches nobody; expected a group the system knows",
+            "f:2:10: the user \"mallory\" does not exist, so this value matches nobody until it is found; expected a user the system knows",
+            "f:3:11: the group \"gone\" does not exist, so this value matches nobody until it is found; expected a group the system knows",
         ]
     );
     assert_eq!(decide(&load(text).unwrap().policy, &Somebody::new(1001, &[4], None)), "allow.staff");
@@ -603,8 +605,77 @@ fn an_allow_rule_for_an_account_that_is_gone_is_a_warning_and_stops_nothing() {
 }
 
 #[test]
-fn a_lookup_that_fails_is_a_fault_even_in_an_allow_rule() {
-    assert!(load("[allow.x]\nusers = ['ldap']\n").unwrap_err().contains("could not be looked up"));
+fn a_name_that_cannot_be_looked_up_costs_that_name_in_an_allow_rule_and_the_file_in_a_deny_rule() {
+    let allow = "[allow.staff]\nusers = ['ldap', 'alice']\n";
+    assert_eq!(
+        told(allow),
+        [
+            "f:2:10: the user \"ldap\" could not be looked up (timed out), so this value matches nobody until it is found; \
+          expected the user database to answer"
+        ]
+    );
+    let loaded = load(allow).unwrap();
+    assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "allow.staff");
+    assert_eq!(loaded.unknown, [Name::User("ldap".into())]);
+    assert_eq!(loaded.unanswered, [Name::User("ldap".into())]);
+    let deny = told(&format!("{OWNER}[deny.x]\nusers = ['ldap']\n"));
+    assert!(deny[0].contains("could not be looked up (timed out), and a denial must not be lost"), "{deny:?}");
+}
+
+#[test]
+fn an_id_that_names_nobody_costs_the_name_that_has_it() {
+    let loaded = load("[allow.staff]\nusers = ['broken', 'alice']\n").unwrap();
+    assert_eq!(loaded.unknown, [Name::User("broken".into())]);
+    assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "allow.staff");
+    assert_eq!(file::look_up(&loaded.unknown, &Database), []);
+}
+
+/// The database of [`Database`] some time later.
+struct Later;
+
+impl Names for Later {
+    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
+        Ok((name == "mallory" || name == "alice").then_some(Uid::new(7)))
+    }
+
+    fn gid(&self, name: &str) -> io::Result<Option<Gid>> {
+        if name == "late" { Ok(Some(Gid::new(70))) } else { Err(io::Error::from(io::ErrorKind::TimedOut)) }
+    }
+}
+
+#[test]
+fn names_found_later_take_effect_and_nothing_else_changes() {
+    let text = concat!(
+        "[allow.a]\nusers = ['mallory', 'alice', 'gone']\n",
+        "[allow.b]\ngroups = ['late', 'later']\nunits = ['a.service']\n",
+        "[allow.c]\nusers = ['mallory']\ngroups = ['adm']\n",
+    );
+    let Loaded { policy, unknown, unanswered, .. } = load(text).unwrap();
+    let names = [
+        Name::User("mallory".into()),
+        Name::User("gone".into()),
+        Name::Group("late".into()),
+        Name::Group("later".into()),
+    ];
+    assert_eq!((&unknown[..], unanswered), (&names[..], Vec::new()));
+    assert_eq!(decide(&policy, &Somebody::new(7, &[7], None)), "default");
+
+    let found = file::look_up(&unknown, &Later);
+    assert_eq!(found, [(names[0].clone(), 7), (names[2].clone(), 70)]);
+    let later = policy.with_ids(&found).unwrap();
+    assert_eq!(later.unknown_names(), [names[1].clone(), names[3].clone()]);
+    assert_eq!(later.known_names().get(&names[0]), Some(&7));
+    assert_eq!(decide(&later, &Somebody::new(7, &[7], None)), "allow.a");
+    assert_eq!(decide(&later, &Somebody::new(8, &[70], Some("a.service"))), "allow.b");
+    assert_eq!(decide(&later, &Somebody::new(8, &[70], None)), "default");
+    // An id that is known stays, and the rules keep their names, places and order.
+    assert_eq!(later.known_names().get(&Name::User("alice".into())), Some(&1001));
+    let rules = |policy: &Policy<()>| -> Vec<_> {
+        policy.rules().map(|rule| (rule.name().clone(), rule.place().cloned())).collect()
+    };
+    assert_eq!(rules(&later), rules(&policy));
+    // The policy that it was made from is as it was.
+    assert_eq!(decide(&policy, &Somebody::new(7, &[7], None)), "default");
 }
 
 #[test]

@@ -9,6 +9,9 @@ use peergate::policy::{Group, Rule, User};
 use crate::config::values::{show_size, show_span};
 use crate::config::{Config, Terms};
 
+/// How many bytes of a list are shown.
+const WIDEST_LIST: usize = 60;
+
 /// Prints what a service with this configuration would do, or each fault on standard error. Returns the status to
 /// exit with: 0, or as [`LoadError::exit_code`](crate::config::LoadError::exit_code) says.
 pub fn run(config: Option<&Path>) -> u8 {
@@ -78,16 +81,28 @@ fn row(rule: &Rule<Terms>, me: peergate::ids::Uid) -> [String; 5] {
             User::Me => format!("self ({me})"),
             other => other.to_string(),
         });
-        format!("users {}", each.collect::<Vec<_>>().join(", "))
+        format!("users {}", list(each))
     });
-    let groups = rule
-        .listed_groups()
-        .map(|groups| format!("groups {}", groups.iter().map(Group::to_string).collect::<Vec<_>>().join(", ")));
+    let groups = rule.listed_groups().map(|groups| format!("groups {}", list(groups.iter().map(Group::to_string))));
     let who: Vec<String> = users.into_iter().chain(groups).collect();
     let who = if who.is_empty() { "anyone".to_owned() } else { who.join(" and ") };
-    let units = rule.listed_units().map_or("any".to_owned(), |units| units.join(", "));
+    let units = rule.listed_units().map_or("any".to_owned(), |units| list(units.iter().cloned()));
     let place = rule.place().map_or("built in".to_owned(), ToString::to_string);
     [rule.name().to_string(), who, units, or_dash(terms(rule.terms())), place]
+}
+
+/// The values of a key: as many as fit, at least the first, and how many there are where those are not all.
+fn list(values: impl ExactSizeIterator<Item = String>) -> String {
+    let count = values.len();
+    let mut shown = String::new();
+    for (number, value) in values.enumerate() {
+        if number > 0 && shown.len() + value.len() > WIDEST_LIST {
+            return format!("{shown}, ... ({count} in all)");
+        }
+        let separator = if number == 0 { "" } else { ", " };
+        shown = shown + separator + &value;
+    }
+    shown
 }
 
 /// A rule's own limits, as the file has them.
@@ -106,7 +121,10 @@ fn write_aligned<const N: usize>(f: &mut fmt::Formatter<'_>, rows: &[[String; N]
     for row in rows {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(widths) {
-            write!(line, "{cell:width$}  ")?;
+            // Not by `{cell:width$}`: std's formatting panics at a width above 65,535.
+            let padding = " ".repeat(width.saturating_sub(cell.chars().count()) + 2);
+            line += cell;
+            line += &padding;
         }
         writeln!(f, "{}", line.trim_end())?;
     }

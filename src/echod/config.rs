@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use peergate::ids::Uid;
-use peergate::policy::Policy;
 use peergate::policy::file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
+use peergate::policy::{Name, Policy};
 use serde::Deserialize;
 
 /// The file's name below each directory it may be in.
@@ -37,6 +37,8 @@ pub struct Config {
     pub source: Option<PathBuf>,
     /// What is hardly meant, but no reason to refuse.
     pub warnings: Vec<Fault>,
+    /// The names in the policy for which the user database gave no answer.
+    pub unanswered: Vec<Name>,
 }
 
 /// What an allow rule may say in place of `[limits]`. `None`: the general limit holds.
@@ -228,6 +230,7 @@ impl Config {
             service: Service::default(),
             source: None,
             warnings: Vec::new(),
+            unanswered: Vec::new(),
         }
     }
 
@@ -236,10 +239,10 @@ impl Config {
     /// # Errors
     /// Everything that is wrong with the file.
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
-        let Loaded { policy, application, warnings, .. } = file::parse::<Terms, Tables>(source, me, names)?;
+        let Loaded { policy, application, warnings, unanswered, .. } = file::parse::<Terms, Tables>(source, me, names)?;
         let Tables { limits, audit, service } = application;
         let source = Some(source.path().to_path_buf());
-        Ok(Self { policy: Arc::new(policy), limits, audit, service, source, warnings })
+        Ok(Self { policy: Arc::new(policy), limits, audit, service, source, warnings, unanswered })
     }
 }
 
@@ -280,12 +283,9 @@ fn locate(cli: Option<&Path>, me: Uid, variable: &dyn Fn(&str) -> Option<OsStrin
 
 /// The home directory as the user database has it.
 fn home_of(me: Uid) -> nix::Result<Option<PathBuf>> {
-    let user = match nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(me.raw())) {
-        // Some sources say so where the others say "nothing found" (getpwnam(3), ERRORS).
-        Err(Errno::ENOENT | Errno::ESRCH) => None,
-        answer => answer?,
-    };
-    Ok(user.map(|user| user.dir).filter(|directory| directory.is_absolute()))
+    let unknown = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    let account = SystemNames.account_of(me).map_err(unknown)?;
+    Ok(account.map(|account| account.home).filter(|directory| directory.is_absolute()))
 }
 
 fn load(location: Location, me: Uid, names: &dyn Names) -> Result<Config, LoadError> {

@@ -3,15 +3,14 @@
 //! The verdict is the one that the service would give: [`Policy::explain`](peergate::policy::Policy::explain) asks
 //! the code that serves.
 
-use std::ffi::CString;
 use std::fmt;
 use std::io::{self, Write as _};
 
-use nix::unistd::{Group, User as Account, getgrouplist};
 use peergate::Subject;
 use peergate::ids::{Gid, Uid};
 use peergate::peer::Peer;
 use peergate::policy::User;
+use peergate::policy::file::{Names as _, SystemNames};
 use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
@@ -127,19 +126,13 @@ fn somebody(asked: &Explain) -> Result<Box<dyn Subject>, Failure> {
 /// A user as the user database has them.
 fn user(name: &str, units: Option<Units>) -> Result<Described, Failure> {
     let unknown = || Failure::Usage(format!("no user {name:?} in the user database; expected a name, or --uid"));
-    let name = CString::new(name).map_err(|_| unknown())?;
-    let found = Account::from_name(&name.to_string_lossy());
-    let user = found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)?;
-    let groups = getgrouplist(&name, user.gid);
-    let mut gids = vec![Gid::new(user.gid.as_raw())];
-    gids.extend(
-        groups
-            .map_err(|error| Failure::System(format!("the groups of {name:?}: {error}")))?
-            .into_iter()
-            .map(|gid| Gid::new(gid.as_raw()))
-            .filter(|gid| *gid != Gid::new(user.gid.as_raw())),
-    );
-    Ok(Described { uid: Uid::new(user.uid.as_raw()), gids, units })
+    let found = SystemNames.account(name);
+    let account = found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)?;
+    let groups = SystemNames.groups_of(&account);
+    let groups = groups.map_err(|error| Failure::System(format!("the groups of {name:?}: {error}")))?;
+    let mut gids = vec![account.gid];
+    gids.extend(groups.into_iter().filter(|gid| *gid != account.gid));
+    Ok(Described { uid: account.uid, gids, units })
 }
 
 /// A group by name or number.
@@ -148,11 +141,8 @@ fn group(name: &str) -> Result<Gid, Failure> {
         return Ok(Gid::new(number));
     }
     let unknown = || Failure::Usage(format!("no group {name:?} in the user database; expected a name or a number"));
-    if name.contains('\0') {
-        return Err(unknown());
-    }
-    let found = Group::from_name(name).map_err(|error| Failure::System(format!("the user database: {error}")))?;
-    found.map(|group| Gid::new(group.gid.as_raw())).ok_or_else(unknown)
+    let found = SystemNames.gid(name);
+    found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)
 }
 
 /// The units around somebody in this one: a name, or a path as in a control group.

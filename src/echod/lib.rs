@@ -20,6 +20,7 @@ mod gate_thread;
 mod handover;
 pub mod line;
 mod mailbox;
+mod names;
 mod pacing;
 pub mod report;
 mod serve;

@@ -29,6 +29,7 @@ use crate::connection::{Carried, Ruling};
 use crate::exit::Leaving;
 use crate::gate_thread::GateThread;
 use crate::handover::{self, Inheritance};
+use crate::names::{Found, NameSearch};
 use crate::pacing::Pacing;
 use crate::threshold::Threshold;
 use crate::worker::{Surroundings, Worker};
@@ -111,6 +112,7 @@ struct Service {
     unwatched_until: Instant,
     status: Status,
     idle: Idle,
+    names: NameSearch,
 }
 
 /// What the status line said last, and when.
@@ -196,6 +198,7 @@ impl Service {
         let gate = GateThread::start(gate, threshold, Arc::clone(&activity)).map_err(opening)?;
         let watched = workers.iter().map(Worker::watched).chain([gate.watched(), journal.watched()]).collect();
         let now = Instant::now();
+        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&activity));
         let mut service = Self {
             audit,
             limits,
@@ -213,6 +216,7 @@ impl Service {
             unwatched_until: now,
             status: Status { said: String::new(), at: now, due: false },
             idle: Idle { totals: Totals::default(), is_present: false, since: now, not_before: now },
+            names,
         };
         if let Some(text) = describe_foreign(foreign) {
             service.note(Severity::Warning, text);
@@ -264,6 +268,7 @@ impl Service {
                 self.unwatched_until = now;
             }
             // What happened before the watch began wakes nobody: look for it now.
+            self.look_for_names(now);
             self.notice_changes();
             if self.status.due && now >= self.status.at + STATUS_PAUSE {
                 self.say_status(now);
@@ -300,7 +305,7 @@ impl Service {
         let status = self.status.due.then(|| self.status.at + STATUS_PAUSE);
         let watchdog = self.watchdog.as_ref().map(Watchdog::due);
         let watch = (self.unwatched_until > Instant::now()).then_some(self.unwatched_until);
-        let due = [status, watchdog, watch, self.idle_exit_due()].into_iter().flatten().min();
+        let due = [status, watchdog, watch, self.idle_exit_due(), self.names.due()].into_iter().flatten().min();
         let timeout = due.map_or(PollTimeout::NONE, until);
         let mut events = [
             PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
@@ -353,7 +358,9 @@ impl Service {
         self.notifier.reloading();
         let taken = match self.load() {
             Ok(config) => {
+                let config = self.keep_ids(config);
                 self.put_in_force(config);
+                record_configuration(&self.audit, &self.config, "reloaded");
                 true
             }
             Err(error) => {
@@ -443,8 +450,45 @@ impl Service {
                 );
             }
         }
-        record_configuration(&self.audit, &config, "reloaded");
+        self.names.set_names(config.policy.unknown_names(), Instant::now());
         self.config = config;
+    }
+
+    /// A name for which the user database gives no answer just now keeps the id that the policy in force has for it: to
+    /// lose it would cut off the peers that it admits.
+    fn keep_ids(&self, config: Config) -> Config {
+        if config.unanswered.is_empty() {
+            return config;
+        }
+        let known = self.config.policy.known_names();
+        let kept: Found = config.unanswered.iter().filter_map(|name| Some((name.clone(), *known.get(name)?))).collect();
+        if kept.is_empty() {
+            return config;
+        }
+        self.note(Severity::Warning, format!("the user database did not answer; as before: {}", listed(&kept)));
+        self.with_ids(&config, &kept).unwrap_or(config)
+    }
+
+    /// Puts names into force that have been found since the configuration was read, as a reload would.
+    fn look_for_names(&mut self, now: Instant) {
+        let found = self.names.turn(now);
+        if found.is_empty() {
+            return;
+        }
+        let Some(config) = self.with_ids(&self.config, &found) else { return };
+        self.put_in_force(config);
+        let text = format!("Names found and in force: {}; configuration: {}", listed(&found), describe(&self.config));
+        self.audit.write(Record::note(Event::ConfigLoaded, text));
+    }
+
+    fn with_ids(&self, config: &Config, ids: &Found) -> Option<Config> {
+        match config.policy.with_ids(ids) {
+            Ok(policy) => Some(Config { policy: Arc::new(policy), ..config.clone() }),
+            Err(error) => {
+                self.note(Severity::Error, format!("names that were found cannot be used: {error}"));
+                None
+            }
+        }
     }
 
     fn note(&self, severity: Severity, text: String) {
@@ -576,6 +620,16 @@ fn finish(journal: Writer, notifier: &Notifier) {
     });
 }
 
+/// `user "alice" (1001), group "adm" (4)`; not more than a message should hold.
+fn listed(names: &Found) -> String {
+    const MOST: usize = 20;
+    let mut listed: Vec<_> = names.iter().take(MOST).map(|(name, id)| format!("{name} ({id})")).collect();
+    if names.len() > MOST {
+        listed.push(format!("and {} more", names.len() - MOST));
+    }
+    listed.join(", ")
+}
+
 fn describe_foreign(mut names: Vec<String>) -> Option<String> {
     let count = names.len();
     names.sort();
@@ -683,10 +737,14 @@ fn record_configuration(audit: &Audit, config: &Config, what: &str) {
     for warning in &config.warnings {
         audit.write(Record::note(Severity::Warning, warning.to_string()));
     }
+    audit.write(Record::note(Event::ConfigLoaded, format!("Configuration {what}: {}", describe(config))));
+}
+
+/// `/etc/echod/echod.toml, 3 rules`.
+fn describe(config: &Config) -> String {
     let source = config.source.as_deref().map_or("built-in policy (no file)".into(), Path::to_string_lossy);
     let (rules, plural) = (config.policy.len(), if config.policy.len() == 1 { "" } else { "s" });
-    let text = format!("Configuration {what}: {source}, {rules} rule{plural}");
-    audit.write(Record::note(Event::ConfigLoaded, text));
+    format!("{source}, {rules} rule{plural}")
 }
 
 /// Each connection is a descriptor, and so is each peer on its way out. The soft limit is 1024 by default

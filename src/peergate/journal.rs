@@ -326,7 +326,7 @@ impl Journal {
             self.names_since = Instant::now();
         }
         let look_up = || {
-            let user = nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid.raw())).ok()??;
+            let user = crate::sys::user_by_id(uid.raw()).ok()??;
             Some(printable(&user.name))
         };
         self.names.entry(uid).or_insert_with(look_up).clone()

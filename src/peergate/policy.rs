@@ -94,6 +94,7 @@ mod explain;
 mod glob;
 mod index;
 mod matcher;
+mod names;
 mod rule;
 mod set;
 
@@ -109,6 +110,7 @@ use matcher::{Asked, Matcher, groups_are_known};
 use set::IdSet;
 
 pub use explain::Explanation;
+pub use names::Name;
 pub use rule::{Group, Kind, Place, Rule, RuleName, User};
 
 /// Named rules, in the order of decision, and the tables to decide by.
@@ -179,7 +181,11 @@ impl<T> Policy<T> {
     pub fn new(rules: impl IntoIterator<Item = Rule<T>>, me: Uid) -> Result<Self, PolicyError> {
         let mut rules: Vec<Arc<Rule<T>>> = rules.into_iter().map(Arc::new).collect();
         rules.sort_by_key(|rule| rule.name().kind() == Kind::Allow);
+        Self::of_rules(rules, me)
+    }
 
+    /// A policy of rules that are in their order.
+    fn of_rules(rules: Vec<Arc<Rule<T>>>, me: Uid) -> Result<Self, PolicyError> {
         let mut names = HashSet::new();
         let mut matchers = Vec::with_capacity(rules.len());
         for rule in &rules {

@@ -5,9 +5,12 @@
 
 #![allow(unsafe_code)]
 
+use std::ffi::{CStr, OsStr};
 use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 
 use nix::sys::signal::SigSet;
 
@@ -312,6 +315,106 @@ pub(crate) fn map_allocations_from(bytes: usize) {
     }
     #[cfg(not(target_env = "gnu"))]
     let _ = bytes;
+}
+
+/// The room that an entry of the user database gets at first.
+const FIRST_ROOM: usize = 16 << 10;
+/// The most room that it gets: a group of ten million members. nix stops at 1 MiB.
+const MOST_ROOM: usize = 256 << 20;
+/// The most groups of one user that are listed. No process can have more than 65,536.
+const MOST_GROUPS: usize = 1 << 20;
+
+/// What the user database says of a user: passwd(5).
+#[derive(Debug)]
+pub(crate) struct PasswdEntry {
+    pub(crate) name: String,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) home: PathBuf,
+}
+
+/// getpwnam_r(3). `None` where there is no such user.
+pub(crate) fn user_by_name(name: &CStr) -> io::Result<Option<PasswdEntry>> {
+    // SAFETY: the name ends with NUL; the rest is as `entry` promises.
+    entry(|user, room, size, found| unsafe { libc::getpwnam_r(name.as_ptr(), user, room, size, found) }, passwd_entry)
+}
+
+/// getpwuid_r(3). `None` where there is no such user.
+pub(crate) fn user_by_id(uid: u32) -> io::Result<Option<PasswdEntry>> {
+    // SAFETY: as `entry` promises.
+    entry(|user, room, size, found| unsafe { libc::getpwuid_r(uid, user, room, size, found) }, passwd_entry)
+}
+
+/// The gid of the group with this name: getgrnam_r(3). `None` where there is no such group.
+pub(crate) fn group_by_name(name: &CStr) -> io::Result<Option<u32>> {
+    // SAFETY: the name ends with NUL; the rest is as `entry` promises.
+    let call = |group: *mut libc::group, room, size, found| unsafe {
+        libc::getgrnam_r(name.as_ptr(), group, room, size, found)
+    };
+    entry(call, |group| group.gr_gid)
+}
+
+fn passwd_entry(user: &libc::passwd) -> PasswdEntry {
+    let bytes = |text: *const libc::c_char| {
+        if text.is_null() {
+            return &[][..];
+        }
+        // SAFETY: not null, so a string that ends with NUL, in the room that `entry` keeps while this runs.
+        unsafe { CStr::from_ptr(text) }.to_bytes()
+    };
+    PasswdEntry {
+        name: String::from_utf8_lossy(bytes(user.pw_name)).into_owned(),
+        uid: user.pw_uid,
+        gid: user.pw_gid,
+        home: OsStr::from_bytes(bytes(user.pw_dir)).into(),
+    }
+}
+
+/// An entry of the user database. `call` gets room for the entry, room for its strings and the size of that, and where
+/// to put the pointer to the entry; all of it is valid for the call. ERANGE asks for more room.
+fn entry<E, R>(
+    call: impl Fn(*mut E, *mut libc::c_char, usize, *mut *mut E) -> libc::c_int,
+    read: impl Fn(&E) -> R,
+) -> io::Result<Option<R>> {
+    let mut size = FIRST_ROOM;
+    loop {
+        let mut room: Vec<u8> = Vec::new();
+        room.try_reserve_exact(size).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let mut entry = MaybeUninit::<E>::uninit();
+        let mut found = std::ptr::null_mut();
+        match call(entry.as_mut_ptr(), room.as_mut_ptr().cast(), size, &mut found) {
+            0 if found.is_null() => return Ok(None),
+            // SAFETY: on success it points to `entry`, filled in, whose strings are in `room`; both live until here.
+            0 => return Ok(Some(read(unsafe { &*found }))),
+            // Some sources say so where the others say "nothing found" (getpwnam(3), ERRORS).
+            libc::ENOENT | libc::ESRCH => return Ok(None),
+            libc::ERANGE if size < MOST_ROOM => size *= 4,
+            libc::EINTR => {}
+            error => return Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+/// The gids of a user's groups, `gid` among them: getgrouplist(3), which tells nothing of a database that does not
+/// answer.
+pub(crate) fn groups_of(name: &CStr, gid: u32) -> io::Result<Vec<u32>> {
+    let mut size = 64;
+    loop {
+        let mut gids: Vec<u32> = Vec::with_capacity(size);
+        let mut count = libc::c_int::try_from(size).unwrap_or(libc::c_int::MAX);
+        // SAFETY: the name ends with NUL, and there is room for as many as `count` says.
+        let answer = unsafe { libc::getgrouplist(name.as_ptr(), gid, gids.as_mut_ptr(), &mut count) };
+        let count = usize::try_from(count).unwrap_or(0);
+        if answer >= 0 {
+            // SAFETY: so many were written, no more than there was room for.
+            unsafe { gids.set_len(count.min(size)) };
+            return Ok(gids);
+        }
+        if size >= MOST_GROUPS {
+            return Err(io::Error::from_raw_os_error(libc::ERANGE));
+        }
+        size = count.max(size * 2).min(MOST_GROUPS);
+    }
 }
 
 /// A socket option that is a number.

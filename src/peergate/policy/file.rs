@@ -22,6 +22,23 @@
 //!
 //! A file is taken as a whole or not at all, and all that is wrong with it is told at once.
 //!
+//! A name in an allow rule that the user database does not know matches nobody: [`Loaded::unknown`]. It may come to be
+//! known: then [`look_up`] finds it, and [`Policy::with_ids`] makes the policy that it is part of. No thread does that
+//! unasked.
+//!
+//! ```
+//! # use peergate::ids::Uid;
+//! # use peergate::policy::file::{self, Source, SystemNames};
+//! # let source = Source::new("x.toml", "[allow.late]\nusers = ['no such user']\n");
+//! let mut policy = file::parse::<(), ()>(&source, Uid::new(1000), &SystemNames)?.policy;
+//! // Now and then, where nobody waits:
+//! let found = file::look_up(&policy.unknown_names(), &SystemNames);
+//! if !found.is_empty() {
+//!     policy = policy.with_ids(&found)?;
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! Imports [`policy`](super) and [`ids`](crate::ids); for whoever configures a gate from a file.
 //!
 //! ```
@@ -51,7 +68,6 @@ mod table;
 mod trust;
 
 use std::collections::HashMap;
-use std::io;
 use std::ops::Range;
 use std::path::Path;
 
@@ -60,11 +76,11 @@ use toml::Spanned;
 use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::set::HIGHEST;
-use super::{Glob, Group, Kind, Place, Policy, Rule, RuleName, User};
+use super::{Glob, Group, Kind, Name, Place, Policy, Rule, RuleName, User};
 use crate::ids::{Gid, Uid};
 use table::{Keys, Spot, sentence};
 
-pub use names::{Names, SystemNames};
+pub use names::{Account, Names, SystemNames, look_up};
 pub use source::{Fault, Faults, ReadError, Source};
 
 /// What a file holds.
@@ -77,6 +93,11 @@ pub struct Loaded<T, A> {
     pub application: A,
     /// What does not stop the file from being used, but is hardly meant.
     pub warnings: Vec<Fault>,
+    /// The names in allow rules that the user database did not know. They match nobody until they are looked up again:
+    /// [`look_up`], and then [`Policy::with_ids`].
+    pub unknown: Vec<Name>,
+    /// Those of them for which the database gave no answer, so that they may well exist.
+    pub unanswered: Vec<Name>,
 }
 
 /// The keys that say whom a rule is for.
@@ -150,14 +171,15 @@ where
             .push((0, "no allow rule, so everyone is denied; expected one such as [allow.owner]".to_owned()));
     }
     reader.warn_of_useless_rules(&policy);
-    Ok(Loaded { policy, application, warnings: reader.warnings() })
+    let unanswered = reader.unanswered();
+    Ok(Loaded { unknown: policy.unknown_names(), unanswered, policy, application, warnings: reader.warnings() })
 }
 
 /// Goes through a file and notes what is wrong.
 struct Reader<'s> {
     source: &'s Source,
     names: &'s dyn Names,
-    known: HashMap<(Key, String), Option<u32>>,
+    known: HashMap<(Key, String), Result<Option<u32>, String>>,
     /// Where each rule's name is written.
     headers: HashMap<String, usize>,
     faults: Vec<Spot>,
@@ -180,6 +202,10 @@ impl Key {
 
     fn one(self) -> &'static str {
         if self == Self::Users { "user" } else { "group" }
+    }
+
+    fn of(self, name: String) -> Name {
+        if self == Self::Users { Name::User(name) } else { Name::Group(name) }
     }
 
     fn expected(self) -> &'static str {
@@ -403,35 +429,48 @@ impl<'s> Reader<'s> {
 
     fn name(&mut self, kind: Kind, key: Key, name: &str, at: usize) -> Result<Value, String> {
         let one = key.one();
-        let id = self.look_up(key, name).map_err(|error| {
-            format!("the {one} {name:?} could not be looked up ({error}); expected the user database to answer")
-        })?;
-        match id {
-            Some(crate::ids::OVERFLOW_ID) => self.warn(at, overflow(key)),
-            Some(_) => {}
-            None if kind == Kind::Allow => self.warn(
-                at,
-                format!("the {one} {name:?} does not exist and so matches nobody; expected a {one} the system knows"),
-            ),
-            None => {
-                return Err(format!(
-                    "the {one} {name:?} does not exist, and a denial must not be lost; expected a {one} the system knows"
-                ));
+        let (problem, expected) = match self.look_up(key, name) {
+            Ok(Some(id)) => {
+                if id == crate::ids::OVERFLOW_ID {
+                    self.warn(at, overflow(key));
+                }
+                return Ok(Value::Name(name.to_owned(), Some(id)));
             }
+            Ok(None) => ("does not exist".to_owned(), format!("expected a {one} the system knows")),
+            Err(error) => {
+                (format!("could not be looked up ({error})"), "expected the user database to answer".to_owned())
+            }
+        };
+        if kind == Kind::Deny {
+            return Err(format!("the {one} {name:?} {problem}, and a denial must not be lost; {expected}"));
         }
-        Ok(Value::Name(name.to_owned(), id))
+        self.warn(
+            at,
+            format!("the {one} {name:?} {problem}, so this value matches nobody until it is found; {expected}"),
+        );
+        Ok(Value::Name(name.to_owned(), None))
     }
 
-    fn look_up(&mut self, key: Key, name: &str) -> io::Result<Option<u32>> {
-        if let Some(id) = self.known.get(&(key, name.to_owned())) {
-            return Ok(*id);
-        }
-        let id = match key {
-            Key::Users => self.names.uid(name)?.map(Uid::raw),
-            Key::Groups => self.names.gid(name)?.map(Gid::raw),
+    fn look_up(&mut self, key: Key, name: &str) -> Result<Option<u32>, String> {
+        let look_up = || {
+            let id = match key {
+                Key::Users => self.names.uid(name).map(|uid| uid.map(Uid::raw)),
+                Key::Groups => self.names.gid(name).map(|gid| gid.map(Gid::raw)),
+            };
+            match id {
+                Ok(Some(id)) if id > HIGHEST => Err(format!("its id {id} names nobody")),
+                id => id.map_err(|error| error.to_string()),
+            }
         };
-        self.known.insert((key, name.to_owned()), id);
-        Ok(id)
+        self.known.entry((key, name.to_owned())).or_insert_with(look_up).clone()
+    }
+
+    /// The names for which the database gave no answer.
+    fn unanswered(&self) -> Vec<Name> {
+        let failed = self.known.iter().filter(|(_, answer)| answer.is_err());
+        let mut names: Vec<Name> = failed.map(|((key, name), _)| key.of(name.clone())).collect();
+        names.sort_unstable();
+        names
     }
 
     /// The values of `units`.
@@ -546,7 +585,7 @@ fn number_or_range(text: &str) -> Result<Value, String> {
 /// Whether a database of users may hold this name. Names of directory services may have spaces inside, and more.
 fn could_be_a_name(text: &str) -> bool {
     !text.is_empty()
-        && text.len() <= 256
+        && text.len() <= 1024
         && text.trim() == text
         && !text.starts_with('-')
         && !text.contains(|c: char| c.is_control() || ":/,".contains(c))

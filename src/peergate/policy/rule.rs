@@ -1,10 +1,12 @@
 //! What one rule says. Used by [`policy`](super), which makes these names public.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 
+use super::Name;
 use super::set::HIGHEST;
 use crate::ids::{Gid, Uid};
 
@@ -287,6 +289,25 @@ impl<T> Rule<T> {
     pub fn at(mut self, place: Place) -> Self {
         self.place = Some(place);
         self
+    }
+
+    /// The same rule, in which these ids go with names that have none.
+    pub(super) fn with_ids(&self, ids: &HashMap<&Name, u32>) -> Self
+    where
+        T: Clone,
+    {
+        let mut rule = self.clone();
+        for user in rule.users.iter_mut().flatten() {
+            if let User::Named(name, uid @ None) = user {
+                *uid = ids.get(&Name::User(name.clone())).copied().map(Uid::new);
+            }
+        }
+        for group in rule.groups.iter_mut().flatten() {
+            if let Group::Named(name, gid @ None) = group {
+                *gid = ids.get(&Name::Group(name.clone())).copied().map(Gid::new);
+            }
+        }
+        rule
     }
 
     /// Kind and name.

@@ -1,11 +1,13 @@
 //! Names of users and groups to ids. Used by [`file`](super), which makes these names public.
 
+use std::ffi::CString;
 use std::io;
+use std::path::PathBuf;
 
-use nix::errno::Errno;
-use nix::unistd::{Group, User};
-
+use super::super::Name;
+use super::super::set::HIGHEST;
 use crate::ids::{Gid, Uid};
+use crate::sys;
 
 /// A database of users and groups.
 pub trait Names {
@@ -28,12 +30,75 @@ pub struct SystemNames;
 
 impl Names for SystemNames {
     fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
-        found(name, User::from_name).map(|user| user.map(|user| Uid::new(user.uid.as_raw())))
+        Ok(self.account(name)?.map(|account| account.uid))
     }
 
     fn gid(&self, name: &str) -> io::Result<Option<Gid>> {
-        found(name, Group::from_name).map(|group| group.map(|group| Gid::new(group.gid.as_raw())))
+        let Ok(name) = CString::new(name) else { return Ok(None) };
+        Ok(sys::group_by_name(&name)?.map(Gid::new))
     }
+}
+
+/// A user, as the user database has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Account {
+    /// The name; what of it is no UTF-8 is replaced.
+    pub name: String,
+    /// The user id.
+    pub uid: Uid,
+    /// The id of the user's own group.
+    pub gid: Gid,
+    /// The home directory.
+    pub home: PathBuf,
+}
+
+impl From<sys::PasswdEntry> for Account {
+    fn from(entry: sys::PasswdEntry) -> Self {
+        Self { name: entry.name, uid: Uid::new(entry.uid), gid: Gid::new(entry.gid), home: entry.home }
+    }
+}
+
+impl SystemNames {
+    /// The user with this name: getpwnam_r(3). `None` where there is no such user.
+    ///
+    /// # Errors
+    /// The database gave no answer.
+    pub fn account(&self, name: &str) -> io::Result<Option<Account>> {
+        let Ok(name) = CString::new(name) else { return Ok(None) };
+        Ok(sys::user_by_name(&name)?.map(Account::from))
+    }
+
+    /// The user with this id: getpwuid_r(3). `None` where there is no such user.
+    ///
+    /// # Errors
+    /// The database gave no answer.
+    pub fn account_of(&self, uid: Uid) -> io::Result<Option<Account>> {
+        Ok(sys::user_by_id(uid.raw())?.map(Account::from))
+    }
+
+    /// The groups of a user, the user's own among them: getgrouplist(3). A database that gives no answer is not told
+    /// from one that lists no group.
+    ///
+    /// # Errors
+    /// More groups than a million.
+    pub fn groups_of(&self, account: &Account) -> io::Result<Vec<Gid>> {
+        let Ok(name) = CString::new(account.name.as_str()) else { return Ok(vec![account.gid]) };
+        Ok(sys::groups_of(&name, account.gid.raw())?.into_iter().map(Gid::new).collect())
+    }
+}
+
+/// Those of these names that the database knows now, with their ids. A name for which it gives no answer is left out.
+///
+/// With [`Policy::unknown_names`](super::super::Policy::unknown_names) and
+/// [`Policy::with_ids`](super::super::Policy::with_ids) a service looks up again what was not known when its policy was
+/// read. It takes as long as the database does, so not on a thread that somebody waits for.
+pub fn look_up(wanted: &[Name], names: &dyn Names) -> Vec<(Name, u32)> {
+    let id = |name: &Name| match name {
+        Name::User(user) => names.uid(user).ok().flatten().map(Uid::raw),
+        Name::Group(group) => names.gid(group).ok().flatten().map(Gid::raw),
+    };
+    wanted.iter().filter_map(|name| Some((name.clone(), id(name).filter(|id| *id <= HIGHEST)?))).collect()
 }
 
 impl super::User {
@@ -67,16 +132,5 @@ impl super::Group {
             Some(gid) => Ok(Self::Named(name.to_owned(), Some(gid))),
             None => Err(io::Error::new(io::ErrorKind::NotFound, format!("no group is called {name:?}"))),
         }
-    }
-}
-
-fn found<R>(name: &str, look_up: impl Fn(&str) -> nix::Result<Option<R>>) -> io::Result<Option<R>> {
-    if name.contains('\0') {
-        return Ok(None);
-    }
-    match look_up(name) {
-        // Some sources say so where the others say "nothing found" (getpwnam(3), ERRORS).
-        Err(Errno::ENOENT | Errno::ESRCH) => Ok(None),
-        answer => answer.map_err(io::Error::from),
     }
 }

@@ -1,0 +1,278 @@
+//! Names of users and groups that the user database does not know yet, answers late, or answers at length. The program
+//! sees an /etc of the test's own. Needs root, to mount it and to be other users.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use common::{ALICE, DENIED, Echod, Journald, Other, Place, Start, TOO_LONG, eventually, needs_root};
+use nix::sys::signal::Signal;
+
+/// A user database of files, which the test may change while the program runs.
+struct Database(Place);
+
+impl Database {
+    fn new() -> Self {
+        let database = Self(Place::new());
+        for file in ["passwd", "group"] {
+            database.put(file, &fs::read_to_string(Path::new("/etc").join(file)).unwrap());
+        }
+        database.put("nsswitch.conf", "passwd: files\ngroup: files\n");
+        fs::copy("/etc/ld.so.cache", database.0.path("ld.so.cache")).unwrap();
+        database
+    }
+
+    fn put(&self, file: &str, text: &str) {
+        self.0.file(file, text);
+    }
+
+    /// As useradd(8) does it: the new file by another name first.
+    fn add(&self, file: &str, line: &str) {
+        let text = fs::read_to_string(self.0.path(file)).unwrap();
+        self.put(file, &format!("{text}{line}\n"));
+    }
+
+    /// Puts a pipe in place of a file: to read it waits until somebody writes.
+    fn hang(&self, file: &str) -> PathBuf {
+        let pipe = self.0.path("pipe");
+        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
+        fs::rename(&pipe, self.0.path(file)).unwrap();
+        self.0.path(file)
+    }
+
+    /// A command that runs a program where this is /etc.
+    fn wrapper(&self) -> Vec<String> {
+        let script = "mount --bind \"$0\" /etc && exec \"$@\"";
+        let place = self.0.path("").to_string_lossy().into_owned();
+        ["unshare", "-m", "--propagation", "private", "sh", "-c", script, &place].map(str::to_owned).to_vec()
+    }
+
+    /// `echod ARGUMENTS --config FILE` there: its exit code, and what it said.
+    fn echod(&self, arguments: &[&str], config: &Path) -> (i32, String, String) {
+        let wrapper = self.wrapper();
+        let mut command = Command::new(&wrapper[0]);
+        command.args(&wrapper[1..]).arg(env!("CARGO_BIN_EXE_echod")).args(arguments).arg("--config").arg(config);
+        let output = command.output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+    }
+}
+
+/// How many threads of this name there are.
+fn threads(echod: &Echod, name: &str) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{}/task", echod.pid())).unwrap();
+    let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    names.filter(|comm| comm.trim() == name).count()
+}
+
+fn denied(echod: &Echod, who: &str) {
+    Other::with(&["--as", who], &echod.socket()).client().expect_end(DENIED);
+}
+
+fn echoes(echod: &Echod, who: &str) {
+    Other::with(&["--as", who], &echod.socket()).client().echo("in");
+}
+
+#[test]
+fn a_user_and_a_group_that_appear_later_are_admitted_without_a_reload() {
+    needs_root();
+    let (database, journald) = (Database::new(), Journald::new());
+    let policy = "[allow.new]\nusers = [\"newcomer\"]\n[allow.club]\ngroups = [\"club\"]\n";
+    let echod = Start::serving(policy).wrapper(&database.wrapper()).journal(&journald).ready();
+    denied(&echod, "64001:64001");
+    denied(&echod, "64002:64100");
+    database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
+    let found = |name: &'static str| {
+        journald.wait_for(name, move |entry| {
+            let message = entry.get("MESSAGE").map_or("", String::as_str);
+            message.starts_with("Names found and in force: ") && message.contains(name)
+        })
+    };
+    let record = found("user \"newcomer\" (64001)");
+    assert_eq!(record["MESSAGE_ID"], "b07bc66e288e48eba96896e38dfe1144");
+    assert_eq!(record["PRIORITY"], "5");
+    echoes(&echod, "64001:64001");
+    denied(&echod, "64002:64100");
+    // It looks for the other one all the same.
+    database.add("group", "club:x:64100:");
+    found("group \"club\" (64100)");
+    echoes(&echod, "64002:64100");
+    assert!(!echod.manager.told.lock().has("RELOADING=1"));
+    echod.stop();
+}
+
+#[test]
+fn a_name_that_is_found_holds_for_live_connections_too() {
+    needs_root();
+    let database = Database::new();
+    let policy = "[allow.new]\nusers = [\"newcomer\"]\nline-length = 10\n[allow.any]\nusers = [\"any\"]\n";
+    let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
+    let alice = Other::user(ALICE, &echod.socket());
+    alice.client().echo("longer than ten bytes");
+    database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
+    echod.wait_for_stderr("Names found");
+    alice.client().send("longer than ten bytes\n");
+    alice.client().expect_end(TOO_LONG);
+    echod.connect().echo("longer than ten bytes");
+}
+
+#[test]
+fn a_file_that_changes_meanwhile_is_not_put_into_force_by_a_name_that_is_found() {
+    needs_root();
+    let database = Database::new();
+    let policy = "[allow.new]\nusers = [\"newcomer\"]\n";
+    let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
+    echod.place.file("echod.toml", "[allow.any]\nusers = [\"any\"]\n[half a change");
+    database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
+    echod.wait_for_stderr("Names found");
+    echoes(&echod, "64001:64001");
+    denied(&echod, "64002:64002");
+}
+
+#[test]
+fn a_database_that_never_answers_holds_up_one_thread_and_nothing_else() {
+    needs_root();
+    let database = Database::new();
+    let policy = "[allow.new]\nusers = [\"newcomer\", \"self\"]\n";
+    let echod = Start::serving(policy).wrapper(&database.wrapper()).env("WATCHDOG_USEC", "200000").ready();
+    let client = echod.connect();
+    let pipe = database.hang("passwd");
+    eventually("a look for the name", || (threads(&echod, "names") > 0).then_some(()));
+    client.echo("served");
+    // A reload takes the place of what is under way, and begins no second one.
+    echod.reload_with("[allow.me]\nusers = [\"self\"]\n[allow.club]\ngroups = [\"club\"]\n");
+    let fed = echod.manager.told.lock().count("WATCHDOG=1");
+    echod.manager.wait_for("WATCHDOG=1", fed + 80);
+    client.echo("still served");
+    assert_eq!(threads(&echod, "names"), 1);
+    // An answer at last. It is not used, and the search goes on for the name that is unknown now.
+    database.add("group", "club:x:64100:");
+    fs::write(&pipe, "newcomer:x:64001:64001::/:/bin/sh\n").unwrap();
+    echod.wait_for_stderr("Names found and in force: group \"club\" (64100)");
+    echoes(&echod, "64002:64100");
+    denied(&echod, "64001:64001");
+    assert!(!echod.stderr().contains("newcomer\" (64001)"), "{}", echod.stderr());
+}
+
+#[test]
+fn a_stop_does_not_wait_for_a_look_that_waits_for_the_user_database() {
+    needs_root();
+    let database = Database::new();
+    let echod = Start::serving("[allow.new]\nusers = [\"newcomer\", \"self\"]\n").wrapper(&database.wrapper()).ready();
+    let client = echod.connect();
+    client.send("half");
+    database.hang("passwd");
+    eventually("a look for the name", || (threads(&echod, "names") > 0).then_some(()));
+    echod.signal(Signal::SIGTERM);
+    let (status, _, stderr) = echod.wait();
+    assert!(status.success(), "{stderr}");
+    client.expect_end("> half");
+}
+
+#[test]
+fn nothing_is_looked_up_where_every_name_is_known() {
+    needs_root();
+    let database = Database::new();
+    let text = "[allow.known]\nusers = [\"root\"]\n[deny.known]\ngroups = [\"adm\"]\n";
+    let echod = Start::serving(text).wrapper(&database.wrapper()).ready();
+    database.hang("passwd");
+    database.hang("group");
+    // Another service is past its first look when this one would be.
+    let other = Database::new();
+    let policy = "[allow.new]\nusers = [\"newcomer\", \"self\"]\n";
+    let looking = Start::serving(policy).wrapper(&other.wrapper()).ready();
+    other.hang("passwd");
+    eventually("a look for the name", || (threads(&looking, "names") > 0).then_some(()));
+    assert_eq!(threads(&echod, "names"), 0);
+    echod.connect().echo("served");
+}
+
+#[test]
+fn a_name_keeps_its_id_over_a_reload_while_the_database_gives_no_answer() {
+    needs_root();
+    let database = Database::new();
+    database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
+    let policy = "[allow.new]\nusers = [\"newcomer\"]\n";
+    let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
+    let alice = Other::user(ALICE, &echod.socket());
+    alice.client().echo("in");
+    // A link to itself cannot be opened: ELOOP.
+    fs::remove_file(database.0.path("passwd")).unwrap();
+    std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
+    echod.reload_with(&format!("{policy}[allow.root]\nusers = [0]\n"));
+    echod.wait_for_stderr("the user database did not answer; as before: user \"newcomer\" (64001)");
+    alice.client().echo("not cut off");
+    echod.connect().echo("the new rule is in force");
+    // A denial must not be lost.
+    echod.place.file("echod.toml", "[allow.any]\nusers = [\"any\"]\n[deny.new]\nusers = [\"newcomer\"]\n");
+    assert_eq!(echod.reload().0, 78);
+    alice.client().echo("by the old policy");
+}
+
+/// A group of so many members that its entry is longer than 1 MiB, one of whom is `newcomer`.
+fn large_group(database: &Database) {
+    let members: Vec<String> = (0..70_000).map(|number| format!("member-{number:010}")).collect();
+    database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
+    database.add("group", &format!("large:x:64100:{},newcomer", members.join(",")));
+    assert!(fs::metadata(database.0.path("group")).unwrap().len() > 1 << 20);
+}
+
+#[test]
+fn a_group_whose_entry_is_longer_than_a_mebibyte_is_found() {
+    needs_root();
+    let database = Database::new();
+    large_group(&database);
+    let policy = "[allow.large]\ngroups = [\"large\"]\n";
+    let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
+    echoes(&echod, "64002:64100");
+    denied(&echod, "64002:64002");
+    echod.reload_with(&format!("{policy}[deny.large]\ngroups = [\"large\"]\n"));
+    denied(&echod, "64002:64100");
+
+    let config = echod.place.file("allowed.toml", policy);
+    let (code, shown, said) = database.echod(&["check"], &config);
+    assert_eq!((code, said.as_str()), (0, ""));
+    assert!(shown.contains("groups large (64100)"), "{shown}");
+    for asked in [["--user", "newcomer"].as_slice(), &["--uid", "5", "--group", "large"]] {
+        let (code, shown, said) = database.echod(&[&["explain"], asked].concat(), &config);
+        assert!(shown.starts_with("admitted by allow.large\n"), "{asked:?}: {code} {shown} {said}");
+    }
+}
+
+#[test]
+fn explain_knows_a_user_of_more_groups_than_the_kernel_takes() {
+    needs_root();
+    let database = Database::new();
+    database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
+    let groups: Vec<String> = (0..66_000).map(|n| format!("g{n}:x:{}:newcomer", 100_000 + n)).collect();
+    database.add("group", &groups.join("\n"));
+    let place = Place::new();
+    let config = place.file("echod.toml", "[allow.last]\ngroups = [165999]\n");
+    let (code, shown, said) = database.echod(&["explain", "--user", "newcomer"], &config);
+    assert!(shown.starts_with("admitted by allow.last\n"), "{code} {shown} {said}");
+}
+
+#[test]
+fn a_database_that_fails_at_the_start_costs_names_in_allow_rules_until_it_answers() {
+    needs_root();
+    let database = Database::new();
+    fs::remove_file(database.0.path("passwd")).unwrap();
+    std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
+    let policy = "[allow.some]\nusers = [\"newcomer\", 0]\n";
+    let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
+    assert!(echod.stderr().contains("\"newcomer\" could not be looked up ("), "{}", echod.stderr());
+    echod.connect().echo("by number");
+    fs::remove_file(database.0.path("passwd")).unwrap();
+    database.put("passwd", "newcomer:x:64001:64001::/:/bin/sh\n");
+    echod.wait_for_stderr("Names found");
+    echoes(&echod, "64001:64001");
+
+    let config = echod.place.file("denied.toml", &format!("{policy}[deny.x]\nusers = [\"gone\"]\n"));
+    fs::remove_file(database.0.path("passwd")).unwrap();
+    std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
+    let (code, _, said) = database.echod(&["check"], &config);
+    assert_eq!(code, 78, "{said}");
+    assert!(said.contains("\"gone\" could not be looked up ("), "{said}");
+}
