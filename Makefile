@@ -22,7 +22,8 @@ other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*
 
 # What needs neither root nor a booted systemd. As root, it is all the tests of the crate.
 check:
-	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux strace:strace systemd-analyze:systemd
+	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux strace:strace systemd-analyze:systemd \
+		man:man-db
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
 ifeq ($(shell id -u),0)
