@@ -17,12 +17,13 @@ run:
 test: check check-root e2e package-test bench-quick
 
 # Peers who really are other users, control groups, mount namespaces of their own: these say so where they are not root.
-root_tests := access examples handover identity lifecycle names newcomer record
+root_tests := access examples handover identity journals lifecycle names newcomer record
 other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # What needs neither root nor a booted systemd. As root, it is all the tests of the crate.
 check:
-	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux strace:strace systemd-analyze:systemd
+	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux strace:strace systemd-analyze:systemd \
+		man:man-db journalctl:systemd systemd-journal-remote
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
 ifeq ($(shell id -u),0)

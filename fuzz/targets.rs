@@ -18,6 +18,7 @@ use echod::config::Config;
 use echod::line::{Cursor, End, TOO_LONG, advance, echo};
 use echod::report::entry::Scope;
 use echod::report::show::{Asked, Look, json, text};
+use echod::report::sources::{Sources, parse_headers};
 use echod::report::tally::{Tally, Verdict};
 
 /// A target: its name, which is also its corpus's, and its function.
@@ -239,14 +240,16 @@ pub fn report(data: &[u8]) {
             let sum = of_rows.fold(0_u64, |sum, (_, row)| sum.saturating_add(row.count.total()));
             assert_eq!(tally.total(verdict).total(), sum);
         }
-        let asked = Asked { since: None, until: None, complete: true };
+        let opened = parse_headers(&String::from_utf8_lossy(data));
+        let sources = Sources::new(scope, true, opened, Vec::new());
+        let asked = Asked { since: None, until: None, sources: &sources, complaints: &[] };
         let document = json(&tally, asked).to_string();
         assert_eq!(json(&read(7), asked).to_string(), document, "it matters how the journal arrives");
         is_harmless(&document);
         for (width, unicode) in [(1, false), (80, true), (1000, true)] {
             let look = Look { width, unicode, colour: false, zone: TimeZone::UTC };
             let mut shown = Vec::new();
-            text(&tally, &look, &mut shown).expect("memory takes everything");
+            text(&tally, asked, &look, &mut shown).expect("memory takes everything");
             let shown = String::from_utf8(shown).expect("text is UTF-8");
             assert!(unicode || shown.is_ascii(), "{shown:?}");
             is_harmless(&shown);

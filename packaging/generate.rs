@@ -125,9 +125,12 @@ fn commands(command: &Command) -> String {
     out
 }
 
-/// Text for roff(7): a hyphen that is typed stays one, and no line begins with a request.
+/// Text for roff(7): a hyphen that is typed stays one, a path or setting is not hyphenated, and no line begins with a
+/// request.
 fn escape(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-").replace('\n', " ");
+    let whole = |word: &str| if word.contains(['/', '=', '_']) { format!("\\%{word}") } else { word.to_owned() };
+    let text = text.split(' ').map(whole).collect::<Vec<_>>().join(" ");
     if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
 }
 

@@ -111,12 +111,10 @@ fn the_manual_page_lists_the_message_ids_with_their_verdicts_and_priorities() {
     let listed: BTreeSet<String> = page
         .lines()
         .filter_map(|line| line.strip_prefix(".It Li "))
-        .filter_map(|line| line.split_once(" Ta "))
+        .map(|line| line.replace("Li ", "").replace("No ", ""))
+        .filter_map(|line| line.split_once(" , ").map(|(id, rest)| (id.to_owned(), rest.to_owned())))
         .filter(|(id, _)| id.len() == 32)
-        .map(|(id, rest)| {
-            let columns: Vec<_> = rest.split(" Ta ").collect();
-            format!("{id} {} {}", columns[0].trim_start_matches("Li "), columns[1])
-        })
+        .map(|(id, rest)| format!("{id} {}", rest.replace(" , ", " ")))
         .collect();
     let written: BTreeSet<String> = WITH_ID
         .iter()

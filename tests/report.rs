@@ -1,6 +1,7 @@
 //! `echod report`, from outside: what it asks journalctl for, what it makes of the answer, and what it makes of none.
 //!
-//! journalctl is a script here that plays back lines; their form is that of systemd's own.
+//! journalctl is a script here that plays back lines; their form is that of systemd's own. Real journals are read in
+//! tests/journals.rs.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -12,7 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use serde_json::Value;
 
 /// A directory of its own for each test, with a journalctl in it that notes how it was called, prints `lines` and
-/// `errors`, and exits with `code`.
+/// `errors`, and exits with `code`. Asked for the headers of its files, it tells of one.
 struct Journal {
     directory: PathBuf,
 }
@@ -43,7 +44,10 @@ impl Journal {
     }
 
     fn script(&self, body: &str) {
-        self.write("journalctl", &format!("#!/bin/sh\n{body}"));
+        let header = "File path: /var/log/journal/m/system.journal\n\
+                      Head realtime timestamp: Mon 2026-11-23 20:14:15 UTC (660f73ce93109)\n";
+        let headers = format!("case \" $* \" in *' --header '*) printf '%s' '{header}'; exit 0;; esac\n");
+        self.write("journalctl", &format!("#!/bin/sh\n{headers}{body}"));
         fs::set_permissions(self.directory.join("journalctl"), fs::Permissions::from_mode(0o755)).unwrap();
     }
 
@@ -60,13 +64,28 @@ impl Journal {
         command
     }
 
+    /// With a directory of journal files, so that it does not matter which files of this machine the caller may read.
+    fn report_command(&self) -> Command {
+        let mut command = self.command(env!("CARGO_BIN_EXE_echod"));
+        command.arg("report").arg("--directory").arg(&self.directory);
+        command
+    }
+
     fn report(&self, arguments: &[&str]) -> Output {
-        self.command(env!("CARGO_BIN_EXE_echod")).arg("report").args(arguments).output().unwrap()
+        self.report_command().args(arguments).output().unwrap()
     }
 
     fn text(&self, arguments: &[&str]) -> String {
         let output = self.report(arguments);
         assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What is printed, where some of the journal could not be read.
+    fn incomplete(&self, arguments: &[&str]) -> String {
+        let output = self.report(arguments);
+        assert_eq!(output.status.code(), Some(74), "{output:?}");
+        assert!(!output.stderr.is_empty());
         String::from_utf8(output.stdout).unwrap()
     }
 
@@ -77,7 +96,8 @@ impl Journal {
 
     /// The report on a terminal: script(1), of util-linux, makes one.
     fn on_terminal(&self, before: &str) -> Child {
-        let shell = format!("{before} '{}' report --system", env!("CARGO_BIN_EXE_echod"));
+        let here = self.directory.display();
+        let shell = format!("{before} '{}' report --system --directory '{here}'", env!("CARGO_BIN_EXE_echod"));
         let mut command = self.command("script");
         command.args(["-qefc", &shell, "/dev/null"]).stdin(Stdio::piped()).stdout(Stdio::piped());
         command.spawn().expect("script(1), of the package bsdutils")
@@ -149,10 +169,10 @@ Turned away by the system's echod, Mon 2026-11-23 20:14:15 UTC to Mon 2026-11-23
 
 Denied:  13,146 = 3 recorded in full + 13,143 counted
 Refused: 1 = 1 recorded in full + 0 counted
+Read: 1 journal file in /var/log/journal/m, from Mon 2026-11-23 20:14:15 UTC on.
 ";
     let journal = day();
-    let output =
-        journal.command(env!("CARGO_BIN_EXE_echod")).args(["report", "--system"]).env("COLUMNS", "88").output();
+    let output = journal.report_command().arg("--system").env("COLUMNS", "88").output();
     let text = String::from_utf8(output.unwrap().stdout).unwrap();
     assert_eq!(text, expected, "\n{text}");
 }
@@ -169,7 +189,7 @@ fn who_was_cut_off_is_neither_denied_nor_refused() {
     assert_eq!((&json["denied"]["total"], &json["refused"]["total"]), (&0.into(), &0.into()));
     assert_eq!(json["revoked"], serde_json::json!({ "total": 42, "records": 2, "counted": 40 }));
     let text = journal.text(&["--system"]);
-    assert!(text.ends_with("\nRevoked: 42 = 2 recorded in full + 40 counted\n"), "{text}");
+    assert!(text.contains("\nRevoked: 42 = 2 recorded in full + 40 counted\n"), "{text}");
 }
 
 #[test]
@@ -212,7 +232,8 @@ fn journalctl_is_asked_for_these_records_and_nothing_else() {
     {
         assert!(asked.iter().any(|argument| argument == wanted), "{wanted} in {asked:?}");
     }
-    let matches: Vec<_> = asked.iter().filter_map(|argument| argument.strip_prefix("MESSAGE_ID=")).collect();
+    let of_echod = asked.iter().take_while(|argument| *argument != "+");
+    let matches: Vec<_> = of_echod.filter_map(|argument| argument.strip_prefix("MESSAGE_ID=")).collect();
     assert_eq!(matches, ids);
     assert!(!asked.iter().any(|argument| argument.starts_with("_UID=")), "{asked:?}");
 
@@ -248,14 +269,15 @@ fn damaged_lines_and_fields_of_any_form_stop_nothing() {
         DENIED_ROOT.to_owned(),
     ];
     let journal = Journal::of(&lines.each_ref().map(String::as_str));
-    let text = journal.text(&["--system"]);
-    assert!(text.contains("Note: 2 entries damaged"), "{text}");
+    let text = journal.incomplete(&["--system"]);
+    assert!(text.contains("Note: 2 entries damaged") && text.contains("\nNot complete: "), "{text}");
     assert!(text.contains("Note: 1 entry of ours without a verdict or count"), "{text}");
     assert!(text.contains("Denied:  4 = 4 recorded"), "{text}");
     assert!(text.contains(r"\u{1b}[2J"), "{text}");
     let steers = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
     assert!(!text.contains(steers), "{text:?}");
-    let json = journal.text(&["--system", "--json"]);
+    let json = journal.incomplete(&["--system", "--json"]);
+    assert!(json.contains(r#""complete": false"#), "{json}");
     assert!(!json.contains(steers) && !json.contains(r"\u001b"), "{json:?}");
 }
 
@@ -283,8 +305,8 @@ fn times_are_those_of_the_place_as_journalctl_shows_them() {
         ("EST5EDT,M3.2.0,M11.1.0", "Mon 2026-11-23 15:14:15 EST", "Nov 23 15:14:15"),
         ("<+0545>-5:45", "Tue 2026-11-24 01:59:15 +0545", "Nov 24 01:59:15"),
     ] {
-        let mut command = journal.command(env!("CARGO_BIN_EXE_echod"));
-        let output = command.args(["report", "--system"]).env("TZ", zone).output().unwrap();
+        let mut command = journal.report_command();
+        let output = command.arg("--system").env("TZ", zone).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         assert!(text.contains(full) && text.contains(short), "{zone}: {text}");
     }
@@ -303,8 +325,8 @@ fn a_span_over_new_year_shows_the_year() {
 fn the_table_fits_the_width_it_is_given() {
     for width in [71_usize, 80, 100, 200] {
         let journal = day();
-        let mut command = journal.command(env!("CARGO_BIN_EXE_echod"));
-        let output = command.args(["report", "--system"]).env("COLUMNS", width.to_string()).output().unwrap();
+        let mut command = journal.report_command();
+        let output = command.arg("--system").env("COLUMNS", width.to_string()).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
         // The heading is a sentence, not a table.
         let widest = text.lines().skip(1).map(|line| line.chars().count()).max().unwrap();
@@ -317,8 +339,8 @@ fn the_table_fits_the_width_it_is_given() {
 fn without_utf_8_everything_is_ascii() {
     let line = ours(r#""GATE_VERDICT":"denied","GATE_REASON":"policy","PEER_UID":"5","PEER_USER":"jörg""#);
     let journal = Journal::of(&[&line]);
-    let mut command = journal.command(env!("CARGO_BIN_EXE_echod"));
-    let output = command.args(["report", "--system"]).env("LC_ALL", "C").env("COLUMNS", "100").output().unwrap();
+    let mut command = journal.report_command();
+    let output = command.arg("--system").env("LC_ALL", "C").env("COLUMNS", "100").output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.is_ascii() && text.contains("####") && text.contains(r"j\u{f6}rg"), "{text}");
 }
@@ -361,8 +383,8 @@ fn a_terminal_is_told_how_far_a_long_journal_has_been_read_and_then_left_clean()
 fn without_journalctl_it_says_so_and_exits_69() {
     let journal = Journal::of(&[]);
     fs::remove_file(journal.directory.join("journalctl")).unwrap();
-    let mut command = journal.command(env!("CARGO_BIN_EXE_echod"));
-    let output = command.args(["report", "--system"]).env("PATH", &journal.directory).output().unwrap();
+    let mut command = journal.report_command();
+    let output = command.arg("--system").env("PATH", &journal.directory).output().unwrap();
     assert_eq!(output.status.code(), Some(69));
     assert!(stderr(&output).contains("journalctl"), "{}", stderr(&output));
 }
@@ -373,6 +395,57 @@ fn what_journalctl_complains_of_is_said_and_the_exit_code_is_74() {
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(74), &b""[..]));
     let said = stderr(&output);
     assert!(said.contains(r"Failed to parse timestamp: \u{1b}[31mnever") && !said.contains('\u{1b}'), "{said}");
+}
+
+#[test]
+fn what_journalctl_complains_of_makes_a_report_incomplete_though_it_exits_with_0() {
+    let said = "Journal file /var/log/journal/m/system.journal is truncated, ignoring file.";
+    let journal = Journal::new(&format!("{DENIED_ROOT}\n"), &format!("<28>{said}\n<31>File x added.\n"), 0);
+    let output = journal.report(&["--system", "--json"]);
+    assert_eq!(output.status.code(), Some(74));
+    assert_eq!(stderr(&output), format!("echod: journalctl: {said}\n"));
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&json["complete"], &json["denied"]["total"]), (&false.into(), &1.into()));
+    assert_eq!(json["complaints"], serde_json::json!([format!("journalctl: {said}")]));
+}
+
+#[test]
+fn a_journalctl_that_is_killed_or_ends_in_the_middle_of_a_line_makes_a_report_incomplete() {
+    for (end, complaint) in [("kill -9 $$", "signal: 9"), ("printf '{\"_SYSTEMD_UNIT\"'", "1 entries of the journal")] {
+        let journal = Journal::of(&[DENIED_ROOT]);
+        journal.script(&format!("cat '{}/lines'\n{end}\n", journal.directory.display()));
+        let output = journal.report(&["--system", "--json"]);
+        assert_eq!(output.status.code(), Some(74), "{end}");
+        assert!(stderr(&output).contains(complaint), "{end}: {}", stderr(&output));
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&json["complete"], &json["denied"]["total"]), (&false.into(), &1.into()), "{end}");
+    }
+}
+
+#[test]
+fn what_journald_has_dropped_makes_a_report_incomplete() {
+    let note = r#"{"_TRANSPORT":"driver","SYSLOG_IDENTIFIER":"systemd-journald","N_DROPPED":"40","MESSAGE":"Suppressed 40 messages from echo.service"}"#;
+    let json: Value =
+        serde_json::from_str(&Journal::of(&[DENIED_ROOT, note]).incomplete(&["--system", "--json"])).unwrap();
+    assert_eq!((&json["complete"], &json["denied"]["total"]), (&false.into(), &1.into()));
+    assert_eq!((&json["suppressed"], &json["entries"]["read"]), (&40.into(), &1.into()));
+}
+
+#[test]
+fn which_journal_to_read_is_handed_to_journalctl_as_it_is() {
+    let journal = day();
+    for (given, asked) in [
+        (&["--namespace", "*"][..], &["--namespace=*"][..]),
+        (&["--namespace=+audit", "--merge"], &["--namespace=+audit", "--merge"]),
+        (&["--directory", "/no such"], &["--directory=/no such"]),
+        (&["--file=/var/*.journal", "--file", "b"], &["--file=/var/*.journal", "--file=b"]),
+        (&["--machine", "web"], &["--machine=web"]),
+    ] {
+        journal.command(env!("CARGO_BIN_EXE_echod")).arg("report").args(given).output().unwrap();
+        let all = journal.asked();
+        assert!(asked.iter().all(|wanted| all.iter().any(|argument| argument == wanted)), "{asked:?} in {all:?}");
+    }
+    assert_eq!(journal.report(&["--merge"]).status.code(), Some(2), "one place is asked for, not two");
 }
 
 #[test]
@@ -389,7 +462,9 @@ fn a_journal_without_records_gives_a_report_that_says_so() {
     let journal = Journal::of(&[]);
     let output = journal.report(&["--system"]);
     assert_eq!(output.status.code(), Some(0));
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "Nobody was turned away by the system's echod.\n");
+    let expected = "Nobody was turned away by the system's echod.\n\
+                    Read: 1 journal file in /var/log/journal/m, from Mon 2026-11-23 20:14:15 UTC on.\n";
+    assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
     assert_eq!(journal.report(&["--user", "--system"]).status.code(), Some(2));
 }
 
@@ -398,8 +473,8 @@ fn a_reader_who_has_seen_enough_is_no_fault() {
     let (reader, writer) = nix::unistd::pipe().unwrap();
     drop(reader);
     let journal = day();
-    let mut command = journal.command(env!("CARGO_BIN_EXE_echod"));
-    let child = command.args(["report", "--system"]).stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
+    let mut command = journal.report_command();
+    let child = command.arg("--system").stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
 }

@@ -45,9 +45,14 @@ complete -c echod -n "__fish_echod_using_subcommand explain" -l config -d 'Judge
 complete -c echod -n "__fish_echod_using_subcommand explain" -s h -l help -d 'Print help'
 complete -c echod -n "__fish_echod_using_subcommand report" -l since -d 'Only records from this time on, as journalctl(1) takes it, such as "yesterday" or "-2h"' -r
 complete -c echod -n "__fish_echod_using_subcommand report" -l until -d 'Only records up to this time' -r
+complete -c echod -n "__fish_echod_using_subcommand report" -l namespace -d 'Read the journal of this namespace, for a service with LogNamespace=; "*" is all of them' -r
+complete -c echod -n "__fish_echod_using_subcommand report" -l directory -d 'Read the journal files in this directory, such as /var/log/journal/remote' -r -f -a "(__fish_complete_directories)"
+complete -c echod -n "__fish_echod_using_subcommand report" -l file -d 'Read this journal file, or those that a pattern as of a shell matches; may be repeated' -r -F
+complete -c echod -n "__fish_echod_using_subcommand report" -l machine -d 'Read the journal of this running container' -r
 complete -c echod -n "__fish_echod_using_subcommand report" -l user -d 'Records of this user\'s own echod'
 complete -c echod -n "__fish_echod_using_subcommand report" -l system -d 'Records of the system\'s echod'
 complete -c echod -n "__fish_echod_using_subcommand report" -l json -d 'Print JSON instead of a table'
+complete -c echod -n "__fish_echod_using_subcommand report" -l merge -d 'Read the journals of all machines that are kept here'
 complete -c echod -n "__fish_echod_using_subcommand report" -s h -l help -d 'Print help'
 complete -c echod -n "__fish_echod_using_subcommand reload" -s h -l help -d 'Print help'
 complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "check" -d 'Check the configuration: print the effective policy, or every fault'

@@ -54,9 +54,14 @@ _arguments "${_arguments_options[@]}" : \
 _arguments "${_arguments_options[@]}" : \
 '--since=[Only records from this time on, as journalctl(1) takes it, such as "yesterday" or "-2h"]:TIME:_default' \
 '--until=[Only records up to this time]:TIME:_default' \
+'--namespace=[Read the journal of this namespace, for a service with LogNamespace=; "*" is all of them]:N:_default' \
+'--directory=[Read the journal files in this directory, such as /var/log/journal/remote]:D:_files -/' \
+'*--file=[Read this journal file, or those that a pattern as of a shell matches; may be repeated]:F:_files' \
+'--machine=[Read the journal of this running container]:M:_default' \
 '(--system)--user[Records of this user'\''s own echod]' \
 '--system[Records of the system'\''s echod]' \
 '--json[Print JSON instead of a table]' \
+'--merge[Read the journals of all machines that are kept here]' \
 '-h[Print help]' \
 '--help[Print help]' \
 && ret=0

@@ -119,4 +119,24 @@ pub struct Report {
     /// Print JSON instead of a table
     #[arg(long)]
     pub json: bool,
+
+    /// Read the journal of this namespace, for a service with LogNamespace=; "*" is all of them
+    #[arg(long, value_name = "N")]
+    pub namespace: Option<String>,
+
+    /// Read the journal files in this directory, such as /var/log/journal/remote
+    #[arg(long, value_name = "D", value_hint = ValueHint::DirPath, group = "source")]
+    pub directory: Option<PathBuf>,
+
+    /// Read this journal file, or those that a pattern as of a shell matches; may be repeated
+    #[arg(long, value_name = "F", value_hint = ValueHint::FilePath, group = "source")]
+    pub file: Vec<PathBuf>,
+
+    /// Read the journals of all machines that are kept here
+    #[arg(long, group = "source")]
+    pub merge: bool,
+
+    /// Read the journal of this running container
+    #[arg(long, value_name = "M", group = "source")]
+    pub machine: Option<String>,
 }

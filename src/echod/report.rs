@@ -6,12 +6,13 @@
 //! (SplitMode=, Storage=), the fields that it vouches for don't.
 
 pub mod entry;
+mod journalctl;
 pub mod show;
+pub mod sources;
 pub mod tally;
 
 use std::env;
-use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};
-use std::process::{Child, Command, Stdio};
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -19,11 +20,11 @@ use std::thread;
 use std::time::Duration;
 
 use jiff::tz::TimeZone;
-use peergate::audit::Event;
 use peergate::peer::printable;
 
 use self::entry::Scope;
 use self::show::{Asked, Look};
+use self::sources::Sources;
 use self::tally::Tally;
 use crate::cli::Report;
 
@@ -32,58 +33,65 @@ const EX_UNAVAILABLE: u8 = 69;
 /// sysexits.h: reading or writing failed.
 const EX_IOERR: u8 = 74;
 
-/// What journalctl says on standard error is kept up to so many bytes.
-const MOST_COMPLAINTS: u64 = 16 << 10;
 /// How long the journal is read before a terminal is told how far it has come.
 const QUIET: Duration = Duration::from_millis(300);
 /// How often it is told anew.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Prints the report. Returns the status to exit with: 0, 69 where there is no journalctl, 74 where it, or printing,
-/// failed; what was read until then is printed all the same.
+/// Prints the report. Returns the status to exit with: 0, 69 where there is no journalctl, 74 where the report is not
+/// complete or printing failed; what was read is printed all the same.
 pub fn run(asked: &Report) -> u8 {
     let scope = scope(asked);
-    let mut journalctl = match start(asked, scope) {
+    let mut child = match journalctl::start(asked, scope) {
         Ok(child) => child,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            eprintln!("echod: no journalctl(1) here, which reads the journal for us; it is part of systemd");
+            tell("no journalctl(1) here, which reads the journal for us; it is part of systemd");
             return EX_UNAVAILABLE;
         }
         Err(error) => {
-            eprintln!("echod: starting journalctl: {error}");
+            tell(&format!("starting journalctl: {error}"));
             return EX_UNAVAILABLE;
         }
     };
     let mut tally = Tally::new(scope);
-    let complaint = read(&mut journalctl, &mut tally).err();
-    let lines = tally.lines();
-    if complaint.is_none() || lines.read > 0 {
-        let printed = print(asked, &tally, complaint.is_none());
-        match printed {
+    let progress = Progress::start();
+    let ended = journalctl::read(&mut child, |output| tally.read(output, |lines| progress.set(lines)));
+    drop(progress);
+    // Afterwards: a file that was deleted meanwhile is not said to have been read.
+    let (sources, failed) = journalctl::sources(asked, scope);
+    let broken_off = ended.failed.is_some() && tally.lines().read == 0;
+    let failed = ended.failed.or(failed);
+    let complaints: Vec<_> = failed.into_iter().chain(ended.said).chain(missed(&tally, &sources)).collect();
+    // Where nothing could be read, a table says nothing; a program still gets its document.
+    if !broken_off || asked.json {
+        match print(asked, &tally, &sources, &complaints) {
             Ok(()) => {}
             // Whoever reads us has seen enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return 0,
             Err(error) => {
-                eprintln!("echod: printing the report: {error}");
+                tell(&format!("printing the report: {error}"));
                 return EX_IOERR;
             }
         }
     }
-    match complaint {
-        Some(complaint) => {
-            eprintln!("echod: {complaint}");
-            EX_IOERR
-        }
-        None => {
-            if lines.read == 0 && scope == Scope::System && !nix::unistd::getuid().is_root() {
-                eprintln!(
-                    "echod: hint: only root and the groups systemd-journal and adm may read the system's journal; \
-                     --user reports on your own echod"
-                );
-            }
-            0
-        }
+    for complaint in &complaints {
+        tell(complaint);
     }
+    if complaints.is_empty() {
+        return 0;
+    }
+    if scope == Scope::System && !sources.unreadable.is_empty() {
+        tell(
+            "hint: only root and the groups systemd-journal and adm may read the system's journal; --user reports on \
+             your own echod",
+        );
+    }
+    EX_IOERR
+}
+
+/// To standard error, which may be gone or full: that changes nothing.
+fn tell(message: &str) {
+    let _ = writeln!(io::stderr(), "echod: {message}");
 }
 
 /// Root asks about the system's echod, everybody else about their own, unless they say otherwise.
@@ -92,72 +100,35 @@ fn scope(asked: &Report) -> Scope {
     if asked.system || (me.is_root() && !asked.user) { Scope::System } else { Scope::User(me.as_raw()) }
 }
 
-fn start(asked: &Report, scope: Scope) -> io::Result<Child> {
-    let mut command = Command::new("journalctl");
-    command.args(["--output=json", "--no-pager", "--quiet"]);
-    command.arg(format!("--output-fields={}", entry::FIELDS));
-    for (option, value) in [("since", &asked.since), ("until", &asked.until)] {
-        if let Some(value) = value {
-            command.arg(format!("--{option}={value}"));
-        }
+/// Reasons why records may be missing although journalctl has not complained: absent files, files that may not be read,
+/// and entries that could not be used.
+fn missed(tally: &Tally, sources: &Sources) -> Vec<String> {
+    let mut missed = Vec::new();
+    if !sources.unreadable.is_empty() {
+        let paths: Vec<_> = sources.unreadable.iter().map(|path| printable(&path.to_string_lossy())).collect();
+        missed.push(format!("no permission to read {}", paths.join(", ")));
+    } else if sources.files.is_empty() && tally.lines().read == 0 {
+        missed.push(format!("no journal file that may hold the records was found in {}", sources.places.join(", ")));
     }
-    command.arg("SYSLOG_IDENTIFIER=echod");
-    if let Scope::User(uid) = scope {
-        command.arg(format!("_UID={uid}"));
+    let lines = tally.lines();
+    if lines.damaged + lines.unusable > 0 {
+        missed.push(format!("{} entries of the journal cannot be read or counted", lines.damaged + lines.unusable));
     }
-    let ids = [Event::Denied, Event::Refused, Event::Summary, Event::Revoked].into_iter().filter_map(Event::message_id);
-    command.args(ids.map(|id| format!("MESSAGE_ID={id}")));
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+    if tally.suppressed() > 0 {
+        missed.push(format!("journald has dropped {} messages of the service, for its rate limit", tally.suppressed()));
+    }
+    missed
 }
 
-/// Adds up what journalctl prints. What it, or reading, complains of is the error.
-fn read(journalctl: &mut Child, tally: &mut Tally) -> Result<(), String> {
-    let output = journalctl.stdout.take().ok_or("journalctl: no output")?;
-    let errors = journalctl.stderr.take();
-    // On a thread of its own, so that neither pipe can fill up while we wait for the other.
-    let complaints = thread::spawn(move || {
-        let mut text = Vec::new();
-        if let Some(mut errors) = errors {
-            let _ = errors.by_ref().take(MOST_COMPLAINTS).read_to_end(&mut text);
-            let _ = io::copy(&mut errors, &mut io::sink());
-        }
-        text
-    });
-    let progress = Progress::start();
-    let outcome = tally.read(BufReader::with_capacity(64 << 10, output), |lines| progress.set(lines));
-    drop(progress);
-    if outcome.is_err() {
-        let _ = journalctl.kill();
-    }
-    let status = journalctl.wait();
-    let complaints = complaints.join().unwrap_or_default();
-    let said: Vec<_> = String::from_utf8_lossy(&complaints).lines().map(printable).collect();
-    let failed = match (outcome, status) {
-        (Err(error), _) => Some(format!("reading from journalctl: {error}")),
-        (_, Err(error)) => Some(format!("waiting for journalctl: {error}")),
-        (_, Ok(status)) if !status.success() => Some(format!("journalctl failed ({status})")),
-        _ => None,
-    };
-    match failed {
-        Some(failed) if said.is_empty() => Err(failed),
-        Some(failed) => Err(format!("{failed}: {}", said.join("; "))),
-        None => {
-            for line in said {
-                eprintln!("echod: journalctl: {line}");
-            }
-            Ok(())
-        }
-    }
-}
-
-fn print(asked: &Report, tally: &Tally, complete: bool) -> io::Result<()> {
+fn print(asked: &Report, tally: &Tally, sources: &Sources, complaints: &[String]) -> io::Result<()> {
     let mut out = BufWriter::new(io::stdout().lock());
+    let (since, until) = (asked.since.as_deref(), asked.until.as_deref());
+    let asked_for = Asked { since, until, sources, complaints };
     if asked.json {
-        let asked = Asked { since: asked.since.as_deref(), until: asked.until.as_deref(), complete };
-        serde_json::to_writer_pretty(&mut out, &show::json(tally, asked))?;
+        serde_json::to_writer_pretty(&mut out, &show::json(tally, asked_for))?;
         writeln!(out)?;
     } else {
-        show::text(tally, &look(), &mut out)?;
+        show::text(tally, asked_for, &look(), &mut out)?;
     }
     out.flush()
 }

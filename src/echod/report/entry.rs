@@ -24,7 +24,10 @@ const PROGRAM: &str = "echod";
 
 /// The fields that [`Entry`] is made of, for journalctl's --output-fields. It adds those with two underscores unasked.
 pub const FIELDS: &str = "GATE_VERDICT,GATE_REASON,GATE_RULE,GATE_COUNT,GATE_DURATION_USEC,PEER_UID,PEER_USER,\
-                          PEER_COMM,PEER_UNIT,_UID,_SYSTEMD_UNIT,_SYSTEMD_USER_UNIT,_EXE,_COMM";
+                          PEER_COMM,PEER_UNIT,_UID,_SYSTEMD_UNIT,_SYSTEMD_USER_UNIT,_EXE,_COMM,\
+                          _MACHINE_ID,_HOSTNAME,_TRANSPORT,N_DROPPED,MESSAGE";
+/// MESSAGE_ID of journald's own note that it has dropped messages of a unit, for its rate limit (journald.conf(5)).
+pub const SUPPRESSED: &str = "a596d6fe7bfa4994828e72309e95d61e";
 
 /// A field that its sender chose. journalctl writes text as a string, bytes that are no UTF-8 as an array of numbers,
 /// a field that occurs several times as an array of these, and null for what is too long.
@@ -103,6 +106,16 @@ pub struct Entry {
     executable: Trusted,
     #[serde(rename = "_COMM")]
     process: Trusted,
+    #[serde(rename = "_MACHINE_ID")]
+    machine: Trusted,
+    #[serde(rename = "_HOSTNAME")]
+    host: Trusted,
+    #[serde(rename = "_TRANSPORT")]
+    transport: Trusted,
+    #[serde(rename = "N_DROPPED")]
+    dropped: Field,
+    #[serde(rename = "MESSAGE")]
+    message: Field,
     /// GATE_VERDICT.
     #[serde(rename = "GATE_VERDICT")]
     pub verdict: Field,
@@ -143,6 +156,33 @@ impl Entry {
     /// When journald took it in, in microseconds since 1970.
     pub fn time(&self) -> Option<i64> {
         self.time.number()
+    }
+
+    /// Where journald itself has written the entry: how many messages of the service, or of all that shares its budget,
+    /// it says it has dropped. A user's services are counted as one unit, their manager's.
+    pub fn suppressed(&self, scope: Scope) -> Option<u64> {
+        // Only journald's own messages have this transport.
+        if !self.transport.is("driver") {
+            return None;
+        }
+        let unit = match scope {
+            Scope::System => UNIT.to_owned(),
+            Scope::User(uid) => format!("user@{uid}.service"),
+        };
+        // "Suppressed 12 messages from echo.service"
+        let of = self.message.text().and_then(|text| text.rsplit_once(" from ")).map(|(_, of)| of);
+        Some(if of == Some(unit.as_str()) { self.dropped.number().unwrap_or(1) } else { 0 })
+    }
+
+    /// The id of the machine whose journald took it in: 32 hexadecimal digits (machine-id(5)).
+    pub fn machine(&self) -> Option<u128> {
+        let id = self.machine.0.as_deref().filter(|id| id.len() == 32)?;
+        id.bytes().all(|byte| byte.is_ascii_hexdigit()).then(|| u128::from_str_radix(id, 16).ok())?
+    }
+
+    /// The host name of that machine.
+    pub fn host(&self) -> Option<&str> {
+        self.host.0.as_deref()
     }
 }
 
@@ -223,6 +263,19 @@ mod tests {
         ] {
             assert!(!believed(forged), "{forged}");
         }
+    }
+
+    #[test]
+    fn only_journald_tells_what_it_has_dropped() {
+        let note = |transport, unit| {
+            entry(&format!(
+                r#"{{"_TRANSPORT":"{transport}","N_DROPPED":"12","MESSAGE":"Suppressed 12 messages from {unit}"}}"#
+            ))
+        };
+        assert_eq!(note("driver", "echo.service").suppressed(Scope::System), Some(12));
+        assert_eq!(note("driver", "other-echo.service").suppressed(Scope::System), Some(0));
+        assert_eq!(note("driver", "user@1000.service").suppressed(Scope::User(1000)), Some(12));
+        assert_eq!(note("journal", "echo.service").suppressed(Scope::System), None, "anyone can say that");
     }
 
     #[test]

@@ -1,12 +1,15 @@
 //! The sums, for a person to read or for a program. Used by [`report`](super).
 
 use std::io::{self, Write};
+use std::path::Path;
 
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ZonedDateTime};
+use peergate::peer::printable;
 use serde_json::{Value, json};
 
 use super::entry::Scope;
+use super::sources::Sources;
 use super::tally::{Count, Key, Named, Row, Span, Tally, Verdict};
 
 /// The widest a bar gets.
@@ -29,15 +32,17 @@ pub struct Look {
     pub zone: TimeZone,
 }
 
-/// What was asked for, and whether the journal was read to its end.
+/// What was asked for, and how much of it was read.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
     /// --since.
     pub since: Option<&'a str>,
     /// --until.
     pub until: Option<&'a str>,
-    /// Whether everything was read.
-    pub complete: bool,
+    /// The files that were read, and those that were not.
+    pub sources: &'a Sources,
+    /// Why records may be missing; empty where everything was read.
+    pub complaints: &'a [String],
 }
 
 /// The report as one JSON document. Times are UTC; numbers are those of [`text`].
@@ -51,13 +56,23 @@ pub fn json(tally: &Tally, asked: Asked<'_>) -> Value {
         },
         "since": asked.since,
         "until": asked.until,
-        "complete": asked.complete,
+        "complete": asked.complaints.is_empty(),
+        "complaints": asked.complaints,
+        "journal": {
+            "looked_in": asked.sources.places,
+            "files": asked.sources.files.len(),
+            "directories": asked.sources.directories().into_iter().map(path).collect::<Vec<_>>(),
+            "oldest": asked.sources.oldest().and_then(utc),
+            "unreadable": asked.sources.unreadable.iter().map(|unreadable| path(unreadable)).collect::<Vec<_>>(),
+        },
         "first": span.and_then(|span| utc(span.first)),
         "last": span.and_then(|span| utc(span.last)),
         "denied": count_json(tally.total(Verdict::Denied)),
         "refused": count_json(tally.total(Verdict::Refused)),
         "revoked": count_json(tally.total(Verdict::Revoked)),
-        "peers": tally.rows().into_iter().map(|(key, row)| row_json(key, row)).collect::<Vec<_>>(),
+        "suppressed": tally.suppressed(),
+        "machines": tally.machines().iter().map(|(id, host)| machine_json(*id, host.as_deref())).collect::<Vec<_>>(),
+        "peers": tally.rows().into_iter().map(|(key, row)| row_json(key, row, tally)).collect::<Vec<_>>(),
         "entries": {
             "read": lines.read,
             "believed": lines.believed,
@@ -72,8 +87,17 @@ fn count_json(count: Count) -> Value {
     json!({ "total": count.total(), "records": count.records, "counted": count.counted })
 }
 
-fn row_json(key: Key, row: &Row) -> Value {
-    json!({
+fn machine_json(id: u128, host: Option<&str>) -> Value {
+    json!({ "id": format!("{id:032x}"), "host": host })
+}
+
+/// A path, harmless to a terminal.
+fn path(path: &Path) -> String {
+    printable(&path.to_string_lossy())
+}
+
+fn row_json(key: Key, row: &Row, tally: &Tally) -> Value {
+    let mut json = json!({
         "verdict": verdict_word(key.verdict),
         "reason": key.reason,
         "uid": key.uid,
@@ -86,7 +110,11 @@ fn row_json(key: Key, row: &Row) -> Value {
         "rules": named_json(&row.rules),
         "units": named_json(&row.units),
         "programs": named_json(&row.programs),
-    })
+    });
+    if let Some(id) = key.machine.filter(|_| tally.machines().len() > 1) {
+        json["machine"] = machine_json(id, tally.machines().get(&id).and_then(|host| host.as_deref()));
+    }
+    json
 }
 
 fn named_json(named: &Named) -> Value {
@@ -118,24 +146,29 @@ fn by_records(named: &Named) -> Vec<(&str, u64)> {
 ///
 /// # Errors
 /// What writing says.
-pub fn text(tally: &Tally, look: &Look, out: &mut impl Write) -> io::Result<()> {
+pub fn text(tally: &Tally, asked: Asked<'_>, look: &Look, out: &mut impl Write) -> io::Result<()> {
     let whose = match tally.scope() {
         Scope::System => "the system's echod".to_owned(),
         Scope::User(uid) => format!("the own echod of uid {uid}"),
     };
     let rows = tally.rows();
     if rows.is_empty() {
-        writeln!(out, "Nobody was turned away by {whose}.")?;
-        return notes(tally, look, out);
+        // Only a journal that was read in full tells that there was nothing.
+        match asked.complaints {
+            [] => writeln!(out, "Nobody was turned away by {whose}.")?,
+            _ => writeln!(out, "No record was found of anybody turned away by {whose}.")?,
+        }
+        notes(tally, look, out)?;
+        return extent(asked, true, look, out);
     }
-    let full = |time: i64| show(time, "%a %Y-%m-%d %H:%M:%S %Z", look).unwrap_or_else(|| "?".to_owned());
+    let full = |time: i64| full_time(time, look);
     let span = tally.span();
     match span {
         Some(span) => writeln!(out, "Turned away by {whose}, {} to {}", full(span.first), full(span.last))?,
         None => writeln!(out, "Turned away by {whose}, at unknown times")?,
     }
     writeln!(out)?;
-    table(&rows, &Columns::of(&rows, span, look), look, out)?;
+    table(&rows, tally, &Columns::of(&rows, span, look), look, out)?;
     writeln!(out)?;
     let words = [(Verdict::Denied, "Denied: "), (Verdict::Refused, "Refused:"), (Verdict::Revoked, "Revoked:")];
     for (verdict, word) in words {
@@ -147,7 +180,45 @@ pub fn text(tally: &Tally, look: &Look, out: &mut impl Write) -> io::Result<()> 
         let (total, records, counted) = (group(count.total()), group(count.records), group(count.counted));
         writeln!(out, "{} {total} = {records} recorded in full + {counted} counted", look.bold(word))?;
     }
-    notes(tally, look, out)
+    notes(tally, look, out)?;
+    extent(asked, false, look, out)
+}
+
+/// A time with its day and zone.
+fn full_time(time: i64, look: &Look) -> String {
+    show(time, "%a %Y-%m-%d %H:%M:%S %Z", look).unwrap_or_else(|| "?".to_owned())
+}
+
+/// Which files the report rests on, since when they tell, and whether there may be more. Where nothing was found, also
+/// where else there are records.
+fn extent(asked: Asked<'_>, nothing: bool, look: &Look, out: &mut impl Write) -> io::Result<()> {
+    let sources = asked.sources;
+    let mut say = |text: String| wrapped(&[text], " ", 0, look, out);
+    if !sources.files.is_empty() {
+        let directories: Vec<_> = sources.directories().into_iter().map(|name| look.plain(&path(name))).collect();
+        let files = if sources.files.len() == 1 { "file" } else { "files" };
+        let oldest = match sources.oldest() {
+            Some(time) => format!("from {} on", full_time(time, look)),
+            None => "without entries".to_owned(),
+        };
+        let count = group(sources.files.len() as u64);
+        say(format!("Read: {count} journal {files} in {}, {oldest}.", directories.join(", ")))?;
+    } else if nothing {
+        let places: Vec<_> = sources.places.iter().map(|place| look.plain(place)).collect();
+        say(format!("Read: no journal file; looked in {}.", places.join(", ")))?;
+    }
+    if nothing && !sources.namespaces.is_empty() {
+        let names: Vec<_> = sources.namespaces.iter().map(|name| look.plain(&printable(name))).collect();
+        say(format!(
+            "Not read: the journal {} {}. Records of a service with LogNamespace= are found with --namespace.",
+            if names.len() == 1 { "namespace" } else { "namespaces" },
+            names.join(", "),
+        ))?;
+    }
+    if !asked.complaints.is_empty() {
+        say("Not complete: there may be more records than were read. Standard error says why.".to_owned())?;
+    }
+    Ok(())
 }
 
 /// What the reader must know of the journal's lines.
@@ -204,7 +275,7 @@ impl Columns {
     }
 }
 
-fn table(rows: &[(Key, &Row)], columns: &Columns, look: &Look, out: &mut impl Write) -> io::Result<()> {
+fn table(rows: &[(Key, &Row)], tally: &Tally, columns: &Columns, look: &Look, out: &mut impl Write) -> io::Result<()> {
     let Columns { count, bar, who: who_width, reason, time_width, .. } = *columns;
     let gap = |width: usize| if width == 0 { 0 } else { width + GAP };
     let head = format!(
@@ -234,7 +305,7 @@ fn table(rows: &[(Key, &Row)], columns: &Columns, look: &Look, out: &mut impl Wr
             first.unwrap_or_else(unknown),
             last.unwrap_or_else(unknown),
         )?;
-        wrapped(&details(*key, row, look), "; ", count + GAP, look, out)?;
+        wrapped(&details(*key, row, tally, look), "; ", count + GAP, look, out)?;
     }
     Ok(())
 }
@@ -251,13 +322,16 @@ fn who(key: Key, row: &Row) -> String {
 }
 
 /// What does not fit into a column.
-fn details(key: Key, row: &Row, look: &Look) -> Vec<String> {
+fn details(key: Key, row: &Row, tally: &Tally, look: &Look) -> Vec<String> {
     let Count { records, counted } = row.count;
     let mut details = vec![match (records, counted) {
         (_, 0) => verdict_word(key.verdict).to_owned(),
         (0, _) => format!("{}: counted only", verdict_word(key.verdict)),
         _ => format!("{}: {} in full, {} counted", verdict_word(key.verdict), group(records), group(counted)),
     }];
+    if let Some(machine) = key.machine.filter(|_| tally.machines().len() > 1) {
+        details.push(format!("on {}", one_word(&look.plain(&machine_name(machine, tally)))));
+    }
     for (what, named) in [("by", &row.rules), ("from", &row.units), ("with", &row.programs)] {
         let names = by_records(named);
         let alone = names.len() == 1 && names[0].1 == records;
@@ -276,6 +350,15 @@ fn details(key: Key, row: &Row, look: &Look) -> Vec<String> {
         }
     }
     details
+}
+
+/// The machine's host name; with the beginning of its id where another machine has the same, or where it has none.
+fn machine_name(id: u128, tally: &Tally) -> String {
+    let short = &format!("{id:032x}")[..12];
+    let host = tally.machines().get(&id).and_then(|host| host.as_deref());
+    let Some(host) = host else { return short.to_owned() };
+    let namesakes = tally.machines().values().filter(|other| other.as_deref() == Some(host)).count();
+    if namesakes == 1 { host.to_owned() } else { format!("{host}/{short}") }
 }
 
 /// A space that no line is broken at.

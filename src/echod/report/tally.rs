@@ -3,7 +3,7 @@
 //! However long the journal, memory is bounded: so many pairs of user and reason are told apart, so many texts
 //! remembered. What comes on top still counts in every sum.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, BufRead};
 use std::sync::Arc;
 
@@ -19,6 +19,8 @@ const MOST_ROWS: usize = 16 << 10;
 const MOST_NAMED: usize = 8;
 /// Different texts remembered in all.
 const MOST_TEXTS: usize = 8 << 10;
+/// Machines whose host names are remembered.
+const MOST_MACHINES: usize = 4 << 10;
 /// Characters of a text that are kept.
 const LONGEST_TEXT: usize = 256;
 
@@ -48,6 +50,8 @@ pub struct Key {
     pub reason: &'static str,
     /// `None`: users whom a summary did not tell apart, or whom the kernel did not tell.
     pub uid: Option<u32>,
+    /// The id of the machine whose journal has the records; `None` where they have none.
+    pub machine: Option<u128>,
 }
 
 /// How many times, and how that is known.
@@ -152,14 +156,24 @@ pub struct Tally {
     scope: Scope,
     rows: HashMap<Key, Row>,
     texts: HashSet<Arc<str>>,
+    machines: BTreeMap<u128, Option<Arc<str>>>,
     lines: Lines,
+    suppressed: u64,
     others: bool,
 }
 
 impl Tally {
     /// Nothing yet.
     pub fn new(scope: Scope) -> Self {
-        Self { scope, rows: HashMap::new(), texts: HashSet::new(), lines: Lines::default(), others: false }
+        Self {
+            scope,
+            rows: HashMap::new(),
+            texts: HashSet::new(),
+            machines: BTreeMap::new(),
+            lines: Lines::default(),
+            suppressed: 0,
+            others: false,
+        }
     }
 
     /// Whose echod is reported on.
@@ -190,8 +204,13 @@ impl Tally {
         if line.iter().all(u8::is_ascii_whitespace) {
             return;
         }
+        let entry = Entry::parse(line);
+        if let Some(count) = entry.as_ref().and_then(|entry| entry.suppressed(self.scope)) {
+            self.suppressed = self.suppressed.saturating_add(count);
+            return;
+        }
         self.lines.read += 1;
-        let Some(entry) = Entry::parse(line) else {
+        let Some(entry) = entry else {
             self.lines.damaged += 1;
             return;
         };
@@ -223,9 +242,10 @@ impl Tally {
             }
             _ => return None,
         };
-        let mut key = Key { verdict, reason, uid: entry.uid.number() };
+        let mut key = Key { verdict, reason, uid: entry.uid.number(), machine: entry.machine() };
+        self.add_machine(entry);
         if self.rows.len() >= MOST_ROWS && !self.rows.contains_key(&key) {
-            key.uid = None;
+            (key.uid, key.machine) = (None, None);
             self.others = true;
         }
         let summary = count.records == 0;
@@ -249,6 +269,16 @@ impl Tally {
             }
         }
         Some(())
+    }
+
+    fn add_machine(&mut self, entry: &Entry) {
+        let Some(id) = entry.machine() else { return };
+        if self.machines.len() >= MOST_MACHINES && !self.machines.contains_key(&id) {
+            return;
+        }
+        let host = entry.host().and_then(|host| self.keep(host));
+        let known = self.machines.entry(id).or_default();
+        *known = host.or_else(|| known.take());
     }
 
     /// The text, harmless to a terminal and not too long; `None` where too many are remembered already.
@@ -289,9 +319,19 @@ impl Tally {
         })
     }
 
+    /// The machines that the records are of, each with its last host name.
+    pub fn machines(&self) -> &BTreeMap<u128, Option<Arc<str>>> {
+        &self.machines
+    }
+
     /// What became of the lines.
     pub fn lines(&self) -> Lines {
         self.lines
+    }
+
+    /// How many of the service's messages journald says it has dropped: they may have been records.
+    pub fn suppressed(&self) -> u64 {
+        self.suppressed
     }
 
     /// Whether there were too many users to tell all of them apart here.
