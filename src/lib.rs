@@ -128,6 +128,7 @@ pub mod handover;
 pub mod ids;
 pub mod journal;
 pub mod limits;
+mod outlet;
 pub mod peer;
 pub mod policy;
 mod serve;

@@ -344,10 +344,13 @@ impl Service {
     }
 
     fn say_status(&mut self, now: Instant) {
-        self.status.said = self.status_line();
+        let line = self.status_line();
         self.status.at = now;
         self.status.due = false;
-        self.notifier.status(&self.status.said);
+        // Where the manager does not read, the line is still due after the next pause.
+        if self.notifier.status(&line) {
+            self.status.said = line;
+        }
     }
 
     /// All or nothing: either the whole file is in force when this returns, or nothing has changed.
