@@ -133,6 +133,7 @@ pub mod peer;
 pub mod policy;
 mod serve;
 pub mod service;
+mod stderr;
 mod subject;
 mod sys;
 pub mod unit;
