@@ -5,7 +5,6 @@
 
 use std::ffi::CString;
 use std::fmt;
-use std::io::{self, Write as _};
 
 use nix::unistd::{Group, User as Account, getgrouplist};
 use peergate::Subject;
@@ -16,6 +15,7 @@ use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
 use crate::config::Config;
+use crate::output;
 
 /// Somebody who is not connected.
 #[derive(Debug)]
@@ -75,14 +75,14 @@ pub fn run(asked: &Explain) -> u8 {
     let config = match Config::load(asked.config.as_deref()) {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("{error}");
+            output::say(&error.to_string());
             return error.exit_code();
         }
     };
     let who = match somebody(asked) {
         Ok(who) => who,
         Err(failure) => {
-            eprintln!("echod: {failure}");
+            output::complain(&failure.to_string());
             return failure.exit_code();
         }
     };
@@ -97,8 +97,7 @@ pub fn run(asked: &Explain) -> u8 {
             "  (`self` is whoever asks, uid {me} here; to a service it is the user that the service runs as)\n"
         );
     }
-    // Whoever reads may have seen enough; that changes nothing of the answer.
-    let _ = io::stdout().write_all(text.as_bytes());
+    output::answer(text);
     u8::from(!explanation.is_admitted())
 }
 

@@ -6,6 +6,8 @@
 // The tests count allocations, and an allocator cannot be written without.
 #![cfg_attr(not(test), forbid(unsafe_code))]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
+// They panic where writing fails.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 mod check;
 mod cli;
@@ -19,6 +21,7 @@ mod explain;
 mod handover;
 mod line;
 mod mailbox;
+mod output;
 mod pacing;
 mod report;
 mod serve;
@@ -62,7 +65,12 @@ const RELOAD_PATIENCE: Duration = Duration::from_secs(60);
 struct Failure(u8, String);
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    output::outlive_limits();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Also what --help and --version print.
+        Err(error) => return ExitCode::from(output::of_clap(error)),
+    };
     let code = match cli.command {
         Some(Command::Check { config }) => check::run(config.as_deref()),
         Some(Command::Explain(explain)) => explain::run(&explain),
@@ -71,9 +79,7 @@ fn main() -> ExitCode {
         None => match serve(cli.serve) {
             Ok(()) => 0,
             Err(Failure(code, message)) => {
-                for line in message.lines() {
-                    eprintln!("{IDENTIFIER}: {line}");
-                }
+                output::complain(&message);
                 code
             }
         },
@@ -146,11 +152,13 @@ fn reload(pid: i32) -> u8 {
     match request_reload(pid, RELOAD_PATIENCE) {
         Ok(true) => 0,
         Ok(false) => {
-            eprintln!("{IDENTIFIER}: process {pid} refused its new configuration; the old one stays (see the journal)");
+            output::complain(&format!(
+                "process {pid} refused its new configuration; the old one stays (see the journal)"
+            ));
             EX_CONFIG
         }
         Err(error) => {
-            eprintln!("{IDENTIFIER}: asking process {pid} to reload: {error}");
+            output::complain(&format!("asking process {pid} to reload: {error}"));
             EX_OSERR
         }
     }

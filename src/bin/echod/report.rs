@@ -10,13 +10,13 @@ mod show;
 mod tally;
 
 use std::env;
-use std::io::{self, BufReader, BufWriter, IsTerminal, Read, Write};
+use std::io::{self, BufReader, IsTerminal, Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
 use peergate::audit::Event;
@@ -26,6 +26,7 @@ use self::entry::Scope;
 use self::show::{Asked, Look};
 use self::tally::Tally;
 use crate::cli::Report;
+use crate::output;
 
 /// sysexits.h: something that is needed is not there.
 const EX_UNAVAILABLE: u8 = 69;
@@ -39,18 +40,18 @@ const QUIET: Duration = Duration::from_millis(300);
 /// How often it is told anew.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Prints the report. Returns the status to exit with: 0, 69 where there is no journalctl, 74 where it, or printing,
-/// failed; what was read until then is printed all the same.
+/// Prints the report. Returns the status to exit with: 0, 69 where there is no journalctl, 74 where it failed; what was
+/// read until then is printed all the same.
 pub fn run(asked: &Report) -> u8 {
     let scope = scope(asked);
     let mut journalctl = match start(asked, scope) {
         Ok(child) => child,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            eprintln!("echod: no journalctl(1) here, which reads the journal for us; it is part of systemd");
+            output::complain("no journalctl(1) here, which reads the journal for us; it is part of systemd");
             return EX_UNAVAILABLE;
         }
         Err(error) => {
-            eprintln!("echod: starting journalctl: {error}");
+            output::complain(&format!("starting journalctl: {error}"));
             return EX_UNAVAILABLE;
         }
     };
@@ -58,27 +59,18 @@ pub fn run(asked: &Report) -> u8 {
     let complaint = read(&mut journalctl, &mut tally).err();
     let lines = tally.lines();
     if complaint.is_none() || lines.read > 0 {
-        let printed = print(asked, &tally, complaint.is_none());
-        match printed {
-            Ok(()) => {}
-            // Whoever reads us has seen enough.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return 0,
-            Err(error) => {
-                eprintln!("echod: printing the report: {error}");
-                return EX_IOERR;
-            }
-        }
+        print(asked, &tally, complaint.is_none());
     }
     match complaint {
         Some(complaint) => {
-            eprintln!("echod: {complaint}");
+            output::complain(&complaint);
             EX_IOERR
         }
         None => {
             if lines.read == 0 && scope == Scope::System && !nix::unistd::getuid().is_root() {
-                eprintln!(
-                    "echod: hint: only root and the groups systemd-journal and adm may read the system's journal; \
-                     --user reports on your own echod"
+                output::complain(
+                    "hint: only root and the groups systemd-journal and adm may read the system's journal; \
+                     --user reports on your own echod",
                 );
             }
             0
@@ -143,23 +135,24 @@ fn read(journalctl: &mut Child, tally: &mut Tally) -> Result<(), String> {
         Some(failed) => Err(format!("{failed}: {}", said.join("; "))),
         None => {
             for line in said {
-                eprintln!("echod: journalctl: {line}");
+                output::complain(&format!("journalctl: {line}"));
             }
             Ok(())
         }
     }
 }
 
-fn print(asked: &Report, tally: &Tally, complete: bool) -> io::Result<()> {
-    let mut out = BufWriter::new(io::stdout().lock());
+fn print(asked: &Report, tally: &Tally, complete: bool) {
+    let mut out = Vec::new();
+    // Writing to memory does not fail.
     if asked.json {
         let asked = Asked { since: asked.since.as_deref(), until: asked.until.as_deref(), complete };
-        serde_json::to_writer_pretty(&mut out, &show::json(tally, asked))?;
-        writeln!(out)?;
+        let _ = serde_json::to_writer_pretty(&mut out, &show::json(tally, asked));
+        out.push(b'\n');
     } else {
-        show::text(tally, &look(), &mut out)?;
+        let _ = show::text(tally, &look(), &mut out);
     }
-    out.flush()
+    output::answer_at_leisure(out);
 }
 
 fn look() -> Look {
@@ -211,7 +204,11 @@ impl Drop for Progress {
     fn drop(&mut self) {
         if let Some((stop, thread)) = self.running.take() {
             drop(stop);
-            let _ = thread.join();
+            // A terminal that is stopped holds it up.
+            let until = Instant::now() + output::PATIENCE;
+            while !thread.is_finished() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }
