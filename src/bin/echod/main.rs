@@ -28,6 +28,7 @@ mod serve;
 mod threshold;
 mod worker;
 
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
 
 fn serve(options: Serve) -> Result<(), Failure> {
     return_memory(LARGE);
+    let has_terminal = io::stderr().is_terminal();
     // Before anything else opens a descriptor or starts a thread.
     let passed = activation::adopt(handover::is_kept).map_err(|refused| match refused {
         Refused::System(_) => Failure(EX_OSERR, refused.to_string()),
@@ -117,8 +119,10 @@ fn serve(options: Serve) -> Result<(), Failure> {
         }
     };
     listeners.extend(bound);
+    // Without a terminal the service would go on unseen, and with the path taken.
+    let ends_at_hangup = has_terminal && (!options.listen.is_empty() || !notifier.is_present());
     let config_path = options.config.map(absolute);
-    let start = serve::Start { listeners, inheritance, config, config_path, store, notifier, signals };
+    let start = serve::Start { listeners, inheritance, config, config_path, store, notifier, signals, ends_at_hangup };
     serve::run(start).map_err(|error| Failure(serve::FAILURE, error))
 }
 
