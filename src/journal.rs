@@ -239,8 +239,7 @@ impl Journal {
     /// Whether standard error has taken the whole of it. What is not known while there is time to wait is taken for told:
     /// it comes before everything else that is handed over.
     fn tell(&mut self, text: String, looks: bool) -> bool {
-        self.stderr.begin(text, Duration::ZERO)
-            && self.await_stderr(looks, |stderr| stderr.outcome(STEP)).unwrap_or(true)
+        self.stderr.begin(text, STEP) && self.await_stderr(looks, |stderr| stderr.outcome(STEP)).unwrap_or(true)
     }
 
     fn await_stderr(&mut self, looks: bool, question: impl Fn(&Stderr) -> Option<bool>) -> Option<bool> {
