@@ -17,7 +17,7 @@ run:
 test: check check-root e2e package-test bench-quick
 
 # Peers who really are other users, control groups, mount namespaces of their own: these say so where they are not root.
-root_tests := access examples handover identity journals lifecycle names newcomer record
+root_tests := access examples handover identity journals lifecycle names newcomer outside record
 other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # What needs neither root nor a booted systemd. As root, it is all the tests of the crate.

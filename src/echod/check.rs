@@ -1,13 +1,13 @@
 //! `echod check`: the policy and the settings in force, or everything that is wrong with them. For main.
 
 use std::fmt::{self, Write as _};
-use std::io::{self, Write as _};
 use std::path::Path;
 
 use peergate::policy::{Group, Rule, User};
 
 use crate::config::values::{show_size, show_span};
 use crate::config::{Config, Terms};
+use crate::output;
 
 /// How many bytes of a list are shown.
 const WIDEST_LIST: usize = 60;
@@ -18,17 +18,16 @@ pub fn run(config: Option<&Path>) -> u8 {
     match Config::load(config) {
         Ok(config) => {
             if let Some(unmapped) = peergate::peer::unmapped_ids() {
-                eprintln!("warning: {unmapped}");
+                output::say(&format!("warning: {unmapped}"));
             }
             for warning in &config.warnings {
-                eprintln!("warning: {warning}");
+                output::say(&format!("warning: {warning}"));
             }
-            // Whoever reads may have seen enough; that changes nothing of the answer.
-            let _ = write!(io::stdout(), "{}", Summary(&config));
+            output::answer(Summary(&config).to_string());
             0
         }
         Err(error) => {
-            eprintln!("{error}");
+            output::say(&error.to_string());
             error.exit_code()
         }
     }

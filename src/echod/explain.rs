@@ -4,7 +4,6 @@
 //! the code that serves.
 
 use std::fmt;
-use std::io::{self, Write as _};
 
 use peergate::Subject;
 use peergate::ids::{Gid, Uid};
@@ -15,6 +14,7 @@ use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
 use crate::config::Config;
+use crate::output;
 
 /// Somebody who is not connected.
 #[derive(Debug)]
@@ -74,14 +74,14 @@ pub fn run(asked: &Explain) -> u8 {
     let config = match Config::load(asked.config.as_deref()) {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("{error}");
+            output::say(&error.to_string());
             return error.exit_code();
         }
     };
     let who = match somebody(asked) {
         Ok(who) => who,
         Err(failure) => {
-            eprintln!("echod: {failure}");
+            output::complain(&failure.to_string());
             return failure.exit_code();
         }
     };
@@ -96,8 +96,7 @@ pub fn run(asked: &Explain) -> u8 {
             "  (`self` is whoever asks, uid {me} here; to a service it is the user that the service runs as)\n"
         );
     }
-    // Whoever reads may have seen enough; that changes nothing of the answer.
-    let _ = io::stdout().write_all(text.as_bytes());
+    output::answer(text);
     u8::from(!explanation.is_admitted())
 }
 

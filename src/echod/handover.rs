@@ -70,6 +70,8 @@ const MOST_STATE: u64 = 1 << 32;
 /// How long the manager may take to store one batch. It holds each socket against all that it has already, and on a
 /// machine with other things to do thousands take it minutes: what counts is that it gets on with it.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the manager may take to hear that it is to forget what it was given.
+const RETRACTED_WITHIN: Duration = Duration::from_secs(5);
 /// Sockets to a batch: what one message can carry.
 const BATCH: usize = 250;
 
@@ -217,6 +219,8 @@ pub fn leave(connections: &[Carried], next_connection: u64, store: &Store, takes
 /// Takes back what [`leave`] stored, where it failed half-way.
 pub fn retract(store: &Store) {
     [SOCKETS, MIDLINE, STATE, PROBE].into_iter().for_each(|name| store.forget(name));
+    // This process ends next, and with it what has not been taken from it.
+    let _ = store.settle(RETRACTED_WITHIN);
 }
 
 struct State {

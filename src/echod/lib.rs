@@ -6,6 +6,8 @@
 // The tests count allocations, and an allocator cannot be written without.
 #![cfg_attr(not(test), forbid(unsafe_code))]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
+// They panic where writing fails.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
 mod check;
 pub mod cli;
@@ -21,12 +23,14 @@ mod handover;
 pub mod line;
 mod mailbox;
 mod names;
+mod output;
 mod pacing;
 pub mod report;
 mod serve;
 mod threshold;
 mod worker;
 
+use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -65,7 +69,12 @@ struct Failure(u8, String);
 
 /// Runs the program: reads the command line, does what it says, gives the exit code.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    output::outlive_limits();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // Also what --help and --version print.
+        Err(error) => return ExitCode::from(output::of_clap(error)),
+    };
     let code = match cli.command {
         Some(Command::Check { config }) => check::run(config.as_deref()),
         Some(Command::Explain(explain)) => explain::run(&explain),
@@ -74,9 +83,7 @@ pub fn main() -> ExitCode {
         None => match serve(cli.serve) {
             Ok(()) => 0,
             Err(Failure(code, message)) => {
-                for line in message.lines() {
-                    eprintln!("{IDENTIFIER}: {line}");
-                }
+                output::complain(&message);
                 code
             }
         },
@@ -86,6 +93,7 @@ pub fn main() -> ExitCode {
 
 fn serve(options: Serve) -> Result<(), Failure> {
     return_memory(LARGE);
+    let has_terminal = io::stderr().is_terminal();
     // Before anything else opens a descriptor or starts a thread.
     let passed = activation::adopt(handover::is_kept).map_err(|refused| match refused {
         Refused::System(_) => Failure(EX_OSERR, refused.to_string()),
@@ -114,8 +122,10 @@ fn serve(options: Serve) -> Result<(), Failure> {
         }
     };
     listeners.extend(bound);
+    // Without a terminal the service would go on unseen, and with the path taken.
+    let ends_at_hangup = has_terminal && (!options.listen.is_empty() || !notifier.is_present());
     let config_path = options.config.map(absolute);
-    let start = serve::Start { listeners, inheritance, config, config_path, store, notifier, signals };
+    let start = serve::Start { listeners, inheritance, config, config_path, store, notifier, signals, ends_at_hangup };
     serve::run(start).map_err(|error| Failure(serve::FAILURE, error))
 }
 
@@ -149,11 +159,13 @@ fn reload(pid: i32) -> u8 {
     match request_reload(pid, RELOAD_PATIENCE) {
         Ok(true) => 0,
         Ok(false) => {
-            eprintln!("{IDENTIFIER}: process {pid} refused its new configuration; the old one stays (see the journal)");
+            output::complain(&format!(
+                "process {pid} refused its new configuration; the old one stays (see the journal)"
+            ));
             EX_CONFIG
         }
         Err(error) => {
-            eprintln!("{IDENTIFIER}: asking process {pid} to reload: {error}");
+            output::complain(&format!("asking process {pid} to reload: {error}"));
             EX_OSERR
         }
     }

@@ -12,12 +12,12 @@ pub mod sources;
 pub mod tally;
 
 use std::env;
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
 use peergate::peer::printable;
@@ -27,6 +27,7 @@ use self::show::{Asked, Look};
 use self::sources::Sources;
 use self::tally::Tally;
 use crate::cli::Report;
+use crate::output;
 
 /// sysexits.h: something that is needed is not there.
 const EX_UNAVAILABLE: u8 = 69;
@@ -39,17 +40,17 @@ const QUIET: Duration = Duration::from_millis(300);
 const TICK: Duration = Duration::from_millis(100);
 
 /// Prints the report. Returns the status to exit with: 0, 69 where there is no journalctl, 74 where the report is not
-/// complete or printing failed; what was read is printed all the same.
+/// complete; what was read is printed all the same.
 pub fn run(asked: &Report) -> u8 {
     let scope = scope(asked);
     let mut child = match journalctl::start(asked, scope) {
         Ok(child) => child,
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            tell("no journalctl(1) here, which reads the journal for us; it is part of systemd");
+            output::complain("no journalctl(1) here, which reads the journal for us; it is part of systemd");
             return EX_UNAVAILABLE;
         }
         Err(error) => {
-            tell(&format!("starting journalctl: {error}"));
+            output::complain(&format!("starting journalctl: {error}"));
             return EX_UNAVAILABLE;
         }
     };
@@ -64,34 +65,21 @@ pub fn run(asked: &Report) -> u8 {
     let complaints: Vec<_> = failed.into_iter().chain(ended.said).chain(missed(&tally, &sources)).collect();
     // Where nothing could be read, a table says nothing; a program still gets its document.
     if !broken_off || asked.json {
-        match print(asked, &tally, &sources, &complaints) {
-            Ok(()) => {}
-            // Whoever reads us has seen enough.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return 0,
-            Err(error) => {
-                tell(&format!("printing the report: {error}"));
-                return EX_IOERR;
-            }
-        }
+        print(asked, &tally, &sources, &complaints);
     }
     for complaint in &complaints {
-        tell(complaint);
+        output::complain(complaint);
     }
     if complaints.is_empty() {
         return 0;
     }
     if scope == Scope::System && !sources.unreadable.is_empty() {
-        tell(
+        output::complain(
             "hint: only root and the groups systemd-journal and adm may read the system's journal; --user reports on \
              your own echod",
         );
     }
     EX_IOERR
-}
-
-/// To standard error, which may be gone or full: that changes nothing.
-fn tell(message: &str) {
-    let _ = writeln!(io::stderr(), "echod: {message}");
 }
 
 /// Root asks about the system's echod, everybody else about their own, unless they say otherwise.
@@ -120,17 +108,18 @@ fn missed(tally: &Tally, sources: &Sources) -> Vec<String> {
     missed
 }
 
-fn print(asked: &Report, tally: &Tally, sources: &Sources, complaints: &[String]) -> io::Result<()> {
-    let mut out = BufWriter::new(io::stdout().lock());
+fn print(asked: &Report, tally: &Tally, sources: &Sources, complaints: &[String]) {
+    let mut out = Vec::new();
     let (since, until) = (asked.since.as_deref(), asked.until.as_deref());
     let asked_for = Asked { since, until, sources, complaints };
+    // Writing to memory does not fail.
     if asked.json {
-        serde_json::to_writer_pretty(&mut out, &show::json(tally, asked_for))?;
-        writeln!(out)?;
+        let _ = serde_json::to_writer_pretty(&mut out, &show::json(tally, asked_for));
+        out.push(b'\n');
     } else {
-        show::text(tally, asked_for, &look(), &mut out)?;
+        let _ = show::text(tally, asked_for, &look(), &mut out);
     }
-    out.flush()
+    output::answer_at_leisure(out);
 }
 
 fn look() -> Look {
@@ -182,7 +171,11 @@ impl Drop for Progress {
     fn drop(&mut self) {
         if let Some((stop, thread)) = self.running.take() {
             drop(stop);
-            let _ = thread.join();
+            // A terminal that is stopped holds it up.
+            let until = Instant::now() + output::PATIENCE;
+            while !thread.is_finished() && Instant::now() < until {
+                thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }

@@ -66,6 +66,8 @@ pub struct Start {
     pub store: Store,
     pub notifier: Notifier,
     pub signals: Signals,
+    /// A hangup is that of the terminal in whose foreground the service runs, and ends it.
+    pub ends_at_hangup: bool,
 }
 
 /// Serves until told to stop, or idle for long enough.
@@ -104,6 +106,7 @@ struct Service {
     store: Store,
     notifier: Notifier,
     signals: Signals,
+    ends_at_hangup: bool,
     /// Asked for while something else was under way.
     requests: VecDeque<Request>,
     activity: Arc<Activity>,
@@ -161,7 +164,7 @@ enum End {
 
 impl Service {
     fn open(start: Start, audit: Audit, journal: &Writer) -> Result<Self, String> {
-        let Start { listeners, inheritance, config, config_path, store, notifier, signals } = start;
+        let Start { listeners, inheritance, config, config_path, store, notifier, signals, ends_at_hangup } = start;
         let limits = Permits::new();
         let Inheritance { connections, stateless, midline, unusable, foreign, next_connection } = inheritance;
         let opening = |error| format!("opening the gate: {error}");
@@ -210,6 +213,7 @@ impl Service {
             store,
             notifier,
             signals,
+            ends_at_hangup,
             requests: VecDeque::new(),
             activity,
             watchdog: Watchdog::from_env(watched),
@@ -282,13 +286,20 @@ impl Service {
                 self.idle.not_before = now + LOOK_AGAIN;
             }
             self.sleep();
-            while let Some(request) = self.requests.pop_front().or_else(|| self.signals.next()) {
+            while let Some(request) = self.requests.pop_front().or_else(|| self.next_request()) {
                 match request {
                     Request::Stop => return End::Told,
                     Request::Reload { answer_to } => self.reload(answer_to),
                     _ => {}
                 }
             }
+        }
+    }
+
+    fn next_request(&self) -> Option<Request> {
+        match self.signals.next()? {
+            Request::Reload { answer_to: None } if self.ends_at_hangup => Some(Request::Stop),
+            request => Some(request),
         }
     }
 
@@ -347,10 +358,13 @@ impl Service {
     }
 
     fn say_status(&mut self, now: Instant) {
-        self.status.said = self.status_line();
+        let line = self.status_line();
         self.status.at = now;
         self.status.due = false;
-        self.notifier.status(&self.status.said);
+        // Where the manager does not read, the line is still due after the next pause.
+        if self.notifier.status(&line) {
+            self.status.said = line;
+        }
     }
 
     /// All or nothing: either the whole file is in force when this returns, or nothing has changed.
@@ -417,7 +431,7 @@ impl Service {
             let _ = poll(&mut events, timeout);
             self.activity.calm();
             self.feed_watchdog();
-            while let Some(request) = self.signals.next() {
+            while let Some(request) = self.next_request() {
                 if request == Request::Stop {
                     // Before those who asked for another reload earlier: that one would wait as this one does.
                     self.requests.push_front(request);

@@ -269,6 +269,8 @@ pub struct Record {
     pub text: Option<String>,
     /// How many of those it stands for standard error has told of already.
     told: u64,
+    /// How many records that were not written it tells of.
+    stands_for_missing: u64,
 }
 
 /// "1 line", "2 lines".
@@ -301,6 +303,7 @@ impl Record {
             about: None,
             text: None,
             told: 0,
+            stands_for_missing: 0,
         }
     }
 
@@ -514,7 +517,7 @@ struct State {
     next_tick: Option<Instant>,
     /// Records that no summary stands for and that found no room or no journal, since the last time we said so.
     unwritten: u64,
-    /// The last record did not reach the journal.
+    /// The last record did not reach the journal, or standard error where there is none.
     journal_is_away: bool,
     sleeping: bool,
     nudged: bool,
@@ -776,21 +779,31 @@ impl Audit {
         }
     }
 
-    /// The record in hand found no journal, and goes to standard error. False where somebody else has taken it
-    /// ([`give_up`](Self::give_up)) and sees to that.
+    /// The record in hand is about to go to standard error. False where it has been taken away
+    /// ([`give_up`](Self::give_up)) and is told there in another way.
+    pub(crate) fn let_go(&self) -> bool {
+        self.lock().let_go().is_some()
+    }
+
+    /// A record that was [let go](Self::let_go) has found no journal, and was written to standard error as a whole, or
+    /// not (`told`).
     ///
-    /// If a journal is owed it (`is_owed`), what it stands for is for a summary later on; one that stands for nobody
-    /// turned away is counted among those that are missing.
-    pub(crate) fn missed(&self, is_owed: bool) -> bool {
+    /// If a journal is owed it (`is_owed`), or standard error did not take it, what it stands for is for a summary later
+    /// on; one that stands for nobody turned away is counted among those that are missing.
+    pub(crate) fn missed(&self, record: &Record, is_owed: bool, told: bool) {
         let mut state = self.lock();
-        let Some(record) = state.let_go() else { return false };
-        state.journal_is_away |= is_owed;
-        // To count a note that says how many are missing would never end.
-        if is_owed && !matches!(record.event, Event::Note(_)) {
-            let all = record.stands_for();
-            state.count_again(&record, all);
+        state.journal_is_away = is_owed || !told;
+        match record.event {
+            // To count a note that standard error has told would never end: it may be the one that says how many are
+            // missing.
+            Event::Note(_) if told || state.closed => {}
+            Event::Note(_) => state.unwritten += record.stands_for_missing.max(1),
+            _ if told && !is_owed => {}
+            _ => {
+                let on_stderr = if told { record.stands_for() } else { record.told };
+                state.count_again(record, on_stderr);
+            }
         }
-        true
     }
 
     /// The record in hand has reached the journal.
@@ -858,7 +871,7 @@ impl State {
             let count = std::mem::take(&mut self.unwritten);
             let were = if count == 1 { "was" } else { "were" };
             let text = format!("{} {were} not written: the journal was too slow, or away", counted(count, "record"));
-            return Some(Record::note(Severity::Warning, text));
+            return Some(Record { stands_for_missing: count, ..Record::note(Severity::Warning, text) });
         }
         let record = self.waiting.pop_front()?;
         self.waiting_bytes -= record.weight();
@@ -981,8 +994,38 @@ mod tests {
         out
     }
 
+    /// The record in hand finds no journal, and standard error takes it.
+    fn miss(audit: &Audit, is_owed: bool) -> bool {
+        let record = audit.lock().in_hand.clone();
+        let has_let_go = audit.let_go();
+        record.iter().for_each(|record| audit.missed(record, is_owed, true));
+        has_let_go
+    }
+
     fn sum(records: &[Record]) -> u64 {
         records.iter().map(Record::stands_for).sum()
+    }
+
+    #[test]
+    fn what_standard_error_does_not_take_is_counted_again() {
+        let audit = audit(2);
+        (0..5).for_each(|_| deny(&audit, 1000));
+        audit.write(Record::note(Severity::Notice, "a note"));
+        let lose = || {
+            let Next::Write(record) = audit.next() else { panic!("nothing to write") };
+            assert!(audit.let_go());
+            audit.missed(&record, false, false);
+        };
+        (0..3).for_each(|_| lose());
+        audit.set(Settings { burst: 2, interval: Duration::from_secs(3600), ..Settings::default() });
+        // The summary too, and it stands for as many as before.
+        lose();
+        audit.close();
+        let records = drain(&audit);
+        assert_eq!((sum(&records), records.len()), (5, 2), "{records:?}");
+        assert!(records.iter().all(|record| record.untold().is_some_and(|untold| untold.count == record.count)));
+        let missing = records.iter().find_map(|record| record.text.as_deref()).unwrap();
+        assert!(missing.starts_with("1 record was not written"), "{missing}");
     }
 
     #[test]
@@ -1035,7 +1078,7 @@ mod tests {
         // What an administrator's reload brings about is written one by one.
         (0..20).for_each(|_| audit.write(revoked(1000, Reason::Policy)));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(audit.missed(true));
+        assert!(miss(&audit, true));
         audit.close();
         let records = drain(&audit);
         let written = |reason| {
@@ -1074,7 +1117,7 @@ mod tests {
         let lose = |event| {
             audit.write(Record::new(event));
             assert!(matches!(audit.next(), Next::Write(_)));
-            assert!(audit.missed(true));
+            assert!(miss(&audit, true));
         };
         lose(Event::Admitted);
         lose(Event::ConfigLoaded);
@@ -1093,7 +1136,7 @@ mod tests {
         let audit = audit(10);
         (0..25).for_each(|_| deny(&audit, 1000));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(audit.missed(true));
+        assert!(miss(&audit, true));
         audit.close();
         let records = drain(&audit);
         assert_eq!(sum(&records), 25);
@@ -1109,7 +1152,7 @@ mod tests {
         audit.close();
         let left = audit.give_up();
         assert_eq!((left.len(), sum(&left)), (5, 7));
-        assert!(audit.is_written() && !audit.missed(true), "somebody else has it");
+        assert!(audit.is_written() && !miss(&audit, true), "somebody else has it");
         assert!(matches!(audit.next(), Next::Finished));
         let sums = audit.sum_up(&left[1..]);
         assert_eq!((sums.len(), sums[0].count), (2, Some(6)));
@@ -1121,11 +1164,11 @@ mod tests {
         let audit = audit(1);
         (0..5).for_each(|_| deny(&audit, 1000));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(audit.missed(true));
+        assert!(miss(&audit, true));
         audit.close();
         let summary = drain(&audit).pop().unwrap();
         assert_eq!((summary.count, summary.untold().unwrap().count), (Some(5), Some(4)));
-        assert!(audit.missed(true));
+        assert!(miss(&audit, true));
         audit.lock().summarize(Instant::now(), true);
         let summary = drain(&audit).pop().unwrap();
         assert_eq!((summary.count, summary.untold().is_none()), (Some(5), true));

@@ -2,12 +2,13 @@
 //!
 //! Sole user of tracing-journald. That crate sends with a blocking socket and swallows errors; so before each record
 //! this module makes sure that journald is there and takes one more, waiting as long as it must (nobody waits for us).
-//! Where no journal can be reached, the record goes to standard error as a line of text; if there was one before, a
-//! denial or refusal is also counted into a summary for when it is back. In the end, what a journal has not taken for
-//! long enough goes to standard error too.
+//! Where no journal can be reached, the record goes to standard error as a line of text ([`crate::stderr`]). If there was
+//! a journal before, or standard error does not take the line, a denial or refusal is counted into a summary for later.
+//! While standard error is not read this thread waits, with a sign of life, and looks for the journal meanwhile. In the
+//! end, what a journal has not taken for long enough goes to standard error too.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use crate::audit::{Audit, Next, Record, Severity};
 use crate::ids::{Gid, Uid};
 use crate::peer::printable;
 use crate::service::{Beat, Watched};
+use crate::stderr::Stderr;
 
 /// journald's native socket (systemd-journald.service(8)).
 const SOCKET: &str = "/run/systemd/journal/socket";
@@ -39,6 +41,15 @@ const SENT_FROM_ONE: usize = 64 * 1024;
 /// What a datagram costs its sender besides its bytes, at most.
 const DATAGRAM: usize = 1024;
 
+/// How long one step of waiting for standard error takes. In between the thread gives a sign of life.
+const STEP: Duration = Duration::from_millis(250);
+/// How long the end waits for standard error that takes nothing. It is less than for a journal: systemd starts a journal
+/// again, but no reader of a pipe.
+const STDERR_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long standard error may take for what a journal has not taken in the end.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// The thread that writes.
 #[derive(Debug)]
 pub struct Writer {
@@ -47,6 +58,7 @@ pub struct Writer {
     audit: Audit,
     identifier: String,
     beat: Arc<Beat>,
+    stderr: Stderr,
 }
 
 impl Writer {
@@ -56,7 +68,8 @@ impl Writer {
     /// What starting a thread says.
     pub fn start(audit: &Audit, identifier: &str) -> io::Result<Self> {
         let beat = Arc::new(Beat::default());
-        let mut journal = Journal::new(identifier.to_owned(), Arc::clone(&beat), audit.clone());
+        let stderr = Stderr::start()?;
+        let mut journal = Journal::new(identifier.to_owned(), Arc::clone(&beat), audit.clone(), stderr.clone());
         let (finishing, finished) = mpsc::channel();
         let run = move || {
             journal.run();
@@ -64,7 +77,7 @@ impl Writer {
             let _ = finishing.send(());
         };
         let thread = thread::Builder::new().name("journal".to_owned()).spawn(run)?;
-        Ok(Self { thread, finished, audit: audit.clone(), identifier: identifier.to_owned(), beat })
+        Ok(Self { thread, finished, audit: audit.clone(), identifier: identifier.to_owned(), beat, stderr })
     }
 
     /// For the watchdog.
@@ -88,19 +101,12 @@ impl Writer {
             if std::mem::replace(&mut dealt_with, self.audit.dealt_with()) != dealt_with {
                 since = Instant::now();
             }
-            if !has_patience(since.elapsed()) {
-                // The thread is not waited for: what holds it up may be no journal, but the user database. Nor is
-                // standard error for long, which nobody may read.
-                let (telling, told) = mpsc::channel();
-                let (audit, identifier) = (self.audit.clone(), self.identifier.clone());
-                let tell = move || {
-                    tell_the_rest(&audit, &identifier);
-                    let _ = telling.send(());
-                };
-                match thread::Builder::new().name("last words".to_owned()).spawn(tell) {
-                    Ok(_) => _ = told.recv_timeout(Duration::from_secs(5)),
-                    Err(_) => tell_the_rest(&self.audit, &self.identifier),
-                }
+            let stalled = since.elapsed();
+            let takes_nothing = stalled >= STDERR_PATIENCE && self.stderr.is_awaited();
+            if takes_nothing || !has_patience(stalled) {
+                // The thread is not waited for: what holds it up may be no journal, but the user database.
+                let until = Instant::now() + if takes_nothing { Duration::ZERO } else { LAST_WORDS };
+                tell_the_rest(&self.audit, &self.identifier, &self.stderr, until);
                 return;
             }
         }
@@ -108,26 +114,29 @@ impl Writer {
     }
 }
 
-/// Gives up on the journal: what has not been written goes to standard error.
-fn tell_the_rest(audit: &Audit, identifier: &str) {
-    let left = audit.give_up();
+/// Gives up on the journal: what has not been written goes to standard error, as far as it takes that by then.
+fn tell_the_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instant) {
+    let rest = audit.give_up();
     // Standard error may be the stopped journal too, and has room for some of it then: for each record as long as it
     // takes one more at once, in the end for what the others come to, all in one.
-    let has_room = || {
-        let stderr = io::stderr();
-        let mut question = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
-        poll(&mut question, PollTimeout::ZERO) == Ok(1)
-    };
-    let one_by_one = left.iter().take_while(|_| has_room()).inspect(|record| tell(record, None, identifier)).count();
-    let sums = audit.sum_up(&left[one_by_one..]);
+    let left = || until.saturating_duration_since(Instant::now());
+    let mut one_by_one = 0;
+    for record in &rest {
+        if let Some(line) = line(record, None, identifier) {
+            if !stderr.has_room() || !stderr.begin(line, Duration::ZERO) {
+                break;
+            }
+            // What it is still writing when time is up has been handed over, and comes before the sums.
+            if stderr.outcome(left()) == Some(false) {
+                break;
+            }
+        }
+        one_by_one += 1;
+    }
+    let sums = audit.sum_up(&rest[one_by_one..]);
     let lines: String = sums.iter().filter_map(|sum| line(sum, None, identifier)).collect();
-    let _ = io::stderr().lock().write_all(lines.as_bytes());
-}
-
-/// To standard error.
-fn tell(record: &Record, user: Option<&str>, identifier: &str) {
-    if let Some(line) = line(record, user, identifier) {
-        let _ = io::stderr().lock().write_all(line.as_bytes());
+    if stderr.begin(lines, left()) {
+        let _ = stderr.outcome(left());
     }
 }
 
@@ -152,10 +161,11 @@ struct Journal {
     names: HashMap<Uid, Option<String>>,
     names_since: Instant,
     namespace_is_partial: bool,
+    stderr: Stderr,
 }
 
 impl Journal {
-    fn new(identifier: String, beat: Arc<Beat>, audit: Audit) -> Self {
+    fn new(identifier: String, beat: Arc<Beat>, audit: Audit, stderr: Stderr) -> Self {
         Self {
             audit,
             identifier,
@@ -168,6 +178,7 @@ impl Journal {
             names: HashMap::new(),
             names_since: Instant::now(),
             namespace_is_partial: false,
+            stderr,
         }
     }
 
@@ -178,7 +189,15 @@ impl Journal {
             match self.audit.next() {
                 Next::Write(record) => self.write(&record),
                 Next::Nothing => {}
-                Next::Finished => return,
+                Next::Finished => {
+                    // What standard error did not take when it was its turn.
+                    let sums = self.audit.sum_up(&[]);
+                    let lines: String = sums.iter().filter_map(|sum| line(sum, None, &self.identifier)).collect();
+                    if !lines.is_empty() && self.wait_for_stderr(false) {
+                        let _ = self.tell(lines, false);
+                    }
+                    return;
+                }
             }
         }
     }
@@ -189,15 +208,49 @@ impl Journal {
         let asked = record.about.as_ref().filter(|_| !self.audit.has_given_up());
         let user = asked.and_then(|about| beat.excused(|| self.name_of(about.uid)));
         let message = record.message(user.as_deref());
-        if self.is_ready() {
-            self.was_reached = true;
-            // Others may have taken the place that was free a moment ago; then sending waits for the next one.
-            if beat.excused(|| self.emit(record, user.as_deref(), &message)) {
-                return self.audit.got_through();
+        loop {
+            if self.is_ready() {
+                self.was_reached = true;
+                // Others may have taken the place that was free a moment ago; then sending waits for the next one.
+                if beat.excused(|| self.emit(record, user.as_deref(), &message)) {
+                    return self.audit.got_through();
+                }
+            }
+            if self.audit.has_given_up() {
+                return;
+            }
+            if self.wait_for_stderr(true) {
+                break;
             }
         }
-        if self.audit.missed(self.was_reached) {
-            tell(record, user.as_deref(), &self.identifier);
+        if self.audit.let_go() {
+            let line = line(record, user.as_deref(), &self.identifier);
+            let told = line.is_none_or(|line| self.tell(line, true));
+            self.audit.missed(record, self.was_reached, told);
+        }
+    }
+
+    /// Waits until standard error has dealt with the line before. False where the journal is back, if `looks` for it, or
+    /// it is too late.
+    fn wait_for_stderr(&mut self, looks: bool) -> bool {
+        self.await_stderr(looks, |stderr| stderr.outcome(STEP).map(|_| true)).unwrap_or(false)
+    }
+
+    /// Whether standard error has taken the whole of it. What is not known while there is time to wait is taken for told:
+    /// it comes before everything else that is handed over.
+    fn tell(&mut self, text: String, looks: bool) -> bool {
+        self.stderr.begin(text, STEP) && self.await_stderr(looks, |stderr| stderr.outcome(STEP)).unwrap_or(true)
+    }
+
+    fn await_stderr(&mut self, looks: bool, question: impl Fn(&Stderr) -> Option<bool>) -> Option<bool> {
+        loop {
+            self.stderr.set_awaited(true);
+            let answer = question(&self.stderr);
+            self.stderr.set_awaited(false);
+            self.beat.answer();
+            if answer.is_some() || self.audit.has_given_up() || (looks && self.takes_one()) {
+                return answer;
+            }
         }
     }
 

@@ -114,6 +114,8 @@
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
+// They panic where writing fails.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 #![warn(missing_debug_implementations)]
 
 pub mod activation;
@@ -125,11 +127,13 @@ pub mod gate;
 pub mod handover;
 pub mod ids;
 pub mod journal;
+mod outlet;
 pub mod peer;
 pub mod permits;
 pub mod policy;
 mod serve;
 pub mod service;
+mod stderr;
 mod subject;
 mod sys;
 pub mod unit;

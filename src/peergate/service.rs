@@ -9,8 +9,6 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,6 +20,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use sd_notify::NotifyState;
 
 use crate::clock::later;
+use crate::outlet::Outlet;
 use crate::sys;
 
 /// Marks a signal whose sender waits for an answer ([`request_reload`]), and the answer.
@@ -37,23 +36,23 @@ const TAKEN: Signal = Signal::SIGUSR1;
 const REFUSED: Signal = Signal::SIGUSR2;
 
 /// Tells the service manager how we are. Where NOTIFY_SOCKET is unset, or its owner gone, nothing
-/// happens: a service must not fail because nobody listens to its status.
+/// happens: a service must not fail because nobody listens to its status. No call waits for a manager that does not
+/// read: the status and the sign of life are dropped then, everything else is sent as soon as it reads again.
 #[derive(Clone, Debug)]
 pub struct Notifier {
-    /// Open from the start on: the sign of life must not be missing because descriptors have run out.
-    socket: Option<Arc<UnixDatagram>>,
+    outlet: Option<Outlet>,
 }
 
 impl Notifier {
     /// Reads the environment once.
     pub fn from_env() -> Self {
-        let wanted = std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty());
-        Self { socket: wanted.then(|| UnixDatagram::unbound().ok().map(Arc::new)).flatten() }
+        let address = std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty());
+        Self { outlet: address.and_then(|address| Outlet::to(&address)) }
     }
 
     /// Whether somebody asked to be told.
     pub fn is_present(&self) -> bool {
-        self.socket.is_some()
+        self.outlet.is_some()
     }
 
     /// `READY=1`: we accept.
@@ -74,9 +73,9 @@ impl Notifier {
         self.send(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
     }
 
-    /// `STATUS=`, one line.
-    pub fn status(&self, status: &str) {
-        self.send(&[NotifyState::Status(&one_line(status))]);
+    /// `STATUS=`, one line. Whether the manager took it: where it does not read at the moment, it is not told later.
+    pub fn status(&self, status: &str) -> bool {
+        self.try_send(&[NotifyState::Status(&one_line(status))])
     }
 
     /// `EXTEND_TIMEOUT_USEC=`: what we are doing needs this much longer.
@@ -85,25 +84,23 @@ impl Notifier {
     }
 
     fn watchdog(&self) {
-        self.send(&[NotifyState::Watchdog]);
+        self.try_send(&[NotifyState::Watchdog]);
     }
 
-    /// Errors end here on purpose: there is nobody left to tell.
     fn send(&self, state: &[NotifyState<'_>]) {
-        let (Some(socket), Some(path)) = (&self.socket, std::env::var_os("NOTIFY_SOCKET")) else { return };
-        let message: String = state.iter().map(|field| format!("{field}\n")).collect();
-        let _ = match abstract_name() {
-            Some(name) => SocketAddr::from_abstract_name(name)
-                .and_then(|address| socket.send_to_addr(message.as_bytes(), &address)),
-            None => socket.send_to(message.as_bytes(), path),
-        };
+        let (Some(outlet), Some(first)) = (&self.outlet, state.first()) else { return };
+        let kind = first.to_string().split('=').next().unwrap_or_default().to_owned();
+        outlet.send(kind, message(state));
+    }
+
+    fn try_send(&self, state: &[NotifyState<'_>]) -> bool {
+        self.outlet.as_ref().is_some_and(|outlet| outlet.try_send(&message(state)))
     }
 }
 
-fn abstract_name() -> Option<Vec<u8>> {
-    use std::os::unix::ffi::OsStrExt;
-    let socket = std::env::var_os("NOTIFY_SOCKET")?;
-    socket.as_bytes().strip_prefix(b"@").map(<[u8]>::to_vec)
+/// The text of a datagram: a field on each line.
+fn message(state: &[NotifyState<'_>]) -> String {
+    state.iter().map(|field| format!("{field}\n")).collect()
 }
 
 /// A newline would begin a field of its own.
@@ -116,7 +113,11 @@ fn one_line(text: &str) -> String {
 #[derive(Clone, Debug)]
 pub struct Store {
     capacity: usize,
+    outlet: Option<Outlet>,
 }
+
+/// How long a manager that does not read may keep a message of the store waiting.
+const TAKEN_WITHIN: Duration = Duration::from_secs(20);
 
 /// How many milliseconds the manager may take to close what it has decided to close. It holds up every restart.
 const CLOSED_WITHIN: u8 = 20;
@@ -129,9 +130,13 @@ impl Store {
     /// `fallback`, for older systemds. Zero where there is neither or no service manager.
     pub fn from_env(fallback: &str) -> Self {
         let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
-        let present = Notifier::from_env().is_present() && abstract_name().is_none();
+        // No service manager with a store has its socket in the abstract namespace.
+        let is_abstract =
+            std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| path.as_encoded_bytes().starts_with(b"@"));
+        let outlet = Notifier::from_env().outlet;
+        let present = outlet.is_some() && !is_abstract;
         let capacity = number("FDSTORE").or_else(|| number(fallback)).filter(|_| present).unwrap_or(0);
-        Self { capacity }
+        Self { capacity, outlet }
     }
 
     /// How many descriptors it takes.
@@ -142,23 +147,25 @@ impl Store {
     /// Puts `fds` into the store under one name. Returns before the manager has them: see [`settle`](Self::settle).
     ///
     /// # Errors
-    /// NotConnected where there is no store; what sending says. Some of them may have been stored by then.
+    /// NotConnected where there is no store; TimedOut where the manager does not read for 20 seconds; what sending says.
+    /// Some of them may have been stored by then.
     pub fn put(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.exists()?;
-        for batch in fds.chunks(MOST_AT_ONCE) {
-            sd_notify::notify_with_fds(&[NotifyState::FdStore, NotifyState::FdName(name)], batch)?;
-        }
-        Ok(())
+        let message = message(&[NotifyState::FdStore, NotifyState::FdName(name)]);
+        let outlet = self.outlet()?;
+        fds.chunks(MOST_AT_ONCE).try_for_each(|batch| outlet.send_with(&message, batch, TAKEN_WITHIN))
     }
 
-    fn exists(&self) -> io::Result<()> {
-        if self.capacity > 0 { Ok(()) } else { Err(io::ErrorKind::NotConnected.into()) }
+    fn outlet(&self) -> io::Result<&Outlet> {
+        self.outlet.as_ref().filter(|_| self.capacity > 0).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
     /// Takes everything stored under `name` out of the store again: also what an earlier process put there, whatever
-    /// this one was told of the capacity.
+    /// this one was told of the capacity. A manager that does not read at the moment is told later.
     pub fn forget(&self, name: &str) {
-        let _ = sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+        if let Some(outlet) = &self.outlet {
+            let message = message(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+            outlet.send(message.clone(), message);
+        }
     }
 
     /// Whether the manager holds everything that was [`put`](Self::put) so far. It tells nobody what finds no room, and
@@ -186,11 +193,13 @@ impl Store {
     /// TimedOut when it has not within `patience`; NotConnected where there is no store; what making the pipe or sending
     /// says.
     pub fn settle(&self, patience: Duration) -> io::Result<()> {
-        self.exists()?;
+        let outlet = self.outlet()?;
+        let until = later(Instant::now(), patience);
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-        sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[theirs.as_fd()])?;
+        outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], patience)?;
         drop(theirs);
-        let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX);
+        let timeout =
+            PollTimeout::try_from(until.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
         let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
         match poll(&mut question, timeout)? {
             0 => Err(io::ErrorKind::TimedOut.into()),
@@ -553,7 +562,8 @@ mod tests {
 
     #[test]
     fn nothing_is_taken_for_stored_where_there_is_no_store() {
-        let (store, (ours, _theirs)) = (Store { capacity: 0 }, UnixDatagram::pair().unwrap());
+        let (store, (ours, _theirs)) =
+            (Store { capacity: 0, outlet: None }, std::os::unix::net::UnixDatagram::pair().unwrap());
         assert_eq!(store.put("x", &[ours.as_fd()]).unwrap_err().kind(), io::ErrorKind::NotConnected);
         assert_eq!(store.settle(Duration::ZERO).unwrap_err().kind(), io::ErrorKind::NotConnected);
     }

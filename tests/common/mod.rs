@@ -773,6 +773,7 @@ pub struct Start {
     sockets: Vec<(String, OwnedFd)>,
     wrapper: Vec<String>,
     options: Vec<String>,
+    stderr: Option<OwnedFd>,
     place: Arc<Place>,
 }
 
@@ -786,6 +787,7 @@ impl Start {
             sockets: Vec::new(),
             wrapper: Vec::new(),
             options: Vec::new(),
+            stderr: None,
             place: Arc::new(Place::new()),
         }
     }
@@ -859,6 +861,12 @@ impl Start {
         echod
     }
 
+    /// Standard error is this, and not a pipe that is read.
+    pub fn stderr(mut self, fd: impl Into<OwnedFd>) -> Self {
+        self.stderr = Some(fd.into());
+        self
+    }
+
     /// Runs the program as another user: `uid:gid:groups`.
     pub fn run_as(mut self, who: &str) -> Self {
         self.options.extend(["--as".to_owned(), who.to_owned()]);
@@ -894,15 +902,25 @@ impl Start {
                 value => command.env(name, value),
             };
         }
-        let mut process =
-            command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let stdout = collect(process.stdout.take().unwrap(), || {});
+        let stderr = self.stderr.map_or_else(Stdio::piped, Stdio::from);
+        let mut process = command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
+        // The command holds the other end of what standard error is.
+        drop(command);
         manager.told.change(|told| told.begun += 1);
         let notify = manager.socket().to_owned();
-        let stderr = collect(process.stderr.take().unwrap(), move || {
+        let at_end = move || {
             // Fails where a test has removed the socket: then nobody asks.
             let _ = UnixDatagram::unbound().and_then(|socket| socket.send_to(b"OVER", notify));
-        });
+        };
+        let stdout = process.stdout.take().unwrap();
+        let (stdout, stderr) = match process.stderr.take() {
+            Some(stderr) => (collect(stdout, || {}), collect(stderr, at_end)),
+            // Where standard error is the test's own, the end of standard output tells of the end.
+            None => {
+                let stdout = collect(stdout, at_end);
+                (stdout.clone(), stdout)
+            }
+        };
         let fds: Vec<RawFd> = self.sockets.iter().map(|(_, fd)| fd.as_raw_fd()).collect();
         send_fds(&control, &fds);
         // As PID 1, keep the listeners; of what comes from the store the program has the only copy.
