@@ -489,6 +489,7 @@ impl<T> Usher<T> {
             learn(peer, socket, policy);
             let verdict = policy.decide(&*peer);
             peer.release_process();
+            peer.forget_groups();
             let is_lacking = matches!(verdict, Verdict::Denied(_)) && peer.lacked_descriptors();
             (verdict, is_lacking)
         };
@@ -982,6 +983,7 @@ impl<T: Terms> Gate<T> {
     fn let_in(&mut self, mut arrival: Arrival, rule: Arc<Rule<T>>, permit: Permit, mut peer: Peer, generation: u64) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
+        peer.forget_groups();
         // From Linux 6.16 on the option is inherited at connect, not at accept: whoever connected before
         // the listener had it has yet to get it. What waits for accept carries credentials in any case; what
         // comes between accept and this does not.

@@ -622,6 +622,7 @@ fn judge(mut connection: Carried, config: &Config, limits: &Limits, audit: &Audi
             connection.verify(config.service.verify == Verify::Line);
             let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
             connection.peer.release_process();
+            connection.peer.forget_groups();
             Ok((connection, rule, permit))
         }
         Verdict::Denied(rule) => {
