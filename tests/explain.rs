@@ -70,6 +70,10 @@ connections-per-user = 200
 users = [34, 1001]
 units = ['backup.service']
 
+[allow.mail]
+users = [1001]
+user-units = ['mail.service']
+
 [limits]
 line-length = '4K'
 ";
@@ -99,8 +103,13 @@ fn explain_begins_with_the_verdict_and_exits_with_it() {
     assert_eq!(verdict(&["--uid", "34"]), by_default);
     assert_eq!(verdict(&["--uid", "34", "--unit", "backup.service"]), admitted("allow.backup"));
     assert_eq!(verdict(&["--uid", "34", "--unit", "other.service"]), by_default);
-    assert_eq!(verdict(&["--uid", "1001", "--unit", "user@1001.service/backup.service"]), admitted("allow.backup"));
-    assert_eq!(verdict(&["--uid", "1001", "--unit", "user@34.service/backup.service"]), by_default);
+    let own = |uid: u32| format!("user@{uid}.service/app.slice/mail.service");
+    assert_eq!(verdict(&["--uid", "1001", "--unit", "user@1001.service/backup.service"]), by_default);
+    assert_eq!(verdict(&["--uid", "1001", "--unit", &own(1001)]), admitted("allow.mail"));
+    assert_eq!(verdict(&["--uid", "1001", "--unit", &own(34)]), by_default);
+    let path = format!("/user.slice/user-1001.slice/{}", own(1001));
+    assert_eq!(verdict(&["--uid", "1001", "--unit", &path]), admitted("allow.mail"));
+    assert_eq!(verdict(&["--uid", "34", "--unit", "/web.slice/system.slice/backup.service"]), by_default);
     assert_eq!(verdict(&["--uid", "65534"]), ("denied by deny.contractors".to_owned(), 1));
 }
 
@@ -120,6 +129,9 @@ fn explain_tells_why_and_where_the_rule_is_written() {
          \x20 allow.backup ({file}:11) does not match:\n\
          \x20   users: yes, uid 34 is among 34, 1001\n\
          \x20   units: not known, the unit cannot be told\n\
+         \x20 allow.mail ({file}:15) does not match:\n\
+         \x20   users: no, uid 34 is not among 1001\n\
+         \x20   user-units: not asked, the other keys settle it\n\
          \x20 no rule matches\n\
          \x20 (the policy depends on units; --unit tells from which one they would connect)\n"
     );
@@ -139,6 +151,26 @@ fn explain_asks_the_kernel_about_a_live_process() {
     let gone = configuration.run(&["explain", "--pid", &child.id().to_string()]);
     assert_eq!((gone.code, gone.stdout.as_str()), (71, ""));
     assert!(gone.stderr.contains(&format!("process {}: ", child.id())), "{}", gone.stderr);
+}
+
+#[test]
+fn of_more_groups_than_can_be_told_explain_admits_by_none() {
+    let policy = "[deny.d]\ngroups = [7]\nusers = [5]\n[allow.a]\ngroups = [4, 9]\n";
+    let configuration = Configuration::new("groups", policy);
+    let explain = |uid: &str, gid: &str, group: &str, count: usize| {
+        let groups = ["--group", group].repeat(count);
+        let outcome = configuration.run(&[&["explain", "--uid", uid, "--gid", gid], &groups[..]].concat());
+        let said =
+            outcome.stdout.contains(&format!("({count} supplementary groups; of more than 1024 none can be told)"));
+        (outcome.verdict().0.to_owned(), said)
+    };
+    let verdict = |line: &str, said| (line.to_owned(), said);
+    assert_eq!(explain("6", "6", "4", 1024), verdict("admitted by allow.a", false));
+    assert_eq!(explain("6", "6", "4", 1025), verdict("denied by default", true));
+    assert_eq!(explain("5", "4", "8", 1024), verdict("admitted by allow.a", false));
+    assert_eq!(explain("5", "4", "8", 1025), verdict("denied by deny.d", true));
+    // The effective group is not in that list, and is known.
+    assert_eq!(explain("6", "9", "4", 1025), verdict("admitted by allow.a", true));
 }
 
 #[test]
@@ -168,7 +200,7 @@ fn check_prints_the_policy_and_the_settings_in_force() {
         |line: &str| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect::<Vec<_>>().join("|");
     let lines: Vec<String> = outcome.stdout.lines().map(cells).collect();
     assert_eq!(
-        lines[..7],
+        lines[..8],
         [
             file.to_string(),
             String::new(),
@@ -177,6 +209,7 @@ fn check_prints_the_policy_and_the_settings_in_force() {
             format!("allow.root|users root (0)|any|-|{file}:4"),
             format!("allow.operators|groups 4|any|connections-per-user 200|{file}:7"),
             format!("allow.backup|users 34, 1001|backup.service|-|{file}:11"),
+            format!("allow.mail|users 1001|user-units mail.service|-|{file}:15"),
         ]
     );
     assert!(lines.contains(&"line-length = \"4K\"".to_owned()), "{lines:#?}");

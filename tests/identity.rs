@@ -206,18 +206,86 @@ fn a_group_that_calls_itself_by_a_units_name_inside_another_unit_does_not_get_in
 }
 
 #[test]
-fn a_users_own_units_count_for_that_user_alone() {
+fn a_delegated_group_that_is_called_like_a_slice_holds_no_unit_of_the_systems() {
+    let mut groups = Groups::new();
+    let stem = groups.slice.strip_suffix(".slice").unwrap().to_owned();
+    let echod = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").ready();
+    let deny = Start::serving(&format!("[deny.u]\nunits = [\"good.service\"]\n{ANYBODY}")).ready();
+    for (path, is_systems) in [
+        ("system.slice/good.service", false),
+        ("user.slice/user-64001.slice/user@64001.service/good.service", false),
+        ("other-b.slice/good.service", false),
+        ("-.slice/good.service", false),
+        (&format!("{stem}-b.slice/good.service"), true),
+        (&format!("{stem}-b.slice/{stem}-b-c.slice/good.service"), true),
+    ] {
+        let group = groups.group(path);
+        let other = from_group(&group, "64001:64001", &echod);
+        let verdict = explain(&echod, other.pid());
+        assert_eq!(is_admitted(&other), is_systems, "{path}");
+        assert_eq!(verdict, if is_systems { "admitted by allow.u" } else { "denied by default" });
+        assert_eq!(is_admitted(&from_group(&group, "64001:64001", &deny)), !is_systems, "{path}");
+    }
+}
+
+#[test]
+fn a_users_own_units_count_under_user_units_for_that_user_alone() {
     let mut groups = Groups::new();
     let mail = groups.group_at_root("user.slice/user-64001.slice/user@64001.service/app.slice/mail.service");
-    let named = Start::serving("[allow.u]\nusers = [\"64001-64002\"]\nunits = [\"mail.service\"]\n").ready();
-    assert!(is_admitted(&from_group(&mail, "64001:64001", &named)));
-    // Somebody else's process, put into that user's unit.
-    assert!(!is_admitted(&from_group(&mail, "64002:64002", &named)));
-    // Nobody named: only the system's own mail.service is meant.
-    let unnamed = Start::serving("[allow.u]\nunits = [\"mail.service\"]\n").ready();
-    assert!(!is_admitted(&from_group(&mail, "64001:64001", &unnamed)));
     let system = groups.group("mail.service");
-    assert!(is_admitted(&from_group(&system, "64001:64001", &unnamed)));
+    // Only the system's own mail.service is meant, whatever users are named.
+    for users in ["", "users = [64001]\n"] {
+        let systems = Start::serving(&format!("[allow.u]\n{users}units = [\"mail.service\"]\n")).ready();
+        assert!(!is_admitted(&from_group(&mail, "64001:64001", &systems)));
+        assert!(is_admitted(&from_group(&system, "64001:64001", &systems)));
+    }
+    let own = Start::serving("[allow.u]\nusers = [\"64001-64002\"]\nuser-units = [\"mail.service\"]\n").ready();
+    let other = from_group(&mail, "64001:64001", &own);
+    assert_eq!(explain(&own, other.pid()), "admitted by allow.u");
+    assert!(is_admitted(&other));
+    // Somebody else's process, put into that user's unit.
+    assert!(!is_admitted(&from_group(&mail, "64002:64002", &own)));
+    assert!(!is_admitted(&from_group(&system, "64001:64001", &own)));
+}
+
+const BY_GROUPS: &str = "[deny.d]\nusers = [64003]\ngroups = [7]\n[allow.g]\ngroups = [4, 64009]\n";
+
+#[test]
+fn a_list_of_more_groups_than_can_be_told_fails_closed_and_is_counted() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = Start::serving(BY_GROUPS).journal(&journald).ready();
+    for (who, verdict, count) in [
+        ("64001:64001:4x1024", "admitted by allow.g", None),
+        ("64001:64001:4x1025", "denied by default", Some("1025")),
+        ("64002:64002:4x65536", "denied by default", Some("65536")),
+        // The effective group is told apart from the list.
+        ("64002:64009:5x65536", "admitted by allow.g", None),
+        ("64003:4:8x1024", "admitted by allow.g", None),
+        ("64003:4:8x65535", "denied by deny.d", Some("65535")),
+    ] {
+        let other = Other::with(&["--as", who], &echod.socket());
+        assert_eq!(explain(&echod, other.pid()), verdict, "{who}");
+        assert_eq!(is_admitted(&other), verdict.starts_with("admitted"), "{who}");
+        let Some(count) = count else { continue };
+        let said = format!(" ({count} supplementary groups, of which none can be told; at most 1024 can)");
+        let entry = journald.wait_for("the denial", |entry| entry["MESSAGE"].ends_with(&said));
+        assert_eq!(entry.get("PEER_GROUPS"), None, "{who}");
+    }
+}
+
+#[test]
+fn an_admitted_peer_costs_no_memory_for_its_groups() {
+    needs_root();
+    let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{BY_GROUPS}")).ready();
+    for who in ["64001:64009:100000-165535", "64002:64009:100000-101023", "64004:4"] {
+        let before = common::memory(&echod, "VmRSS");
+        let other = Other::wrapped(&[], &["--as", who, "--say", "x\\n"], 400, &echod.socket());
+        other.connections.iter().for_each(|client| client.expect("> x\n"));
+        let grown = common::memory(&echod, "VmRSS").saturating_sub(before);
+        figure!("{grown} KiB for 400 connections of {who}");
+        assert!(grown < 1500, "{grown} KiB for 400 connections of {who}");
+    }
 }
 
 #[test]

@@ -66,6 +66,8 @@ mod model {
         pub users: Option<Vec<(u32, u32)>>,
         pub groups: Option<Vec<(u32, u32)>>,
         pub units: Option<Vec<String>>,
+        /// Only beside `users`.
+        pub user_units: Option<Vec<String>>,
     }
 
     fn known(id: u32) -> bool {
@@ -105,17 +107,27 @@ mod model {
         }
     }
 
-    fn unit(entry: &Entry, who: &Somebody, me: u32) -> Option<bool> {
+    fn any_fits(patterns: &[String], names: &[String]) -> bool {
+        names.iter().any(|name| patterns.iter().any(|pattern| fits(pattern.as_bytes(), name.as_bytes())))
+    }
+
+    /// The system manager's units, whatever other keys there are.
+    fn unit(entry: &Entry, who: &Somebody) -> Option<bool> {
         let Some(patterns) = &entry.units else { return Some(true) };
-        let units = who.units.as_ref()?;
-        let mut names: Vec<&String> = units.system().iter().collect();
-        if let Some((owner, own)) = units.user() {
-            let owner = owner.raw();
-            if known(owner) && (owner == me || entry.users.is_some() && owner == who.uid) {
-                names.extend(own);
-            }
+        who.units.as_ref().map(|units| any_fits(patterns, units.system()))
+    }
+
+    /// The units of the user's own manager.
+    fn user_unit(entry: &Entry, who: &Somebody) -> Option<bool> {
+        let Some(patterns) = &entry.user_units else { return Some(true) };
+        let Some((owner, names)) = who.units.as_ref()?.user() else { return Some(false) };
+        if !any_fits(patterns, names) {
+            Some(false)
+        } else if known(who.uid) {
+            Some(owner.raw() == who.uid)
+        } else {
+            None
         }
-        Some(names.iter().any(|name| patterns.iter().any(|pattern| fits(pattern.as_bytes(), name.as_bytes()))))
     }
 
     /// Whether the rule decides, if its keys came out like this.
@@ -127,7 +139,7 @@ mod model {
     }
 
     /// The deciding rule's name, and whether the units had to be known for that.
-    pub fn decide(entries: &[Entry], who: &Somebody, me: u32) -> (String, bool) {
+    pub fn decide(entries: &[Entry], who: &Somebody) -> (String, bool) {
         let mut asked = false;
         for kind in [Kind::Deny, Kind::Allow] {
             for entry in entries.iter().filter(|entry| entry.kind == kind) {
@@ -135,8 +147,8 @@ mod model {
                 if !decides(entry, &[user, group]) {
                     continue;
                 }
-                asked |= entry.units.is_some();
-                if decides(entry, &[user, group, unit(entry, who, me)]) {
+                asked |= entry.units.is_some() || entry.user_units.is_some();
+                if decides(entry, &[user, group, unit(entry, who), user_unit(entry, who)]) {
                     return (format!("{}.{}", kind.as_str(), entry.name), asked);
                 }
             }
@@ -190,20 +202,23 @@ impl Random {
 
     fn entry(&mut self, number: usize) -> model::Entry {
         let kind = if self.one_in(3) { Kind::Deny } else { Kind::Allow };
-        let mut entry = model::Entry { kind, name: format!("r{number}"), users: None, groups: None, units: None };
+        let name = format!("r{number}");
+        let mut entry = model::Entry { kind, name, users: None, groups: None, units: None, user_units: None };
         while entry.users.is_none() && entry.groups.is_none() && entry.units.is_none() {
             entry.users = self.one_in(2).then(|| self.ranges());
             entry.groups = self.one_in(3).then(|| self.ranges());
             entry.units = self.one_in(3).then(|| self.patterns());
+            entry.user_units = (entry.users.is_some() && self.one_in(5)).then(|| self.patterns());
         }
         entry
     }
 
     fn somebody(&mut self) -> Somebody {
-        const UNITS: [&str; 9] = [
+        const UNITS: [&str; 10] = [
             "a.service",
             "system.slice/a.service",
             "x.slice/b.service",
+            "x.slice/system.slice/a.service",
             "user.slice/user-1.slice/session-3.scope",
             "user@1.service/app.slice/a.service",
             "user@1000.service/a.service",
@@ -234,6 +249,9 @@ fn rule(entry: &model::Entry) -> Rule<()> {
     if let Some(units) = &entry.units {
         rule = rule.units(units.clone());
     }
+    if let Some(units) = &entry.user_units {
+        rule = rule.user_units(units.clone());
+    }
     rule
 }
 
@@ -249,8 +267,9 @@ fn toml(entries: &[model::Entry]) -> String {
     };
     let rule = |entry: &model::Entry| {
         let head = format!("[{}.{}]\n", entry.kind.as_str(), entry.name);
-        let units = list("units", &entry.units, |unit| format!("'{unit}'"));
-        head + &list("users", &entry.users, ids) + &list("groups", &entry.groups, ids) + &units
+        let units = |key, units| list(key, units, |unit| format!("'{unit}'"));
+        let (units, user_units) = (units("units", &entry.units), units("user-units", &entry.user_units));
+        head + &list("users", &entry.users, ids) + &list("groups", &entry.groups, ids) + &units + &user_units
     };
     entries.iter().map(rule).collect()
 }
@@ -281,7 +300,7 @@ fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and
         let read = file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Nobody).unwrap();
         for _ in 0..20 {
             let somebody = random.somebody();
-            let (expected, needs_units) = model::decide(&entries, &somebody, me);
+            let (expected, needs_units) = model::decide(&entries, &somebody);
             assert_eq!(decide(&policy, &somebody), expected, "{somebody:?}\n{text}");
             assert_eq!(somebody.asked.get(), u32::from(needs_units), "{somebody:?}\n{text}");
             assert_eq!(decide(&read.policy, &somebody), expected, "read from a file\n{text}");
@@ -327,13 +346,14 @@ fn ten_thousand_rules_decide_as_the_model_does() {
         users: (number % 2 == 0).then(|| vec![(number, number + number % 7)]),
         groups: (number % 2 == 1).then(|| vec![(number, number)]),
         units: None,
+        user_units: None,
     };
     let entries: Vec<_> = (0..10_000).map(entry).collect();
     let policy = Policy::new(entries.iter().map(rule), Uid::new(1)).unwrap();
     for _ in 0..500 {
         let ids = [random.below(12_000) as u32, random.below(12_000) as u32, random.below(12_000) as u32];
         let somebody = Somebody::new(ids[0], &ids[1..], None);
-        assert_eq!(decide(&policy, &somebody), model::decide(&entries, &somebody, 1).0, "{ids:?}");
+        assert_eq!(decide(&policy, &somebody), model::decide(&entries, &somebody).0, "{ids:?}");
     }
 }
 
@@ -422,20 +442,110 @@ fn a_unit_that_cannot_be_told_admits_nobody_and_denies_whom_a_deny_rule_is_for()
     assert_eq!(verdict(6, Some("system.slice/backup.service")), "allow.backup");
 }
 
-#[test]
-fn nobody_gains_by_calling_a_unit_of_their_own_like_one_of_the_systems() {
-    let loaded = load("[allow.backup]\nunits = ['backup.service']\n").unwrap();
-    let verdict = |uid, unit| decide(&loaded.policy, &Somebody::new(uid, &[uid], Some(unit)));
-    assert_eq!(verdict(34, "system.slice/backup.service"), "allow.backup");
-    assert_eq!(verdict(1001, "user@1001.service/app.slice/backup.service"), "default");
-    // The owner of the service may: it is their own manager's word to their own service.
-    assert_eq!(verdict(1000, "user@1000.service/app.slice/backup.service"), "allow.backup");
+const OWN: &str = "user@1001.service/app.slice/backup.service";
 
-    // Beside `users` a user's own unit counts, but only for that user: not for a set-uid program they start.
-    let loaded = load("[allow.backup]\nusers = [0, 1001]\nunits = ['backup.service']\n").unwrap();
-    let verdict = |uid, unit| decide(&loaded.policy, &Somebody::new(uid, &[uid], Some(unit)));
-    assert_eq!(verdict(1001, "user@1001.service/app.slice/backup.service"), "allow.backup");
-    assert_eq!(verdict(0, "user@1001.service/app.slice/backup.service"), "default");
+#[test]
+fn units_means_the_systems_whatever_other_keys_a_rule_has() {
+    const SYSTEMS: &str = "system.slice/backup.service";
+    for users in ["", "users = ['any']\n", "users = ['alice', 1000, 0]\n", "users = ['self', 'alice']\n"] {
+        let allow = load(&format!("[allow.backup]\n{users}units = ['backup.service']\n")).unwrap().policy;
+        let deny = load(&format!("[deny.backup]\n{users}units = ['backup.service']\n[allow.any]\nusers=['any']\n"));
+        let deny = deny.unwrap().policy;
+        for (uid, unit, is_meant) in [
+            (1001, SYSTEMS, true),
+            (1001, OWN, false),
+            (0, OWN, false),
+            // Nor is the owner of the service an exception.
+            (1000, SYSTEMS, true),
+            (1000, "user@1000.service/app.slice/backup.service", false),
+        ] {
+            let somebody = Somebody::new(uid, &[uid], Some(unit));
+            assert_eq!(decide(&allow, &somebody) == "allow.backup", is_meant, "{users} {uid} {unit}");
+            assert_eq!(decide(&deny, &somebody) == "deny.backup", is_meant, "{users} {uid} {unit}");
+        }
+    }
+}
+
+#[test]
+fn user_units_means_the_users_own_and_nobody_elses() {
+    let verdict = |text: &str, uid, unit| decide(&load(text).unwrap().policy, &Somebody::new(uid, &[uid], unit));
+    let rule = "[allow.x]\nusers = [0, 1001, 1002]\nuser-units = ['backup.*']\n";
+    assert_eq!(verdict(rule, 1001, Some(OWN)), "allow.x");
+    assert_eq!(verdict(rule, 1002, Some(OWN)), "default", "another user's process in alice's unit");
+    assert_eq!(verdict(rule, 0, Some(OWN)), "default", "a set-uid program that alice starts");
+    assert_eq!(verdict(rule, 1001, Some("system.slice/backup.service")), "default");
+    assert_eq!(verdict(rule, 1001, Some("user@1001.service/init.scope")), "default");
+    assert_eq!(verdict(rule, 1001, None), "default");
+
+    // In a user's own service too they are a key of their own.
+    let mine = "[allow.x]\nusers = ['self']\nuser-units = ['mail.service']\n";
+    assert_eq!(verdict(mine, 1000, Some("user@1000.service/app.slice/mail.service")), "allow.x");
+    assert_eq!(verdict(mine, 1001, Some("user@1001.service/app.slice/mail.service")), "default");
+
+    // What cannot be told counts as matched by a deny rule, and what can be told does not.
+    let deny = "[deny.x]\nusers = [1001]\nuser-units = ['backup.service']\n[allow.any]\nusers = ['any']\n";
+    assert_eq!(verdict(deny, 1001, Some(OWN)), "deny.x");
+    assert_eq!(verdict(deny, 1001, None), "deny.x");
+    assert_eq!(verdict(deny, 1002, None), "allow.any");
+    assert_eq!(verdict(deny, 1001, Some("system.slice/backup.service")), "allow.any");
+    assert_eq!(verdict(deny, OVERFLOW_ID, Some(OWN)), "deny.x");
+
+    // Beside `units` both must hold.
+    let both = "[allow.x]\nusers = ['any']\nunits = ['user.slice']\nuser-units = ['backup.service']\n";
+    assert_eq!(verdict(both, 1001, Some(OWN)), "allow.x");
+    let both = both.replace("user.slice", "a.slice");
+    assert_eq!(verdict(&both, 1001, Some(OWN)), "default");
+}
+
+#[test]
+fn user_units_without_users_is_a_fault_wherever_the_rule_comes_from() {
+    const WHY: &str = "`user-units` without `users`, where any user can call a unit of their own by that name; \
+                       expected `users` beside it, to say whose units are meant";
+    for (others, line) in [("", 2), ("groups = ['adm']\n", 3), ("units = ['a.service']\n", 3)] {
+        for kind in ["allow", "deny"] {
+            let text = format!("[{kind}.x]\n{others}user-units = ['mail.service']\n");
+            assert_eq!(told(&text), [format!("f:{line}:1: {WHY}")]);
+        }
+    }
+    let rule = Rule::allow("x", ()).groups([Gid::new(4)]).user_units(["mail.service"]);
+    assert_eq!(Policy::new([rule], ME).unwrap_err().to_string(), format!("allow.x: {WHY}"));
+    let empty = Rule::allow("x", ()).users([User::Me]).user_units(Vec::<String>::new());
+    assert!(Policy::new([empty], ME).unwrap_err().to_string().contains("`user-units` is empty"));
+    let wrong =
+        told("[allow.x]\nusers = ['self']\nuser-units = ['', 5]\n[allow.y]\nusers = ['self']\nuser-units = 'a'\n");
+    assert!(wrong[0].starts_with("f:3:15: an empty unit name; expected"), "{wrong:#?}");
+    assert_eq!(wrong[1], "f:3:19: an integer in `user-units`; expected a unit's name such as \"backup.service\"");
+    assert!(wrong[2].starts_with("f:6:14: `user-units` is a string; expected an array"), "{wrong:#?}");
+}
+
+#[test]
+fn no_key_of_a_rule_widens_what_another_admits() {
+    let mut random = Random(11);
+    let mut narrowed = 0;
+    for _ in 0..3000 {
+        let whole = model::Entry { kind: Kind::Allow, ..random.entry(0) };
+        let policy = |entry: &model::Entry| Policy::new([rule(entry)], ME).ok();
+        let Some(narrow) = policy(&whole) else { continue };
+        let without = [
+            model::Entry { user_units: None, ..whole.clone() },
+            model::Entry { units: None, ..whole.clone() },
+            model::Entry { groups: None, ..whole.clone() },
+            model::Entry { users: None, ..whole.clone() },
+        ];
+        for wide in without.iter().filter_map(policy) {
+            for _ in 0..10 {
+                let somebody = random.somebody();
+                let (narrow, wide) = (narrow.decide(&somebody), wide.decide(&somebody));
+                assert!(
+                    wide.is_admitted() || !narrow.is_admitted(),
+                    "{somebody:?}\n{}",
+                    toml(std::slice::from_ref(&whole))
+                );
+                narrowed += u32::from(wide.is_admitted() && !narrow.is_admitted());
+            }
+        }
+    }
+    assert!(narrowed > 1000, "{narrowed}");
 }
 
 #[test]
@@ -462,6 +572,7 @@ fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
         "[deny.contractors]\nusers = ['2000-2999']\n",
         "[allow.owner]\nusers = ['self']\n",
         "[allow.backup]\nusers = ['alice']\ngroups = ['adm', 'any']\nunits = ['backup.service']\n",
+        "[allow.mail]\nusers = ['alice', 5]\nuser-units = ['backup.service']\n",
     ))
     .unwrap();
     let explain = |uid, gids: &[u32], unit| loaded.policy.explain(&Somebody::new(uid, gids, unit)).to_string();
@@ -482,6 +593,18 @@ fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
     let text = explain(1001, &[1001], None);
     assert!(text.starts_with("denied by default\n"), "{text}");
     assert!(text.contains("units: not known, the unit cannot be told"), "{text}");
+    let text = explain(1001, &[1001], Some("user@1001.service/backup.service"));
+    assert!(text.starts_with("admitted by allow.mail\n"), "{text}");
+    assert!(
+        text.contains("is not in backup.service of the system's manager (a name that a user chose counts"),
+        "{text}"
+    );
+    assert!(
+        text.contains("user-units: yes, /user.slice/user-1001.slice/user@1001.service/backup.service is in"),
+        "{text}"
+    );
+    let text = explain(5, &[5], Some("user@1001.service/backup.service"));
+    assert!(text.contains("user-units: no, ") && text.contains(" of the process's own user"), "{text}");
     let text = explain(5, &[OVERFLOW_ID], None);
     assert!(text.contains("groups: not known, one of the gids names no group here"), "{text}");
     assert!(text.contains("units: not asked, the other keys settle it"), "{text}");
@@ -491,7 +614,7 @@ fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
 fn a_name_that_could_forge_an_explanation_is_no_units() {
     for name in ["x\nadmitted by allow.a\u{1b}[2J.service", "a b.service", "a;b.service", "\u{202e}a.service"] {
         assert!(Units::from_path(name).is_none(), "{name:?}");
-        assert!(Units::from_path(&format!("/user.slice/user@1.service/{name}")).unwrap().user().is_none(), "{name:?}");
+        assert!(Units::from_path(&format!("user@1.service/{name}")).unwrap().user().is_none(), "{name:?}");
     }
 }
 
@@ -536,7 +659,8 @@ fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() 
         "f:2:10: the user \"mallory\" does not exist, and a denial must not be lost; expected a user the system knows",
         "f:2:21: the user \"ldap\" could not be looked up (timed out), and a denial must not be lost; expected the user \
          database to answer",
-        "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `units` (a deny rule has no terms)",
+        "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `units`, `user-units` \
+         (a deny rule has no terms)",
         "f:4:7: `deny.empty` does not say whom it is for; expected `users`, `groups` or `units` in it",
         &format!("f:6:10: the range \"2999-2000\", which runs backwards; {USERS}"),
         &format!("f:6:23: `4294967295` is no id; {ID}"),

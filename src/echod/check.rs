@@ -85,7 +85,10 @@ fn row(rule: &Rule<Terms>, me: peergate::ids::Uid) -> [String; 5] {
     let groups = rule.listed_groups().map(|groups| format!("groups {}", list(groups.iter().map(Group::to_string))));
     let who: Vec<String> = users.into_iter().chain(groups).collect();
     let who = if who.is_empty() { "anyone".to_owned() } else { who.join(" and ") };
-    let units = rule.listed_units().map_or("any".to_owned(), |units| list(units.iter().cloned()));
+    let units = rule.listed_units().map(|units| list(units.iter().cloned()));
+    let user_units = rule.listed_user_units().map(|units| format!("user-units {}", list(units.iter().cloned())));
+    let units: Vec<String> = units.into_iter().chain(user_units).collect();
+    let units = if units.is_empty() { "any".to_owned() } else { units.join(" and ") };
     let place = rule.place().map_or("built in".to_owned(), ToString::to_string);
     [rule.name().to_string(), who, units, or_dash(terms(rule.terms())), place]
 }
@@ -149,16 +152,21 @@ mod tests {
                 .groups([Group::Range(peergate::ids::Gid::new(4), peergate::ids::Gid::new(6))])
                 .units(["backup.service"]),
             Rule::deny("scopes").units(["session-*.scope"]),
+            Rule::allow("mail", Terms::default())
+                .users([Uid::new(5)])
+                .units(["user.slice"])
+                .user_units(["a.*", "b.scope"]),
         ];
         config.policy = Arc::new(Policy::new(rules, Uid::new(1000)).unwrap());
         config.service.busy_poll = None;
         let expected = "\
 no configuration file; these are the defaults
 
-RULE          WHO                                               UNITS            TERMS                                                         WHERE
-deny.scopes   anyone                                            session-*.scope  -                                                             built in
-allow.owner   users self (1000)                                 any              -                                                             built in
-allow.backup  users backup (34), gone (unknown) and groups 4-6  backup.service   connections-per-user 200, line-length 1M, idle-timeout off  built in
+RULE          WHO                                               UNITS                                  TERMS                                                         WHERE
+deny.scopes   anyone                                            session-*.scope                        -                                                             built in
+allow.owner   users self (1000)                                 any                                    -                                                             built in
+allow.backup  users backup (34), gone (unknown) and groups 4-6  backup.service                         connections-per-user 200, line-length 1M, idle-timeout off  built in
+allow.mail    users 5                                           user.slice and user-units a.*, b.scope  -                                                             built in
 Whom no rule matches is denied.
 
 [limits]
@@ -185,7 +193,7 @@ idle-exit = \"off\"
                 .collect::<Vec<_>>()
         };
         assert_eq!(squeeze(&shown), squeeze(expected));
-        let starts: Vec<_> = shown.lines().skip(2).take(4).map(|line| line.rfind("  ")).collect();
+        let starts: Vec<_> = shown.lines().skip(2).take(5).map(|line| line.rfind("  ")).collect();
         assert!(starts.windows(2).all(|pair| pair[0] == pair[1]), "the columns are not aligned:\n{shown}");
     }
 }

@@ -73,7 +73,8 @@ pub struct Carried {
 impl Carried {
     /// A connection of which nothing is known but who is on the other end. `None` where not even that is.
     pub fn without_state(socket: OwnedFd, connection: u64) -> Option<Self> {
-        let peer = Peer::credentials_of(&socket).ok()?;
+        let mut peer = Peer::credentials_of(&socket).ok()?;
+        peer.forget_groups();
         Some(Self {
             // What came may have been sent before the kernel was asked by whom. That it was, the socket still knows.
             pass_credentials: getsockopt(&socket, sockopt::PassCred).unwrap_or(false),

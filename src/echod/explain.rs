@@ -7,7 +7,7 @@ use std::fmt;
 
 use peergate::Subject;
 use peergate::ids::{Gid, Uid};
-use peergate::peer::Peer;
+use peergate::peer::{MOST_GROUPS, Peer};
 use peergate::policy::User;
 use peergate::policy::file::{Names as _, SystemNames};
 use peergate::unit::Units;
@@ -20,8 +20,19 @@ use crate::output;
 #[derive(Debug)]
 struct Described {
     uid: Uid,
+    /// The effective one first. Of more than can be told, as for a peer, nothing is kept but that one.
     gids: Vec<Gid>,
+    /// How many supplementary ones there are.
+    supplementary: usize,
     units: Option<Units>,
+}
+
+impl Described {
+    fn new(uid: Uid, gid: Gid, supplementary: Vec<Gid>, units: Option<Units>) -> Self {
+        let count = supplementary.len();
+        let told = supplementary.into_iter().filter(|_| count <= MOST_GROUPS).filter(|other| *other != gid);
+        Self { uid, gids: std::iter::once(gid).chain(told).collect(), supplementary: count, units }
+    }
 }
 
 impl Subject for Described {
@@ -34,7 +45,7 @@ impl Subject for Described {
     }
 
     fn gids_complete(&self) -> bool {
-        true
+        self.supplementary <= MOST_GROUPS
     }
 
     fn units(&self) -> Option<&Units> {
@@ -78,8 +89,8 @@ pub fn run(asked: &Explain) -> u8 {
             return error.exit_code();
         }
     };
-    let who = match somebody(asked) {
-        Ok(who) => who,
+    let (who, supplementary) = match somebody(asked) {
+        Ok(found) => found,
         Err(failure) => {
             output::complain(&failure.to_string());
             return failure.exit_code();
@@ -87,6 +98,9 @@ pub fn run(asked: &Explain) -> u8 {
     };
     let explanation = config.policy.explain(who.as_ref());
     let mut text = explanation.to_string();
+    if supplementary > MOST_GROUPS {
+        text += &format!("  ({supplementary} supplementary groups; of more than {MOST_GROUPS} none can be told)\n");
+    }
     if asked.who.pid.is_none() && asked.unit.is_none() && config.policy.depends_on_units() {
         text += "  (the policy depends on units; --unit tells from which one they would connect)\n";
     }
@@ -100,26 +114,32 @@ pub fn run(asked: &Explain) -> u8 {
     u8::from(!explanation.is_admitted())
 }
 
-/// Whom the command line names.
-fn somebody(asked: &Explain) -> Result<Box<dyn Subject>, Failure> {
+/// Whom the command line names, and how many supplementary groups they have.
+fn somebody(asked: &Explain) -> Result<(Box<dyn Subject>, usize), Failure> {
     let units = asked.unit.as_deref().map(unit).transpose()?;
     match &asked.who {
         Who { pid: Some(pid), .. } => match Peer::of_process(*pid) {
-            Ok(peer) => Ok(Box::new(peer)),
+            Ok(peer) => {
+                let supplementary = peer.supplementary_groups();
+                Ok((Box::new(peer), supplementary))
+            }
             Err(error) => Err(Failure::System(format!("process {pid}: {error}"))),
         },
-        Who { user: Some(name), .. } => Ok(Box::new(user(name, units)?)),
+        Who { user: Some(name), .. } => Ok(named(user(name, units)?)),
         Who { uid: Some(uid), .. } => {
-            let mut gids = vec![Gid::new(asked.gid.unwrap_or(*uid))];
-            for name in &asked.group {
-                gids.push(group(name)?);
-            }
-            Ok(Box::new(Described { uid: Uid::new(*uid), gids, units }))
+            let groups = asked.group.iter().map(|name| group(name)).collect::<Result<_, _>>()?;
+            let gid = Gid::new(asked.gid.unwrap_or(*uid));
+            Ok(named(Described::new(Uid::new(*uid), gid, groups, units)))
         }
         Who { user: None, uid: None, pid: None } => {
             Err(Failure::Usage("nobody to judge; expected --user, --uid or --pid".to_owned()))
         }
     }
+}
+
+fn named(described: Described) -> (Box<dyn Subject>, usize) {
+    let supplementary = described.supplementary;
+    (Box::new(described), supplementary)
 }
 
 /// A user as the user database has them.
@@ -129,9 +149,7 @@ fn user(name: &str, units: Option<Units>) -> Result<Described, Failure> {
     let account = found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)?;
     let groups = SystemNames.groups_of(&account);
     let groups = groups.map_err(|error| Failure::System(format!("the groups of {name:?}: {error}")))?;
-    let mut gids = vec![account.gid];
-    gids.extend(groups.into_iter().filter(|gid| *gid != account.gid));
-    Ok(Described { uid: account.uid, gids, units })
+    Ok(Described::new(account.uid, account.gid, groups, units))
 }
 
 /// A group by name or number.
@@ -148,8 +166,8 @@ fn group(name: &str) -> Result<Gid, Failure> {
 fn unit(path: &str) -> Result<Units, Failure> {
     Units::from_path(path).ok_or_else(|| {
         Failure::Usage(format!(
-            "{path:?} is no unit that can hold processes; expected one such as backup.service, \
-             or user@1000.service/mail.service for a unit of a user's own"
+            "{path:?} is no unit that can hold processes, or none where systemd would put it; expected one such as \
+             backup.service, or user@1000.service/mail.service for a unit of a user's own"
         ))
     })
 }

@@ -164,10 +164,12 @@ pub fn take_back(kept: Vec<(String, OwnedFd)>, store: &Store) -> Inheritance {
     for (name, socket) in sockets {
         // Whoever else has held it may have changed that.
         let _ = set_nonblocking(&socket);
-        let (Ok(cookie), Ok(peer)) = (cookie_of(&socket), Peer::credentials_of(&socket)) else {
+        let (Ok(cookie), Ok(mut peer)) = (cookie_of(&socket), Peer::credentials_of(&socket)) else {
             inheritance.foreign.push(name);
             continue;
         };
+        // Judging asks for them again, one connection at a time.
+        peer.forget_groups();
         match by_cookie.remove(&cookie) {
             Some(state) if state.uid == peer.uid().raw() => inheritance.connections.push(state.carried(socket, peer)),
             _ => {

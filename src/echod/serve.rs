@@ -672,6 +672,7 @@ fn judge(mut connection: Carried, judge: &Judge, config: &Config, limits: &Permi
             }
             let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
             connection.peer.release_process();
+            connection.peer.forget_groups();
             Ok((connection, rule, permit))
         }
         Verdict::Denied(rule) => {

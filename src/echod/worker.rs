@@ -408,6 +408,7 @@ impl Loop {
     fn judge_again(&mut self, connection: &mut Connection) -> Outcome {
         let verdict = self.around.judge.judge(&mut connection.peer, &connection.socket, &self.ruling.policy);
         connection.peer.release_process();
+        connection.peer.forget_groups();
         match verdict {
             Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),
             Verdict::Denied(rule) => return Outcome::Denied(rule.map(Arc::clone)),

@@ -37,13 +37,17 @@ use std::time::{Duration, Instant};
 
 use crate::clock::later;
 use crate::ids::{Gid, Uid};
-use crate::peer::{Details, Peer};
+use crate::peer::{Details, MOST_GROUPS, Peer};
 use crate::permits::LimitExceeded;
 use crate::policy::RuleName;
+use crate::subject::Subject as _;
 
+/// How many supplementary groups a record lists: about as many as are of use to a reader, and no more than what else
+/// the record holds.
+const MOST_GROUPS_WRITTEN: usize = 64;
 /// Records that may wait for the journal; what comes on top is counted instead.
 const MOST_WAITING: usize = 4096;
-/// Bytes that waiting records may hold, roughly: a peer can have 65,536 groups.
+/// Bytes that waiting records may hold, roughly.
 const MOST_WAITING_BYTES: usize = 4 << 20;
 /// Users and reasons told apart; whoever comes on top shares one count for each reason.
 const MOST_TRACKED: usize = 1024;
@@ -196,9 +200,11 @@ pub struct About {
     pub uid: Uid,
     /// PEER_GID; a summary has none, it stands for all of the user's.
     pub gid: Option<Gid>,
-    /// PEER_GROUPS: the effective group and the supplementary ones; empty where the record is not about a connection's
-    /// start.
+    /// PEER_GROUPS: the effective group and the supplementary ones, of these 64 at most; empty where they cannot
+    /// be told, and where the record is not about a connection's start.
     pub groups: Box<[Gid]>,
+    /// How many supplementary groups the kernel counted, where they are not all in `groups`.
+    pub groups_left_out: Option<usize>,
     /// PEER_PID.
     pub pid: Option<i32>,
     /// PEER_COMM, PEER_UNIT, PEER_LABEL.
@@ -208,14 +214,25 @@ pub struct About {
 impl About {
     /// Everything a record may tell of `peer`, details included.
     pub fn peer(peer: &Peer, details: Details) -> Self {
-        Self { uid: peer.uid(), gid: Some(peer.gid()), groups: peer.gids().into(), pid: peer.pid(), details }
+        let (gids, count) = (peer.gids(), peer.supplementary_groups());
+        let listed = if peer.gids_complete() { gids.len().min(1 + MOST_GROUPS_WRITTEN) } else { 0 };
+        let is_cut = count > MOST_GROUPS || 0 < listed && listed < gids.len();
+        let (groups, groups_left_out) = (gids[..listed].into(), is_cut.then_some(count));
+        let (gid, pid) = (Some(peer.gid()), peer.pid());
+        Self { uid: peer.uid(), gid, groups, groups_left_out, pid, details }
+    }
+
+    /// What a summary tells of a user.
+    fn user(uid: Uid) -> Self {
+        let (gid, groups, groups_left_out, pid, details) = (None, Box::default(), None, None, Details::default());
+        Self { uid, gid, groups, groups_left_out, pid, details }
     }
 
     /// What is still known of `peer` when its connection ends.
     pub fn former(peer: &Peer) -> Self {
         let unit = peer.remembered_units().map(|units| crate::peer::printable(units.name()));
         let details = Details { unit, ..Details::default() };
-        Self { uid: peer.uid(), gid: Some(peer.gid()), groups: Box::default(), pid: peer.pid(), details }
+        Self { details, pid: peer.pid(), gid: Some(peer.gid()), ..Self::user(peer.uid()) }
     }
 }
 
@@ -325,7 +342,7 @@ impl Record {
     pub fn message(&self, user: Option<&str>) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.
-        let _ = self.write_message(user, &mut out);
+        let _ = self.write_message(user, &mut out).and_then(|()| self.write_groups_left_out(&mut out));
         out
     }
 
@@ -370,6 +387,18 @@ impl Record {
                 Some(text) => write!(out, ": {text}"),
                 None => write!(out, ": {}", self.why()),
             },
+        }
+    }
+
+    fn write_groups_left_out(&self, out: &mut String) -> std::fmt::Result {
+        match self.about.as_ref().and_then(|about| about.groups_left_out) {
+            Some(count) if count > MOST_GROUPS => {
+                write!(out, " ({count} supplementary groups, of which none can be told; at most {MOST_GROUPS} can)")
+            }
+            Some(count) => {
+                write!(out, " (the first {MOST_GROUPS_WRITTEN} of {count} supplementary groups are in the record)")
+            }
+            None => Ok(()),
         }
     }
 
@@ -421,8 +450,12 @@ impl Record {
     }
 
     fn weight(&self) -> usize {
-        let groups = self.about.as_ref().map_or(0, |about| about.groups.len() * size_of::<Gid>());
-        size_of::<Self>() + groups + self.text.as_ref().map_or(0, String::len)
+        let about = self.about.as_ref().map_or(0, |about| {
+            let details = [&about.details.comm, &about.details.unit, &about.details.label];
+            let details: usize = details.into_iter().flatten().map(String::len).sum();
+            about.groups.len() * size_of::<Gid>() + details
+        });
+        size_of::<Self>() + about + self.text.as_ref().map_or(0, String::len)
     }
 
     /// How many denials or refusals the record stands for.
@@ -950,8 +983,7 @@ impl State {
 
 impl Window {
     fn summary(&self, uid: Option<Uid>, reason: Reason) -> Record {
-        let about =
-            uid.map(|uid| About { uid, gid: None, groups: Box::default(), pid: None, details: Details::default() });
+        let about = uid.map(About::user);
         Record {
             reason: Some(reason),
             count: Some(self.counted),
@@ -972,13 +1004,7 @@ mod tests {
     }
 
     fn deny(audit: &Audit, uid: u32) {
-        let about = About {
-            uid: Uid::new(uid),
-            gid: Some(Gid::new(uid)),
-            groups: Box::default(),
-            pid: None,
-            details: Details::default(),
-        };
+        let about = About { gid: Some(Gid::new(uid)), ..About::user(Uid::new(uid)) };
         audit.turned_away(Event::Denied, Reason::Policy, Some(about.uid), || Record {
             reason: Some(Reason::Policy),
             about: Some(about),
@@ -1065,8 +1091,7 @@ mod tests {
     }
 
     fn revoked(uid: u32, reason: Reason) -> Record {
-        let about =
-            About { uid: Uid::new(uid), gid: None, groups: Box::default(), pid: None, details: Details::default() };
+        let about = About::user(Uid::new(uid));
         Record { reason: Some(reason), about: Some(about), ..Record::new(Event::Revoked) }
     }
 
@@ -1182,7 +1207,7 @@ mod tests {
     fn a_program_cannot_call_itself_what_reads_as_the_rest_of_a_message() {
         let message = |comm: &str| {
             let details = Details { comm: Some(comm.into()), unit: Some("a.scope".into()), label: None };
-            let about = About { uid: Uid::new(1), gid: None, groups: Box::default(), pid: Some(2), details };
+            let about = About { pid: Some(2), details, ..About::user(Uid::new(1)) };
             Record { about: Some(about), ..Record::new(Event::Denied) }.message(None)
         };
         assert_eq!(message("x) in b.service"), "Denied uid 1 pid 2 (x\\x29 in b.service) in a.scope: no reason given");
@@ -1191,13 +1216,8 @@ mod tests {
 
     #[test]
     fn a_denial_reads_as_the_contract_has_it() {
-        let about = About {
-            uid: Uid::new(1001),
-            gid: Some(Gid::new(1001)),
-            groups: Box::default(),
-            pid: Some(4242),
-            details: Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), label: None },
-        };
+        let details = Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), label: None };
+        let about = About { gid: Some(Gid::new(1001)), pid: Some(4242), details, ..About::user(Uid::new(1001)) };
         let record = Record { reason: Some(Reason::Policy), about: Some(about), ..Record::new(Event::Denied) };
         assert_eq!(
             record.message(Some("guest")),

@@ -496,6 +496,7 @@ impl<T: Terms> Gate<T> {
     ) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
         peer.release_process();
+        peer.forget_groups();
         let pass_credentials = self.pass_credentials;
         let unattested = match arrival.unattested {
             Some(unattested) if pass_credentials => unattested,

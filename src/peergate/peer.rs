@@ -13,9 +13,13 @@
 //! A pid is only a number, and is given to another process once its owner has been waited for. So
 //! whatever is read from `/proc/PID` counts only if the pidfd shows afterwards that the process had
 //! not ended in the meantime: until then its number cannot have passed on.
+//!
+//! A peer chooses how many groups it has, how deep in the control group tree it is, and sometimes its label, and it is
+//! asked about on threads that all connections share. So each answer is read into room of a fixed size, and one that
+//! does not fit in cannot be told.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,13 +41,33 @@ impl Uid {
     }
 }
 
+/// The longest list of supplementary groups that can be told. Of a longer one only the number is told: it fulfils no
+/// allow rule by groups, and a deny rule by groups counts as matched.
+///
+/// setgroups(2) takes 65,536 groups, even the same one so many times, and where newgidmap(1) is installed any user may
+/// call it in a user namespace. The lists that directories give are shorter than this: a Windows domain, the richest
+/// source of groups in practice, gives a user 1,015 at most (its access token has room for 1,024).
+pub const MOST_GROUPS: usize = 1024;
+
+/// How much of a file below /proc/PID is read: four control groups' paths of the greatest length, far more than the
+/// dozen short ones that there are, and any command name.
+const MOST_PROC: usize = 16 * 1024;
+
+/// How long a label may be. Those of Smack have 255 bytes at most, and a usual one of SELinux some 60.
+const MOST_LABEL: usize = 1024;
+
+/// Room for /proc/PID/status: NGROUPS_MAX groups of 11 characters, and what stands around them.
+const MOST_STATUS: u64 = 1024 * 1024;
+
 /// Who is on the other end of a connected AF_UNIX socket, as of connect(2).
 #[derive(Debug)]
 pub struct Peer {
     uid: Uid,
     gid: Gid,
-    /// The effective gid first, then the supplementary ones; no duplicates of the first. `None`: not known.
+    /// The effective gid first, then the supplementary ones; no neighbours alike. `None`: not known.
     groups: Option<Box<[Gid]>>,
+    /// How many supplementary groups the kernel counts; 0 until it was asked.
+    supplementary: u32,
     pid: i32,
     pidfd: Option<OwnedFd>,
     units: OnceLock<Option<Box<Units>>>,
@@ -114,19 +138,31 @@ impl Peer {
         let (uid, gid) = (known_uid(credentials.uid()), known_gid(credentials.gid()));
         let pid = credentials.pid();
         let lacked_descriptors = AtomicBool::new(false);
-        Ok(Self { uid, gid, groups: None, pid, pidfd: None, units: OnceLock::new(), lacked_descriptors })
+        let units = OnceLock::new();
+        Ok(Self { uid, gid, groups: None, supplementary: 0, pid, pidfd: None, units, lacked_descriptors })
     }
 
     /// Asks for the supplementary groups, unless they are known. They are fixed at connect: to ask later
-    /// gives the same answer. Where the kernel gives none, they stay incomplete.
+    /// gives the same answer. Where the kernel gives none, or more than [`MOST_GROUPS`], they stay incomplete.
     pub(crate) fn learn_groups(&mut self, socket: &impl AsFd) {
         if self.groups.is_some() {
             return;
         }
-        // No more than a handful for most users, so that one call is enough.
-        if let Ok(groups) = sys::peer_groups(socket.as_fd(), 32) {
-            self.groups = Some(united(self.gid, groups.into_iter().map(known_gid)));
-        }
+        let mut room = [0; MOST_GROUPS];
+        let Ok(count) = sys::peer_groups(socket.as_fd(), &mut room) else { return };
+        self.supplementary = u32::try_from(count).unwrap_or(u32::MAX);
+        self.groups = room.get(..count).map(|groups| united(self.gid, groups.iter().copied().map(known_gid)));
+    }
+
+    /// Lets go of the groups. Only a decision and its record need them.
+    pub fn forget_groups(&mut self) {
+        self.groups = None;
+    }
+
+    /// How many supplementary groups the kernel counted when it was last asked. Where there are more than
+    /// [`MOST_GROUPS`] of them, it counted them and no more is known.
+    pub fn supplementary_groups(&self) -> usize {
+        self.supplementary as usize
     }
 
     /// Takes hold of the process that connected, so that its units can be told. Without effect on
@@ -167,13 +203,17 @@ impl Peer {
             return Err(gone());
         }
         let pidfd = sys::pidfd_open(pid)?;
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let (uid, gid, groups) = ids_of_status(&status).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        let mut status = Vec::new();
+        fs::File::open(format!("/proc/{pid}/status"))?.take(MOST_STATUS).read_to_end(&mut status)?;
+        // The process chose its name, which is in there too.
+        let ids = ids_of_status(&String::from_utf8_lossy(&status))
+            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
         if has_ended(pidfd.as_fd()) {
             return Err(gone());
         }
+        let (uid, gid, supplementary, groups) = ids;
         let (units, lacked_descriptors) = (OnceLock::new(), AtomicBool::new(false));
-        Ok(Self { uid, gid, groups: Some(groups), pid, pidfd: Some(pidfd), units, lacked_descriptors })
+        Ok(Self { uid, gid, groups, supplementary, pid, pidfd: Some(pidfd), units, lacked_descriptors })
     }
 
     /// The effective user id.
@@ -186,7 +226,8 @@ impl Peer {
         self.gid
     }
 
-    /// The effective group id and, as far as they are known, all supplementary ones.
+    /// The effective group id and, as far as they are known, all supplementary ones. The gate asks for them where the
+    /// policy depends on them, and lets go of them after the decision; [`details`](Self::details) asks for them again.
     pub fn gids(&self) -> &[Gid] {
         self.groups.as_deref().unwrap_or(std::slice::from_ref(&self.gid))
     }
@@ -228,7 +269,7 @@ impl Peer {
         Details {
             comm: self.read_proc("comm").map(|comm| printable(comm.strip_suffix('\n').unwrap_or(&comm))),
             unit: self.units().map(|units| printable(units.name())),
-            label: sys::peer_label(socket.as_fd()).ok().and_then(|label| label_text(&label)),
+            label: sys::peer_label(socket.as_fd(), &mut [0; MOST_LABEL]).ok().and_then(label_text),
         }
     }
 
@@ -236,8 +277,10 @@ impl Peer {
     fn read_proc(&self, file: &str) -> Option<String> {
         let pidfd = self.pidfd.as_ref()?;
         let note_lack = |error: io::Error| self.note_lack(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
-        let bytes = fs::read(format!("/proc/{}/{file}", self.pid)).map_err(note_lack).ok()?;
-        (!has_ended(pidfd.as_fd())).then(|| String::from_utf8_lossy(&bytes).into_owned())
+        let mut file = fs::File::open(format!("/proc/{}/{file}", self.pid)).map_err(note_lack).ok()?;
+        let mut room = [0; MOST_PROC];
+        let text = read_all(&mut file, &mut room)?;
+        (!has_ended(pidfd.as_fd())).then(|| String::from_utf8_lossy(text).into_owned())
     }
 }
 
@@ -281,6 +324,20 @@ pub(crate) fn attach_credentials(socket: &impl AsFd) -> usize {
     sys::unread(fd).unwrap_or(0)
 }
 
+/// The whole of a file; `None` where it cannot be read, or may not have ended where the room does.
+fn read_all<'r>(file: &mut fs::File, room: &'r mut [u8]) -> Option<&'r [u8]> {
+    let mut length = 0;
+    while length < room.len() {
+        match file.read(&mut room[length..]) {
+            Ok(0) => return Some(&room[..length]),
+            Ok(count) => length += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+    None
+}
+
 /// A pidfd polls readable once its process has ended, waited for or not (pidfd_open(2)).
 /// Where the question itself fails, the answer is the safe one.
 fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
@@ -288,19 +345,27 @@ fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     !matches!(poll(&mut question, PollTimeout::ZERO), Ok(0))
 }
 
-/// Reads the effective uid, the effective gid and the groups from the text of /proc/PID/status, proc(5).
-fn ids_of_status(status: &str) -> Option<(Uid, Gid, Box<[Gid]>)> {
+/// Reads the effective uid, the effective gid, the number of groups and the groups from the text of /proc/PID/status,
+/// proc(5).
+#[allow(clippy::type_complexity)]
+fn ids_of_status(status: &str) -> Option<(Uid, Gid, u32, Option<Box<[Gid]>>)> {
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     let effective = |name| field(name)?.split_whitespace().nth(1)?.parse::<u32>().ok();
     let uid = known_uid(effective("Uid")?);
     let gid = known_gid(effective("Gid")?);
     let groups: Result<Vec<u32>, _> = field("Groups")?.split_whitespace().map(str::parse).collect();
-    Some((uid, gid, united(gid, groups.ok()?.into_iter().map(known_gid))))
+    let groups = groups.ok()?;
+    let count = u32::try_from(groups.len()).unwrap_or(u32::MAX);
+    let told = groups.len() <= MOST_GROUPS;
+    Some((uid, gid, count, told.then(|| united(gid, groups.into_iter().map(known_gid)))))
 }
 
-/// The effective gid is not among what the kernel calls the groups, or only by chance.
+/// The effective gid is not among what the kernel calls the groups, or only by chance. It sorts them (setgroups(2)), so
+/// that those alike are neighbours.
 fn united(gid: Gid, supplementary: impl Iterator<Item = Gid>) -> Box<[Gid]> {
-    std::iter::once(gid).chain(supplementary.filter(|other| *other != gid)).collect()
+    let mut groups: Vec<Gid> = std::iter::once(gid).chain(supplementary.filter(|other| *other != gid)).collect();
+    groups.dedup();
+    groups.into()
 }
 
 /// The administrator may have moved the overflow ids; to everyone else they are [`OVERFLOW_ID`].
@@ -417,9 +482,34 @@ mod tests {
     #[test]
     fn effective_ids_are_read_from_status() {
         let status = "Name:\tx\nUid:\t1000\t0\t1\t2\nGid:\t5\t6\t7\t8\nGroups:\t6 24 27 \n";
-        let (uid, gid, gids) = ids_of_status(status).unwrap();
-        assert_eq!((uid, gid), (Uid::new(0), Gid::new(6)));
-        assert_eq!(&*gids, [Gid::new(6), Gid::new(24), Gid::new(27)]);
+        let (uid, gid, count, gids) = ids_of_status(status).unwrap();
+        assert_eq!((uid, gid, count), (Uid::new(0), Gid::new(6), 3));
+        assert_eq!(&*gids.unwrap(), [Gid::new(6), Gid::new(24), Gid::new(27)]);
+    }
+
+    #[test]
+    fn a_list_of_groups_is_told_up_to_the_bound_and_counted_beyond_it() {
+        let groups = |count: u32| {
+            let list = (0..count).map(|gid| gid.to_string()).collect::<Vec<_>>().join(" ");
+            let (_, _, counted, groups) =
+                ids_of_status(&format!("Uid:\t1\t1\t1\t1\nGid:\t1\t1\t1\t1\nGroups:\t{list} \n")).unwrap();
+            assert_eq!(counted, count);
+            groups.map(|groups| groups.len())
+        };
+        assert_eq!((groups(0), groups(1024), groups(1025), groups(65_536)), (Some(1), Some(1024), None, None));
+        let same = united(Gid::new(5), [4, 4, 4, 5, 5, 6, 6].into_iter().map(Gid::new));
+        assert_eq!(*same, [5, 4, 6].map(Gid::new), "those alike need no room of their own");
+    }
+
+    #[test]
+    fn what_does_not_fit_into_the_room_for_it_is_not_read() {
+        let read = |size: u64, room: usize| {
+            let mut file =
+                fs::File::from(nix::sys::memfd::memfd_create(c"text", nix::sys::memfd::MFdFlags::MFD_CLOEXEC).unwrap());
+            file.set_len(size).unwrap();
+            read_all(&mut file, &mut vec![1; room]).map(<[u8]>::len)
+        };
+        assert_eq!((read(0, 10), read(9, 10), read(10, 10), read(1 << 40, 10)), (Some(0), Some(9), None, None));
     }
 
     #[test]

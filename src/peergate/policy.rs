@@ -70,7 +70,7 @@
 //!
 //! - `users`, where the uid names nobody ([`Uid::is_known`]). That includes "any".
 //! - `groups`, where no known group matches, and one of the groups names nobody or the list is incomplete.
-//! - `units`, where the peer's units cannot be tied to the very process that connected.
+//! - `units` and `user-units`, where the peer's units cannot be tied to the very process that connected.
 //!
 //! An allow rule matches only if all of its keys hold, and never for a uid that names nobody. A deny rule matches
 //! unless one of its keys does not hold.
@@ -78,15 +78,15 @@
 //! # Names of units
 //!
 //! A pattern is held against the name of each unit around the peer, one at a time: `*` stands for any run of
-//! characters, `?` for one. The names that the system's manager gave always count. Those that a *user's* manager
-//! gave were chosen by that user at will: anybody may call a unit of their own `backup.service`. They count only
+//! characters, `?` for one.
 //!
-//! - for processes of that same user, in a rule that has a `users` key too (`users = ["any"]` is one: whoever
-//!   writes it accepts every user's word), or
-//! - where that user is the one the policy works for (`self`), whose own units they are.
+//! `units` is held against the names that the *system's* manager gave, and no others. The names that a *user's* manager
+//! gave were chosen by that user at will: any user may call a unit of their own `backup.service`. `user-units` is held
+//! against these, for processes of that same user only, and only in a rule that has a `users` key too (`users =
+//! ["any"]` is one: it accepts every user's word).
 //!
-//! So `units = ["backup.service"]` alone means the system's `backup.service`, and
-//! `users = ["alice"], units = ["mail.service"]` also means that unit of alice's own.
+//! So `units = ["backup.service"]` means the system's `backup.service`, whatever other keys the rule has, and
+//! `users = ["alice"], user-units = ["mail.service"]` means that unit of alice's own.
 
 pub mod file;
 
@@ -119,7 +119,7 @@ pub struct Policy<T> {
     rules: Vec<Arc<Rule<T>>>,
     matchers: Vec<Matcher>,
     index: Option<Index>,
-    /// The number of the first rule with a `groups` key, and of the first with a `units` key.
+    /// The number of the first rule with a `groups` key, and of the first with a key about units.
     first_with_groups: u32,
     first_with_units: u32,
     me: Uid,
@@ -199,7 +199,7 @@ impl<T> Policy<T> {
             (0..NONE).zip(&matchers).find(|(_, matcher)| has(matcher)).map_or(NONE, |(number, _)| number)
         };
         let first_with_groups = first(|matcher| matcher.groups.is_some());
-        let first_with_units = first(|matcher| matcher.units.is_some());
+        let first_with_units = first(Matcher::has_units);
         Ok(Self { rules, matchers, index, first_with_groups, first_with_units, me })
     }
 
@@ -210,7 +210,7 @@ impl<T> Policy<T> {
     {
         let rule = Rule::allow("owner", T::default()).users([User::Me]);
         let users = Some(IdSet::new([User::Me.range(me)].into_iter().flatten()));
-        let matchers = vec![Matcher { deny: false, users, groups: None, units: None }];
+        let matchers = vec![Matcher { deny: false, users, groups: None, units: None, user_units: None }];
         let index = Index::new(&matchers);
         let (first_with_groups, first_with_units) = (NONE, NONE);
         Self { rules: vec![Arc::new(rule)], matchers, index, first_with_groups, first_with_units, me }
@@ -252,7 +252,7 @@ impl<T> Policy<T> {
         Needs { groups: self.first_with_groups < sure, units: self.first_with_units < sure }
     }
 
-    /// Whether any rule has a `units` key.
+    /// Whether any rule has a key `units` or `user-units`.
     pub fn depends_on_units(&self) -> bool {
         self.first_with_units != NONE
     }
@@ -280,28 +280,30 @@ impl<T> Policy<T> {
             {
                 self.look_up(index, &asked)
             }
-            _ => self.matchers.iter().position(|matcher| matcher.matches(&asked, self.me)),
+            _ => self.matchers.iter().position(|matcher| matcher.matches(&asked)),
         }
     }
 
     /// As a scan over all rules would, for a subject of whom every id is known.
     fn look_up(&self, index: &Index, asked: &Asked<'_>) -> Option<usize> {
-        let gids = if index.has_groups() { asked.who.gids() } else { &[] };
+        let gids = asked.who.gids();
         let lists = || {
-            let of_gids = gids.iter().map(|gid| index.of_gid(gid.raw()));
+            let of_gids = gids.iter().filter(|gid| index.lists_gid(gid.raw())).map(|gid| index.of_gid(gid.raw()));
             std::iter::once(index.of_uid(asked.who.uid().raw())).chain(of_gids)
         };
         let first_of = |list: &[u32], best: u32| {
             let before = list.iter().copied().take_while(|&number| number < best);
-            before.into_iter().find(|&number| self.matchers[number as usize].matches(asked, self.me)).unwrap_or(best)
+            before.into_iter().find(|&number| self.matchers[number as usize].matches(asked)).unwrap_or(best)
         };
 
         let mut best = lists().map(|Candidates { sure, .. }| sure).min().unwrap_or(NONE);
-        for candidates in lists() {
+        // The uid's list comes first; those of the gids are looked through only if there is something in one of them.
+        let conditional = || lists().take(if index.has_conditions_on_gids() { usize::MAX } else { 1 });
+        for candidates in conditional() {
             best = first_of(candidates.by_ids, best);
         }
         // Only now those that depend on the unit: of these, only the ones before the best so far are worth asking.
-        for candidates in lists() {
+        for candidates in conditional() {
             best = first_of(candidates.by_unit, best);
         }
         best = first_of(index.anyone(), best);
@@ -321,17 +323,29 @@ fn matcher<T>(rule: &Rule<T>, me: Uid) -> Result<Matcher, String> {
         let ranges: Result<Vec<_>, _> = groups.iter().map(|group| group.check().map(|()| group.range())).collect();
         if groups.is_empty() { Err(format!("`groups` {EMPTY}")) } else { Ok(IdSet::new(ranges?.into_iter().flatten())) }
     });
-    let units = rule.listed_units().map(|units| {
-        let globs: Result<Vec<_>, _> = units.iter().map(|unit| Glob::new(unit)).collect();
-        if units.is_empty() { Err(format!("`units` {EMPTY}")) } else { globs }
-    });
+    let globs = |key: &str, patterns: Option<&[String]>| {
+        let Some(patterns) = patterns else { return Ok(None) };
+        let globs: Result<Vec<_>, _> = patterns.iter().map(|pattern| Glob::new(pattern)).collect();
+        if patterns.is_empty() { Err(format!("`{key}` {EMPTY}")) } else { globs.map(Some) }
+    };
     let deny = rule.name().kind() == Kind::Deny;
-    let matcher = Matcher { deny, users: users.transpose()?, groups: groups.transpose()?, units: units.transpose()? };
-    if matcher.users.is_none() && matcher.groups.is_none() && matcher.units.is_none() {
+    let (users, groups) = (users.transpose()?, groups.transpose()?);
+    let units = globs("units", rule.listed_units())?;
+    let user_units = globs("user-units", rule.listed_user_units())?;
+    if user_units.is_some() && users.is_none() {
+        return Err(format!("{}; expected {}", USER_UNITS_ALONE.0, USER_UNITS_ALONE.1));
+    }
+    if users.is_none() && groups.is_none() && units.is_none() {
         return Err("the rule says nothing about whom it is for; expected `users`, `groups` or `units`".into());
     }
-    Ok(matcher)
+    Ok(Matcher { deny, users, groups, units, user_units })
 }
+
+/// What is wrong with a rule that has `user-units` and no `users`, and what was expected.
+const USER_UNITS_ALONE: (&str, &str) = (
+    "`user-units` without `users`, where any user can call a unit of their own by that name",
+    "`users` beside it, to say whose units are meant",
+);
 
 impl<T> Policy<T> {
     /// Rules that no known subject can reach, because earlier rules decide about everyone they are for; each with

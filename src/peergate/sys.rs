@@ -56,51 +56,26 @@ pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// SO_PEERGROUPS: the supplementary groups of the peer at connect, unix(7). Linux 4.13.
-/// `room` is the number of groups to make room for at first; one more call follows where it is short.
-pub(crate) fn peer_groups(socket: BorrowedFd<'_>, room: usize) -> io::Result<Vec<u32>> {
-    let mut groups: Vec<u32> = Vec::with_capacity(room);
-    loop {
-        let mut length =
-            libc::socklen_t::try_from(groups.capacity() * size_of::<u32>()).unwrap_or(libc::socklen_t::MAX);
-        match getsockopt(socket, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &mut length) {
-            Ok(()) => {
-                let count = length as usize / size_of::<u32>();
-                // SAFETY: the kernel wrote `length` bytes, no more than the capacity it was told.
-                unsafe { groups.set_len(count.min(groups.capacity())) };
-                return Ok(groups);
-            }
-            // The kernel says how much room it needs; the list is fixed at connect and will not grow.
-            Err(e) if e.raw_os_error() == Some(libc::ERANGE) => {
-                let needed = length as usize / size_of::<u32>();
-                if needed <= groups.capacity() {
-                    return Err(e);
-                }
-                groups.reserve_exact(needed);
-            }
-            Err(e) => return Err(e),
+/// SO_PEERGROUPS: the supplementary groups of the peer at connect, unix(7). Linux 4.13. Returns how many there are. They
+/// are in `room` if it has room for them all; if not, the kernel has copied none.
+pub(crate) fn peer_groups(socket: BorrowedFd<'_>, room: &mut [u32]) -> io::Result<usize> {
+    let mut length = libc::socklen_t::try_from(size_of_val(room)).unwrap_or(libc::socklen_t::MAX);
+    match getsockopt(socket, libc::SO_PEERGROUPS, room.as_mut_ptr().cast(), &mut length) {
+        Ok(()) => Ok(length as usize / size_of::<u32>()),
+        // The kernel says how much room it needs.
+        Err(e) if e.raw_os_error() == Some(libc::ERANGE) && length as usize > size_of_val(room) => {
+            Ok(length as usize / size_of::<u32>())
         }
+        Err(e) => Err(e),
     }
 }
 
-/// SO_PEERSEC: the security label of the peer at connect, unix(7); the bytes as the LSM gave them.
-/// ENOPROTOOPT where no security module has labels.
-pub(crate) fn peer_label(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
-    let mut label: Vec<u8> = Vec::with_capacity(256);
-    loop {
-        let mut length = libc::socklen_t::try_from(label.capacity()).unwrap_or(libc::socklen_t::MAX);
-        match getsockopt(socket, libc::SO_PEERSEC, label.as_mut_ptr().cast(), &mut length) {
-            Ok(()) => {
-                // SAFETY: the kernel wrote `length` bytes, no more than the capacity it was told.
-                unsafe { label.set_len((length as usize).min(label.capacity())) };
-                return Ok(label);
-            }
-            Err(e) if e.raw_os_error() == Some(libc::ERANGE) && length as usize > label.capacity() => {
-                label.reserve_exact(length as usize);
-            }
-            Err(e) => return Err(e),
-        }
-    }
+/// SO_PEERSEC: the security label of the peer at connect, unix(7); the bytes as the LSM gave them, in `room`. ERANGE
+/// where they do not fit in, ENOPROTOOPT where no security module has labels.
+pub(crate) fn peer_label<'r>(socket: BorrowedFd<'_>, room: &'r mut [u8]) -> io::Result<&'r [u8]> {
+    let mut length = libc::socklen_t::try_from(room.len()).unwrap_or(libc::socklen_t::MAX);
+    getsockopt(socket, libc::SO_PEERSEC, room.as_mut_ptr().cast(), &mut length)?;
+    Ok(room.get(..length as usize).unwrap_or_default())
 }
 
 /// FIONREAD: how many bytes have come that nobody has read yet, unix(7) (as SIOCINQ).

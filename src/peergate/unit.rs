@@ -12,11 +12,29 @@
 //! ```
 //!
 //! Read from the root: any number of slices, then one unit that holds processes. What lies below that
-//! unit was named by whoever the unit belongs to, not by the system's manager: a container may call
+//! unit was named by the owner of the unit, not by the system's manager: a container may call
 //! a group of its own `backup.service`. So names below count only in one case, `user@UID.service`,
 //! and then as *that user's* units, which that user may name at will.
+//!
+//! A container manager that works beside systemd may make a control group called `web.slice` and give it away, and its
+//! new owner may make `system.slice/backup.service` inside. The shape of a name is therefore not enough; a name counts
+//! only in the place where systemd would put it:
+//!
+//! - a slice inside the slice that its name says (systemd.slice(5)): `a-b.slice` in `a.slice`, and one without a dash,
+//!   such as `system.slice`, at the top;
+//! - `init.scope` at the top;
+//! - `user@UID.service`, as a manager, in `user.slice/user-UID.slice`, where its unit file puts it.
+//!
+//! The chain of names ends before the first one that is out of place.
 
 use crate::ids::Uid;
+
+/// The longest chain of units that is told: the names that count and the slashes before them, in bytes. The names of a
+/// user's own units are up to that user, and a path may have 4096 bytes; a desktop's longest have about 200.
+const LONGEST: usize = 1024;
+
+/// The longest name of a unit (systemd.unit(5)).
+const LONGEST_NAME: usize = 255;
 
 /// The units around one process: the system manager's, and below `user@UID.service` that user's own.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,11 +61,13 @@ impl Units {
         let path = path_of(|_, controllers| controllers == "name=systemd")
             .filter(|path| *path != "/")
             .or_else(|| path_of(|number, controllers| number == "0" && controllers.is_empty()))?;
-        Self::from_path(path)
+        Self::from_root(path)
     }
 
-    /// Reads a control group's path, such as `/system.slice/backup.service`. A bare unit name is a
-    /// path of one component. `None` where it does not begin with a unit.
+    /// Reads a control group's path, such as `/system.slice/backup.service`. One without a slash in front begins with
+    /// a unit's name, which is put where systemd would put it: `user-1000.slice` into `user.slice`, and
+    /// `user@1000.service` into that; a service alone has no slice around it. `None` where it does not begin with a
+    /// unit in its place, and where the names are longer than 1024 bytes in all.
     ///
     /// ```
     /// use peergate::unit::Units;
@@ -55,14 +75,26 @@ impl Units {
     /// let units = Units::from_path("/user.slice/user-1000.slice/user@1000.service/app.slice/mail.service").unwrap();
     /// assert_eq!(units.system(), ["user.slice", "user-1000.slice", "user@1000.service"]);
     /// assert_eq!(units.name(), "mail.service");
+    /// assert_eq!(Units::from_path("user@1000.service/app.slice/mail.service"), Some(units));
     /// assert!(Units::from_path("/docker/0123abcd").is_none());
+    /// assert!(Units::from_path("/machine.slice/system.slice/backup.service").unwrap().name() == "machine.slice");
     /// ```
     pub fn from_path(path: &str) -> Option<Self> {
-        let mut components = path.split('/').filter(|c| !c.is_empty()).map(unescape).peekable();
-        let system = branch(&mut components);
-        let user = system.last().and_then(|unit| manager_of(unit)).map(|uid| (uid, branch(&mut components)));
-        let user = user.filter(|(_, units)| !units.is_empty());
-        (!system.is_empty()).then_some(Self { system, user })
+        let first = path.split('/').next().unwrap_or_default();
+        // A slash in front leaves nothing before it.
+        if first.is_empty() { Self::from_root(path) } else { Self::from_root(&format!("{}/{path}", place_of(first))) }
+    }
+
+    fn from_root(path: &str) -> Option<Self> {
+        let mut components = path.split('/').filter(|component| !component.is_empty()).peekable();
+        let system = branch(&mut components)?;
+        let user = match manager_of(&system) {
+            Some(uid) => Some((uid, branch(&mut components)?)),
+            None => None,
+        };
+        let units = Self { system, user: user.filter(|(_, units)| !units.is_empty()) };
+        let length: usize = units.names().map(|name| 1 + name.len()).sum();
+        (length > 0 && length <= LONGEST).then_some(units)
     }
 
     /// The system manager's units around the process, outermost first: slices, then the unit itself.
@@ -84,26 +116,74 @@ impl Units {
 
     /// The whole chain in the form that [`from_path`](Self::from_path) reads.
     pub fn to_path(&self) -> String {
-        let user = self.user.iter().flat_map(|(_, units)| units);
-        self.system.iter().chain(user).fold(String::new(), |path, unit| path + "/" + unit)
+        self.names().fold(String::new(), |path, unit| path + "/" + unit)
+    }
+
+    fn names(&self) -> impl Iterator<Item = &String> {
+        self.system.iter().chain(self.user.iter().flat_map(|(_, units)| units))
     }
 }
 
-/// Slices, then one unit that holds processes: as far as one manager's names go.
-fn branch<'a>(components: &mut std::iter::Peekable<impl Iterator<Item = &'a str>>) -> Vec<String> {
-    let mut units = Vec::new();
-    while let Some(component) = components.next_if(|c| is_unit(c)) {
-        units.push(component.to_owned());
-        if !component.ends_with(".slice") {
+/// Slices, then one unit that holds processes: as far as one manager's names go. `None` where the next name may or may
+/// not be the manager's.
+fn branch<'a>(components: &mut std::iter::Peekable<impl Iterator<Item = &'a str>>) -> Option<Vec<String>> {
+    let mut units: Vec<String> = Vec::new();
+    while let Some(component) = components.peek() {
+        let name = unescape(component)?;
+        let slice = units.last().map_or("", String::as_str);
+        if !is_unit(name) || !is_in_place(name, slice) {
+            break;
+        }
+        units.push(name.to_owned());
+        components.next();
+        if !name.ends_with(".slice") {
             break;
         }
     }
-    units
+    Some(units)
 }
 
-/// systemd puts `_` before a name that would collide with the kernel's own files (`_cpu.service`).
-fn unescape(component: &str) -> &str {
-    component.strip_prefix('_').unwrap_or(component)
+/// Whether systemd would put the unit `name` into `slice`, which is empty for the manager's own control group.
+fn is_in_place(name: &str, slice: &str) -> bool {
+    match parent_of(name) {
+        Some(parent) => parent == slice.strip_suffix(".slice").unwrap_or_default(),
+        // A manager is in a scope of its own; everything else that holds processes can be told to be in any slice.
+        None => name != "init.scope" || slice.is_empty(),
+    }
+}
+
+/// The slice around this one, without its suffix: `a` for `a-b.slice`, nothing for `a.slice`. `None` for other units.
+fn parent_of(slice: &str) -> Option<&str> {
+    let stem = slice.strip_suffix(".slice")?;
+    Some(stem.rsplit_once('-').map_or("", |(parent, _)| parent))
+}
+
+/// The path of the control group around the unit `name`, as far as the name tells.
+fn place_of(name: &str) -> String {
+    let slices = |mut slice: String| {
+        let mut path = String::new();
+        while let Some(parent) = parent_of(&slice).filter(|parent| !parent.is_empty()) {
+            slice = format!("{parent}.slice");
+            path = format!("/{slice}{path}");
+        }
+        path
+    };
+    match manager(name) {
+        Some(uid) => format!("/user.slice/user-{uid}.slice"),
+        None => slices(name.to_owned()),
+    }
+}
+
+/// systemd puts `_` before a name that would collide with the kernel's own files (`_cpu.service`), and before one that
+/// begins so already. `None` where there is a `_` that the systemds known here would not have put there: perhaps a later
+/// one would, for a controller that does not exist yet.
+fn unescape(component: &str) -> Option<&str> {
+    // All that systemd 252 to 262 know, with the controllers of cgroup v1.
+    const KERNELS: [&str; 12] =
+        ["cgroup", "cpu", "cpuacct", "cpuset", "io", "blkio", "memory", "devices", "pids", "hugetlb", "misc", "rdma"];
+    let Some(name) = component.strip_prefix('_') else { return Some(component) };
+    let collides = KERNELS.iter().any(|kernels| name.strip_prefix(kernels).is_some_and(|rest| rest.starts_with('.')));
+    (collides || name.starts_with(['_', '.']) || name.starts_with("bpf-")).then_some(name)
 }
 
 /// The unit types that can have a control group (systemd.resource-control(5)), and the characters that unit names are
@@ -112,15 +192,31 @@ fn unescape(component: &str) -> &str {
 pub(crate) fn is_unit(component: &str) -> bool {
     let Some((name, suffix)) = component.rsplit_once('.') else { return false };
     let fits = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
+    let fits_slice = || !name.split('-').any(str::is_empty) && !name.contains('@');
     !name.is_empty()
+        && component.len() <= LONGEST_NAME
         && name.chars().all(fits)
-        && matches!(suffix, "slice" | "service" | "scope" | "socket" | "mount" | "swap")
+        && match suffix {
+            // Not `-.slice` either: that is the root, which has no name in a path.
+            "slice" => fits_slice(),
+            "service" | "scope" | "socket" | "mount" | "swap" => true,
+            _ => false,
+        }
+}
+
+/// The user whose manager is at the end of this chain of units.
+fn manager_of(system: &[String]) -> Option<Uid> {
+    let [top, slice, unit] = system else { return None };
+    let uid = manager(unit)?;
+    (top == "user.slice" && *slice == format!("user-{uid}.slice")).then_some(uid)
 }
 
 /// The user whose manager `user@UID.service` is.
-fn manager_of(unit: &str) -> Option<Uid> {
-    let uid = unit.strip_prefix("user@")?.strip_suffix(".service")?;
-    uid.parse().ok().map(Uid::new)
+fn manager(unit: &str) -> Option<Uid> {
+    let text = unit.strip_prefix("user@")?.strip_suffix(".service")?;
+    let uid: u32 = text.parse().ok()?;
+    // Not +1000 or 01000, which are other units.
+    (uid.to_string() == text).then_some(Uid::new(uid))
 }
 
 #[cfg(test)]
@@ -151,6 +247,9 @@ mod tests {
         let (system, user) = units("0::/user.slice/user-1.slice/user@1.service/a  9  root (0).slice/x.service\n");
         assert_eq!(system, ["user.slice", "user-1.slice", "user@1.service"]);
         assert_eq!(user, None);
+        let too_long = format!("0::/a.slice/{}.service\n", "x".repeat(248));
+        assert_eq!(units(&too_long).0, ["a.slice"]);
+        assert_eq!(units(&too_long.replacen("xx", "x", 1)).0.len(), 2);
         assert_eq!(units("0::/a.slice/dev-disk-by\\x2dlabel-a:b.swap\n").0[1], "dev-disk-by\\x2dlabel-a:b.swap");
     }
 
@@ -169,7 +268,113 @@ mod tests {
 
     #[test]
     fn escaped_names_are_read_as_systemd_means_them() {
-        assert_eq!(units("0::/system.slice/_cpu.service\n").0[1], "cpu.service");
+        for (written, name) in [
+            ("_cpu.service", "cpu.service"),
+            ("_cgroup.service", "cgroup.service"),
+            ("__x.service", "_x.service"),
+            ("_bpf-devices.service", "bpf-devices.service"),
+        ] {
+            assert_eq!(units(&format!("0::/system.slice/{written}\n")).0[1], name);
+        }
+    }
+
+    #[test]
+    fn an_escape_that_systemd_would_not_write_leaves_nothing_to_tell() {
+        for path in [
+            "/_system.slice/backup.service",
+            "/system.slice/_backup.service",
+            "/user.slice/user-1.slice/user@1.service/_app.slice/a.service",
+        ] {
+            assert_eq!(Units::from_path(path), None, "{path}");
+        }
+        // Below a unit anybody may call anything as they like.
+        assert_eq!(units("0::/system.slice/a.service/_b.service\n").0, ["system.slice", "a.service"]);
+    }
+
+    #[test]
+    fn a_slice_counts_only_where_systemd_would_put_it() {
+        for (path, system) in [
+            // Delegated control groups that are called like slices.
+            ("/web.slice/system.slice/backup.service", ["web.slice"].as_slice()),
+            ("/web.slice/user.slice/user-1.slice/user@1.service/a.service", &["web.slice"]),
+            ("/web.slice/-.slice/backup.service", &["web.slice"]),
+            ("/system.slice/backup.slice/backup.service", &["system.slice"]),
+            ("/a.slice/a-b-c.slice/x.service", &["a.slice"]),
+            ("/a.slice/b-a.slice/x.service", &["a.slice"]),
+            ("/a.slice/a-.slice/x.service", &["a.slice"]),
+            ("/a.slice/a--b.slice/x.service", &["a.slice"]),
+            ("/a.slice/a-b@c.slice/x.service", &["a.slice"]),
+            ("/system.slice/init.scope", &["system.slice"]),
+            ("/machine.slice/machine-web.scope/payload/init.scope", &["machine.slice", "machine-web.scope"]),
+            ("/system.slice/web.service/web.slice/backup.service", &["system.slice", "web.service"]),
+            // Where they belong.
+            ("/a.slice/a-b.slice/a-b-c.slice/x.service", &["a.slice", "a-b.slice", "a-b-c.slice", "x.service"]),
+            ("/a.slice/a-b\\x2dc.slice/x.scope", &["a.slice", "a-b\\x2dc.slice", "x.scope"]),
+            ("/init.scope", &["init.scope"]),
+            ("/dev-hugepages.mount", &["dev-hugepages.mount"]),
+        ] {
+            let units = Units::from_path(path).unwrap();
+            assert_eq!(units.system(), system, "{path}");
+            assert_eq!(units.user(), None, "{path}");
+        }
+        for path in
+            ["/-.slice/a.service", "/a-b.slice/x.service", "/user-1.slice/session-3.scope", "/-a.slice/x.service"]
+        {
+            assert_eq!(Units::from_path(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_users_manager_counts_only_in_that_users_slice() {
+        for manager in [
+            "/system.slice/user@1000.service",
+            "/user@1000.service",
+            "/user.slice/user@1000.service",
+            "/user.slice/user-1001.slice/user@1000.service",
+            "/user.slice/user-1000.slice/user@01000.service",
+            "/user.slice/user-1000.slice/user@+1000.service",
+            "/user.slice/user-1000.slice/user-1000-x.slice/user@1000.service",
+        ] {
+            assert_eq!(Units::from_path(&format!("{manager}/mail.service")).unwrap().user(), None, "{manager}");
+        }
+        let (_, user) = units("0::/user.slice/user-1.slice/user@1.service/app.slice/app-a.slice/a.service\n");
+        assert_eq!(user, Some((Uid::new(1), vec!["app.slice".into(), "app-a.slice".into(), "a.service".into()])));
+        // The same holds inside, and a manager in there is a unit like any other.
+        for (below, expected) in [
+            ("x.slice/system.slice/a.service", ["x.slice"].as_slice()),
+            ("init.scope", &["init.scope"]),
+            ("user.slice/user-2.slice/user@2.service/a.service", &["user.slice", "user-2.slice", "user@2.service"]),
+        ] {
+            let (_, user) = units(&format!("0::/user.slice/user-1.slice/user@1.service/{below}\n"));
+            assert_eq!(user.unwrap().1, expected);
+        }
+    }
+
+    #[test]
+    fn a_chain_longer_than_a_page_of_text_is_not_told() {
+        let mut path = "/user.slice/user-1.slice/user@1.service".to_owned();
+        let mut slice = String::from("a");
+        while path.len() + slice.len() + 7 <= LONGEST {
+            path = format!("{path}/{slice}.slice");
+            slice += "-a";
+        }
+        assert!(Units::from_path(&path).is_some_and(|units| units.to_path() == path));
+        assert_eq!(Units::from_path(&format!("{path}/{slice}.slice")), None);
+        // What does not count may be as long as it likes.
+        assert!(Units::from_path(&format!("/system.slice/a.service{}", "/x.slice".repeat(500))).is_some());
+    }
+
+    #[test]
+    fn a_name_alone_is_put_where_systemd_would_put_it() {
+        for (name, path) in [
+            ("backup.service", "/backup.service"),
+            ("system.slice/backup.service", "/system.slice/backup.service"),
+            ("user-1.slice/session-3.scope", "/user.slice/user-1.slice/session-3.scope"),
+            ("a-b-c.slice", "/a.slice/a-b.slice/a-b-c.slice"),
+            ("user@1.service/a.service", "/user.slice/user-1.slice/user@1.service/a.service"),
+        ] {
+            assert_eq!(Units::from_path(name).map(|units| units.to_path()).as_deref(), Some(path));
+        }
     }
 
     #[test]

@@ -9,7 +9,8 @@
 //!                                         print how many the kernel took
 //! peer [OPTION]... listen SOCKET           bind a datagram socket, hand it over
 //!
-//! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers or ranges LO-HI, separated by commas
+//! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers, ranges LO-HI, or NxTIMES for the
+//!                        same one so many times, separated by commas
 //! --cgroup FILE          write our pid into FILE first
 //! --comm NAME            be called so; \n and \e stand for themselves
 //! --say TEXT             send TEXT on each connection
@@ -92,6 +93,10 @@ fn become_user(text: &str) -> Outcome<()> {
     let gid = Gid::from_raw(parts.next().ok_or("no gid")?.parse()?);
     let mut groups = Vec::new();
     for group in parts.next().unwrap_or_default().split(',').filter(|group| !group.is_empty()) {
+        if let Some((group, times)) = group.split_once('x') {
+            groups.extend(vec![Gid::from_raw(group.parse()?); times.parse()?]);
+            continue;
+        }
         let (low, high) = group.split_once('-').unwrap_or((group, group));
         groups.extend((low.parse::<u32>()?..=high.parse()?).map(Gid::from_raw));
     }

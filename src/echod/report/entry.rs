@@ -4,8 +4,8 @@
 //! Whoever may reach the journal's socket may write any field but those that begin with an underscore: these
 //! journald adds itself (systemd.journal-fields(7), "trusted fields"). So an entry is believed for who sent it:
 //!
-//! - the system's echod: `_SYSTEMD_UNIT=echo.service`, which only PID 1 can bring about; or `_UID=0` with an
-//!   executable called echod, for root's `echod --listen` outside systemd;
+//! - the system's echod: `_SYSTEMD_UNIT=echo.service`, from a control group where systemd would put it; or `_UID=0`
+//!   with an executable called echod, for root's `echod --listen` outside systemd;
 //! - a user's own: this user's `_UID`, not the system's unit, and `_SYSTEMD_USER_UNIT=echo.service` or an executable or
 //!   a process called echod. What runs as this user already is the user; this only keeps other programs out.
 //!
@@ -14,6 +14,7 @@
 
 use std::path::Path;
 
+use peergate::unit::Units;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -24,7 +25,7 @@ const PROGRAM: &str = "echod";
 
 /// The fields that [`Entry`] is made of, for journalctl's --output-fields. It adds those with two underscores unasked.
 pub const FIELDS: &str = "GATE_VERDICT,GATE_REASON,GATE_RULE,GATE_COUNT,GATE_DURATION_USEC,PEER_UID,PEER_USER,\
-                          PEER_COMM,PEER_UNIT,_UID,_SYSTEMD_UNIT,_SYSTEMD_USER_UNIT,_EXE,_COMM,\
+                          PEER_COMM,PEER_UNIT,_UID,_SYSTEMD_UNIT,_SYSTEMD_CGROUP,_SYSTEMD_USER_UNIT,_EXE,_COMM,\
                           _MACHINE_ID,_HOSTNAME,_TRANSPORT,N_DROPPED,MESSAGE";
 /// MESSAGE_ID of journald's own note that it has dropped messages of a unit, for its rate limit (journald.conf(5)).
 pub const SUPPRESSED: &str = "a596d6fe7bfa4994828e72309e95d61e";
@@ -100,6 +101,8 @@ pub struct Entry {
     sender: Trusted,
     #[serde(rename = "_SYSTEMD_UNIT")]
     system_unit: Trusted,
+    #[serde(rename = "_SYSTEMD_CGROUP")]
+    control_group: Trusted,
     #[serde(rename = "_SYSTEMD_USER_UNIT")]
     user_unit: Trusted,
     #[serde(rename = "_EXE")]
@@ -153,6 +156,16 @@ impl Entry {
         object.then(|| serde_json::from_slice(line).ok())?
     }
 
+    /// Whether it comes from the unit of the system's manager. journald passes over whatever ends in `.slice` on its way
+    /// to a unit's name, wherever it is: in a control group `web.slice` that a container manager gave away, its owner
+    /// may make `system.slice/echo.service`. So the control group must be where systemd would put the unit.
+    fn is_of_system_unit(&self) -> bool {
+        let is_in_place = |path: &str| {
+            Units::from_path(path).is_some_and(|units| units.system().last().is_some_and(|name| name == UNIT))
+        };
+        self.system_unit.is(UNIT) && self.control_group.0.as_deref().is_none_or(is_in_place)
+    }
+
     /// When journald took it in, in microseconds since 1970.
     pub fn time(&self) -> Option<i64> {
         self.time.number()
@@ -201,7 +214,7 @@ impl Scope {
         let executable = entry.executable.0.as_deref().map(Path::new).and_then(Path::file_name);
         let executable = executable.is_some_and(|name| name == PROGRAM);
         match self {
-            Self::System => entry.system_unit.is(UNIT) || (entry.sender.is("0") && executable),
+            Self::System => entry.is_of_system_unit() || (entry.sender.is("0") && executable),
             Self::User(uid) => {
                 let named = entry.user_unit.is(UNIT) || executable || entry.process.is(PROGRAM);
                 entry.sender.is(&uid.to_string()) && !entry.system_unit.is(UNIT) && named
@@ -250,9 +263,14 @@ mod tests {
 
     #[test]
     fn only_the_units_own_process_and_roots_echod_speak_for_the_system() {
-        let believed = |json| Scope::System.believes(&entry(json));
+        let believed = |json: &str| Scope::System.believes(&entry(json));
         assert!(believed(r#"{"_SYSTEMD_UNIT":"echo.service","_UID":"61234","_EXE":"/usr/bin/echod"}"#));
         assert!(believed(r#"{"_SYSTEMD_UNIT":"session-1.scope","_UID":"0","_EXE":"/usr/bin/echod"}"#));
+        let of_group =
+            |path: &str| format!(r#"{{"_SYSTEMD_UNIT":"echo.service","_SYSTEMD_CGROUP":"{path}","_UID":"61234"}}"#);
+        assert!(believed(&of_group("/system.slice/echo.service")) && believed(&of_group("/a.slice/echo.service")));
+        assert!(!believed(&of_group("/web.slice/system.slice/echo.service")));
+        assert!(!believed(&of_group("/_web.slice/echo.service")) && !believed(&of_group("/a-b.slice/echo.service")));
         for forged in [
             r#"{"_UID":"1000","_EXE":"/usr/bin/echod","_COMM":"echod","SYSLOG_IDENTIFIER":"echod"}"#,
             r#"{"_SYSTEMD_UNIT":"user@1000.service","_SYSTEMD_USER_UNIT":"echo.service","_UID":"1000","_COMM":"echod"}"#,

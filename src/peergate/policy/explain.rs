@@ -3,7 +3,8 @@
 use std::fmt;
 
 use super::Policy;
-use super::matcher::{Answer, Asked, Matcher};
+use super::glob::Glob;
+use super::matcher::{Answer, Asked, Matcher, any_fits};
 use super::rule::{Kind, Place, Rule, RuleName};
 use crate::subject::Subject;
 use crate::unit::Units;
@@ -39,7 +40,7 @@ pub(super) struct Consulted {
 /// How one key of a rule came out.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
-    /// `users`, `groups` or `units`.
+    /// `users`, `groups`, `units` or `user-units`.
     pub key: &'static str,
     /// Whether it holds. `None` where the other keys had settled the matter, so that nobody asked.
     pub answer: Option<Answer>,
@@ -135,41 +136,48 @@ fn findings<T>(policy: &Policy<T>, rule: &Rule<T>, matcher: &Matcher, asked: &As
         let hit = asked.who.gids().iter().find(|gid| set.is_some_and(|set| set.contains(gid.raw())));
         let why = match (answer, hit) {
             (Answer::Yes, Some(gid)) => format!("gid {gid} is among {listed}"),
-            (Answer::Unknown, _) if !asked.who.gids_complete() => "not all of the groups could be read".to_owned(),
+            (Answer::Unknown, _) if !asked.who.gids_complete() => "the list of groups cannot be told".to_owned(),
             (Answer::Unknown, _) => "one of the gids names no group here".to_owned(),
             _ => format!("no gid of {} is among {listed}", list(asked.who.gids().iter().map(ToString::to_string))),
         };
         findings.push(Finding { key: "groups", answer: Some(answer), why });
     }
     if let Some(patterns) = rule.listed_units() {
-        findings.push(units(policy, patterns, matcher, asked));
+        findings.push(units("units", patterns, matcher, asked));
+    }
+    if let Some(patterns) = rule.listed_user_units() {
+        findings.push(units("user-units", patterns, matcher, asked));
     }
     findings
 }
 
-fn units<T>(policy: &Policy<T>, patterns: &[String], matcher: &Matcher, asked: &Asked<'_>) -> Finding {
-    let listed = list(patterns.iter().cloned());
+/// How the key `units` or `user-units` came out.
+fn units(key: &'static str, patterns: &[String], matcher: &Matcher, asked: &Asked<'_>) -> Finding {
     if !matcher.depends_on_unit(matcher.ids(asked.who)) {
-        return Finding { key: "units", answer: None, why: "the other keys settle it".to_owned() };
+        return Finding { key, answer: None, why: "the other keys settle it".to_owned() };
     }
-    let answer = matcher.unit(asked, policy.me);
+    let is_of_user = key == "user-units";
+    let answer = if is_of_user { matcher.user_unit(asked) } else { matcher.unit(asked) };
+    let listed = list(patterns.iter().cloned());
     let why = match (answer, asked.units()) {
         (Some(Answer::Yes), Some(units)) => format!("{} is in {listed}", shown(units)),
         (_, Some(units)) => {
-            let disregarded = units.user().is_some_and(|(_, names)| {
-                matcher.counted(units, asked.who.uid(), policy.me).is_empty()
-                    && names.iter().any(|name| matcher.units.iter().flatten().any(|glob| glob.matches(name)))
-            });
             let why = format!("{} is not in {listed}", shown(units));
-            if disregarded {
-                why + " (a name that a user chose counts only for that user, beside `users`)"
+            let of_user = |globs: &Option<Vec<Glob>>| {
+                let names = units.user().map_or(&[][..], |(_, names)| names);
+                globs.as_ref().is_some_and(|globs| any_fits(globs, names))
+            };
+            if is_of_user && of_user(&matcher.user_units) {
+                why + " of the process's own user"
+            } else if !is_of_user && of_user(&matcher.units) {
+                why + " of the system's manager (a name that a user chose counts under `user-units`)"
             } else {
                 why
             }
         }
         (_, None) => "the unit cannot be told".to_owned(),
     };
-    Finding { key: "units", answer, why }
+    Finding { key, answer, why }
 }
 
 /// A unit's path, harmless on a terminal.

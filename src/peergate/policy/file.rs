@@ -16,8 +16,8 @@
 //! belongs-to = "the application"
 //! ```
 //!
-//! Tables under `deny` and `allow` are rules. The keys `users`, `groups` and `units` say whom a rule is for; what
-//! else an allow rule holds are its terms, of the type that the application chooses. A deny rule has no terms.
+//! Tables under `deny` and `allow` are rules. The keys `users`, `groups`, `units` and `user-units` say whom a rule
+//! is for; what else an allow rule holds are its terms, of the type that the application chooses. A deny rule has no terms.
 //! Every other table is the application's.
 //!
 //! A file is taken as a whole or not at all, and all that is wrong with it is told at once.
@@ -76,7 +76,7 @@ use toml::Spanned;
 use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::set::HIGHEST;
-use super::{Glob, Group, Kind, Name, Place, Policy, Rule, RuleName, User};
+use super::{Glob, Group, Kind, Name, Place, Policy, Rule, RuleName, USER_UNITS_ALONE, User};
 use crate::ids::{Gid, Uid};
 use table::{Keys, Spot, sentence};
 
@@ -101,7 +101,7 @@ pub struct Loaded<T, A> {
 }
 
 /// The keys that say whom a rule is for.
-const WHO: [&str; 3] = ["users", "groups", "units"];
+const WHO: [&str; 4] = ["users", "groups", "units", "user-units"];
 
 /// Reads the file at `path`, with the system's own users and groups. `me` is whom `self` stands for. For the type
 /// parameters see [`parse`]; an application without tables of its own takes `()` for `A`.
@@ -325,7 +325,12 @@ impl<'s> Reader<'s> {
         self.headers.insert(full.to_string(), at);
 
         let (users, groups, units) = (table.remove("users"), table.remove("groups"), table.remove("units"));
-        if users.is_none() && groups.is_none() && units.is_none() && self.garbled.is_empty() {
+        let user_units = table.remove_entry("user-units");
+        if !self.garbled.is_empty() {
+            // What is missing may be there, on a line that could not be read.
+        } else if let (Some((key, _)), None) = (&user_units, &users) {
+            self.fault(key.span().start, format!("{}; expected {}", USER_UNITS_ALONE.0, USER_UNITS_ALONE.1));
+        } else if users.is_none() && groups.is_none() && units.is_none() {
             self.fault(
                 at,
                 format!("`{full}` does not say whom it is for; expected `users`, `groups` or `units` in it"),
@@ -355,7 +360,10 @@ impl<'s> Reader<'s> {
             }));
         }
         if let Some(units) = units {
-            rule = rule.units(self.patterns(&units));
+            rule = rule.units(self.patterns("units", &units));
+        }
+        if let Some((_, user_units)) = user_units {
+            rule = rule.user_units(self.patterns("user-units", &user_units));
         }
         Some(rule.at(Place { file: self.source.path().clone(), line: self.source.line(at) }))
     }
@@ -473,12 +481,12 @@ impl<'s> Reader<'s> {
         names
     }
 
-    /// The values of `units`.
-    fn patterns(&mut self, value: &Spanned<DeValue<'_>>) -> Vec<String> {
+    /// The values of `units` or `user-units`.
+    fn patterns(&mut self, key: &str, value: &Spanned<DeValue<'_>>) -> Vec<String> {
         const ARRAY: &str = "expected an array such as [\"backup.service\", \"session-*.scope\"]";
-        self.elements("units", ARRAY, value, |_, element| match element.get_ref() {
+        self.elements(key, ARRAY, value, |_, element| match element.get_ref() {
             DeValue::String(text) => Glob::new(text).map(|_| text.clone().into_owned()),
-            other => Err(format!("{} in `units`; expected a unit's name such as \"backup.service\"", a(other))),
+            other => Err(format!("{} in `{key}`; expected a unit's name such as \"backup.service\"", a(other))),
         })
     }
 

@@ -31,6 +31,8 @@ pub(super) struct Candidates<'i> {
 pub(super) struct Index {
     users: Table,
     groups: Table,
+    /// The gids that any of these rules is listed under. Most gids of most subjects are none of them.
+    listed_gids: IdSet,
     /// Rules that depend on nothing but the unit, ascending.
     anyone: Vec<u32>,
 }
@@ -40,7 +42,7 @@ impl Index {
     pub(super) fn new(matchers: &[Matcher]) -> Option<Self> {
         let (mut by_uid, mut by_gid, mut anyone) = (Vec::new(), Vec::new(), Vec::new());
         for (number, matcher) in (0..NONE).zip(matchers) {
-            let entry = |set| Entry { number, set, needs_unit: matcher.units.is_some(), alone: matcher.is_one_key() };
+            let entry = |set| Entry { number, set, needs_unit: matcher.has_units(), alone: matcher.is_one_key() };
             match (&matcher.users, &matcher.groups) {
                 // Listed under the rarer of the two, so that few subjects meet it.
                 (Some(users), Some(groups)) if groups.size() < users.size() => by_gid.push(entry(groups)),
@@ -50,7 +52,9 @@ impl Index {
             }
         }
         let mut left = MOST_ENTRIES;
-        Some(Self { users: Table::new(&by_uid, &mut left)?, groups: Table::new(&by_gid, &mut left)?, anyone })
+        let listed_gids = IdSet::new(by_gid.iter().flat_map(|entry| entry.set.ranges().iter().copied()));
+        let (users, groups) = (Table::new(&by_uid, &mut left)?, Table::new(&by_gid, &mut left)?);
+        Some(Self { users, groups, listed_gids, anyone })
     }
 
     pub(super) fn of_uid(&self, uid: u32) -> Candidates<'_> {
@@ -61,9 +65,14 @@ impl Index {
         self.groups.at(gid)
     }
 
-    /// Whether any rule is listed by gid.
-    pub(super) fn has_groups(&self) -> bool {
-        self.groups.segments.len() > 1
+    /// Whether any rule is listed by this gid.
+    pub(super) fn lists_gid(&self, gid: u32) -> bool {
+        self.listed_gids.contains(gid)
+    }
+
+    /// Whether any rule that is listed by gid depends on something besides.
+    pub(super) fn has_conditions_on_gids(&self) -> bool {
+        !self.groups.lists.is_empty()
     }
 
     /// The rules that depend on nothing but the unit.
@@ -209,7 +218,7 @@ mod tests {
     use super::*;
 
     fn users(low: u32, high: u32) -> Matcher {
-        Matcher { deny: false, users: Some(IdSet::new([(low, high)])), groups: None, units: None }
+        Matcher { deny: false, users: Some(IdSet::new([(low, high)])), groups: None, units: None, user_units: None }
     }
 
     #[test]
@@ -268,6 +277,7 @@ mod tests {
             users: Some(IdSet::new([(n, 60_000 - n)])),
             groups: Some(IdSet::new([(0, 60_000)])),
             units: None,
+            user_units: None,
         };
         assert!(Index::new(&(0..100).map(nested).collect::<Vec<_>>()).is_some());
         assert!(Index::new(&(0..5000).map(nested).collect::<Vec<_>>()).is_none());

@@ -4,7 +4,7 @@ use std::cell::OnceCell;
 
 use super::glob::Glob;
 use super::set::IdSet;
-use crate::ids::{Gid, Uid};
+use crate::ids::Gid;
 use crate::subject::Subject;
 use crate::unit::Units;
 
@@ -32,6 +32,8 @@ pub(super) struct Matcher {
     pub(super) users: Option<IdSet>,
     pub(super) groups: Option<IdSet>,
     pub(super) units: Option<Vec<Glob>>,
+    /// Never without `users`.
+    pub(super) user_units: Option<Vec<Glob>>,
 }
 
 /// A subject that is asked for its units at most once, and only when a rule depends on them.
@@ -53,13 +55,19 @@ impl<'s> Asked<'s> {
 impl Matcher {
     /// Whether a single key is all that the rule has.
     pub(super) fn is_one_key(&self) -> bool {
-        usize::from(self.users.is_some()) + usize::from(self.groups.is_some()) + usize::from(self.units.is_some()) == 1
+        let (units, user_units) = (self.units.is_some(), self.user_units.is_some());
+        [self.users.is_some(), self.groups.is_some(), units, user_units].into_iter().filter(|has| *has).count() == 1
     }
 
     /// Whether the rule takes the decision: an allow rule if it holds, a deny rule also if that cannot be told.
-    pub(super) fn matches(&self, asked: &Asked<'_>, me: Uid) -> bool {
+    pub(super) fn matches(&self, asked: &Asked<'_>) -> bool {
         let ids = self.ids(asked.who);
-        let answer = if self.depends_on_unit(ids) { ids.min(self.unit(asked, me).unwrap_or(Answer::Yes)) } else { ids };
+        let answer = if self.depends_on_unit(ids) {
+            let units = self.unit(asked).unwrap_or(Answer::Yes);
+            ids.min(units).min(self.user_unit(asked).unwrap_or(Answer::Yes))
+        } else {
+            ids
+        };
         self.decides(answer)
     }
 
@@ -67,9 +75,14 @@ impl Matcher {
         answer == Answer::Yes || self.deny && answer == Answer::Unknown
     }
 
+    /// Whether the rule has a key about units.
+    pub(super) fn has_units(&self) -> bool {
+        self.units.is_some() || self.user_units.is_some()
+    }
+
     /// Whether the unit can still change what the rule does, when its other keys gave `ids`.
     pub(super) fn depends_on_unit(&self, ids: Answer) -> bool {
-        self.units.is_some() && self.decides(ids)
+        self.has_units() && self.decides(ids)
     }
 
     /// What the keys `users` and `groups` say together. An allow rule without `users` admits every user, but nobody
@@ -100,21 +113,30 @@ impl Matcher {
     }
 
     /// What the key `units` says; `None` where the rule has none.
-    pub(super) fn unit(&self, asked: &Asked<'_>, me: Uid) -> Option<Answer> {
+    pub(super) fn unit(&self, asked: &Asked<'_>) -> Option<Answer> {
         let patterns = self.units.as_ref()?;
         let Some(units) = asked.units() else { return Some(Answer::Unknown) };
-        let mut names = units.system().iter().chain(self.counted(units, asked.who.uid(), me));
-        Some(Answer::from(names.any(|name| patterns.iter().any(|pattern| pattern.matches(name)))))
+        Some(Answer::from(any_fits(patterns, units.system())))
     }
 
-    /// The names of a user's own units, as far as they count for this rule. That user chose them, so they say
-    /// something only about that user's own processes, and only in a rule that also says which users.
-    pub(super) fn counted<'u>(&self, units: &'u Units, uid: Uid, me: Uid) -> &'u [String] {
-        match units.user() {
-            Some((owner, names)) if owner.is_known() && (owner == me || self.users.is_some() && owner == uid) => names,
-            _ => &[],
-        }
+    /// What the key `user-units` says; `None` where the rule has none. A user chooses the names of their own units, so
+    /// these say something only about that user's own processes.
+    pub(super) fn user_unit(&self, asked: &Asked<'_>) -> Option<Answer> {
+        let patterns = self.user_units.as_ref()?;
+        let Some(units) = asked.units() else { return Some(Answer::Unknown) };
+        let uid = asked.who.uid();
+        Some(match units.user() {
+            Some((_, names)) if !any_fits(patterns, names) => Answer::No,
+            Some(_) if !uid.is_known() => Answer::Unknown,
+            Some((owner, _)) => Answer::from(owner == uid),
+            None => Answer::No,
+        })
     }
+}
+
+/// Whether one of the patterns fits one of the names.
+pub(super) fn any_fits(patterns: &[Glob], names: &[String]) -> bool {
+    names.iter().any(|name| patterns.iter().any(|pattern| pattern.matches(name)))
 }
 
 /// Whether every group of the subject is there and names somebody.

@@ -240,6 +240,7 @@ pub struct Rule<T> {
     users: Option<Vec<User>>,
     groups: Option<Vec<Group>>,
     units: Option<Vec<String>>,
+    user_units: Option<Vec<String>>,
     place: Option<Place>,
 }
 
@@ -259,7 +260,8 @@ impl<T> Rule<T> {
     }
 
     fn new(kind: Kind, name: &str, terms: T) -> Self {
-        Self { name: RuleName::new(kind, name), terms, users: None, groups: None, units: None, place: None }
+        let name = RuleName::new(kind, name);
+        Self { name, terms, users: None, groups: None, units: None, user_units: None, place: None }
     }
 
     /// Only for these users (the effective uid). Called again, it adds.
@@ -276,11 +278,20 @@ impl<T> Rule<T> {
         self
     }
 
-    /// Only for processes in a systemd unit whose name fits one of these [patterns](super#names-of-units). Called
-    /// again, it adds.
+    /// Only for processes in a unit of the system's manager whose name fits one of these
+    /// [patterns](super#names-of-units). Called again, it adds.
     #[must_use]
     pub fn units<P: Into<String>>(mut self, patterns: impl IntoIterator<Item = P>) -> Self {
         self.units.get_or_insert_default().extend(patterns.into_iter().map(Into::into));
+        self
+    }
+
+    /// Only for processes in a unit of the user's own manager whose name fits one of these
+    /// [patterns](super#names-of-units). Called again, it adds. Any user can call a unit of their own as they like, so
+    /// [`Policy::new`](super::Policy::new) refuses a rule that does not also say which [users](Self::users).
+    #[must_use]
+    pub fn user_units<P: Into<String>>(mut self, patterns: impl IntoIterator<Item = P>) -> Self {
+        self.user_units.get_or_insert_default().extend(patterns.into_iter().map(Into::into));
         self
     }
 
@@ -338,5 +349,10 @@ impl<T> Rule<T> {
     /// The patterns of the key `units`; `None` where the rule has no such key.
     pub fn listed_units(&self) -> Option<&[String]> {
         self.units.as_deref()
+    }
+
+    /// The patterns of the key `user-units`; `None` where the rule has no such key.
+    pub fn listed_user_units(&self) -> Option<&[String]> {
+        self.user_units.as_deref()
     }
 }

@@ -45,3 +45,42 @@ a_user_cannot_pass_a_unit_of_their_own_for_one_of_the_systems() {
     expect_bytes "answer" 'Unauthorized access\n' /tmp/claim/answer
     expect "the system's unit of that name" "> x" "$(_from peer-backup.service alice 'x\n')"
 }
+
+users_beside_units_do_not_make_a_users_own_unit_count() {
+    configure <<<$'[allow.backup]\nusers = ["alice"]\nunits = ["peer-backup.service"]'
+    of alice systemd-run --user --quiet --wait --collect --unit=peer-backup.service \
+        sh -c 'echo x | nc -N -U /run/echo.sock >/tmp/claim/answer'
+    expect_bytes "answer" 'Unauthorized access\n' /tmp/claim/answer
+    expect "the system's unit of that name" "> x" "$(_from peer-backup.service alice 'x\n')"
+}
+
+a_users_own_unit_counts_under_user_units_for_that_user() {
+    configure <<<$'[allow.mail]\nusers = ["alice", "bob"]\nuser-units = ["peer-ma?l.service"]'
+    of alice systemd-run --user --quiet --wait --collect --unit=peer-mail.service \
+        sh -c 'echo x | nc -N -U /run/echo.sock >/tmp/claim/answer'
+    expect_bytes "answer" '> x\n' /tmp/claim/answer
+    of alice systemd-run --user --quiet --wait --collect --unit=peer-other.service \
+        sh -c 'echo x | nc -N -U /run/echo.sock >/tmp/claim/answer'
+    expect_bytes "another unit" 'Unauthorized access\n' /tmp/claim/answer
+    expect "the system's unit of that name" "Unauthorized access" "$(_from peer-mail.service alice 'x\n')"
+}
+
+a_slice_of_the_users_own_counts_like_its_units() {
+    configure <<<$'[allow.apps]\nusers = ["alice"]\nuser-units = ["peer-trusted.slice"]'
+    of alice systemd-run --user --quiet --wait --collect --slice=peer-trusted.slice \
+        sh -c 'echo x | nc -N -U /run/echo.sock >/tmp/claim/answer'
+    expect_bytes "answer" '> x\n' /tmp/claim/answer
+}
+
+what_a_delegated_control_group_holds_is_not_the_systems() {
+    # As a container manager beside systemd does: a control group of its own, called like a slice.
+    configure <<<$'[allow.backup]\nunits = ["peer-backup.service"]'
+    local root group
+    root=/sys/fs/cgroup
+    [[ ! -d $root/systemd ]] || root=$root/systemd
+    group=$root/peerweb.slice/system.slice/peer-backup.service
+    mkdir --parents "$group"
+    sh -c "echo \$\$ >$group/cgroup.procs; echo x | nc -N -U /run/echo.sock" >/tmp/claim/answer
+    rmdir --parents --ignore-fail-on-non-empty "$group" 2>/dev/null || true
+    expect_bytes "answer" 'Unauthorized access\n' /tmp/claim/answer
+}
