@@ -8,6 +8,7 @@ use peergate::policy::{Group, Rule, User};
 
 use crate::config::values::{show_size, show_span};
 use crate::config::{Config, Terms};
+use crate::vouching;
 
 /// Prints what a service with this configuration would do, or each fault on standard error. Returns the status to
 /// exit with: 0, or as [`LoadError::exit_code`](crate::config::LoadError::exit_code) says.
@@ -19,6 +20,9 @@ pub fn run(config: Option<&Path>) -> u8 {
             }
             for warning in &config.warnings {
                 eprintln!("warning: {warning}");
+            }
+            for reservation in vouching::reservations(&config) {
+                let _ = writeln!(io::stderr(), "warning: {reservation}");
             }
             // Whoever reads may have seen enough; that changes nothing of the answer.
             let _ = write!(io::stdout(), "{}", Summary(&config));

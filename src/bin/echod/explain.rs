@@ -16,6 +16,7 @@ use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
 use crate::config::Config;
+use crate::vouching;
 
 /// Somebody who is not connected.
 #[derive(Debug)]
@@ -96,6 +97,9 @@ pub fn run(asked: &Explain) -> u8 {
         text += &format!(
             "  (`self` is whoever asks, uid {me} here; to a service it is the user that the service runs as)\n"
         );
+    }
+    for reservation in vouching::reservations(&config) {
+        text += &format!("  ({reservation})\n");
     }
     // Whoever reads may have seen enough; that changes nothing of the answer.
     let _ = io::stdout().write_all(text.as_bytes());

@@ -24,6 +24,7 @@ mod report;
 mod serve;
 mod starting;
 mod threshold;
+mod vouching;
 mod worker;
 
 use std::collections::VecDeque;
