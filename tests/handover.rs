@@ -764,17 +764,20 @@ fn a_sigterm_by_kill_leaves_nothing_to_a_process_that_never_comes() {
     assert!(!manager.told.lock().has("FDSTORE=1"), "nothing is kept");
 }
 
-/// A next process that reads its configuration until the user database answers: never.
+/// A next process that reads its configuration until the user database answers: never. Returns once it is asked.
 fn begin_slowly(echod: Echod, place: &common::Place) -> Echod {
     let wrapper = common::hung_user_database(place);
     echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
     let echod = echod.begin_again(|start, _| start.wrapper(&wrapper));
-    let status = format!("/proc/{}/status", echod.pid());
-    common::eventually("the signals are caught", || {
-        let status = std::fs::read_to_string(&status).unwrap();
-        let blocked = status.lines().find_map(|line| line.strip_prefix("SigBlk:"))?.trim();
-        let is_ours = status.starts_with("Name:\techod\n");
-        (is_ours && u64::from_str_radix(blocked, 16).unwrap() & (1 << (Signal::SIGTERM as i32 - 1)) != 0).then_some(())
+    // The thread waits in openat(2), as no file but the user database makes it do.
+    let opening = format!("{} ", nix::libc::SYS_openat);
+    common::eventually("the look-up has begun", || {
+        let mut tasks = std::fs::read_dir(format!("/proc/{}/task", echod.pid())).ok()?.flatten();
+        let says = |task: &std::fs::DirEntry, what: &str| std::fs::read_to_string(task.path().join(what)).ok();
+        tasks.find(|task| {
+            says(task, "comm").is_some_and(|name| name == "start\n")
+                && says(task, "syscall").is_some_and(|call| call.starts_with(&opening))
+        })
     });
     echod
 }
