@@ -539,7 +539,7 @@ pub fn end_inherited(inheritance: Inheritance, notifier: &Notifier) {
     if let Err(error) = end_unjudged(inheritance, &config, &audit) {
         audit.write(Record::note(Severity::Error, format!("ending connections of an earlier process: {error}")));
     }
-    let text = format!("{count} connections of an earlier process ended: this one has no usable configuration");
+    let text = format!("{count} connections of an earlier process ended: this one cannot serve them");
     audit.write(Record::note(Severity::Warning, text));
     finish(journal, notifier);
 }
