@@ -103,16 +103,11 @@ fn serve(options: Serve) -> Result<(), Failure> {
         _ => Failure(EX_PROTOCOL, refused.to_string()),
     })?;
     let Passed { mut listeners, kept, ignored, .. } = passed;
-    if listeners.is_empty() && options.listen.is_empty() {
-        let mut message = "nothing to listen on: either let systemd pass a socket (systemctl start echo.socket, or \
-                           systemctl --user start echo.socket), or name one (echod --listen PATH)"
-            .to_owned();
-        if let Some(reason) = ignored {
-            message = format!("{reason}\n{message}");
-        }
-        return Err(Failure(EX_USAGE, message));
-    }
-    let prepared = prepare(&options);
+    let prepared = if listeners.is_empty() && options.listen.is_empty() {
+        Err(Failure(EX_USAGE, nothing_to_listen_on(ignored)))
+    } else {
+        prepare(&options)
+    };
     let notifier = Notifier::from_env();
     if let Ok(Prepared::Stopped { is_final: false }) = prepared {
         serve::leave_kept(handover::count(&kept), &notifier);
@@ -127,8 +122,9 @@ fn serve(options: Serve) -> Result<(), Failure> {
             return Ok(());
         }
         Err(failure) => {
-            // Nobody can be judged, so nobody goes on; but an earlier process has promised them an orderly end.
-            serve::end_inherited(inheritance, &notifier, "this one has no usable configuration");
+            // Connections of an earlier process cannot go on here, but they are owed an orderly end. Without a socket, systemd
+            // starts this for that end alone: echo-reopen.service.
+            serve::end_inherited(inheritance, &notifier, "this one cannot serve them");
             return Err(failure);
         }
     };
@@ -162,6 +158,15 @@ enum Prepared {
     Stopped {
         is_final: bool,
     },
+}
+
+fn nothing_to_listen_on(ignored: Option<String>) -> String {
+    let message = "nothing to listen on: either let systemd pass a socket (systemctl start echo.socket, or systemctl \
+                   --user start echo.socket), or name one (echod --listen PATH)";
+    match ignored {
+        Some(reason) => format!("{reason}\n{message}"),
+        None => message.to_owned(),
+    }
 }
 
 /// What can go wrong before anybody is served, connections of an earlier process included.

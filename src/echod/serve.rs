@@ -166,7 +166,8 @@ enum End {
 
 impl Service {
     fn open(start: Start, audit: Audit, journal: &Writer) -> Result<Self, String> {
-        let Start { listeners, inheritance, config, config_path, store, notifier, signals, requests, ends_at_hangup } = start;
+        let Start { listeners, inheritance, config, config_path, store, notifier, signals, requests, ends_at_hangup } =
+            start;
         let limits = Permits::new();
         let Inheritance { connections, stateless, midline, unusable, foreign, next_connection } = inheritance;
         let opening = |error| format!("opening the gate: {error}");

@@ -594,3 +594,47 @@ nobody_is_lost_who_connects_while_it_exits_for_being_idle() {
     unit_is echo.socket active
     figure "50 connections, $(journalctl --quiet "$(since)" --output=cat JOB_TYPE=start UNIT=echo.service | grep --count '^Started') starts"
 }
+
+restarts_of_the_socket_may_follow_one_another_at_any_pace() {
+    _policy
+    _open alice
+    _talk_on one
+    # Above the five in ten seconds that systemd allows unless told otherwise.
+    for ((i = 0; i < 8; i++)); do systemctl restart echo.socket; done
+    unit_is echo.socket active
+    _talk_on two
+    expect "a new connection" "> x" "$(talk alice 'x\n')"
+}
+
+where_the_socket_fails_at_a_restart_its_connections_end() {
+    _policy
+    _open alice
+    _talk_on one
+    printf 'half' >&"$to"
+    drop_in echo.socket <<<$'[Socket]\nExecStartPre=/bin/false'
+    if systemctl restart echo.socket 2>/dev/null; then fail "systemctl restart succeeded"; fi
+    exec {to}>&-
+    wait "$client" || true
+    # systemd 252 closes them at once; later ones keep them until the service has ended them.
+    [[ $(systemctl --version) == "systemd 252 "* ]] ||
+        expect_bytes "what the client has got" '> one\n> half' /tmp/claim/from
+    expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
+    rm /run/systemd/system/echo.socket.d/claim.conf
+    systemctl daemon-reload
+    await_property echo.socket ActiveState active
+    expect "a new connection" "> x" "$(talk alice 'x\n')"
+}
+
+a_change_of_the_services_user_goes_unnoticed_by_a_live_connection() {
+    # As an upgrade from a version whose unit said User=echod.
+    _policy
+    drop_in echo.service <<<$'[Service]\nUser=echod'
+    _open alice
+    _talk_on one
+    printf 'half ' >&"$to"
+    rm /run/systemd/system/echo.service.d/claim.conf
+    systemctl daemon-reload
+    systemctl restart echo.service
+    _say 'and half'
+    expect "the line that was cut by the restart" "> half and half" "$(_hear)"
+}
