@@ -7,7 +7,7 @@ use peergate::policy::{Group, Rule, User};
 
 use crate::config::values::{show_size, show_span};
 use crate::config::{Config, Terms};
-use crate::output;
+use crate::{output, vouching};
 
 /// How many bytes of a list are shown.
 const WIDEST_LIST: usize = 60;
@@ -22,6 +22,9 @@ pub fn run(config: Option<&Path>) -> u8 {
             }
             for warning in &config.warnings {
                 output::say(&format!("warning: {warning}"));
+            }
+            for reservation in vouching::reservations(&config) {
+                output::say(&format!("warning: {reservation}"));
             }
             output::answer(Summary(&config).to_string());
             0

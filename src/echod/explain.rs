@@ -14,7 +14,7 @@ use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
 use crate::config::Config;
-use crate::output;
+use crate::{output, vouching};
 
 /// Somebody who is not connected.
 #[derive(Debug)]
@@ -109,6 +109,9 @@ pub fn run(asked: &Explain) -> u8 {
         text += &format!(
             "  (`self` is whoever asks, uid {me} here; to a service it is the user that the service runs as)\n"
         );
+    }
+    for reservation in vouching::reservations(&config) {
+        text += &format!("  ({reservation})\n");
     }
     output::answer(text);
     u8::from(!explanation.is_admitted())

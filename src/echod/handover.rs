@@ -183,6 +183,11 @@ pub fn take_back(kept: Vec<(String, OwnedFd)>, store: &Store) -> Inheritance {
     inheritance
 }
 
+/// How many of the descriptors in the store are connections.
+pub fn count(kept: &[(String, OwnedFd)]) -> usize {
+    kept.iter().filter(|(name, _)| [SOCKETS, MIDLINE].contains(&name.as_str())).count()
+}
+
 fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
     fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)

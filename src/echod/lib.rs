@@ -27,9 +27,12 @@ mod output;
 mod pacing;
 pub mod report;
 mod serve;
+mod starting;
 mod threshold;
+mod vouching;
 mod worker;
 
+use std::collections::VecDeque;
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -38,7 +41,7 @@ use std::time::Duration;
 use clap::Parser;
 
 use peergate::activation::{self, Listener, Passed, Refused};
-use peergate::service::{Notifier, Signals, Store, request_reload, return_memory};
+use peergate::service::{Notifier, Request, Signals, Store, request_reload, return_memory};
 
 use crate::cli::{Cli, Command, Serve};
 use crate::config::Config;
@@ -100,24 +103,28 @@ fn serve(options: Serve) -> Result<(), Failure> {
         _ => Failure(EX_PROTOCOL, refused.to_string()),
     })?;
     let Passed { mut listeners, kept, ignored, .. } = passed;
-    if listeners.is_empty() && options.listen.is_empty() {
-        let mut message = "nothing to listen on: either let systemd pass a socket (systemctl start echo.socket, or \
-                           systemctl --user start echo.socket), or name one (echod --listen PATH)"
-            .to_owned();
-        if let Some(reason) = ignored {
-            message = format!("{reason}\n{message}");
-        }
-        return Err(Failure(EX_USAGE, message));
+    let prepared = if listeners.is_empty() && options.listen.is_empty() {
+        Err(Failure(EX_USAGE, nothing_to_listen_on(ignored)))
+    } else {
+        prepare(&options)
+    };
+    let notifier = Notifier::from_env();
+    if let Ok(Prepared::Stopped { is_final: false }) = prepared {
+        serve::leave_kept(handover::count(&kept), &notifier);
+        return Ok(());
     }
-    let prepared = prepare(&options);
     let store = Store::from_env(STORE_FALLBACK);
     let inheritance = handover::take_back(kept, &store);
-    let notifier = Notifier::from_env();
-    let (config, signals, bound) = match prepared {
-        Ok(prepared) => prepared,
+    let (config, signals, bound, requests) = match prepared {
+        Ok(Prepared::ToServe { config, signals, bound, requests }) => (*config, signals, bound, requests),
+        Ok(Prepared::Stopped { .. }) => {
+            serve::end_inherited(inheritance, &notifier, "this one was told to stop before it served");
+            return Ok(());
+        }
         Err(failure) => {
-            // Nobody can be judged, so nobody goes on; but an earlier process has promised them an orderly end.
-            serve::end_inherited(inheritance, &notifier);
+            // Connections of an earlier process cannot go on here, but they are owed an orderly end. Without a socket, systemd
+            // starts this for that end alone: echo-reopen.service.
+            serve::end_inherited(inheritance, &notifier, "this one cannot serve them");
             return Err(failure);
         }
     };
@@ -125,19 +132,57 @@ fn serve(options: Serve) -> Result<(), Failure> {
     // Without a terminal the service would go on unseen, and with the path taken.
     let ends_at_hangup = has_terminal && (!options.listen.is_empty() || !notifier.is_present());
     let config_path = options.config.map(absolute);
-    let start = serve::Start { listeners, inheritance, config, config_path, store, notifier, signals, ends_at_hangup };
+    let start = serve::Start {
+        listeners,
+        inheritance,
+        config,
+        config_path,
+        store,
+        notifier,
+        signals,
+        requests,
+        ends_at_hangup,
+    };
     serve::run(start).map_err(|error| Failure(serve::FAILURE, error))
 }
 
+/// What is ready before connections of an earlier process are taken back.
+enum Prepared {
+    ToServe {
+        config: Box<Config>,
+        signals: Signals,
+        bound: Vec<Listener>,
+        requests: VecDeque<Request>,
+    },
+    /// A stop came first. If it is not final, a next process takes the connections back.
+    Stopped {
+        is_final: bool,
+    },
+}
+
+fn nothing_to_listen_on(ignored: Option<String>) -> String {
+    let message = "nothing to listen on: either let systemd pass a socket (systemctl start echo.socket, or systemctl \
+                   --user start echo.socket), or name one (echod --listen PATH)";
+    match ignored {
+        Some(reason) => format!("{reason}\n{message}"),
+        None => message.to_owned(),
+    }
+}
+
 /// What can go wrong before anybody is served, connections of an earlier process included.
-fn prepare(options: &Serve) -> Result<(Config, Signals, Vec<Listener>), Failure> {
-    let mut config =
-        Config::load(options.config.as_deref()).map_err(|error| Failure(error.exit_code(), error.to_string()))?;
-    config.source = config.source.map(absolute);
+fn prepare(options: &Serve) -> Result<Prepared, Failure> {
     // From here on a signal to stop is heard, and what we bound is removed.
     let signals = Signals::catch().map_err(|error| Failure(EX_OSERR, format!("catching signals: {error}")))?;
+    let mut requests = VecDeque::new();
+    let mut config = match starting::load(options.config.as_deref(), &signals, &mut requests) {
+        Ok(starting::Outcome::Loaded(config)) => config,
+        Ok(starting::Outcome::Failed(error)) => return Err(Failure(error.exit_code(), error.to_string())),
+        Ok(starting::Outcome::Stopped) => return Ok(Prepared::Stopped { is_final: signals.stop_is_final() }),
+        Err(error) => return Err(Failure(EX_OSERR, format!("waiting for the configuration: {error}"))),
+    };
+    config.source = config.source.map(absolute);
     let bound = bind_all(&options.listen)?;
-    Ok((config, signals, bound))
+    Ok(Prepared::ToServe { config, signals, bound, requests })
 }
 
 fn bind_all(paths: &[PathBuf]) -> Result<Vec<Listener>, Failure> {

@@ -68,6 +68,8 @@ pub struct Start {
     pub signals: Signals,
     /// A hangup is that of the terminal in whose foreground the service runs, and ends it.
     pub ends_at_hangup: bool,
+    /// Received while the configuration was read.
+    pub requests: VecDeque<Request>,
 }
 
 /// Serves until told to stop, or idle for long enough.
@@ -164,7 +166,8 @@ enum End {
 
 impl Service {
     fn open(start: Start, audit: Audit, journal: &Writer) -> Result<Self, String> {
-        let Start { listeners, inheritance, config, config_path, store, notifier, signals, ends_at_hangup } = start;
+        let Start { listeners, inheritance, config, config_path, store, notifier, signals, requests, ends_at_hangup } =
+            start;
         let limits = Permits::new();
         let Inheritance { connections, stateless, midline, unusable, foreign, next_connection } = inheritance;
         let opening = |error| format!("opening the gate: {error}");
@@ -214,7 +217,7 @@ impl Service {
             notifier,
             signals,
             ends_at_hangup,
-            requests: VecDeque::new(),
+            requests,
             activity,
             watchdog: Watchdog::from_env(watched),
             unwatched_until: now,
@@ -285,7 +288,9 @@ impl Service {
                 }
                 self.idle.not_before = now + LOOK_AGAIN;
             }
-            self.sleep();
+            if self.requests.is_empty() {
+                self.sleep();
+            }
             while let Some(request) = self.requests.pop_front().or_else(|| self.next_request()) {
                 match request {
                     Request::Stop => return End::Told,
@@ -524,11 +529,9 @@ impl Service {
                 self.signals.answer(pid, false);
             }
         }
-        let carry = match total {
-            0 => 0,
-            // Nobody is to come after us.
-            _ if self.signals.stop_is_final() => 0,
-            _ => handover::most_left(self.store.capacity()),
+        let carry = match handover::most_left(self.store.capacity()) {
+            most if most == 0 || total == 0 || self.signals.stop_is_final() => 0,
+            most => most,
         };
         self.notifier.extend_timeout(DRAIN * 6);
         let carried = end_workers(&mut self.workers, carry);
@@ -582,9 +585,21 @@ impl Service {
     }
 }
 
-/// Ends the connections of an earlier process where this one cannot serve: nobody is judged, each is echoed what it is
+/// Records that `count` connections of an earlier process stay in the store, where this one was told to make way for a
+/// next one before it took them back.
+pub fn leave_kept(count: usize, notifier: &Notifier) {
+    if count == 0 {
+        return;
+    }
+    let audit = Audit::new(audit_settings(&Config::without_file(Uid::effective())));
+    let Ok(journal) = Writer::start(&audit, IDENTIFIER) else { return };
+    audit.write(Record::note(Severity::Notice, format!("{count} connections left to the next process, 0 ended")));
+    finish(journal, notifier);
+}
+
+/// Ends the connections of an earlier process where this one does not serve: nobody is judged, each is echoed what it is
 /// owed, and sees its end.
-pub fn end_inherited(inheritance: Inheritance, notifier: &Notifier) {
+pub fn end_inherited(inheritance: Inheritance, notifier: &Notifier, why: &str) {
     let count = inheritance.len();
     if count == 0 {
         return;
@@ -595,7 +610,7 @@ pub fn end_inherited(inheritance: Inheritance, notifier: &Notifier) {
     if let Err(error) = end_unjudged(inheritance, &config, &audit) {
         audit.write(Record::note(Severity::Error, format!("ending connections of an earlier process: {error}")));
     }
-    let text = format!("{count} connections of an earlier process ended: this one has no usable configuration");
+    let text = format!("{count} connections of an earlier process ended: {why}");
     audit.write(Record::note(Severity::Warning, text));
     finish(journal, notifier);
 }
