@@ -29,7 +29,7 @@
 //! let packed = pack(b"next connection: 2", parcels)?;
 //! assert_eq!(packed.left.connections, 1);
 //! drop(served);
-//! client.write_all(b"ne\n")?; // nobody serves, nothing is lost
+//! client.write_all(b"ne\n")?; // no process serves, nothing is lost
 //!
 //! // Its successor.
 //! let mut inherited = unpack(packed.socket);
@@ -114,10 +114,12 @@ pub fn attach_credentials(socket: &impl AsFd) -> usize {
 
 /// Messages that are longer have a file.
 const MOST_INLINE: usize = 32 * 1024;
+/// The service's own bytes, which go with every socket.
+const MOST_HEADER: usize = 4 * 1024;
 /// Pairs of sockets that hold each other, at most: reading opens them all.
 const MOST_PAIRS: usize = 1024;
 
-/// Those without which a file could change while it is read.
+/// Without these seals a file could change while it is read.
 fn seals() -> SealFlag {
     SealFlag::F_SEAL_WRITE | SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW
 }
@@ -157,17 +159,17 @@ pub struct Left {
 /// Connections in a socket.
 #[derive(Debug)]
 pub struct Packed {
-    /// Where they are. Who has it has them; if every copy of it is closed, they are gone.
+    /// Holds the connections. Closing its last copy closes them.
     pub socket: OwnedFd,
     /// How many there are.
     pub left: Left,
 }
 
 /// Leaves connections to the next process, under `name` in the store, and the service's own bytes (`header`, no more than
-/// 1 KiB or so) with them. Where not all can be left, the first ones are; where there is none, the store is not touched.
+/// 4 KiB) with them. Where not all can be left, the first ones are; where there is none, the store is not touched.
 ///
-/// The sockets must stay open until it returns: those that were not left are the caller's to end in order, and where it
-/// fails all are. After success the caller closes its own, and does not read from or write to them any more.
+/// The sockets must stay open until it returns. The caller ends the connections that were not left, all of them where it
+/// fails. The others it only closes: it must not read from or write to them any more.
 ///
 /// It needs four descriptors. The manager may take as long as `patience`; that should be asked of it before
 /// ([`Notifier::extend_timeout`](crate::Notifier::extend_timeout)).
@@ -184,8 +186,8 @@ pub fn leave<'f>(
 ) -> io::Result<Left> {
     let (queue, left) = fill(header, parcels, SEND_BUFFER)?;
     match (left.connections, left.stopped_by) {
-        (0, Some(error)) => return Err(error),
-        (0, None) => return Ok(Left::default()),
+        (0, Some(error)) => Err(error),
+        (0, None) => Ok(Left::default()),
         (connections, stopped_by) => {
             keep(store, name, queue, patience)?;
             Ok(Left { connections, stopped_by })
@@ -195,9 +197,9 @@ pub fn leave<'f>(
 
 /// Gives the socket to the manager. It must hold it when this returns, or nothing must be left in it.
 ///
-/// The manager tells nobody what it did not keep. It closes it, which hangs up the writing end: before systemd 254 by
-/// the time it has dealt with the barrier. Later versions close it after that, but say beforehand that they keep nothing
-/// (`$FDSTORE`). If the manager does not answer, it may hold the socket now or later. So all messages are taken out of it.
+/// The manager does not say that it did not keep a descriptor. It closes it, which hangs up the writing end: before systemd
+/// 254 by the time it has dealt with the barrier, later in a process of its own. If the manager does not answer, it may hold
+/// the socket now or later. So all messages are taken out of it.
 fn keep(store: &Store, name: &str, queue: Queue<'_>, patience: Duration) -> io::Result<()> {
     let (writer, reader) = queue.finish();
     if let Err(error) = store.put_unwatched(name, reader.as_fd(), patience) {
@@ -207,7 +209,7 @@ fn keep(store: &Store, name: &str, queue: Queue<'_>, patience: Duration) -> io::
     }
     drop(reader);
     let mut question = [PollFd::new(writer.as_fd(), PollFlags::empty())];
-    if poll(&mut question, PollTimeout::ZERO)? > 0 {
+    if poll(&mut question, PollTimeout::from(store.closes_within()))? > 0 {
         let message = "the service manager did not keep it; expected room for one descriptor (FileDescriptorStoreMax=)";
         return Err(io::Error::new(io::ErrorKind::StorageFull, message));
     }

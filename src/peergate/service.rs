@@ -115,6 +115,8 @@ pub struct Store {
     capacity: usize,
     /// The manager has no store, or has said that it takes nothing.
     is_closed: bool,
+    /// The manager has said how much it takes.
+    says_capacity: bool,
     outlet: Option<Outlet>,
 }
 
@@ -138,7 +140,8 @@ impl Store {
         let outlet = Notifier::from_env().outlet;
         let present = outlet.is_some() && !is_abstract;
         let capacity = number("FDSTORE").or_else(|| number(fallback)).filter(|_| present).unwrap_or(0);
-        Self { capacity, is_closed: is_abstract || number("FDSTORE") == Some(0), outlet }
+        let said = number("FDSTORE");
+        Self { capacity, is_closed: is_abstract || said == Some(0), says_capacity: said.is_some(), outlet }
     }
 
     /// How many descriptors it takes.
@@ -172,9 +175,15 @@ impl Store {
         barrier(outlet, until)
     }
 
+    /// How many milliseconds after a barrier the manager may still be about to close what it does not keep. A manager that
+    /// has said that it has room keeps it.
+    pub(crate) fn closes_within(&self) -> u8 {
+        if self.says_capacity { 0 } else { CLOSED_WITHIN }
+    }
+
     #[cfg(test)]
     pub(crate) fn at(address: &std::path::Path) -> Self {
-        Self { capacity: 0, is_closed: false, outlet: Outlet::to(address.as_os_str()) }
+        Self { capacity: 0, is_closed: false, says_capacity: false, outlet: Outlet::to(address.as_os_str()) }
     }
 
     fn outlet(&self) -> io::Result<&Outlet> {
@@ -585,8 +594,10 @@ mod tests {
 
     #[test]
     fn nothing_is_taken_for_stored_where_there_is_no_store() {
-        let (store, (ours, _theirs)) =
-            (Store { capacity: 0, is_closed: false, outlet: None }, std::os::unix::net::UnixDatagram::pair().unwrap());
+        let (store, (ours, _theirs)) = (
+            Store { capacity: 0, is_closed: false, says_capacity: false, outlet: None },
+            std::os::unix::net::UnixDatagram::pair().unwrap(),
+        );
         assert_eq!(store.put("x", &[ours.as_fd()]).unwrap_err().kind(), io::ErrorKind::NotConnected);
         assert_eq!(store.settle(Duration::ZERO).unwrap_err().kind(), io::ErrorKind::NotConnected);
     }

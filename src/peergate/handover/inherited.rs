@@ -23,7 +23,7 @@ const MOST_ELSEWHERE: u64 = 1 << 30;
 pub enum Found {
     /// A connection, as it was left.
     Connection(Parcel<OwnedFd>),
-    /// Connections whose states cannot be used. Nothing is known of them: they are to be ended in order.
+    /// Connections with a state that cannot be used. How far each had come is not known: the caller ends them in order.
     Unusable {
         /// Why.
         fault: Fault,
@@ -56,7 +56,7 @@ impl fmt::Debug for Inherited {
 }
 
 impl Inherited {
-    /// `passed` by name; those of another name, or of a kind that is not ours, are closed and their names kept.
+    /// Closes a passed descriptor of another name, or of another kind than a handover's socket, and keeps its name.
     pub(super) fn new(passed: Vec<(String, OwnedFd)>, name: &str, store: Option<Store>) -> Self {
         let mut names: Vec<_> = passed.iter().map(|(name, _)| name.clone()).collect();
         names.sort_unstable();
@@ -201,7 +201,7 @@ fn unpack_elsewhere(fds: &mut Vec<OwnedFd>) -> Result<VecDeque<Found>, Fault> {
     }
 }
 
-/// Of a file that nobody can change or cut off any more.
+/// The bytes of a file, if its seals say that they cannot change.
 fn contents(file: File) -> Option<Vec<u8>> {
     let seals = SealFlag::from_bits_truncate(fcntl(&file, FcntlArg::F_GET_SEALS).ok()?);
     let length = file.metadata().ok()?.len();

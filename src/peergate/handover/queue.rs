@@ -13,7 +13,7 @@ use nix::sys::socket::{
 };
 
 use super::message::{self, Shape};
-use super::{MOST_INLINE, MOST_PAIRS, Parcel};
+use super::{MOST_HEADER, MOST_INLINE, MOST_PAIRS, Parcel};
 
 /// SCM_MAX_FD is 253; the file with the states takes a place too.
 const MOST_FDS: usize = 250;
@@ -75,6 +75,9 @@ impl<'f> Batch<'f> {
 
 impl<'h> Queue<'h> {
     pub(super) fn new(header: &'h [u8], send_buffer: usize) -> io::Result<Self> {
+        if header.len() > MOST_HEADER {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         let ballast = Some(new_ballast()?);
         let (writer, reader) = pair(send_buffer)?;
         send(&writer, &message::opening(header, false), &[])?;

@@ -92,13 +92,9 @@ impl Manager {
 
     fn catch_up(&self) {
         self.held.lock().unwrap().barriers.take();
-        let outsider = Manager::barrier_name();
-        let _ = self.store().put_unwatched(&outsider, std::io::stdin().as_fd(), PATIENCE);
-        self.held.lock().unwrap().store.retain(|(name, _)| *name != outsider);
-    }
-
-    fn barrier_name() -> String {
-        "catch up".to_owned()
+        let any = fs::File::open("/dev/null").unwrap();
+        self.store().put_unwatched("catch up", any.as_fd(), PATIENCE).unwrap();
+        self.held.lock().unwrap().store.retain(|(name, _)| name != "catch up");
     }
 }
 
@@ -410,6 +406,17 @@ fn a_socket_that_nothing_was_written_to_holds_nothing() {
 }
 
 #[test]
+fn what_cannot_be_sent_is_refused_or_ends_the_row() {
+    assert_eq!(pack(&[0; MOST_HEADER + 1], []).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    let (_clients, served) = pairs(3);
+    let further = |number| if number == 1 { vec![served[0].as_fd(); 250] } else { Vec::new() };
+    let parcels = parcels(&served).enumerate().map(|(number, parcel)| Parcel { further: further(number), ..parcel });
+    let Packed { socket, left } = pack(&[0; MOST_HEADER], parcels).unwrap();
+    assert_eq!((left.connections, left.stopped_by.unwrap().raw_os_error()), (1, Some(Errno::EINVAL as i32)));
+    assert_are(&connections(unpack(socket)), &cookies(&served[..1]));
+}
+
+#[test]
 fn what_is_not_of_a_handover_is_closed_and_named() {
     let manager = Manager::new(9);
     let (mut clients, mut served) = pairs(3);
@@ -428,7 +435,7 @@ fn what_is_not_of_a_handover_is_closed_and_named() {
 #[test]
 fn a_killed_successor_leaves_the_rest_to_the_next_one() {
     let (_clients, served) = pairs(2000);
-    // Of two sockets, and of one, whose opening has been read.
+    // With two sockets the second one's opening is still there; with one it has been read.
     for (send_buffer, header) in [(1, Some(&b"rest"[..])), (SEND_BUFFER, None)] {
         let (queue, _) = fill(b"rest", parcels(&served), send_buffer).unwrap();
         let (_, stored) = queue.finish();
@@ -497,7 +504,7 @@ fn as_many_as_may_be_in_flight_are_left() {
         let (_clients, served) = pairs(600);
         drop(low);
         allow_descriptors(LIMIT as u64);
-        // Root has no such limit. A user that is nobody's has nothing else in flight.
+        // Root has no such limit. No other process of this user has descriptors in flight.
         let uid = nix::unistd::Uid::from_raw(1_000_000_000 + process::id());
         nix::unistd::setresuid(uid, uid, uid).unwrap();
         let left = leave(&store, NAME, b"", parcels(&served), PATIENCE).unwrap();
@@ -544,8 +551,10 @@ fn killed(test: &str, manager: &Manager, at: usize) -> Option<Vec<UnixStream>> {
         let parcels = parcels(&served).enumerate().map(|(number, parcel)| {
             if number == at {
                 println!("\nREACHED");
-                while at < 599 {
-                    thread::park();
+                if at < 599 {
+                    loop {
+                        thread::park();
+                    }
                 }
             }
             parcel
