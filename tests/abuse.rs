@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
-    BUSY, Client, DENIED, Echod, End, Entry, Journald, NOBODY, OWNER, Start, TOO_LONG, cpu, descriptors, eventually,
+    BUSY, Client, DENIED, DENY_ALL, Echod, End, Entry, Journald, OWNER, Start, TOO_LONG, cpu, descriptors, eventually,
     memory, show,
 };
 
@@ -58,7 +58,7 @@ fn send_bomb(client: &Client, line: &str) -> std::net::TcpStream {
 
 #[test]
 fn descriptors_that_take_hours_to_close_hold_nobody_up() {
-    for (config, heard) in [(OWNER, &b"> are you there?\n"[..]), (NOBODY, DENIED)] {
+    for (config, heard) in [(OWNER, &b"> are you there?\n"[..]), (DENY_ALL, DENIED)] {
         let start = Start::serving(config).env("WATCHDOG_USEC", "500000");
         // They come while nobody is there yet to have the kernel refuse descriptors, or to read them.
         let bombers: Vec<_> = (0..8).map(|_| Client::connect(start.place().path("socket"))).collect();
@@ -71,7 +71,7 @@ fn descriptors_that_take_hours_to_close_hold_nobody_up() {
             assert_eq!(show(&client.read(heard.len())), show(heard));
         }
         for bomber in &bombers {
-            bomber.expect_end(if config == NOBODY { DENIED } else { b"" });
+            bomber.expect_end(if config == DENY_ALL { DENIED } else { b"" });
         }
         // Every thread makes progress, and none of it is left in the end.
         let seen = echod.manager.told.lock().count("WATCHDOG=1");
@@ -85,7 +85,7 @@ fn descriptors_that_take_hours_to_close_hold_nobody_up() {
 
 #[test]
 fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     thread::scope(|scope| {
         for _ in 0..4 {
@@ -110,7 +110,7 @@ fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind
 
 #[test]
 fn the_denied_who_hold_on_get_no_descriptor_for_long_and_cannot_keep_others_out() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     // Twice as many as may be on their way out at once; none of them closes.
     let held: Vec<Client> = (0..600).map(|_| echod.connect()).collect();
@@ -122,7 +122,7 @@ fn the_denied_who_hold_on_get_no_descriptor_for_long_and_cannot_keep_others_out(
 
 #[test]
 fn the_denied_who_connect_and_vanish_leave_nothing_behind() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     for round in 0..2000 {
         let client = echod.connect();
@@ -511,7 +511,7 @@ fn out_of_descriptors_a_restart_still_loses_no_connection() {
 #[test]
 fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
     let policy = "[audit]\ninterval = \"1h\"\nburst = 1000\n";
-    let echod = with_few_descriptors(&format!("{policy}{NOBODY}"));
+    let echod = with_few_descriptors(&format!("{policy}{DENY_ALL}"));
     // All of them at once, so that those on their way out use up what there is.
     for _ in 0..5 {
         let clients: Vec<Client> = (0..100).map(|_| echod.connect()).collect();
@@ -527,7 +527,7 @@ fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
 fn a_start_that_fails_for_want_of_descriptors_loses_no_denial() {
     let (mut failed, mut started) = (0, 0);
     for descriptors in 5..24 {
-        let start = Start::serving(NOBODY);
+        let start = Start::serving(DENY_ALL);
         let client = Client::connect(start.place().path("socket"));
         client.0.set_nonblocking(true).unwrap();
         let limit = format!("--nofile={descriptors}:{descriptors}");
@@ -593,7 +593,7 @@ fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_lo
         ("ENOMEM", "Cannot allocate memory"),
         ("ENOBUFS", "No buffer space available"),
     ] {
-        let config = format!("[audit]\ninterval = \"1h\"\nburst = 1000\n{NOBODY}");
+        let config = format!("[audit]\ninterval = \"1h\"\nburst = 1000\n{DENY_ALL}");
         let fault = format!("accept4:error={error}:when=5..120");
         // Nor can what was held in reserve be had again. Fewer are made before the gate begins.
         let faults = Faults::inject(&config, &[&fault, &format!("eventfd2:error={error}:when=20..40")]);

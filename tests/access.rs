@@ -9,17 +9,17 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, Other, Place, Start, needs_root};
+use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, PeerProcess, Place, Start, needs_root};
 
 /// `uid:gid:groups` connects and is let in, or not.
 #[track_caller]
 fn expect(echod: &Echod, who: &str, admitted: bool) {
-    let other = Other::with(&["--as", who], &echod.socket());
+    let other = PeerProcess::with(&["--as", who], &echod.socket());
     expect_from(&other, who, admitted);
 }
 
 #[track_caller]
-fn expect_from(other: &Other, who: &str, admitted: bool) {
+fn expect_from(other: &PeerProcess, who: &str, admitted: bool) {
     let client = other.client();
     // A denied one may be gone before it can say anything.
     let _ = client.try_send("who am I\n");
@@ -124,7 +124,7 @@ fn a_group_given_up_after_connecting_still_counts_and_one_taken_later_does_not()
     needs_root();
     let echod = Start::serving("[allow.root]\nusers = [0]\n").ready();
     // Connects as root, then becomes somebody else: judged as of connect(2).
-    let other = Other::with(&["--then", "64001", "--say-after", "still root's\n"], &echod.socket());
+    let other = PeerProcess::with(&["--then", "64001", "--say-after", "still root's\n"], &echod.socket());
     other.client().expect("> still root's\n");
 }
 
@@ -171,10 +171,10 @@ fn the_first_allow_rule_in_file_order_decides_on_the_terms() {
     let policy = "[allow.first]\nusers = [64001]\nline-length = 10\n\
                   [allow.second]\nusers = [\"any\"]\nline-length = 20\n";
     let echod = Start::serving(policy).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().send("123456789\n1234567890\n");
     alice.client().expect_end("> 123456789\nLine too long\n");
-    let bob = Other::user(BOB, &echod.socket());
+    let bob = PeerProcess::user(BOB, &echod.socket());
     bob.client().send("1234567890\n1234567890123456789\n12345678901234567890\n");
     bob.client().expect_end("> 1234567890\n> 1234567890123456789\nLine too long\n");
 }
@@ -187,11 +187,11 @@ fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
     let mut crowds = Vec::new();
     for uid in [ALICE, BOB] {
         let who = format!("{uid}:{uid}");
-        let crowd = Other::wrapped(&[], &["--as", &who], 5, &echod.socket());
+        let crowd = PeerProcess::wrapped(&[], &["--as", &who], 5, &echod.socket());
         for client in &crowd.connections {
             client.echo("in");
         }
-        let late = Other::wrapped(&[], &["--as", &who], 3, &echod.socket());
+        let late = PeerProcess::wrapped(&[], &["--as", &who], 3, &echod.socket());
         for client in &late.connections {
             client.expect_end(BUSY);
         }
@@ -211,7 +211,7 @@ fn a_rule_may_raise_or_lower_the_limit_for_those_it_admits() {
     let mut stay = Vec::new();
     for (uid, limit) in [(ALICE, 7), (BOB, 1), (64003, 3)] {
         let who = format!("{uid}:{uid}");
-        let crowd = Other::wrapped(&[], &["--as", &who], limit + 2, &echod.socket());
+        let crowd = PeerProcess::wrapped(&[], &["--as", &who], limit + 2, &echod.socket());
         let (inside, outside) = crowd.connections.split_at(limit);
         inside.iter().for_each(|client| client.echo("in"));
         outside.iter().for_each(|client| client.expect_end(BUSY));
@@ -224,8 +224,8 @@ fn a_rule_may_raise_or_lower_the_limit_for_those_it_admits() {
 fn the_limit_on_all_connections_is_exact_over_all_users() {
     needs_root();
     let echod = Start::serving("[limits]\nconnections = 6\n[allow.all]\nusers = [\"any\"]\n").ready();
-    let alice = Other::wrapped(&[], &["--as", "64001:64001"], 4, &echod.socket());
-    let bob = Other::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
+    let alice = PeerProcess::wrapped(&[], &["--as", "64001:64001"], 4, &echod.socket());
+    let bob = PeerProcess::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
     alice.connections.iter().chain(&bob.connections).for_each(|client| client.echo("in"));
     echod.connect().expect_end(BUSY);
     for client in bob.end() {
@@ -258,7 +258,7 @@ fn a_place_is_given_back_however_a_connection_ends() {
             client.expect_end(common::TOO_LONG);
         }),
         ("revoked", |echod, client| {
-            echod.reload_with(common::NOBODY);
+            echod.reload_with(common::DENY_ALL);
             client.expect_end(DENIED);
         }),
         ("shut down on both sides", |_, client| {
@@ -313,9 +313,9 @@ fn a_rule_may_have_an_idle_timeout_of_its_own() {
     let policy = "[limits]\nidle-timeout = \"50ms\"\n\
                   [allow.patient]\nusers = [64001]\nidle-timeout = \"off\"\n[allow.rest]\nusers = [\"any\"]\n";
     let echod = Start::serving(policy).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("I think");
-    let bob = Other::user(BOB, &echod.socket());
+    let bob = PeerProcess::user(BOB, &echod.socket());
     bob.client().expect_end(b"");
     alice.client().echo("slowly");
 }
@@ -345,7 +345,7 @@ fn explain_and_the_running_service_agree_about_a_live_process() {
         ("64003:64200:64100", "denied by deny.tainted"),
         ("0:0", "denied by default"),
     ] {
-        let other = Other::with(&["--as", who], &echod.socket());
+        let other = PeerProcess::with(&["--as", who], &echod.socket());
         let (code, text) = explain(&echod.place.path("echod.toml"), &["--pid", &other.pid().to_string()]);
         assert_eq!(text.lines().next(), Some(expected), "{who}");
         let admitted = expected.starts_with("admitted");
@@ -361,7 +361,7 @@ fn the_manager_hears_of_nothing_but_the_truth() {
     client.echo("hello");
     let status = "STATUS=1 connected, 1 admitted, 0 denied; policy of 1 rule";
     wait_for_status(&echod.manager, status);
-    echod.reload_with(common::NOBODY);
+    echod.reload_with(common::DENY_ALL);
     client.expect_end(DENIED);
     echod.connect().expect_end(DENIED);
     wait_for_status(&echod.manager, "STATUS=0 connected, 1 admitted, 1 denied; policy of 1 rule");
@@ -400,7 +400,7 @@ fn a_socket_is_bound_in_a_directory_that_may_not_be_read() {
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o733)).unwrap();
     let path = directory.join("own");
     let echod = listening(&path).run_as("64001:64001").ready();
-    Other::user(ALICE, &path).client().echo("it serves");
+    PeerProcess::user(ALICE, &path).client().echo("it serves");
     echod.stop();
     assert!(!path.exists());
 }

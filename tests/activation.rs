@@ -430,7 +430,7 @@ fn systemds_configuration_directory_comes_before_the_default_and_need_not_hold_a
     let directory = place.path("conf").to_str().unwrap().to_owned();
     let echod = start.env("CONFIGURATION_DIRECTORY", &directory).socket("s", listener).ready();
     echod.connect().echo("no file: the owner is admitted");
-    fs::write(place.path("conf/echod.toml"), common::NOBODY).unwrap();
+    fs::write(place.path("conf/echod.toml"), common::DENY_ALL).unwrap();
     echod.signal(Signal::SIGHUP);
     echod.manager.wait_for("READY=1", 2);
     echod.connect().expect_end(common::DENIED);

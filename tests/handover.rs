@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use common::{Client, DENIED, Echod, End, Journald, Manager, NOBODY, OWNER, Start, TOO_LONG, needs_root, show};
+use common::{Client, DENIED, DENY_ALL, Echod, End, Journald, Manager, OWNER, Start, TOO_LONG, needs_root, show};
 use nix::sys::signal::Signal;
 
 /// A service whose manager has room for so many descriptors.
@@ -560,7 +560,7 @@ fn the_next_process_judges_by_its_own_policy() {
     client.echo("before");
     client.send("half a li");
     let echod = echod.restart(|start, _| {
-        start.place().file("echod.toml", NOBODY);
+        start.place().file("echod.toml", DENY_ALL);
         start
     });
     client.expect_end(DENIED);
@@ -708,7 +708,7 @@ fn a_carried_connection_ends_also_where_the_manager_has_not_let_go_of_its_copy()
     assert!(copies.len() >= 2);
     leaving.half_close();
     leaving.expect_end("");
-    echod.reload_with(common::NOBODY);
+    echod.reload_with(common::DENY_ALL);
     ended.expect_end(DENIED);
     echod.stop();
 }
@@ -1003,7 +1003,7 @@ fn who_is_revoked_at_a_restart_is_not_counted_as_carried_and_has_both_records() 
         .env("FDSTORE", "100")
         .journal(&journald)
         .ready_with(manager);
-    let (client, other) = (echod.connect(), common::Other::user(common::ALICE, &echod.socket()));
+    let (client, other) = (echod.connect(), common::PeerProcess::user(common::ALICE, &echod.socket()));
     client.echo("one");
     other.client().echo("one");
     let echod = echod.restart(|start, _| {

@@ -8,7 +8,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
+use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, PeerProcess, Start, needs_root, show};
 
 const ANYBODY: &str = "[allow.any]\nusers = [\"any\"]\n";
 
@@ -79,7 +79,7 @@ impl Drop for Groups {
 }
 
 #[track_caller]
-fn is_admitted(other: &Other) -> bool {
+fn is_admitted(other: &PeerProcess) -> bool {
     let client = other.client();
     let _ = client.try_send("in?\n");
     let _ = client.0.shutdown(std::net::Shutdown::Write);
@@ -91,8 +91,8 @@ fn is_admitted(other: &Other) -> bool {
 }
 
 /// A process in this control group connects.
-fn from_group(group: &str, who: &str, echod: &Echod) -> Other {
-    Other::with(&["--cgroup", group, "--as", who], &echod.socket())
+fn from_group(group: &str, who: &str, echod: &Echod) -> PeerProcess {
+    PeerProcess::with(&["--cgroup", group, "--as", who], &echod.socket())
 }
 
 fn explain(echod: &Echod, pid: u32) -> String {
@@ -125,7 +125,7 @@ fn of_two_units_of_one_user_the_one_that_is_named_gets_in() {
             // The unit alone is not enough.
             assert!(!is_admitted(&from_group(&group, "64002:64002", &echod)));
         }
-        assert!(!is_admitted(&Other::user(64001, &echod.socket())), "from no unit at all");
+        assert!(!is_admitted(&PeerProcess::user(64001, &echod.socket())), "from no unit at all");
     }
 }
 
@@ -172,7 +172,7 @@ fn out_of_descriptors_a_reload_that_first_asks_for_units_revokes_nobody_whom_it_
     {
         let few = ["prlimit", "--nofile=40:40"];
         let echod = Start::serving(&format!("{limits}{ANYBODY}")).wrapper(&few).ready();
-        let alice = Other::wrapped(&[], &["--cgroup", &good, "--as", "64001:64001"], 40, &echod.socket());
+        let alice = PeerProcess::wrapped(&[], &["--cgroup", &good, "--as", "64001:64001"], 40, &echod.socket());
         alice.connections.iter().for_each(|client| drop(client.try_send("in?\n")));
         let mut inside: Vec<_> = alice.connections.iter().filter(|client| client.read(1) == b">").collect();
         assert!((5..38).contains(&inside.len()), "{} in", inside.len());
@@ -264,7 +264,7 @@ fn a_list_of_more_groups_than_can_be_told_fails_closed_and_is_counted() {
         ("64003:4:8x1024", "admitted by allow.g", None),
         ("64003:4:8x65535", "denied by deny.d", Some("65535")),
     ] {
-        let other = Other::with(&["--as", who], &echod.socket());
+        let other = PeerProcess::with(&["--as", who], &echod.socket());
         assert_eq!(explain(&echod, other.pid()), verdict, "{who}");
         assert_eq!(is_admitted(&other), verdict.starts_with("admitted"), "{who}");
         let Some(count) = count else { continue };
@@ -280,7 +280,7 @@ fn an_admitted_peer_costs_no_memory_for_its_groups() {
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{BY_GROUPS}")).ready();
     for who in ["64001:64009:100000-165535", "64002:64009:100000-101023", "64004:4"] {
         let before = common::memory(&echod, "VmRSS");
-        let other = Other::wrapped(&[], &["--as", who, "--say", "x\\n"], 400, &echod.socket());
+        let other = PeerProcess::wrapped(&[], &["--as", who, "--say", "x\\n"], 400, &echod.socket());
         other.connections.iter().for_each(|client| client.expect("> x\n"));
         let grown = common::memory(&echod, "VmRSS").saturating_sub(before);
         figure!("{grown} KiB for 400 connections of {who}");
@@ -295,7 +295,7 @@ fn a_deny_rule_by_unit_denies_that_unit_and_whoever_has_none_to_show() {
     let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
     assert!(is_admitted(&from_group(&good, "64001:64001", &echod)));
     assert!(!is_admitted(&from_group(&bad, "64001:64001", &echod)));
-    assert!(!is_admitted(&Other::user(64001, &echod.socket())), "no unit can be told: it might be that one");
+    assert!(!is_admitted(&PeerProcess::user(64001, &echod.socket())), "no unit can be told: it might be that one");
 }
 
 #[test]
@@ -304,7 +304,7 @@ fn a_denials_record_names_the_unit() {
     let journald = Journald::new();
     let echod = Start::serving(OWNER).journal(&journald).ready();
     let bad = groups.group("bad.service");
-    let other = Other::with(&["--cgroup", &bad, "--comm", "nc", "--as", "64001:64001"], &echod.socket());
+    let other = PeerProcess::with(&["--cgroup", &bad, "--comm", "nc", "--as", "64001:64001"], &echod.socket());
     other.client().expect_end(DENIED);
     let entry = journald.wait_for("the denial", |entry| entry.contains_key("PEER_UNIT"));
     assert_eq!(entry["PEER_UNIT"], "bad.service");
@@ -357,7 +357,7 @@ fn one_who_has_ended_before_accept_is_judged_by_their_ids_and_has_no_unit() {
         let start = Start::serving(policy);
         let good = groups.group("good.service");
         let socket = start.place().path("socket");
-        let other = Other::with(&["--cgroup", &good, "--as", "64001:64001", "--gone"], &socket);
+        let other = PeerProcess::with(&["--cgroup", &good, "--as", "64001:64001", "--gone"], &socket);
         let client = other.end().pop().unwrap();
         let _ = client.try_send("in?\n");
         let _ = client.0.shutdown(std::net::Shutdown::Write);
@@ -373,7 +373,7 @@ fn a_connection_handed_to_another_user_is_cut_off_with_a_record() {
     needs_root();
     let journald = Journald::new();
     let echod = Start::serving(&verifying("[allow.alice]\nusers = [64001]\n")).journal(&journald).ready();
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
     // We, root, hold it now.
     alice.client().send("not hers\n");
@@ -391,7 +391,7 @@ fn one_who_becomes_another_user_after_connecting_is_cut_off_at_the_first_byte() 
     needs_root();
     let echod = Start::serving(&verifying("[allow.root]\nusers = [0]\n")).ready();
     let other =
-        Other::with(&["--say", "as root\\n", "--then", "64001", "--say-after", "as another\\n"], &echod.socket());
+        PeerProcess::with(&["--say", "as root\\n", "--then", "64001", "--say-after", "as another\\n"], &echod.socket());
     other.client().expect_end([b"> as root\n", DENIED].concat());
     let stderr = echod.stop();
     assert!(stderr.contains("its data came from another user (uid 64001)"), "{stderr}");
@@ -401,7 +401,7 @@ fn one_who_becomes_another_user_after_connecting_is_cut_off_at_the_first_byte() 
 fn without_verify_a_connection_is_its_openers_whoever_holds_it() {
     needs_root();
     let echod = Start::serving("[allow.alice]\nusers = [64001]\n").ready();
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
     alice.client().echo("handed over");
 }
@@ -417,7 +417,7 @@ fn verify_finds_no_fault_with_those_who_are_who_they_were() {
     client.send("a fragment");
     client.half_close();
     client.expect_end("> a fragment");
-    let bob = Other::with(&["--as", "64002:64002", "--say", "one\\ntwo\\nfragment"], &echod.socket());
+    let bob = PeerProcess::with(&["--as", "64002:64002", "--say", "one\\ntwo\\nfragment"], &echod.socket());
     bob.client().expect("> one\n> two\n");
     bob.client().half_close();
     bob.client().expect_end("> fragment");
@@ -428,8 +428,8 @@ fn data_sent_before_accept_is_verified_too() {
     needs_root();
     let start = Start::serving(&verifying("[allow.alice]\nusers = [64001]\n"));
     let socket = start.place().path("socket");
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &socket);
-    let other = Other::with(&["--as", "64001:64001"], &socket);
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &socket);
+    let other = PeerProcess::with(&["--as", "64001:64001"], &socket);
     other.client().send("not hers\n");
     let echod = start.ready();
     alice.client().expect("> mine\n");
@@ -480,7 +480,7 @@ fn verify_goes_on_over_a_restart_and_begins_with_a_reload() {
     manager.told.change(|told| told.capacity = 10);
     let echod = Start::serving(policy).env("FDSTORE", "10").ready_with(manager);
     echod.reload_with(&verifying(policy));
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
     let echod = echod.restart(|start, _| start);
     alice.client().send("not hers\n");
@@ -517,7 +517,7 @@ fn at_a_reload_to_verify_no_byte_that_piled_up_before_is_echoed_after() {
     let policy = "[allow.alice]\nusers = [64001]\n";
     let journald = Journald::new();
     let echod = Start::serving(policy).journal(&journald).ready();
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
     pile_up(alice.client());
     echod.reload_with(&verifying(policy));
@@ -536,10 +536,10 @@ fn at_a_reload_to_verify_a_line_begun_before_it_is_cut_off() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let echod = Start::serving(policy).ready();
-    let alice = Other::with(&["--as", "64001:64001"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001"], &echod.socket());
     alice.client().send("not hers\nnor th");
     alice.client().expect("> not hers\n");
-    let idle = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let idle = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     idle.client().expect("> mine\n");
     echod.reload_with(&verifying(policy));
     alice.client().expect_end(DENIED);
@@ -559,7 +559,7 @@ fn at_a_restart_to_verify_unattested_bytes_are_cut_off_wherever_they_wait() {
     manager.told.change(|told| told.capacity = 10);
     let echod = Start::serving(policy).env("FDSTORE", "10").ready_with(manager);
     let [held, clogged, queued, idle] =
-        [(); 4].map(|()| Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket()));
+        [(); 4].map(|()| PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket()));
     for other in [&held, &clogged, &queued, &idle] {
         other.client().expect("> mine\n");
     }
@@ -588,7 +588,7 @@ fn a_set_uid_program_is_its_effective_user_at_connect_and_its_real_user_when_it_
     let root_only = "[allow.root]\nusers = [0]\n";
     for (config, answer) in [(root_only.to_owned(), &b"> hello\n"[..]), (verifying(root_only), DENIED)] {
         let echod = Start::serving(&config).ready();
-        let other = Other::with(&["--real", "64001", "--say", "hello\\n"], &echod.socket());
+        let other = PeerProcess::with(&["--real", "64001", "--say", "hello\\n"], &echod.socket());
         other.client().half_close();
         other.client().expect_end(answer);
     }
@@ -609,7 +609,7 @@ fn root_of_a_user_namespace_is_the_user_who_made_it() {
     for (uid, admitted) in [("64001", false), ("64002", true)] {
         // Inside, both are uid 0.
         let wrapper = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "unshare", "-U", "-r"];
-        let other = Other::of_program(&helper, &wrapper, &[], 1, &echod.socket());
+        let other = PeerProcess::of_program(&helper, &wrapper, &[], 1, &echod.socket());
         assert_eq!(is_admitted(&other), admitted, "{uid}");
     }
 }
@@ -622,7 +622,7 @@ fn a_user_namespace_without_a_mapping_hides_nobody() {
     for (uid, admitted) in [("64001", false), ("64002", true)] {
         // Inside, both are 65534.
         let wrapper = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "unshare", "-U"];
-        let other = Other::of_program(&helper, &wrapper, &[], 1, &echod.socket());
+        let other = PeerProcess::of_program(&helper, &wrapper, &[], 1, &echod.socket());
         assert_eq!(is_admitted(&other), admitted, "{uid}");
     }
 }
@@ -634,10 +634,10 @@ fn in_a_namespace_that_maps_only_root_all_others_are_unmapped_and_denied_whateve
     let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
     echod.connect().echo("root is mapped");
     for who in ["64001:64001", "64002:0", "64003:0:64003"] {
-        assert!(!is_admitted(&Other::with(&["--as", who], &echod.socket())), "{who}");
+        assert!(!is_admitted(&PeerProcess::with(&["--as", who], &echod.socket())), "{who}");
     }
     // Root with a group that is not mapped: the uid is known, and that decides.
-    assert!(is_admitted(&Other::with(&["--as", "0:64001:64002"], &echod.socket())));
+    assert!(is_admitted(&PeerProcess::with(&["--as", "0:64001:64002"], &echod.socket())));
     let stderr = echod.stop();
     assert!(stderr.contains("this user namespace maps 1 user ids and 1 group ids"), "{stderr}");
     assert!(stderr.contains("Denied unmapped (uid 65534)"), "{stderr}");
@@ -648,7 +648,7 @@ fn a_deny_rule_catches_whoever_is_unmapped() {
     needs_root();
     let policy = "[deny.x]\nusers = [64001]\n[allow.root]\nusers = [0]\n[allow.g]\ngroups = [0]\n";
     let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
-    assert!(!is_admitted(&Other::with(&["--as", "64002:0"], &echod.socket())));
+    assert!(!is_admitted(&PeerProcess::with(&["--as", "64002:0"], &echod.socket())));
     echod.connect().echo("root is known not to be");
     let stderr = echod.stop();
     assert!(stderr.contains("deny.x denies it"), "{stderr}");
@@ -673,8 +673,8 @@ fn in_another_pid_namespace_a_peer_has_no_pid_and_no_unit() {
     let mut groups = Groups::new();
     let inner = ["unshare", "--pid", "--fork", "--kill-child"];
     let by_uid = Start::serving("[allow.a]\nusers = [64001]\n").wrapper(&inner).ready();
-    assert!(is_admitted(&Other::user(64001, &by_uid.socket())));
-    Other::user(64002, &by_uid.socket()).client().expect_end(DENIED);
+    assert!(is_admitted(&PeerProcess::user(64001, &by_uid.socket())));
+    PeerProcess::user(64002, &by_uid.socket()).client().expect_end(DENIED);
     by_uid.wait_for_stderr("Denied uid 64002 gid 64002: no rule allows it\n");
 
     let by_unit = Start::serving("[allow.a]\nusers = [64001]\nunits = [\"*\"]\n").wrapper(&inner).ready();
@@ -688,7 +688,7 @@ fn a_peer_in_a_pid_namespace_of_its_own_has_the_pid_that_we_know_it_by() {
     let echod = Start::serving(OWNER).ready();
     // Seen from inside, it is process 1.
     let wrapper = ["unshare", "--pid", "--fork", "--kill-child"];
-    let other = Other::wrapped(&wrapper, &["--as", "64001:64001"], 1, &echod.socket());
+    let other = PeerProcess::wrapped(&wrapper, &["--as", "64001:64001"], 1, &echod.socket());
     other.client().expect_end(DENIED);
     let children = format!("/proc/{0}/task/{0}/children", other.pid());
     let pid = fs::read_to_string(children).unwrap();

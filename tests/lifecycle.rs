@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BUSY, Client, DENIED, Echod, Manager, NOBODY, OWNER, Start, TOO_LONG, eventually, needs_root};
+use common::{BUSY, Client, DENIED, DENY_ALL, Echod, Manager, OWNER, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -145,7 +145,7 @@ fn a_reload_is_told_in_one_datagram_with_the_clock_and_ends_with_ready() {
 #[test]
 fn sighup_reloads_and_ends_with_ready_too() {
     let echod = Start::serving(OWNER).ready();
-    echod.place.file("echod.toml", NOBODY);
+    echod.place.file("echod.toml", DENY_ALL);
     echod.signal(Signal::SIGHUP);
     echod.manager.wait_for("READY=1", 2);
     echod.connect().expect_end(DENIED);
@@ -156,7 +156,7 @@ fn sighup_reloads_and_ends_with_ready_too() {
 fn the_new_policy_judges_the_very_next_connection() {
     let echod = Start::serving(OWNER).ready();
     for _ in 0..50 {
-        echod.reload_with(NOBODY);
+        echod.reload_with(DENY_ALL);
         echod.connect().expect_end(DENIED);
         echod.reload_with(OWNER);
         echod.connect().echo("in");
@@ -179,7 +179,7 @@ fn a_reload_revokes_those_now_denied_and_nobody_else_notices() {
         client.send(" a line\n");
         client.expect(if number % 3 == 0 { "> half a line\n" } else { ">  a line\n" });
     }
-    echod.reload_with(NOBODY);
+    echod.reload_with(DENY_ALL);
     for client in &clients {
         // What was not a line yet is not echoed to somebody who may not be here.
         client.expect_end(DENIED);
@@ -199,7 +199,7 @@ fn somebody_revoked_who_keeps_sending_and_never_reads_is_out_without_a_reset() {
     let client = echod.connect();
     client.echo("in");
     client.send("no line yet");
-    echod.reload_with(NOBODY);
+    echod.reload_with(DENY_ALL);
     // Until the other side has let go.
     while client.try_send(vec![b'x'; 4000]).is_ok() {}
     client.expect_end(DENIED);
@@ -280,7 +280,7 @@ fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
         ("not TOML", Box::new(|| drop(echod.place.file("echod.toml", "\0[[[")))),
         (
             "half good",
-            Box::new(|| drop(echod.place.file("echod.toml", &format!("{NOBODY}[limits]\nconnections = 0\n")))),
+            Box::new(|| drop(echod.place.file("echod.toml", &format!("{DENY_ALL}[limits]\nconnections = 0\n")))),
         ),
         ("missing", Box::new(|| fs::remove_file(&path).unwrap())),
         ("a directory", Box::new(|| fs::create_dir(&path).unwrap())),
@@ -288,7 +288,7 @@ fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
             "others may write",
             Box::new(|| {
                 fs::remove_dir(&path).unwrap();
-                echod.place.file("echod.toml", NOBODY);
+                echod.place.file("echod.toml", DENY_ALL);
                 fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
             }),
         ),
@@ -304,7 +304,7 @@ fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
     assert_eq!(echod.manager.told.lock().count("RELOADING=1"), spoils.len());
     // Each ended with ready again: systemd would wait for it.
     assert_eq!(echod.manager.told.lock().count("READY=1"), spoils.len() + 1);
-    echod.reload_with(NOBODY);
+    echod.reload_with(DENY_ALL);
     client.expect_end(DENIED);
 }
 
@@ -349,7 +349,7 @@ fn reloads_under_load_cost_nobody_a_byte() {
 
 #[test]
 fn a_reload_during_a_flood_of_denials_does_not_let_one_in() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     thread::scope(|scope| {
         let flood = scope.spawn(|| {
             for _ in 0..500 {
@@ -615,7 +615,7 @@ fn verify_that_a_reload_brings_or_takes_away_holds_for_those_who_are_in() {
     let alice = "[allow.alice]\nusers = [64001]\n";
     let verifying = format!("[service]\nverify = \"line\"\n{alice}");
     let echod = Start::serving(alice).ready();
-    let connect = || common::Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let connect = || common::PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     let (first, second) = (connect(), connect());
     for one in [&first, &second] {
         one.client().expect("> mine\n");
@@ -679,7 +679,7 @@ fn a_reload_of_a_file_that_it_may_not_read_is_refused() {
         };
         let echod = start.run_as("64001:64001").socket("echo.socket", listener).ready();
         echod.connect().echo("in");
-        echod.place.file("echod.toml", NOBODY);
+        echod.place.file("echod.toml", DENY_ALL);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         echod.signal(Signal::SIGHUP);
         echod.manager.wait_for("READY=1", 2);

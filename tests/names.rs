@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{ALICE, DENIED, Echod, Journald, Other, Place, Start, TOO_LONG, eventually, needs_root};
+use common::{ALICE, DENIED, Echod, Journald, PeerProcess, Place, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::signal::Signal;
 
 /// A user database of files, which the test may change while the program runs.
@@ -68,11 +68,11 @@ fn threads(echod: &Echod, name: &str) -> usize {
 }
 
 fn denied(echod: &Echod, who: &str) {
-    Other::with(&["--as", who], &echod.socket()).client().expect_end(DENIED);
+    PeerProcess::with(&["--as", who], &echod.socket()).client().expect_end(DENIED);
 }
 
 fn echoes(echod: &Echod, who: &str) {
-    Other::with(&["--as", who], &echod.socket()).client().echo("in");
+    PeerProcess::with(&["--as", who], &echod.socket()).client().echo("in");
 }
 
 #[test]
@@ -109,7 +109,7 @@ fn a_name_that_is_found_holds_for_live_connections_too() {
     let database = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\"]\nline-length = 10\n[allow.any]\nusers = [\"any\"]\n";
     let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("longer than ten bytes");
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
     echod.wait_for_stderr("Names found");
@@ -196,7 +196,7 @@ fn a_name_keeps_its_id_over_a_reload_while_the_database_gives_no_answer() {
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
     let policy = "[allow.new]\nusers = [\"newcomer\"]\n";
     let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("in");
     // A link to itself cannot be opened: ELOOP.
     fs::remove_file(database.0.path("passwd")).unwrap();

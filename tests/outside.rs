@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 
-use common::{Client, DENIED, Echod, NOBODY, OWNER, Place, Start, eventually, needs_root};
+use common::{Client, DENIED, Echod, DENY_ALL, OWNER, Place, Start, eventually, needs_root};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -237,7 +237,7 @@ const UNREAD: [&str; 3] = ["pipe", "terminal", "socket"];
 fn standard_error_that_is_not_read_keeps_no_sign_of_life_back() {
     for kind in UNREAD {
         let (reader, stderr) = unread(kind);
-        let config = format!("{LONG}burst = 200\n{NOBODY}");
+        let config = format!("{LONG}burst = 200\n{DENY_ALL}");
         let echod = Start::serving(&config).env("WATCHDOG_USEC", "200000").stderr(stderr).ready();
         // More than the journal's thread gets rid of.
         be_denied(&echod, 300);
@@ -256,7 +256,7 @@ fn standard_error_that_is_not_read_keeps_no_sign_of_life_back() {
 fn a_stop_does_not_wait_for_standard_error_that_is_never_read() {
     for kind in UNREAD {
         let (mut reader, stderr) = unread(kind);
-        let echod = Start::serving(&format!("{LONG}burst = 200\n{NOBODY}")).stderr(stderr).ready();
+        let echod = Start::serving(&format!("{LONG}burst = 200\n{DENY_ALL}")).stderr(stderr).ready();
         be_denied(&echod, 300);
         echod.signal(Signal::SIGTERM);
         let (status, ..) = echod.wait();
@@ -272,7 +272,7 @@ fn a_stop_does_not_wait_for_standard_error_that_is_never_read() {
 fn what_finds_no_room_on_a_full_disk_is_counted_and_told_later() {
     needs_root();
     for frees in [true, false] {
-        let start = Start::serving(&format!("[audit]\ninterval = \"50ms\"\nburst = 20\n{NOBODY}"));
+        let start = Start::serving(&format!("[audit]\ninterval = \"50ms\"\nburst = 20\n{DENY_ALL}"));
         let disk = start.place().path("disk");
         fs::create_dir(&disk).unwrap();
         let script = "mount -t tmpfs -o size=64k tmpfs \"$0\" && exec 2>>\"$0/log\" && \
@@ -300,7 +300,7 @@ fn a_journal_that_comes_back_is_told_while_standard_error_is_not_read() {
     needs_root();
     let journald = common::Journald::new();
     let (_reader, stderr) = unread("pipe");
-    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 1000\n{NOBODY}");
+    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 1000\n{DENY_ALL}");
     let echod = Start::serving(&config).journal(&journald).stderr(stderr).ready();
     be_denied(&echod, 1);
     journald.wait_for_sum("denied", &["policy"], 1);
@@ -449,7 +449,7 @@ fn a_terminal_that_is_stopped_holds_up_neither_service_nor_stop() {
     client.echo("hello");
     // ^S: what is written to it waits.
     nix::unistd::write(&controller, b"\x13").unwrap();
-    place.file("echod.toml", NOBODY);
+    place.file("echod.toml", DENY_ALL);
     assert_eq!(
         wait(
             Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &child.pid().to_string()]).spawn().unwrap(),
@@ -467,7 +467,7 @@ fn a_terminal_that_is_stopped_holds_up_neither_service_nor_stop() {
 #[test]
 fn without_a_terminal_a_hangup_reloads() {
     let place = Place::new();
-    let config = place.file("echod.toml", NOBODY);
+    let config = place.file("echod.toml", DENY_ALL);
     let socket = place.path("background");
     let (reader, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
     let child = Command::new(env!("CARGO_BIN_EXE_echod"))

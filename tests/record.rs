@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{ALICE, BOB, BUSY, DENIED, Echod, Entry, Journald, Other, Start, TOO_LONG, flood, needs_root, stands_for};
+use common::{
+    ALICE, BOB, BUSY, DENIED, Echod, Entry, Journald, PeerProcess, Start, TOO_LONG, flood, needs_root, stands_for,
+};
 use nix::sys::signal::Signal;
 
 const DENIED_ID: &str = "72261db9963c465c8c6121daadeb1cbc";
@@ -84,7 +86,7 @@ fn a_denial_says_who_where_and_why() {
     let echod = serve(&journald, common::OWNER);
     let socket = echod.socket();
     assert!(!journald.entries().iter().any(with_verdict("denied")), "nobody was denied yet");
-    let alice = Other::with(&["--comm", "stranger", "--as", "64001:64002:64003,64004"], &socket);
+    let alice = PeerProcess::with(&["--comm", "stranger", "--as", "64001:64002:64003,64004"], &socket);
     alice.client().expect_end(DENIED);
     let entry = journald.wait_for("the denial", with_verdict("denied"));
     let pid = alice.pid().to_string();
@@ -113,7 +115,7 @@ fn a_denial_by_a_rule_names_the_rule_and_the_user_by_name() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, "[deny.contractors]\nusers = [\"backup\"]\n");
-    let backup = Other::with(&["--comm", "tar", "--as", "34:34"], &echod.socket());
+    let backup = PeerProcess::with(&["--comm", "tar", "--as", "34:34"], &echod.socket());
     backup.client().expect_end(DENIED);
     let entry = journald.wait_for("the denial", with_verdict("denied"));
     assert_eq!(get(&entry, "GATE_RULE"), "deny.contractors");
@@ -130,7 +132,7 @@ fn a_refusal_names_the_limit() {
     let journald = Journald::new();
     let policy = "[limits]\nconnections = 3\nconnections-per-user = 2\n[allow.all]\nusers = [\"any\"]\n";
     let echod = serve(&journald, policy);
-    let alice = Other::wrapped(&[], &["--as", "64001:64001"], 3, &echod.socket());
+    let alice = PeerProcess::wrapped(&[], &["--as", "64001:64001"], 3, &echod.socket());
     alice.connections[2].expect_end(BUSY);
     let entry = journald.wait_for("the user's limit", with_verdict("refused"));
     let pid = alice.pid().to_string();
@@ -155,7 +157,7 @@ fn a_refusal_names_the_limit() {
     ];
     expect_fields(&entry, &[&common_fields[..], &own].concat());
 
-    let bob = Other::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
+    let bob = PeerProcess::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
     bob.connections[1].expect_end(BUSY);
     let entry = journald.wait_for("the limit for all", |entry| get(entry, "GATE_REASON") == "total-limit");
     assert_eq!((get(&entry, "PEER_UID"), get(&entry, "GATE_VERDICT")), ("64002", "refused"));
@@ -198,7 +200,7 @@ fn admitted_and_closed_tell_a_connections_whole_story() {
     let journald = Journald::new();
     let echod = serve(&journald, "[audit]\nrecord = \"connections\"\n[allow.those]\nusers = [64001]\n");
     let socket = echod.socket();
-    let alice = Other::with(&["--comm", "talker", "--as", "64001:64001:64005"], &socket);
+    let alice = PeerProcess::with(&["--comm", "talker", "--as", "64001:64001:64005"], &socket);
     let pid = alice.pid().to_string();
     alice.client().send("one\ntwo\nthr");
     alice.client().half_close();
@@ -329,8 +331,8 @@ fn a_revoked_connection_is_recorded_with_the_rule_that_denies_it_now() {
     let journald = Journald::new();
     let echod = serve(&journald, "[allow.all]\nusers = [\"any\"]\n");
     let socket = echod.socket();
-    let alice = Other::with(&["--comm", "talker", "--as", "64001:64001"], &socket);
-    let bob = Other::with(&["--comm", "other", "--as", "64002:64002"], &socket);
+    let alice = PeerProcess::with(&["--comm", "talker", "--as", "64001:64001"], &socket);
+    let bob = PeerProcess::with(&["--comm", "other", "--as", "64002:64002"], &socket);
     alice.client().echo("hello");
     bob.client().echo("hello");
     echod.reload_with("[deny.alice]\nusers = [64001]\n[allow.all]\nusers = [64001]\n");
@@ -369,7 +371,7 @@ fn a_revoked_connection_is_recorded_with_the_rule_that_denies_it_now() {
 fn only_the_first_of_a_flood_are_written_and_a_summary_at_the_stop_tells_the_rest() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 5\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{LONG}burst = 5\n{}", common::DENY_ALL));
     be_denied(&echod, 100);
     let flood = flood(ALICE, 50, &echod.socket());
     expect_flood(flood, 50);
@@ -404,7 +406,7 @@ fn only_the_first_of_a_flood_are_written_and_a_summary_at_the_stop_tells_the_res
 fn a_summary_comes_at_the_end_of_the_interval_and_a_new_interval_has_a_burst_of_its_own() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("[audit]\ninterval = \"200ms\"\nburst = 3\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("[audit]\ninterval = \"200ms\"\nburst = 3\n{}", common::DENY_ALL));
     be_denied(&echod, 50);
     journald.wait_for_sum("denied", DENIALS, 50);
     assert_eq!(denials(&journald.entries()), 50);
@@ -426,9 +428,9 @@ fn a_summary_comes_at_the_end_of_the_interval_and_a_new_interval_has_a_burst_of_
 fn a_reload_writes_what_was_counted_under_the_old_settings() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 1\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{LONG}burst = 1\n{}", common::DENY_ALL));
     be_denied(&echod, 20);
-    echod.reload_with(&format!("{LONG}burst = 100\n{}", common::NOBODY));
+    echod.reload_with(&format!("{LONG}burst = 100\n{}", common::DENY_ALL));
     journald.wait_for_sum("denied", DENIALS, 20);
     be_denied(&echod, 20);
     echod.stop();
@@ -439,9 +441,9 @@ fn a_reload_writes_what_was_counted_under_the_old_settings() {
 fn a_reload_to_a_shorter_interval_does_not_wait_for_the_end_of_the_old_one() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::DENY_ALL));
     be_denied(&echod, 20);
-    echod.reload_with(&format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::NOBODY));
+    echod.reload_with(&format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::DENY_ALL));
     be_denied(&echod, 20);
     // Before any stop.
     journald.wait_for_sum("denied", DENIALS, 40);
@@ -453,7 +455,7 @@ fn a_reload_to_a_shorter_interval_does_not_wait_for_the_end_of_the_old_one() {
 fn with_a_burst_of_none_a_single_denial_is_told_at_the_intervals_end() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::DENY_ALL));
     for times in 1..=3 {
         be_denied(&echod, 1);
         // Before any stop, and whether the writer has just been awake or not.
@@ -468,7 +470,7 @@ fn a_burst_of_none_leaves_only_summaries_and_a_huge_one_leaves_none() {
     needs_root();
     for (burst, records) in [(0, 0), (1_000_000, 300)] {
         let journald = Journald::new();
-        let echod = serve(&journald, &format!("{LONG}burst = {burst}\n{}", common::NOBODY));
+        let echod = serve(&journald, &format!("{LONG}burst = {burst}\n{}", common::DENY_ALL));
         be_denied(&echod, 300);
         echod.stop();
         let entries = journald.entries();
@@ -527,14 +529,14 @@ fn flood_with_trouble(journald: &Journald, config: &str, trouble: impl FnOnce(&E
 fn the_equation_holds_in_a_flood_of_several_users() {
     needs_root();
     let journald = Journald::new();
-    flood_with_trouble(&journald, &format!("{LONG}{}", common::NOBODY), |_| {});
+    flood_with_trouble(&journald, &format!("{LONG}{}", common::DENY_ALL), |_| {});
 }
 
 #[test]
 fn the_equation_holds_when_every_denial_is_written() {
     needs_root();
     let journald = Journald::new();
-    flood_with_trouble(&journald, &format!("{LONG}burst = 1000000\n{}", common::NOBODY), |_| {});
+    flood_with_trouble(&journald, &format!("{LONG}burst = 1000000\n{}", common::DENY_ALL), |_| {});
 }
 
 #[test]
@@ -559,7 +561,7 @@ fn serving_goes_on_and_nothing_is_lost_while_the_journal_does_not_read() {
 fn nothing_is_lost_when_the_journal_stops_reading_in_a_flood_and_goes_on_during_our_stop() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::DENY_ALL));
     journald.stop_reading();
     expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
     echod.signal(Signal::SIGTERM);
@@ -574,7 +576,7 @@ fn nothing_is_lost_when_the_journal_stops_reading_in_a_flood_and_goes_on_during_
 fn nothing_is_lost_when_the_journal_is_restarted_in_a_flood() {
     needs_root();
     let journald = Journald::new();
-    let config = format!("[audit]\nburst = 1000000\ninterval = \"50ms\"\n{}", common::NOBODY);
+    let config = format!("[audit]\nburst = 1000000\ninterval = \"50ms\"\n{}", common::DENY_ALL);
     flood_with_trouble(&journald, &config, |_| {
         for _ in 0..5 {
             journald.wait_for("some denial", with_verdict("denied"));
@@ -588,7 +590,7 @@ fn nothing_is_lost_when_the_journal_is_restarted_in_a_flood() {
 fn what_a_vanished_journal_missed_is_counted_for_when_it_is_back() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::DENY_ALL));
     be_denied(&echod, 1);
     journald.wait_for("the first", with_verdict("denied"));
     journald.vanish();
@@ -607,7 +609,7 @@ fn what_standard_error_has_told_it_does_not_tell_again_and_the_journal_hears_it_
     needs_root();
     for comes_back in [false, true] {
         let journald = Journald::new();
-        let echod = serve(&journald, &format!("[audit]\ninterval = \"50ms\"\n{}", common::NOBODY));
+        let echod = serve(&journald, &format!("[audit]\ninterval = \"50ms\"\n{}", common::DENY_ALL));
         be_denied(&echod, 1);
         journald.wait_for("the first", with_verdict("denied"));
         journald.vanish();
@@ -644,7 +646,7 @@ fn end_without_journal(echod: Echod) -> String {
 fn what_a_journal_that_never_goes_on_does_not_take_is_told_on_standard_error_in_the_end() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 100\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{LONG}burst = 100\n{}", common::DENY_ALL));
     be_denied(&echod, 1);
     journald.wait_for("the first", with_verdict("denied"));
     journald.stop_reading();
@@ -665,7 +667,7 @@ fn what_a_journal_that_never_goes_on_does_not_take_is_told_on_standard_error_in_
 fn a_user_database_that_never_answers_costs_no_record_at_the_stop() {
     needs_root();
     let place = common::Place::new();
-    let echod = Start::serving(&format!("{LONG}burst = 10\n{}", common::NOBODY))
+    let echod = Start::serving(&format!("{LONG}burst = 10\n{}", common::DENY_ALL))
         .wrapper(&common::hung_user_database(&place))
         .ready();
     be_denied(&echod, 30);
@@ -701,7 +703,7 @@ fn intervals_end_also_while_the_journal_takes_nothing() {
     needs_root();
     let journald = Journald::new();
     let interval = "[audit]\ninterval = \"50ms\"\nburst = 2\n";
-    let echod = serve(&journald, &format!("{interval}{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{interval}{}", common::DENY_ALL));
     be_denied(&echod, 1);
     journald.wait_for("the first", with_verdict("denied"));
     journald.stop_reading();
@@ -762,10 +764,10 @@ fn out_of_descriptors_a_record_too_large_for_a_datagram_is_still_counted() {
     let inside: Vec<_> = (0..40).map(|_| echod.connect()).collect();
     let in_there = inside.iter().filter(|client| client.try_send("in?\n").is_ok() && client.read(1) == b">").count();
     assert!((5..35).contains(&in_there), "{in_there} got in");
-    let rich = Other::wrapped(&[], &["--as", "64001:64001:100000-165535"], 10, &echod.socket());
+    let rich = PeerProcess::wrapped(&[], &["--as", "64001:64001:100000-165535"], 10, &echod.socket());
     rich.connections.iter().for_each(|client| client.expect_end(DENIED));
     // When this one is there, those before it have been tried; at the stop there are descriptors again.
-    Other::user(BOB, &echod.socket()).client().expect_end(DENIED);
+    PeerProcess::user(BOB, &echod.socket()).client().expect_end(DENIED);
     journald.wait_for("the small one", |entry| get(entry, "PEER_UID") == "64002");
     echod.stop();
     assert_eq!(denials(&journald.entries()), 11);
@@ -773,7 +775,7 @@ fn out_of_descriptors_a_record_too_large_for_a_datagram_is_still_counted() {
 
 #[test]
 fn without_a_journal_records_are_text_on_standard_error_and_the_equation_holds_there() {
-    let echod = Start::serving(&format!("{LONG}burst = 4\n{}", common::NOBODY)).ready();
+    let echod = Start::serving(&format!("{LONG}burst = 4\n{}", common::DENY_ALL)).ready();
     be_denied(&echod, 30);
     let stderr = echod.stop();
     let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
@@ -787,7 +789,7 @@ fn sigterm_in_the_middle_of_a_flood_leaves_the_equation_exact() {
     needs_root();
     for _ in 0..5 {
         let journald = Journald::new();
-        let echod = serve(&journald, &format!("{LONG}burst = 7\n{}", common::NOBODY));
+        let echod = serve(&journald, &format!("{LONG}burst = 7\n{}", common::DENY_ALL));
         let place = echod.place.clone();
         let floods: Vec<_> = [ALICE, BOB].map(|uid| flood(uid, 800, &echod.socket())).into();
         journald.wait_for("the flood", with_verdict("denied"));
@@ -864,7 +866,7 @@ fn the_equation_holds_with_all_of_it_at_once() {
     // A million: make flood
     let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
     let journald = Journald::new();
-    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 100\n{}", common::NOBODY);
+    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 100\n{}", common::DENY_ALL);
     let echod = serve(&journald, &config);
     let socket = echod.socket();
     let floods = [ALICE, BOB, 64003].map(|uid| flood(uid, each, &socket));
@@ -913,7 +915,7 @@ fn the_equation_holds_with_all_of_it_at_once() {
 fn many_users_share_summaries_without_a_name_once_too_many_flood() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::NOBODY));
+    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::DENY_ALL));
     const USERS: u32 = 1100;
     for uid in 0..USERS {
         // Each user is a process: a batch at a time.
@@ -937,7 +939,7 @@ fn a_record_lists_64_groups_and_says_how_many_there_were() {
     for (groups, count, last, is_in) in
         [("1-64", 64, 64, false), ("1-65", 65, 64, false), ("1-1022,5", 1023, 64, false), ("1-1023", 1023, 64, true)]
     {
-        let other = Other::with(&["--as", &format!("64001:64001:{groups}")], &echod.socket());
+        let other = PeerProcess::with(&["--as", &format!("64001:64001:{groups}")], &echod.socket());
         if is_in {
             other.client().echo("I am in");
         } else {
@@ -958,7 +960,7 @@ fn a_name_with_newline_and_escape_forges_neither_field_nor_line() {
     let journald = Journald::new();
     let echod = serve(&journald, common::OWNER);
     let comm = "a\\n\\e[2JGATE=b";
-    let forger = Other::with(&["--comm", comm, "--as", "64001:64001"], &echod.socket());
+    let forger = PeerProcess::with(&["--comm", comm, "--as", "64001:64001"], &echod.socket());
     forger.client().expect_end(DENIED);
     let entry = journald.wait_for("the denial", with_verdict("denied"));
     assert_eq!(get(&entry, "PEER_COMM"), "a\\n\\u{1b}[2JGATE=b");
@@ -969,7 +971,7 @@ fn a_name_with_newline_and_escape_forges_neither_field_nor_line() {
 
     // The same as text.
     let echod = Start::serving(common::OWNER).ready();
-    let forger = Other::with(&["--comm", comm, "--as", "64001:64001"], &echod.socket());
+    let forger = PeerProcess::with(&["--comm", comm, "--as", "64001:64001"], &echod.socket());
     forger.client().expect_end(DENIED);
     let stderr = echod.stop();
     assert!(!stderr.contains('\u{1b}') && stderr.contains("(a\\n\\u{1b}[2JGATE=b)"), "{stderr:?}");
@@ -1002,7 +1004,7 @@ fn a_journal_with_a_long_queue_that_does_not_read_stops_neither_service_nor_watc
     needs_root();
     let journald = Journald::absent();
     journald.start_with_long_queue();
-    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{}", common::NOBODY))
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{}", common::DENY_ALL))
         .journal(&journald)
         .env("WATCHDOG_USEC", "500000")
         .ready();
@@ -1024,7 +1026,7 @@ fn others_who_fill_the_journals_queue_keep_no_sign_of_life_back() {
     needs_root();
     let journald = Journald::absent();
     journald.start_with_long_queue();
-    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{}", common::NOBODY))
+    let echod = Start::serving(&format!("{LONG}burst = 1000000\n{}", common::DENY_ALL))
         .journal(&journald)
         .env("WATCHDOG_USEC", "500000")
         .ready();

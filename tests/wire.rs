@@ -6,7 +6,7 @@ mod common;
 use std::io::Write;
 use std::thread;
 
-use common::{BUSY, Client, DENIED, End, NOBODY, OWNER, Start, TOO_LONG, show};
+use common::{BUSY, Client, DENIED, DENY_ALL, End, OWNER, Start, TOO_LONG, show};
 
 /// The whole answer to `input`, as slowly and plainly as it can be said.
 fn answer(input: &[u8], limit: usize) -> Vec<u8> {
@@ -184,7 +184,7 @@ fn whoever_goes_on_sending_after_too_long_a_line_sees_the_message_and_a_clean_en
 
 #[test]
 fn a_denied_peer_gets_the_message_and_not_one_byte_of_echo() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     let client = echod.connect();
     client.expect_end(DENIED);
 
@@ -195,7 +195,7 @@ fn a_denied_peer_gets_the_message_and_not_one_byte_of_echo() {
 
 #[test]
 fn a_denied_peer_that_has_sent_data_sees_the_message_and_no_reset() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     for size in [1, 100, 5_000, 100_000] {
         for _ in 0..20 {
             let client = echod.connect();
@@ -210,7 +210,7 @@ fn a_denied_peer_that_has_sent_data_sees_the_message_and_no_reset() {
 
 #[test]
 fn a_denied_peer_that_keeps_sending_sees_the_message_and_no_reset() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     for _ in 0..20 {
         let client = echod.connect();
         let (output, end) = thread::scope(|scope| {
@@ -223,7 +223,7 @@ fn a_denied_peer_that_keeps_sending_sees_the_message_and_no_reset() {
 
 #[test]
 fn a_denied_peer_that_never_reads_is_let_go_and_finds_the_message_later() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     let client = echod.connect();
     // Writes until the other side has let go: no event but this one tells.
     while client.try_send([b'z'; 1000]).is_ok() {}
