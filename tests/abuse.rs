@@ -57,7 +57,7 @@ fn send_bomb(client: &Client, line: &str) -> std::net::TcpStream {
 }
 
 #[test]
-fn descriptors_that_take_hours_to_close_hold_nobody_up() {
+fn a_received_descriptor_that_blocks_in_close_delays_no_client() {
     for (config, heard) in [(OWNER, &b"> are you there?\n"[..]), (DENY_ALL, DENIED)] {
         let start = Start::serving(config).env("WATCHDOG_USEC", "500000");
         // They come while nobody is there yet to have the kernel refuse descriptors, or to read them.
@@ -84,7 +84,7 @@ fn descriptors_that_take_hours_to_close_hold_nobody_up() {
 }
 
 #[test]
-fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind() {
+fn each_of_thousands_of_denied_connections_gets_the_message() {
     let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     thread::scope(|scope| {
@@ -109,7 +109,7 @@ fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind
 }
 
 #[test]
-fn the_denied_who_hold_on_get_no_descriptor_for_long_and_cannot_keep_others_out() {
+fn denied_connections_that_never_close_hold_no_descriptor_for_long() {
     let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     // Twice as many as may be on their way out at once; none of them closes.
@@ -121,7 +121,7 @@ fn the_denied_who_hold_on_get_no_descriptor_for_long_and_cannot_keep_others_out(
 }
 
 #[test]
-fn the_denied_who_connect_and_vanish_leave_nothing_behind() {
+fn denied_connections_closed_at_once_leave_no_descriptor() {
     let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     for round in 0..2000 {
@@ -136,7 +136,7 @@ fn the_denied_who_connect_and_vanish_leave_nothing_behind() {
 }
 
 #[test]
-fn the_admitted_who_connect_and_vanish_give_their_places_back() {
+fn admitted_connections_closed_at_once_give_their_permits_back() {
     let echod = Start::serving(&format!("[limits]\nconnections = 10\nconnections-per-user = 10\n{OWNER}")).ready();
     let before = descriptors(&echod);
     for _ in 0..1000 {
@@ -156,7 +156,7 @@ fn the_admitted_who_connect_and_vanish_give_their_places_back() {
 }
 
 #[test]
-fn a_flood_of_the_denied_does_not_stop_the_admitted() {
+fn a_flood_of_denied_connections_stops_no_admitted_client() {
     // A user of one limit's worth of places; the flood is of connections over it.
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
     while_somebody_talks(&echod, || {
@@ -167,7 +167,7 @@ fn a_flood_of_the_denied_does_not_stop_the_admitted() {
 }
 
 #[test]
-fn one_who_streams_as_fast_as_they_can_does_not_stop_the_others() {
+fn a_client_that_streams_at_full_rate_stops_no_other_client() {
     let echod = Start::serving(&format!("[service]\nworkers = 1\n{OWNER}")).ready();
     let stream = echod.connect();
     let line = [vec![b's'; 1000], b"\n".to_vec()].concat();
@@ -257,7 +257,7 @@ fn who_never_read(echod: &Echod, number: usize) -> Vec<Client> {
 }
 
 #[test]
-fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
+fn hundreds_of_clients_that_never_read_hold_a_bounded_buffer_each() {
     const GREEDY: usize = 300;
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
     let before = memory(&echod, "VmRSS");
@@ -271,7 +271,7 @@ fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
 }
 
 #[test]
-fn what_those_held_who_are_gone_is_given_back_whoever_stays() {
+fn buffers_of_closed_connections_are_freed_while_others_stay_open() {
     const GREEDY: usize = 100;
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
     let (before, open) = (memory(&echod, "RssAnon"), descriptors(&echod));
@@ -289,7 +289,7 @@ fn what_those_held_who_are_gone_is_given_back_whoever_stays() {
 }
 
 #[test]
-fn who_leaves_a_line_unfinished_holds_no_buffer_that_grew_for_a_long_one() {
+fn an_unfinished_line_holds_no_buffer_that_grew_for_a_long_one() {
     const SLOW: usize = 300;
     let config = format!("[limits]\nconnections-per-user = 1000\n[service]\nworkers = 1\n{OWNER}");
     let echod = Start::serving(&config).ready();
@@ -319,7 +319,7 @@ fn who_leaves_a_line_unfinished_holds_no_buffer_that_grew_for_a_long_one() {
 }
 
 #[test]
-fn writers_of_nuls_without_a_newline_get_no_further_than_a_lines_length() {
+fn zeros_without_a_newline_hold_no_more_memory_than_a_line() {
     let echod = Start::serving(OWNER).ready();
     let before = memory(&echod, "VmHWM");
     for _ in 0..30 {
@@ -336,7 +336,7 @@ fn writers_of_nuls_without_a_newline_get_no_further_than_a_lines_length() {
 }
 
 #[test]
-fn slow_loris_senders_are_served_line_by_line_and_stop_nobody() {
+fn slow_senders_are_served_line_by_line_and_stop_no_client() {
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 300\n{OWNER}")).ready();
     let slow: Vec<Client> = (0..200).map(|_| echod.connect()).collect();
     while_somebody_talks(&echod, || {
@@ -353,7 +353,7 @@ fn slow_loris_senders_are_served_line_by_line_and_stop_nobody() {
 }
 
 #[test]
-fn a_thousand_idle_connections_cost_no_processor_time_and_little_memory() {
+fn a_thousand_idle_connections_cost_no_cpu_time_and_little_memory() {
     const IDLE: usize = 1000;
     let limits = "[limits]\nconnections = 5000\nconnections-per-user = 5000\n";
     let echod = Start::serving(&format!("{limits}{OWNER}")).ready();
@@ -372,7 +372,7 @@ fn a_thousand_idle_connections_cost_no_processor_time_and_little_memory() {
 }
 
 #[test]
-fn the_refused_get_their_message_also_a_thousand_at_once() {
+fn a_thousand_peers_refused_at_once_all_get_the_message() {
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
     let first = echod.connect();
     first.echo("in");
@@ -385,7 +385,7 @@ fn the_refused_get_their_message_also_a_thousand_at_once() {
 }
 
 #[test]
-fn ten_thousand_may_idle_inside_and_as_many_more_are_refused() {
+fn ten_thousand_connections_idle_while_as_many_are_refused() {
     let idle = common::setting("ECHOD_TEST_IDLE", 10_000);
     // Here as there: the connections, those who are refused at once, and some room for the other tests.
     const AT_ONCE: usize = 4000;
@@ -428,7 +428,7 @@ fn with_few_descriptors(config: &str) -> Echod {
 }
 
 #[test]
-fn out_of_descriptors_it_refuses_politely_does_not_spin_and_recovers() {
+fn out_of_descriptors_it_refuses_does_not_spin_and_recovers() {
     let echod = with_few_descriptors(&format!("[limits]\nconnections = 100\nconnections-per-user = 100\n{OWNER}"));
     let before = descriptors(&echod);
     let mut inside = Vec::new();
@@ -484,7 +484,7 @@ fn use_up_descriptors(echod: &Echod) -> Vec<Client> {
 const MANY: &str = "[limits]\nconnections = 100\nconnections-per-user = 100\n";
 
 #[test]
-fn out_of_descriptors_the_manager_still_gets_the_sign_of_life_and_the_status() {
+fn out_of_descriptors_the_manager_still_gets_watchdog_and_status() {
     let few = ["prlimit", "--nofile=40:40"];
     let echod = Start::serving(&format!("{MANY}{OWNER}")).env("WATCHDOG_USEC", "500000").wrapper(&few).ready();
     let inside = use_up_descriptors(&echod);
@@ -509,7 +509,7 @@ fn out_of_descriptors_a_restart_still_loses_no_connection() {
 }
 
 #[test]
-fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
+fn out_of_descriptors_a_denied_peer_is_still_denied_and_recorded() {
     let policy = "[audit]\ninterval = \"1h\"\nburst = 1000\n";
     let echod = with_few_descriptors(&format!("{policy}{DENY_ALL}"));
     // All of them at once, so that those on their way out use up what there is.
@@ -524,7 +524,7 @@ fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
 }
 
 #[test]
-fn a_start_that_fails_for_want_of_descriptors_loses_no_denial() {
+fn a_start_that_runs_out_of_descriptors_loses_no_denial() {
     let (mut failed, mut started) = (0, 0);
     for descriptors in 5..24 {
         let start = Start::serving(DENY_ALL);
@@ -585,7 +585,7 @@ impl Faults {
 }
 
 #[test]
-fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_loses_no_denial() {
+fn no_denial_is_lost_while_accept_fails_with_enfile_or_enomem() {
     const DENIALS: usize = 20;
     for (error, said) in [
         ("ENFILE", "out of file descriptors"),
@@ -613,7 +613,7 @@ fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_lo
 }
 
 #[test]
-fn who_leaves_before_being_accepted_and_signals_in_between_delay_nobody() {
+fn aborted_connections_and_interrupting_signals_delay_no_client() {
     for error in ["ECONNABORTED", "EINTR", "EPROTO"] {
         let faults = Faults::inject(OWNER, &[&format!("accept4:error={error}:when=2..200")]);
         let clients: Vec<Client> = (0..5).map(|_| faults.echod.connect()).collect();
@@ -627,7 +627,7 @@ fn who_leaves_before_being_accepted_and_signals_in_between_delay_nobody() {
 }
 
 #[test]
-fn a_write_that_finds_no_memory_ends_that_connection_alone() {
+fn a_write_that_fails_for_memory_closes_only_that_connection() {
     // strace counts each thread's calls apart. Every connection's first echo may be written at the door, and with nobody
     // looked for there no other, so that only the thread behind it gets as far as its third.
     let config = format!("[service]\nbusy-poll = \"off\"\n{OWNER}");
@@ -648,7 +648,7 @@ fn a_write_that_finds_no_memory_ends_that_connection_alone() {
 }
 
 #[test]
-fn a_listener_queue_that_is_full_delays_but_loses_nobody() {
+fn a_full_backlog_delays_connections_and_loses_none() {
     let start = Start::bare().config(OWNER);
     let path = start.place().path("socket");
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
@@ -671,7 +671,7 @@ fn a_listener_queue_that_is_full_delays_but_loses_nobody() {
 }
 
 #[test]
-fn descriptors_sent_along_with_the_data_are_refused_or_end_the_connection() {
+fn descriptors_sent_with_data_are_refused_or_end_the_connection() {
     let echod = Start::serving(OWNER).ready();
     for verify in ["connection", "line"] {
         echod.reload_with(&format!("[service]\nverify = \"{verify}\"\n{OWNER}"));
@@ -708,7 +708,7 @@ type Case<'a> = (&'a [&'a [u8]], &'a [u8], &'a [u8]);
 
 /// Descriptors that lie in the queue before anything could refuse them. What came before them is not theirs to lose.
 #[test]
-fn what_came_before_descriptors_is_echoed_then_comes_the_end_and_a_record() {
+fn data_before_passed_descriptors_is_echoed_before_the_end() {
     for verify in ["connection", "line"] {
         let journald = Journald::new();
         let start = Start::serving(&format!("[service]\nverify = \"{verify}\"\n{OWNER}")).journal(&journald);
@@ -752,7 +752,7 @@ fn what_came_before_descriptors_is_echoed_then_comes_the_end_and_a_record() {
 
 /// It is only read when the peer takes its echo, and a stop meets it before.
 #[test]
-fn a_stop_gives_a_peer_with_descriptors_what_it_is_owed_before_them() {
+fn a_stop_sends_the_echo_of_data_before_passed_descriptors() {
     let start = Start::serving(OWNER);
     let client = Client::connect(start.place().path("socket"));
     client.send("one\nfragm");
@@ -763,7 +763,7 @@ fn a_stop_gives_a_peer_with_descriptors_what_it_is_owed_before_them() {
 }
 
 #[test]
-fn idle_for_too_long_a_peer_gets_back_the_line_it_has_not_ended() {
+fn an_idle_timeout_echoes_the_unfinished_line() {
     let echod = Start::serving(&format!("[limits]\nidle-timeout = \"100ms\"\n{OWNER}")).ready();
     let client = echod.connect();
     client.send("one\nfragm");
@@ -771,7 +771,7 @@ fn idle_for_too_long_a_peer_gets_back_the_line_it_has_not_ended() {
 }
 
 #[test]
-fn a_soak_of_everything_at_once_ends_with_as_many_descriptors_as_it_began_with() {
+fn a_mixed_load_leaves_as_many_descriptors_as_before() {
     let config = format!("[limits]\nconnections-per-user = 40\nline-length = 4096\nidle-timeout = \"1s\"\n{OWNER}");
     let echod = Start::serving(&config).ready();
     let before = descriptors(&echod);

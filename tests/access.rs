@@ -39,7 +39,7 @@ fn named_user() -> (&'static str, u32, u32) {
 }
 
 #[test]
-fn only_the_owner_gets_in_where_there_is_no_file() {
+fn without_a_configuration_file_only_the_owner_is_admitted() {
     needs_root();
     let start = Start::bare().env("CONFIGURATION_DIRECTORY", "/no/such/directory");
     let listener = start.place().listener("socket");
@@ -50,7 +50,7 @@ fn only_the_owner_gets_in_where_there_is_no_file() {
 }
 
 #[test]
-fn root_has_no_privilege_where_the_service_runs_as_somebody_else() {
+fn root_is_not_admitted_where_the_service_runs_as_another_user() {
     needs_root();
     let echod = Start::serving(common::OWNER).run_as("64001:64001").ready();
     echod.connect().expect_end(DENIED);
@@ -61,7 +61,7 @@ fn root_has_no_privilege_where_the_service_runs_as_somebody_else() {
 }
 
 #[test]
-fn users_are_named_numbered_ranged_or_any() {
+fn a_rule_names_users_by_name_number_range_or_any() {
     needs_root();
     let (name, uid, _) = named_user();
     for (users, inside, outside) in [
@@ -83,7 +83,7 @@ fn users_are_named_numbered_ranged_or_any() {
 }
 
 #[test]
-fn groups_are_the_effective_one_and_the_supplementary_ones_of_the_process() {
+fn a_peers_groups_are_its_effective_and_supplementary_ones() {
     needs_root();
     let echod = Start::serving("[allow.those]\ngroups = [\"adm\", 64100, \"64200-64210\"]\n").ready();
     // adm is 4 on every Debian.
@@ -110,7 +110,7 @@ fn groups_are_the_effective_one_and_the_supplementary_ones_of_the_process() {
 }
 
 #[test]
-fn the_database_alone_does_not_make_a_member() {
+fn a_membership_only_in_the_database_does_not_count() {
     needs_root();
     // backup is in group backup by the database; this process of backup's is not.
     let (name, uid, _) = named_user();
@@ -120,7 +120,7 @@ fn the_database_alone_does_not_make_a_member() {
 }
 
 #[test]
-fn a_group_given_up_after_connecting_still_counts_and_one_taken_later_does_not() {
+fn a_peers_groups_count_as_they_were_at_connect() {
     needs_root();
     let echod = Start::serving("[allow.root]\nusers = [0]\n").ready();
     // Connects as root, then becomes somebody else: judged as of connect(2).
@@ -139,7 +139,7 @@ fn every_key_of_a_rule_must_hold() {
 }
 
 #[test]
-fn deny_rules_come_first_wherever_they_stand() {
+fn deny_rules_come_first_wherever_they_are_written() {
     needs_root();
     let policy = "[allow.all]\nusers = [\"any\"]\n[deny.contractors]\nusers = [\"64001-64005\"]\n\
                   [deny.tainted]\ngroups = [64100]\n";
@@ -157,7 +157,7 @@ fn deny_rules_come_first_wherever_they_stand() {
 }
 
 #[test]
-fn a_deny_rule_that_depends_on_what_names_nobody_counts_as_matched() {
+fn a_deny_rule_on_an_unmapped_group_counts_as_matched() {
     needs_root();
     let echod = Start::serving("[allow.all]\nusers = [\"any\"]\n[deny.tainted]\ngroups = [64100]\n").ready();
     // One of its groups cannot be told: it might be the one.
@@ -166,7 +166,7 @@ fn a_deny_rule_that_depends_on_what_names_nobody_counts_as_matched() {
 }
 
 #[test]
-fn the_first_allow_rule_in_file_order_decides_on_the_terms() {
+fn the_first_matching_allow_rule_in_the_file_sets_the_limits() {
     needs_root();
     let policy = "[allow.first]\nusers = [64001]\nline-length = 10\n\
                   [allow.second]\nusers = [\"any\"]\nline-length = 20\n";
@@ -180,7 +180,7 @@ fn the_first_allow_rule_in_file_order_decides_on_the_terms() {
 }
 
 #[test]
-fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
+fn the_limit_for_each_user_is_exact_and_counted_by_user() {
     needs_root();
     let echod = Start::serving("[limits]\nconnections-per-user = 5\n[allow.all]\nusers = [\"any\"]\n").ready();
     // Kept alive to the end of the test: BOB's limit is not what is left of ALICE's.
@@ -201,7 +201,7 @@ fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
 }
 
 #[test]
-fn a_rule_may_raise_or_lower_the_limit_for_those_it_admits() {
+fn a_rule_may_raise_or_lower_the_limit_for_its_peers() {
     needs_root();
     let policy = "[limits]\nconnections-per-user = 3\n\
                   [allow.many]\nusers = [64001]\nconnections-per-user = 7\n\
@@ -239,7 +239,7 @@ fn the_limit_on_all_connections_is_exact_over_all_users() {
 
 /// Every way a connection can end; after each its place can be taken again at once.
 #[test]
-fn a_place_is_given_back_however_a_connection_ends() {
+fn a_permit_is_given_back_however_a_connection_ends() {
     let policy = |limit: usize| {
         format!("[limits]\nconnections-per-user = 1\nconnections = 1\nline-length = {limit}\n{}", common::OWNER)
     };
@@ -285,7 +285,7 @@ fn a_place_is_given_back_however_a_connection_ends() {
 }
 
 #[test]
-fn an_idle_connection_ends_cleanly_and_an_active_one_stays() {
+fn an_idle_connection_is_closed_cleanly_and_an_active_one_stays() {
     let echod = Start::serving(&format!("[limits]\nidle-timeout = \"300ms\"\n{}", common::OWNER)).ready();
     let idle = echod.connect();
     idle.echo("once");
@@ -332,7 +332,7 @@ fn explain(config: &Path, args: &[&str]) -> (i32, String) {
 }
 
 #[test]
-fn explain_and_the_running_service_agree_about_a_live_process() {
+fn explain_and_the_service_decide_the_same_about_a_process() {
     needs_root();
     let policy =
         "[deny.tainted]\ngroups = [64100]\n[allow.those]\nusers = [64001, 64002]\n[allow.staff]\ngroups = [64200]\n";
@@ -355,7 +355,7 @@ fn explain_and_the_running_service_agree_about_a_live_process() {
 }
 
 #[test]
-fn the_manager_hears_of_nothing_but_the_truth() {
+fn the_status_counts_connections_and_denials() {
     let echod = Start::serving(common::OWNER).ready();
     let client = echod.connect();
     client.echo("hello");
@@ -377,7 +377,7 @@ fn listening(path: &Path) -> Start {
 }
 
 #[test]
-fn another_users_socket_in_the_place_of_ours_is_not_removed() {
+fn a_socket_of_another_user_at_the_path_is_not_removed() {
     needs_root();
     let place = Place::new();
     let path = place.path("own");
@@ -392,7 +392,7 @@ fn another_users_socket_in_the_place_of_ours_is_not_removed() {
 }
 
 #[test]
-fn a_socket_is_bound_in_a_directory_that_may_not_be_read() {
+fn a_socket_is_bound_in_an_unreadable_directory() {
     needs_root();
     let place = Place::new();
     let directory = place.path("drop");
@@ -419,7 +419,7 @@ fn directory(path: PathBuf, owner: u32, mode: u32) -> PathBuf {
 
 /// An old file of root's, moved there by whoever may write the directory, has the right owner and mode.
 #[test]
-fn a_file_is_refused_where_others_may_write_a_directory_on_the_way() {
+fn a_file_below_a_directory_that_others_may_write_is_refused() {
     needs_root();
     let owned = "owned by uid 64001; expected root or the service's user, uid 0";
     let writable = |mode: &str| format!("others than its owner may write it (mode {mode}); expected mode 0755 or less");
@@ -450,7 +450,7 @@ fn a_file_is_refused_where_others_may_write_a_directory_on_the_way() {
 
 /// Whoever may write the directory can also remove the file, and have the defaults in its stead.
 #[test]
-fn a_default_file_that_others_may_have_removed_is_not_missing() {
+fn a_default_file_that_others_may_remove_is_an_error_if_missing() {
     needs_root();
     let place = Place::new();
     for (name, owner, mode) in [("owned", ALICE, 0o755), ("writable", 0, 0o777)] {
@@ -463,7 +463,7 @@ fn a_default_file_that_others_may_have_removed_is_not_missing() {
 }
 
 #[test]
-fn a_default_file_in_a_directory_that_may_not_be_entered_is_not_missing() {
+fn a_default_file_below_a_closed_directory_is_an_error() {
     needs_root();
     let place = Place::new();
     let closed = directory(place.path("closed"), 0, 0o700);
@@ -476,7 +476,7 @@ fn a_default_file_in_a_directory_that_may_not_be_entered_is_not_missing() {
 
 /// As /tmp: what belongs to root there, only root can replace.
 #[test]
-fn in_a_sticky_directory_only_what_others_can_put_there_is_refused() {
+fn in_a_sticky_directory_only_a_file_of_another_user_is_refused() {
     needs_root();
     let place = Place::new();
     let sticky = directory(place.path("sticky"), 0, 0o1777);
@@ -502,7 +502,7 @@ fn in_a_sticky_directory_only_what_others_can_put_there_is_refused() {
 }
 
 #[test]
-fn the_services_user_may_own_the_way_to_its_file() {
+fn the_services_user_may_own_the_directories_of_its_file() {
     needs_root();
     let place = Place::new();
     let home = directory(place.path("home"), ALICE, 0o755);
@@ -518,7 +518,7 @@ fn the_services_user_may_own_the_way_to_its_file() {
 
 /// There root's directories read as the overflow id's.
 #[test]
-fn a_user_namespace_without_root_still_reads_its_users_file() {
+fn in_a_user_namespace_without_root_the_users_file_is_read() {
     needs_root();
     let place = Place::new();
     let program = place.path("echod");

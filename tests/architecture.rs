@@ -62,13 +62,13 @@ fn only_sys_is_unsafe() {
 }
 
 #[test]
-fn only_peer_asks_for_credentials() {
+fn only_peer_reads_credentials() {
     let words = ["PeerCredentials", "PeerPidfd", "peer_groups(", "peer_label("];
     assert_eq!(users_of(&words, &library()), ["peer.rs", "sys.rs"]);
 }
 
 #[test]
-fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
+fn the_policy_uses_no_socket_no_clock_no_log_and_no_file() {
     let pure = |name: &String| name.starts_with("policy") && !name.starts_with("policy/file");
     let policy: BTreeMap<_, _> = library().into_iter().filter(|(name, _)| pure(name)).collect();
     assert!(policy.contains_key("policy.rs"));
@@ -85,7 +85,7 @@ fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
 }
 
 #[test]
-fn the_framing_knows_only_bytes() {
+fn the_framing_uses_only_bytes() {
     let line = &sources("echod")["line.rs"];
     for word in ["use peergate", "use crate", "use nix", "std::os", "std::net", "std::time", "std::fs"] {
         assert!(!line.contains(word), "line.rs: {word}");

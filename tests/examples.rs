@@ -152,7 +152,7 @@ impl Drop for Server {
 }
 
 #[test]
-fn whoami_tells_each_client_what_the_kernel_says_of_it() {
+fn whoami_tells_each_client_its_credentials() {
     let server = Server::start("whoami", "whoami", &[]);
     let (said, pid) = server.answers(&["--reuid=61001", "--regid=61002", "--groups=61003,4"], b"");
     let (ids, process) = said.split_once('\n').unwrap();
@@ -166,7 +166,7 @@ fn whoami_tells_each_client_what_the_kernel_says_of_it() {
 
 /// What comes with peergate::serve, which does all that whoami does not.
 #[test]
-fn a_service_of_one_call_tells_its_manager_what_that_wants_to_hear() {
+fn serve_notifies_the_service_manager() {
     let server = Server::start("manager", "whoami", &[]);
     server.ready();
     server.says("WATCHDOG=1");
@@ -180,7 +180,7 @@ fn a_service_of_one_call_tells_its_manager_what_that_wants_to_hear() {
 }
 
 #[test]
-fn whoami_turns_away_whom_the_kernel_cannot_name() {
+fn whoami_denies_the_overflow_uid() {
     let server = Server::start("whoami-nobody", "whoami", &[]);
     assert_eq!(server.answers_user(65_534, ""), "Unauthorized access\n");
     server.stop();
@@ -194,7 +194,7 @@ fn policy(directory: &str, text: &str) -> PathBuf {
 }
 
 #[test]
-fn view_update_lets_some_view_and_others_also_update() {
+fn view_update_gives_each_user_the_rights_of_its_rule() {
     let file = policy("view-update", &fs::read_to_string(source("view_update.toml")).unwrap());
     let server = Server::start("view-update", "view_update", &[&file]);
     let me = nix::unistd::geteuid().as_raw();
@@ -210,7 +210,7 @@ fn view_update_lets_some_view_and_others_also_update() {
 }
 
 #[test]
-fn view_update_puts_a_changed_policy_into_force_and_keeps_the_old_one_where_the_new_is_faulty() {
+fn view_update_reloads_a_policy_and_keeps_the_old_one_on_a_fault() {
     let file = policy("reload", "[allow.guest]\nusers = [61001]\n");
     let server = Server::start("reload", "view_update", &[&file]);
     server.ready();
@@ -230,7 +230,7 @@ fn view_update_puts_a_changed_policy_into_force_and_keeps_the_old_one_where_the_
 }
 
 #[test]
-fn view_update_does_not_start_with_a_faulty_policy_and_says_where_the_fault_is() {
+fn view_update_names_the_place_of_a_fault_and_does_not_start() {
     let file = policy("faulty", "[allow.guest]\nusers = [61001]\nmay = \"destroy\"\n");
     let directory = std::env::temp_dir().join(format!("peergate-faulty-{}", std::process::id()));
     fs::create_dir(&directory).unwrap();
@@ -251,7 +251,7 @@ fn view_update_does_not_start_with_a_faulty_policy_and_says_where_the_fault_is()
 }
 
 #[test]
-fn tokio_echo_gives_its_owner_every_byte_back_and_a_stranger_none() {
+fn tokio_echo_echoes_to_its_owner_and_denies_another_user() {
     let server = Server::start("tokio", "tokio_echo", &[]);
     let text = "0123456789\n".repeat(30_000);
     assert!(server.answers_user(nix::unistd::geteuid().as_raw(), &text) == text, "not the bytes that were sent");
@@ -282,7 +282,7 @@ fn send_along(through: &UnixStream, what: TcpStream) {
 
 /// As any client at the start of a service is: earlier than the service itself.
 #[test]
-fn nobody_waits_for_what_an_early_guest_sends_along() {
+fn a_blocking_descriptor_of_an_early_client_delays_no_other() {
     for example in ["whoami", "tokio_echo", "view_update"] {
         let file = policy(&format!("early-{example}"), "[allow.all]\nusers = [\"any\"]\n");
         let (server, (_bomber, _other_end)) =
@@ -300,7 +300,7 @@ fn nobody_waits_for_what_an_early_guest_sends_along() {
 
 /// And as a stranger may do at any time, before Linux 6.16 or where nothing refuses it.
 #[test]
-fn nobody_waits_for_what_a_stranger_sends_along() {
+fn a_blocking_descriptor_of_a_denied_client_delays_no_other() {
     let server = Server::start("stranger-bomb", "tokio_echo", &[]);
     server.ready();
     // Meanwhile the stranger lets go of it, so that the service would be the one to close it.
@@ -330,7 +330,7 @@ fn hears_something(server: &Server) {
 }
 
 #[test]
-fn tokio_echo_refuses_one_connection_too_many_of_a_user() {
+fn tokio_echo_refuses_a_users_connection_over_the_limit() {
     let server = Server::start("tokio-limit", "tokio_echo", &[]);
     let connect = || {
         let client = UnixStream::connect(server.socket()).unwrap();
@@ -353,7 +353,7 @@ fn tokio_echo_refuses_one_connection_too_many_of_a_user() {
 }
 
 #[test]
-fn an_example_that_gets_no_socket_says_so_and_ends() {
+fn an_example_without_a_socket_says_so_and_exits() {
     for example in EXAMPLES {
         let file = policy(&format!("none-{example}"), "[allow.owner]\nusers = [\"self\"]\n");
         let ended = Command::new(program(example)).arg(&file).stdin(Stdio::null()).output().unwrap();

@@ -8,7 +8,7 @@ use std::path::Path;
 mod targets;
 
 #[test]
-fn every_input_that_a_fuzzer_found_worth_keeping_holds_every_claim() {
+fn every_input_of_the_fuzz_corpora_holds_every_claim() {
     for (name, target) in targets::ALL {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
         let inputs = fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
@@ -25,7 +25,7 @@ fn every_input_that_a_fuzzer_found_worth_keeping_holds_every_claim() {
 }
 
 #[test]
-fn every_target_takes_nothing_and_anything() {
+fn every_fuzz_target_takes_empty_and_arbitrary_input() {
     let mut seed = 0x2545_f491_4f6c_dd1d_u64;
     for (_, target) in targets::ALL {
         target(b"");

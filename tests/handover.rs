@@ -57,7 +57,7 @@ fn answer(input: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_live_connection_goes_on_as_if_nothing_had_happened() {
+fn a_live_connection_continues_over_a_restart() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -71,7 +71,7 @@ fn a_live_connection_goes_on_as_if_nothing_had_happened() {
 }
 
 #[test]
-fn half_a_line_before_the_restart_and_half_after_it_make_one_line() {
+fn half_a_line_before_a_restart_and_half_after_it_make_one_line() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.send("whole\nhal");
@@ -87,7 +87,7 @@ fn half_a_line_before_the_restart_and_half_after_it_make_one_line() {
 }
 
 #[test]
-fn a_client_that_does_not_read_gets_every_byte_after_the_restart() {
+fn a_client_that_does_not_read_gets_every_byte_after_a_restart() {
     let echod = serve(OWNER);
     let client = echod.connect();
     let sent = clog(&client, &[vec![b'a'; 5000], b"\n".to_vec(), vec![b'b'; 77], b"\n".to_vec()].concat());
@@ -100,7 +100,7 @@ fn a_client_that_does_not_read_gets_every_byte_after_the_restart() {
 }
 
 #[test]
-fn a_client_that_has_half_closed_and_does_not_read_gets_every_byte_and_its_end() {
+fn a_half_closed_client_that_does_not_read_gets_every_byte() {
     let echod = serve(OWNER);
     let client = echod.connect();
     let mut sent = clog(&client, &[vec![b'a'; 5000], b"\n".to_vec()].concat());
@@ -112,7 +112,7 @@ fn a_client_that_has_half_closed_and_does_not_read_gets_every_byte_and_its_end()
 }
 
 #[test]
-fn what_is_sent_while_nobody_serves_is_answered_by_the_next() {
+fn data_sent_between_two_processes_is_answered_by_the_next() {
     let echod = serve(OWNER);
     let (sends, half_closes, connects) = (echod.connect(), echod.connect(), echod.socket());
     sends.echo("before");
@@ -134,7 +134,7 @@ fn what_is_sent_while_nobody_serves_is_answered_by_the_next() {
 }
 
 #[test]
-fn a_client_that_leaves_while_nobody_serves_disturbs_nobody() {
+fn a_client_that_closes_between_two_processes_disturbs_no_other() {
     let echod = serve(OWNER);
     let (leaves, stays) = (echod.connect(), echod.connect());
     leaves.echo("bye");
@@ -149,7 +149,7 @@ fn a_client_that_leaves_while_nobody_serves_disturbs_nobody() {
 }
 
 #[test]
-fn too_long_a_line_is_too_long_over_a_restart() {
+fn a_line_too_long_over_a_restart_is_refused() {
     let echod = serve(&format!("[limits]\nline-length = 10\n{OWNER}"));
     let client = echod.connect();
     client.send("a\n123456");
@@ -164,7 +164,7 @@ fn too_long_a_line_is_too_long_over_a_restart() {
 }
 
 #[test]
-fn a_lower_limit_after_a_restart_does_not_cut_off_a_line_whose_echo_is_half_out() {
+fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_restart() {
     let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
     let echod = serve(&config("1M"));
     let (client, ended) = (echod.connect(), echod.connect());
@@ -187,12 +187,12 @@ fn a_lower_limit_after_a_restart_does_not_cut_off_a_line_whose_echo_is_half_out(
 }
 
 #[test]
-fn hundreds_of_connections_in_every_state_come_through_ten_restarts() {
+fn hundreds_of_connections_in_every_state_survive_ten_restarts() {
     come_through(300, 10);
 }
 
 #[test]
-fn four_thousand_connections_half_of_them_mid_line_come_through_a_restart() {
+fn four_thousand_connections_half_mid_line_survive_a_restart() {
     come_through(4000, 1);
 }
 
@@ -225,7 +225,7 @@ fn come_through(connections: usize, restarts: usize) {
 
 /// More of them than the door accepts in one turn, so that it would be at it before they are all taken over.
 #[test]
-fn who_waits_over_a_restart_gets_no_place_of_those_who_live_through_it() {
+fn a_waiting_connection_gets_no_permit_of_a_carried_one() {
     let limit = 100;
     let mut echod = serve(&format!("[limits]\nconnections-per-user = {limit}\n{OWNER}"));
     let inside: Vec<Client> = (0..limit).map(|_| echod.connect()).collect();
@@ -245,7 +245,7 @@ fn who_waits_over_a_restart_gets_no_place_of_those_who_live_through_it() {
 }
 
 #[test]
-fn a_stream_of_numbered_lines_loses_and_doubles_nothing_over_a_restart_storm() {
+fn many_restarts_lose_and_double_no_line_of_a_stream() {
     let mut echod = serve(OWNER);
     let stop = AtomicBool::new(false);
     let streams: Vec<Client> = (0..4).map(|_| echod.connect()).collect();
@@ -290,7 +290,7 @@ fn a_stream_of_numbered_lines_loses_and_doubles_nothing_over_a_restart_storm() {
 }
 
 #[test]
-fn the_store_is_empty_again_once_the_next_process_serves() {
+fn the_store_is_empty_once_the_next_process_serves() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("hello");
@@ -303,7 +303,7 @@ fn the_store_is_empty_again_once_the_next_process_serves() {
 }
 
 #[test]
-fn nothing_is_stored_where_nobody_is_connected() {
+fn without_connections_nothing_is_stored() {
     let echod = serve(OWNER);
     echod.connect().echo("gone before the stop");
     let manager = Arc::clone(&echod.manager);
@@ -322,7 +322,7 @@ fn nothing_is_stored_where_nobody_is_connected() {
 }
 
 #[test]
-fn without_a_store_everything_received_is_echoed_and_then_comes_the_end() {
+fn without_a_store_all_received_lines_are_echoed_before_the_end() {
     for fdstore in ["(unset)", "0", "nonsense"] {
         let echod = Start::serving(OWNER).env("FDSTORE", fdstore).ready();
         let client = echod.connect();
@@ -347,7 +347,7 @@ fn without_a_store_everything_received_is_echoed_and_then_comes_the_end() {
 }
 
 #[test]
-fn without_a_store_whoever_does_not_read_cannot_hold_up_the_end_and_still_sees_a_clean_one() {
+fn without_a_store_a_client_that_does_not_read_delays_no_stop() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     let sent = clog(&client, b"a line of no great length\n");
@@ -358,7 +358,7 @@ fn without_a_store_whoever_does_not_read_cannot_hold_up_the_end_and_still_sees_a
 }
 
 #[test]
-fn the_capacity_may_come_from_the_units_own_variable_on_an_older_systemd() {
+fn the_store_capacity_may_come_from_the_units_own_variable() {
     let manager = Arc::new(Manager::new());
     manager.told.change(|told| told.capacity = 100);
     let echod = Start::serving(OWNER).env("ECHOD_FDSTORE_MAX", "100").ready_with(manager);
@@ -370,7 +370,7 @@ fn the_capacity_may_come_from_the_units_own_variable_on_an_older_systemd() {
 }
 
 #[test]
-fn what_finds_no_room_in_the_store_ends_in_order_and_the_rest_goes_on() {
+fn a_connection_beyond_the_store_capacity_is_closed_in_order() {
     let capacity = 4;
     let echod = serve_with_room(OWNER, capacity);
     let clients: Vec<Client> = (0..6).map(|_| echod.connect()).collect();
@@ -397,7 +397,7 @@ fn what_finds_no_room_in_the_store_ends_in_order_and_the_rest_goes_on() {
 }
 
 #[test]
-fn a_manager_that_holds_fewer_than_it_said_gets_none_and_all_end_in_order() {
+fn with_a_smaller_store_than_declared_all_close_in_order() {
     let manager = Arc::new(Manager::new());
     manager.told.change(|told| told.capacity = 3);
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready_with(Arc::clone(&manager));
@@ -451,19 +451,19 @@ fn rewrite(stored: &mut [(String, OwnedFd)], change: impl FnOnce(&mut Vec<u8>)) 
 }
 
 #[test]
-fn without_their_state_connections_end_in_order() {
+fn without_a_state_connections_are_closed_in_order() {
     expect_ended_in_order("no state came with them", |stored| stored.retain(|(name, _)| name != "echod-s"));
 }
 
 #[test]
-fn a_state_cut_off_ends_connections_in_order() {
+fn with_a_truncated_state_connections_are_closed_in_order() {
     for keep in [0, 1, 14, 33, 34, 60] {
         expect_ended_in_order("cut off or corrupted", |stored| rewrite(stored, |bytes| bytes.truncate(keep)));
     }
 }
 
 #[test]
-fn a_corrupted_state_ends_connections_in_order() {
+fn with_a_corrupted_state_connections_are_closed_in_order() {
     for place in [0, 20, 30, 40, 50, 60, 70] {
         expect_ended_in_order("cut off or corrupted", |stored| rewrite(stored, |bytes| bytes[place] ^= 0x40));
     }
@@ -471,12 +471,12 @@ fn a_corrupted_state_ends_connections_in_order() {
 }
 
 #[test]
-fn a_state_of_a_future_version_ends_connections_in_order_and_names_the_version() {
+fn a_state_of_an_unknown_version_is_named_and_not_used() {
     expect_ended_in_order("version 7, this program knows 1", |stored| rewrite(stored, |bytes| bytes[14] = 7));
 }
 
 #[test]
-fn a_state_that_is_no_file_ends_connections_in_order() {
+fn with_a_state_that_is_no_file_connections_are_closed_in_order() {
     expect_ended_in_order("cut off or corrupted", |stored| {
         *state_of(stored) = UnixStream::pair().unwrap().0.into();
     });
@@ -486,7 +486,7 @@ fn a_state_that_is_no_file_ends_connections_in_order() {
 }
 
 #[test]
-fn the_state_is_sealed_so_that_nobody_can_change_it() {
+fn the_state_is_sealed_against_change() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -502,7 +502,7 @@ fn the_state_is_sealed_so_that_nobody_can_change_it() {
 }
 
 #[test]
-fn descriptors_in_the_store_that_are_not_ours_are_closed_and_counted() {
+fn foreign_descriptors_in_the_store_are_closed_and_counted() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -519,7 +519,7 @@ fn descriptors_in_the_store_that_are_not_ours_are_closed_and_counted() {
 }
 
 #[test]
-fn a_stored_socket_that_the_state_does_not_know_is_ended_and_the_others_go_on() {
+fn a_stored_connection_missing_in_the_state_is_closed_alone() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -539,7 +539,7 @@ fn a_stored_socket_that_the_state_does_not_know_is_ended_and_the_others_go_on() 
 }
 
 #[test]
-fn stored_things_that_are_no_sockets_do_no_harm() {
+fn stored_descriptors_that_are_no_sockets_do_no_harm() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -554,7 +554,7 @@ fn stored_things_that_are_no_sockets_do_no_harm() {
 }
 
 #[test]
-fn the_next_process_judges_by_its_own_policy() {
+fn the_next_process_decides_by_its_own_policy() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -570,7 +570,7 @@ fn the_next_process_judges_by_its_own_policy() {
 }
 
 #[test]
-fn connections_carried_count_against_the_limits_of_the_next_process() {
+fn carried_connections_count_against_the_limits() {
     let config = |limit: usize| format!("[limits]\nconnections-per-user = {limit}\n{OWNER}");
     let echod = serve(&config(5));
     let clients: Vec<Client> = (0..5).map(|_| echod.connect()).collect();
@@ -591,7 +591,7 @@ fn connections_carried_count_against_the_limits_of_the_next_process() {
 }
 
 #[test]
-fn the_manager_has_time_for_each_batch_however_many_there_are() {
+fn the_manager_gets_time_for_each_batch_of_descriptors() {
     let config = format!("[limits]\nconnections-per-user = 600\n{OWNER}");
     let echod = serve(&config);
     let clients: Vec<Client> = (0..600).map(|_| echod.connect()).collect();
@@ -611,7 +611,7 @@ fn the_manager_has_time_for_each_batch_however_many_there_are() {
 }
 
 #[test]
-fn a_manager_that_never_answers_costs_no_client_a_byte() {
+fn a_manager_that_never_answers_loses_no_byte() {
     let echod = serve(OWNER);
     echod.manager.told.change(|told| told.unsettled = Some(Vec::new()));
     let client = echod.connect();
@@ -625,7 +625,7 @@ fn a_manager_that_never_answers_costs_no_client_a_byte() {
 }
 
 #[test]
-fn after_a_crash_those_who_wait_are_served_and_nothing_is_left_over() {
+fn after_a_crash_waiting_connections_are_served() {
     let echod = serve(OWNER);
     let live = echod.connect();
     live.echo("before");
@@ -646,7 +646,7 @@ fn after_a_crash_those_who_wait_are_served_and_nothing_is_left_over() {
 }
 
 #[test]
-fn a_crash_after_a_restart_ends_the_connections_that_were_carried() {
+fn a_crash_after_a_restart_ends_the_carried_connections() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -662,7 +662,7 @@ fn a_crash_after_a_restart_ends_the_connections_that_were_carried() {
 }
 
 #[test]
-fn connection_numbers_and_counts_go_on_over_a_restart() {
+fn connection_numbers_and_counts_continue_over_a_restart() {
     let config = format!("[audit]\nrecord = \"connections\"\n{OWNER}");
     let echod = serve(&config);
     let first = echod.connect();
@@ -678,7 +678,7 @@ fn connection_numbers_and_counts_go_on_over_a_restart() {
 }
 
 #[test]
-fn the_names_in_the_store_are_short_so_that_thousands_fit_into_the_environment() {
+fn stored_names_are_short_enough_for_thousands_in_listen_fdnames() {
     let echod = serve(OWNER);
     let clients: Vec<Client> = (0..20).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
@@ -695,7 +695,7 @@ fn the_names_in_the_store_are_short_so_that_thousands_fit_into_the_environment()
 }
 
 #[test]
-fn a_carried_connection_ends_also_where_the_manager_has_not_let_go_of_its_copy() {
+fn a_carried_connection_ends_though_the_manager_keeps_a_copy() {
     let echod = serve(OWNER);
     let (leaving, ended) = (echod.connect(), echod.connect());
     leaving.echo("hello");
@@ -714,7 +714,7 @@ fn a_carried_connection_ends_also_where_the_manager_has_not_let_go_of_its_copy()
 }
 
 #[test]
-fn sigint_ends_for_good_with_all_that_everybody_is_owed() {
+fn sigint_sends_every_owed_byte_and_stores_nothing() {
     let echod = serve(OWNER);
     let (idle, midline, clogged, streams) = (echod.connect(), echod.connect(), echod.connect(), echod.connect());
     idle.echo("hello");
@@ -746,7 +746,7 @@ fn sigint_ends_for_good_with_all_that_everybody_is_owed() {
 }
 
 #[test]
-fn a_sigterm_by_kill_leaves_nothing_to_a_process_that_never_comes() {
+fn sigterm_without_sigcont_stores_no_connection() {
     let echod = serve(OWNER);
     let (idle, midline) = (echod.connect(), echod.connect());
     idle.echo("hello");
@@ -783,7 +783,7 @@ fn begin_slowly(echod: Echod, place: &common::Place) -> Echod {
 }
 
 #[test]
-fn a_stop_while_the_next_process_reads_its_configuration_is_in_order() {
+fn a_stop_during_a_slow_start_closes_connections_in_order() {
     common::needs_root();
     let echod = serve(OWNER);
     let (idle, midline) = (echod.connect(), echod.connect());
@@ -805,7 +805,7 @@ fn a_stop_while_the_next_process_reads_its_configuration_is_in_order() {
 }
 
 #[test]
-fn a_restart_while_the_next_process_reads_its_configuration_loses_nothing() {
+fn a_restart_during_a_slow_start_loses_no_byte() {
     common::needs_root();
     let echod = serve(OWNER);
     let client = echod.connect();
@@ -824,7 +824,7 @@ fn a_restart_while_the_next_process_reads_its_configuration_loses_nothing() {
 }
 
 #[test]
-fn a_restart_onto_a_faulty_configuration_ends_everybody_in_order_and_says_how_many() {
+fn a_restart_with_a_faulty_configuration_closes_all_in_order() {
     let echod = serve(OWNER);
     let (idle, midline, clogged) = (echod.connect(), echod.connect(), echod.connect());
     idle.echo("hello");
@@ -857,7 +857,7 @@ fn a_restart_onto_a_faulty_configuration_ends_everybody_in_order_and_says_how_ma
 }
 
 #[test]
-fn a_store_that_is_not_there_is_noticed_and_everybody_ends_in_order() {
+fn without_the_declared_store_connections_are_closed_in_order() {
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready();
     let clients: Vec<Client> = (0..3).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
@@ -869,7 +869,7 @@ fn a_store_that_is_not_there_is_noticed_and_everybody_ends_in_order() {
 }
 
 #[test]
-fn without_state_whoever_was_in_the_middle_of_a_line_is_echoed_nothing_wrong() {
+fn without_a_state_a_connection_mid_line_gets_no_wrong_echo() {
     let echod = serve(OWNER);
     let (midline, at_rest, owed) = (echod.connect(), echod.connect(), echod.connect());
     midline.echo("before");
@@ -891,7 +891,7 @@ fn without_state_whoever_was_in_the_middle_of_a_line_is_echoed_nothing_wrong() {
 }
 
 #[test]
-fn stored_under_a_name_of_ours_that_this_program_does_not_know_it_is_closed_forgotten_and_named() {
+fn an_unknown_echod_name_in_the_store_is_closed_and_reported() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -908,7 +908,7 @@ fn stored_under_a_name_of_ours_that_this_program_does_not_know_it_is_closed_forg
 }
 
 #[test]
-fn a_listener_is_served_whatever_it_is_called() {
+fn a_listener_is_served_under_any_name() {
     let start = Start::bare().config(OWNER);
     let listener = start.place().listener("socket");
     let echod = start.socket("echod-c", listener).ready();
@@ -916,7 +916,7 @@ fn a_listener_is_served_whatever_it_is_called() {
 }
 
 #[test]
-fn what_is_taken_back_is_taken_out_of_the_store_also_where_no_capacity_is_told() {
+fn received_descriptors_leave_the_store_without_a_capacity_too() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -927,7 +927,7 @@ fn what_is_taken_back_is_taken_out_of_the_store_also_where_no_capacity_is_told()
 
 /// An older state may be left over where a process has failed in between.
 #[test]
-fn of_several_states_the_newest_is_believed_in_whatever_order_they_come() {
+fn of_several_states_the_newest_is_used_in_any_order() {
     for oldest_first in [false, true] {
         let echod = serve(OWNER);
         let client = echod.connect();
@@ -950,7 +950,7 @@ fn of_several_states_the_newest_is_believed_in_whatever_order_they_come() {
 }
 
 #[test]
-fn a_state_of_absurd_size_is_not_read_to_the_end() {
+fn a_state_of_absurd_size_is_not_read_whole() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -973,7 +973,7 @@ fn a_state_of_absurd_size_is_not_read_to_the_end() {
 }
 
 #[test]
-fn a_connection_that_was_made_blocking_meanwhile_holds_nobody_up() {
+fn a_carried_connection_made_blocking_delays_no_other() {
     let echod = serve(OWNER);
     let (client, other) = (echod.connect(), echod.connect());
     client.echo("before");
@@ -993,7 +993,7 @@ fn a_connection_that_was_made_blocking_meanwhile_holds_nobody_up() {
 }
 
 #[test]
-fn who_is_revoked_at_a_restart_is_not_counted_as_carried_and_has_both_records() {
+fn a_connection_revoked_at_a_restart_is_not_counted_as_carried() {
     needs_root();
     let journald = Journald::new();
     let config = |rules: &str| format!("{rules}[audit]\nrecord = \"connections\"\n");
@@ -1030,7 +1030,7 @@ fn who_is_revoked_at_a_restart_is_not_counted_as_carried_and_has_both_records() 
 }
 
 #[test]
-fn a_connections_number_is_its_own_over_restarts_and_without_state_too() {
+fn connection_numbers_stay_unique_over_restarts_without_a_state() {
     needs_root();
     let journald = Journald::new();
     let config = format!("[audit]\nrecord = \"connections\"\n{OWNER}");
@@ -1075,7 +1075,7 @@ fn a_connections_number_is_its_own_over_restarts_and_without_state_too() {
 }
 
 #[test]
-fn an_idle_timeout_goes_on_over_restarts() {
+fn an_idle_timeout_continues_over_restarts() {
     let config = format!("[limits]\nidle-timeout = \"500ms\"\n{OWNER}");
     let mut echod = serve(&config);
     let client = echod.connect();

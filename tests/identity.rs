@@ -105,7 +105,7 @@ fn explain(echod: &Echod, pid: u32) -> String {
 }
 
 #[test]
-fn of_two_units_of_one_user_the_one_that_is_named_gets_in() {
+fn of_two_units_of_one_user_only_the_named_one_is_admitted() {
     let mut groups = Groups::new();
     let slice = groups.slice.clone();
     for (units, good, bad) in [
@@ -130,7 +130,7 @@ fn of_two_units_of_one_user_the_one_that_is_named_gets_in() {
 }
 
 #[test]
-fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
+fn out_of_descriptors_a_peer_of_an_allowed_unit_is_refused() {
     let mut groups = Groups::new();
     let good = groups.group("good.service");
     let stranger = groups.group("other.service");
@@ -163,7 +163,7 @@ fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
 }
 
 #[test]
-fn out_of_descriptors_a_reload_that_first_asks_for_units_revokes_nobody_whom_it_admits() {
+fn out_of_descriptors_a_reload_to_units_revokes_no_allowed_peer() {
     let mut groups = Groups::new();
     let good = groups.group("good.service");
     let limits = "[limits]\nconnections-per-user = 100\n";
@@ -190,7 +190,7 @@ fn out_of_descriptors_a_reload_that_first_asks_for_units_revokes_nobody_whom_it_
 }
 
 #[test]
-fn a_group_that_calls_itself_by_a_units_name_inside_another_unit_does_not_get_in() {
+fn a_nested_control_group_named_like_a_unit_is_not_that_unit() {
     let mut groups = Groups::new();
     let echod = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").ready();
     for (path, admitted) in [
@@ -206,7 +206,7 @@ fn a_group_that_calls_itself_by_a_units_name_inside_another_unit_does_not_get_in
 }
 
 #[test]
-fn a_delegated_group_that_is_called_like_a_slice_holds_no_unit_of_the_systems() {
+fn a_delegated_control_group_named_like_a_slice_holds_no_unit() {
     let mut groups = Groups::new();
     let stem = groups.slice.strip_suffix(".slice").unwrap().to_owned();
     let echod = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").ready();
@@ -229,7 +229,7 @@ fn a_delegated_group_that_is_called_like_a_slice_holds_no_unit_of_the_systems() 
 }
 
 #[test]
-fn a_users_own_units_count_under_user_units_for_that_user_alone() {
+fn a_unit_of_a_user_manager_matches_user_units_of_that_user() {
     let mut groups = Groups::new();
     let mail = groups.group_at_root("user.slice/user-64001.slice/user@64001.service/app.slice/mail.service");
     let system = groups.group("mail.service");
@@ -251,7 +251,7 @@ fn a_users_own_units_count_under_user_units_for_that_user_alone() {
 const BY_GROUPS: &str = "[deny.d]\nusers = [64003]\ngroups = [7]\n[allow.g]\ngroups = [4, 64009]\n";
 
 #[test]
-fn a_list_of_more_groups_than_can_be_told_fails_closed_and_is_counted() {
+fn more_than_1024_groups_match_no_allow_rule_and_are_counted() {
     needs_root();
     let journald = Journald::new();
     let echod = Start::serving(BY_GROUPS).journal(&journald).ready();
@@ -289,7 +289,7 @@ fn an_admitted_peer_costs_no_memory_for_its_groups() {
 }
 
 #[test]
-fn a_deny_rule_by_unit_denies_that_unit_and_whoever_has_none_to_show() {
+fn a_deny_rule_by_unit_denies_that_unit_and_peers_without_one() {
     let mut groups = Groups::new();
     let echod = Start::serving(&format!("[deny.u]\nunits = [\"bad.service\"]\n{ANYBODY}")).ready();
     let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
@@ -299,7 +299,7 @@ fn a_deny_rule_by_unit_denies_that_unit_and_whoever_has_none_to_show() {
 }
 
 #[test]
-fn a_denials_record_names_the_unit() {
+fn the_record_of_a_denial_names_the_unit() {
     let mut groups = Groups::new();
     let journald = Journald::new();
     let echod = Start::serving(OWNER).journal(&journald).ready();
@@ -315,7 +315,7 @@ fn a_denials_record_names_the_unit() {
 }
 
 #[test]
-fn a_process_that_moves_to_another_unit_keeps_what_it_was_at_connect() {
+fn a_peer_that_moves_to_another_unit_keeps_its_unit_at_connect() {
     let mut groups = Groups::new();
     let policy = "[allow.u]\nunits = [\"good.service\"]\n";
     let echod = Start::serving(policy).ready();
@@ -330,7 +330,7 @@ fn a_process_that_moves_to_another_unit_keeps_what_it_was_at_connect() {
 }
 
 #[test]
-fn a_unit_is_remembered_over_a_restart_when_its_process_has_ended() {
+fn a_peers_unit_survives_a_restart_after_its_process_ended() {
     let mut groups = Groups::new();
     let manager = std::sync::Arc::new(common::Manager::new());
     manager.told.change(|told| told.capacity = 10);
@@ -346,7 +346,7 @@ fn a_unit_is_remembered_over_a_restart_when_its_process_has_ended() {
 }
 
 #[test]
-fn one_who_has_ended_before_accept_is_judged_by_their_ids_and_has_no_unit() {
+fn a_peer_that_exited_before_accept_has_ids_and_no_unit() {
     needs_root();
     let mut groups = Groups::new();
     for (policy, admitted) in [
@@ -369,7 +369,7 @@ fn one_who_has_ended_before_accept_is_judged_by_their_ids_and_has_no_unit() {
 }
 
 #[test]
-fn a_connection_handed_to_another_user_is_cut_off_with_a_record() {
+fn a_connection_passed_to_another_user_is_cut_off_with_a_record() {
     needs_root();
     let journald = Journald::new();
     let echod = Start::serving(&verifying("[allow.alice]\nusers = [64001]\n")).journal(&journald).ready();
@@ -387,7 +387,7 @@ fn a_connection_handed_to_another_user_is_cut_off_with_a_record() {
 }
 
 #[test]
-fn one_who_becomes_another_user_after_connecting_is_cut_off_at_the_first_byte() {
+fn a_peer_that_changes_its_user_is_cut_off_at_the_first_byte() {
     needs_root();
     let echod = Start::serving(&verifying("[allow.root]\nusers = [0]\n")).ready();
     let other =
@@ -398,7 +398,7 @@ fn one_who_becomes_another_user_after_connecting_is_cut_off_at_the_first_byte() 
 }
 
 #[test]
-fn without_verify_a_connection_is_its_openers_whoever_holds_it() {
+fn without_verify_a_passed_connection_keeps_its_peer() {
     needs_root();
     let echod = Start::serving("[allow.alice]\nusers = [64001]\n").ready();
     let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
@@ -407,7 +407,7 @@ fn without_verify_a_connection_is_its_openers_whoever_holds_it() {
 }
 
 #[test]
-fn verify_finds_no_fault_with_those_who_are_who_they_were() {
+fn verify_cuts_off_no_peer_that_keeps_its_user() {
     needs_root();
     let echod = Start::serving(&verifying(ANYBODY)).ready();
     let client = echod.connect();
@@ -440,7 +440,7 @@ fn data_sent_before_accept_is_verified_too() {
 /// From Linux 6.16 on, who connected before the listener had SO_PASSCRED gets it only after accept(2). strace(1) makes the
 /// moment in between a long one, so that something comes in it.
 #[test]
-fn what_comes_before_the_kernel_attaches_credentials_is_not_taken_for_a_strangers() {
+fn data_without_credentials_is_not_taken_for_another_users() {
     needs_root();
     let start = Start::serving(&verifying(ANYBODY));
     let socket = start.place().path("socket");
@@ -473,7 +473,7 @@ fn is_accepted(socket: &Path) -> bool {
 }
 
 #[test]
-fn verify_goes_on_over_a_restart_and_begins_with_a_reload() {
+fn verify_continues_over_a_restart_and_begins_with_a_reload() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let manager = std::sync::Arc::new(common::Manager::new());
@@ -512,7 +512,7 @@ fn pile_up(client: &Client) -> Vec<u8> {
 }
 
 #[test]
-fn at_a_reload_to_verify_no_byte_that_piled_up_before_is_echoed_after() {
+fn a_reload_to_verify_echoes_no_byte_received_before_it() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let journald = Journald::new();
@@ -532,7 +532,7 @@ fn at_a_reload_to_verify_no_byte_that_piled_up_before_is_echoed_after() {
 }
 
 #[test]
-fn at_a_reload_to_verify_a_line_begun_before_it_is_cut_off() {
+fn a_reload_to_verify_cuts_off_a_line_begun_before_it() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let echod = Start::serving(policy).ready();
@@ -552,7 +552,7 @@ fn at_a_reload_to_verify_a_line_begun_before_it_is_cut_off() {
 }
 
 #[test]
-fn at_a_restart_to_verify_unattested_bytes_are_cut_off_wherever_they_wait() {
+fn a_restart_to_verify_cuts_off_bytes_without_credentials() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let manager = std::sync::Arc::new(common::Manager::new());
@@ -583,7 +583,7 @@ fn at_a_restart_to_verify_unattested_bytes_are_cut_off_wherever_they_wait() {
 }
 
 #[test]
-fn a_set_uid_program_is_its_effective_user_at_connect_and_its_real_user_when_it_sends() {
+fn a_set_uid_peer_connects_as_effective_and_sends_as_real_user() {
     needs_root();
     let root_only = "[allow.root]\nusers = [0]\n";
     for (config, answer) in [(root_only.to_owned(), &b"> hello\n"[..]), (verifying(root_only), DENIED)] {
@@ -602,7 +602,7 @@ fn helper_for_all(place: &Path) -> PathBuf {
 }
 
 #[test]
-fn root_of_a_user_namespace_is_the_user_who_made_it() {
+fn root_of_a_user_namespace_is_the_user_outside() {
     needs_root();
     let echod = Start::serving("[allow.root]\nusers = [0]\n[allow.bob]\nusers = [64002]\n").ready();
     let helper = helper_for_all(&echod.place.path(""));
@@ -615,7 +615,7 @@ fn root_of_a_user_namespace_is_the_user_who_made_it() {
 }
 
 #[test]
-fn a_user_namespace_without_a_mapping_hides_nobody() {
+fn a_peer_in_an_unmapped_user_namespace_keeps_its_user() {
     needs_root();
     let echod = Start::serving("[allow.bob]\nusers = [64002]\n").ready();
     let helper = helper_for_all(&echod.place.path(""));
@@ -628,7 +628,7 @@ fn a_user_namespace_without_a_mapping_hides_nobody() {
 }
 
 #[test]
-fn in_a_namespace_that_maps_only_root_all_others_are_unmapped_and_denied_whatever_the_rule() {
+fn in_a_namespace_that_maps_only_root_other_peers_are_denied() {
     needs_root();
     let policy = "[allow.any]\nusers = [\"any\"]\n[allow.groups]\ngroups = [\"any\"]\n[allow.range]\nusers = [\"0-4294967294\"]\n";
     let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
@@ -644,7 +644,7 @@ fn in_a_namespace_that_maps_only_root_all_others_are_unmapped_and_denied_whateve
 }
 
 #[test]
-fn a_deny_rule_catches_whoever_is_unmapped() {
+fn a_deny_rule_matches_an_unmapped_user() {
     needs_root();
     let policy = "[deny.x]\nusers = [64001]\n[allow.root]\nusers = [0]\n[allow.g]\ngroups = [0]\n";
     let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
@@ -655,7 +655,7 @@ fn a_deny_rule_catches_whoever_is_unmapped() {
 }
 
 #[test]
-fn check_says_when_this_namespace_does_not_map_everybody() {
+fn check_warns_when_this_namespace_leaves_users_unmapped() {
     needs_root();
     let place = common::Place::new();
     let config = place.file("echod.toml", ANYBODY);
@@ -683,7 +683,7 @@ fn in_another_pid_namespace_a_peer_has_no_pid_and_no_unit() {
 }
 
 #[test]
-fn a_peer_in_a_pid_namespace_of_its_own_has_the_pid_that_we_know_it_by() {
+fn a_peer_in_a_pid_namespace_has_its_pid_in_our_namespace() {
     needs_root();
     let echod = Start::serving(OWNER).ready();
     // Seen from inside, it is process 1.
@@ -696,7 +696,7 @@ fn a_peer_in_a_pid_namespace_of_its_own_has_the_pid_that_we_know_it_by() {
 }
 
 #[test]
-fn a_pid_that_has_passed_on_to_another_process_lends_neither_unit_nor_name() {
+fn a_reused_pid_gives_a_peer_neither_unit_nor_name() {
     let mut groups = Groups::new();
     let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
     let start = Start::serving("[allow.u]\nunits = [\"good.service\"]\n");
@@ -725,7 +725,7 @@ fn a_pid_that_has_passed_on_to_another_process_lends_neither_unit_nor_name() {
 }
 
 #[test]
-fn where_proc_hides_other_users_processes_units_and_names_are_unknown_and_it_fails_closed() {
+fn with_hidepid_units_and_names_are_unknown_and_it_fails_closed() {
     let mut groups = Groups::new();
     let good = groups.group("good.service");
     let script = "mount -t proc -o hidepid=2 proc /proc && exec \"$@\"";
@@ -740,7 +740,7 @@ fn where_proc_hides_other_users_processes_units_and_names_are_unknown_and_it_fai
 }
 
 #[test]
-fn explain_of_a_process_that_is_not_there_says_so() {
+fn explain_of_a_missing_process_says_so() {
     needs_root();
     let place = common::Place::new();
     let config = place.file("echod.toml", OWNER);

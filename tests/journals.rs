@@ -79,7 +79,7 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn the_rows_of_several_machines_name_each_its_machine() {
+fn with_several_machines_each_row_names_its_machine() {
     let files = Files::new("machines");
     files.denials("a.journal", ALPHA, "alpha", 3);
     let (json, code) = files.json();
@@ -98,7 +98,7 @@ fn the_rows_of_several_machines_name_each_its_machine() {
 }
 
 #[test]
-fn machines_of_the_same_name_are_told_apart_by_their_ids() {
+fn machines_of_the_same_name_are_separated_by_their_ids() {
     let files = Files::new("namesakes");
     files.denials("a.journal", ALPHA, "web", 2);
     files.denials("b.journal", BETA, "web", 1);
@@ -107,7 +107,7 @@ fn machines_of_the_same_name_are_told_apart_by_their_ids() {
 }
 
 #[test]
-fn a_file_that_was_cut_off_makes_the_report_incomplete() {
+fn a_truncated_journal_file_makes_the_report_incomplete() {
     let files = Files::new("cut");
     files.denials("a.journal", ALPHA, "alpha", 3);
     let cut = files.denials("b.journal", ALPHA, "alpha", 3);
@@ -138,7 +138,7 @@ fn entry_objects(file: &[u8]) -> Vec<usize> {
 }
 
 #[test]
-fn a_file_that_journalctl_gives_up_in_silence_makes_the_report_incomplete() {
+fn a_file_skipped_without_a_message_makes_the_report_incomplete() {
     let files = Files::new("damaged");
     let path = files.denials("a.journal", ALPHA, "alpha", 3);
     let mut bytes = fs::read(&path).unwrap();
@@ -150,7 +150,7 @@ fn a_file_that_journalctl_gives_up_in_silence_makes_the_report_incomplete() {
 }
 
 #[test]
-fn where_there_is_no_journal_file_nothing_is_said_about_denials() {
+fn without_a_journal_file_no_number_of_denials_is_reported() {
     let files = Files::new("none");
     let output = files.report(&[]);
     assert_eq!(output.status.code(), Some(74));
@@ -163,7 +163,7 @@ fn where_there_is_no_journal_file_nothing_is_said_about_denials() {
 }
 
 #[test]
-fn a_journal_without_denials_is_told_from_one_that_was_not_read() {
+fn no_denials_in_a_journal_differs_from_an_unread_journal() {
     let files = Files::new("quiet");
     files.denials("a.journal", ALPHA, "alpha", 1);
     let output = files.report(&["--since", "2030-01-01"]);
@@ -180,7 +180,7 @@ fn as_stranger(program: &Path, directory: &Path) -> Output {
 }
 
 #[test]
-fn what_the_caller_may_not_read_is_named_and_the_report_is_incomplete() {
+fn an_unreadable_journal_file_is_named_in_an_incomplete_report() {
     let files = Files::new("unreadable");
     let program = files.0.join("echod");
     fs::copy(env!("CARGO_BIN_EXE_echod"), &program).unwrap();

@@ -21,7 +21,7 @@ fn messages(manager: &Manager) -> Vec<Vec<String>> {
 }
 
 #[test]
-fn ready_is_told_once_it_accepts_and_stopping_before_it_ends() {
+fn ready_is_sent_when_it_accepts_and_stopping_before_it_exits() {
     let echod = Start::serving(OWNER).ready();
     // No second look: what was told as ready accepts.
     echod.connect().echo("hello");
@@ -35,7 +35,7 @@ fn ready_is_told_once_it_accepts_and_stopping_before_it_ends() {
 }
 
 #[test]
-fn a_start_that_fails_never_says_ready() {
+fn a_failed_start_never_sends_ready() {
     let echod = Start::serving("[allow.x]\nuser = [0]\n").spawn();
     let manager = Arc::clone(&echod.manager);
     let (status, _, _) = echod.wait();
@@ -44,7 +44,7 @@ fn a_start_that_fails_never_says_ready() {
 }
 
 #[test]
-fn sigterm_and_sigint_end_it_with_0_and_its_clients_with_an_end_of_file() {
+fn sigterm_and_sigint_exit_0_and_give_clients_an_end_of_file() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let echod = Start::serving(OWNER).ready();
         let (idle, midline) = (echod.connect(), echod.connect());
@@ -72,7 +72,7 @@ fn a_second_sigterm_changes_nothing() {
 }
 
 #[test]
-fn those_who_connect_during_a_stop_wait_for_the_next_process() {
+fn a_connection_made_during_a_stop_waits_for_the_next_process() {
     let echod = Start::serving(OWNER).ready();
     let socket = echod.socket();
     echod.signal(Signal::SIGTERM);
@@ -91,7 +91,7 @@ fn those_who_connect_during_a_stop_wait_for_the_next_process() {
 }
 
 #[test]
-fn without_a_manager_it_serves_and_stops_all_the_same() {
+fn without_a_manager_it_serves_and_stops() {
     let place = common::Place::new();
     let gone = place.path("gone");
     for notify in ["(unset)", "", "/no/such/socket", gone.to_str().unwrap(), "@no-such-abstract-socket", "relative"] {
@@ -105,7 +105,7 @@ fn without_a_manager_it_serves_and_stops_all_the_same() {
 }
 
 #[test]
-fn a_manager_in_the_abstract_namespace_is_told_too() {
+fn a_manager_socket_in_the_abstract_namespace_is_notified() {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::net::{SocketAddr, UnixDatagram};
     let name = format!("echod-notify-{}", std::process::id());
@@ -119,7 +119,7 @@ fn a_manager_in_the_abstract_namespace_is_told_too() {
 }
 
 #[test]
-fn a_manager_that_dies_is_no_reason_to_die() {
+fn a_manager_that_exits_does_not_end_the_service() {
     let echod = Start::serving(OWNER).ready();
     fs::remove_file(echod.manager.socket()).unwrap();
     let client = echod.connect();
@@ -130,7 +130,7 @@ fn a_manager_that_dies_is_no_reason_to_die() {
 }
 
 #[test]
-fn a_reload_is_told_in_one_datagram_with_the_clock_and_ends_with_ready() {
+fn a_reload_sends_one_datagram_with_the_clock_and_then_ready() {
     let echod = Start::serving(OWNER).ready();
     echod.reload_with(&format!("{OWNER}[deny.x]\nusers = [1]\n"));
     let told = messages(&echod.manager);
@@ -143,7 +143,7 @@ fn a_reload_is_told_in_one_datagram_with_the_clock_and_ends_with_ready() {
 }
 
 #[test]
-fn sighup_reloads_and_ends_with_ready_too() {
+fn sighup_reloads_and_sends_ready() {
     let echod = Start::serving(OWNER).ready();
     echod.place.file("echod.toml", DENY_ALL);
     echod.signal(Signal::SIGHUP);
@@ -153,7 +153,7 @@ fn sighup_reloads_and_ends_with_ready_too() {
 }
 
 #[test]
-fn the_new_policy_judges_the_very_next_connection() {
+fn the_new_policy_decides_on_the_next_connection() {
     let echod = Start::serving(OWNER).ready();
     for _ in 0..50 {
         echod.reload_with(DENY_ALL);
@@ -164,7 +164,7 @@ fn the_new_policy_judges_the_very_next_connection() {
 }
 
 #[test]
-fn a_reload_revokes_those_now_denied_and_nobody_else_notices() {
+fn a_reload_revokes_only_connections_that_are_now_denied() {
     let config = |rule: &str| format!("{rule}[limits]\nconnections-per-user = 1000\n[service]\nworkers = 3\n");
     let echod = Start::serving(&config(OWNER)).ready();
     let clients: Vec<Client> = (0..60).map(|_| echod.connect()).collect();
@@ -194,7 +194,7 @@ fn a_reload_revokes_those_now_denied_and_nobody_else_notices() {
 }
 
 #[test]
-fn somebody_revoked_who_keeps_sending_and_never_reads_is_out_without_a_reset() {
+fn a_revoked_peer_that_keeps_sending_is_closed_without_a_reset() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     client.echo("in");
@@ -206,7 +206,7 @@ fn somebody_revoked_who_keeps_sending_and_never_reads_is_out_without_a_reset() {
 }
 
 #[test]
-fn new_limits_hold_for_those_who_stay() {
+fn new_limits_hold_for_live_connections() {
     let config = |length: usize, users: usize| {
         format!("[limits]\nline-length = {length}\nconnections-per-user = {users}\n{OWNER}")
     };
@@ -228,7 +228,7 @@ fn new_limits_hold_for_those_who_stay() {
 }
 
 #[test]
-fn a_lower_limit_does_not_cut_off_a_line_whose_echo_is_half_out() {
+fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_reload() {
     let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
     let echod = Start::serving(&config("1M")).ready();
     let client = echod.connect();
@@ -249,7 +249,7 @@ fn a_lower_limit_does_not_cut_off_a_line_whose_echo_is_half_out() {
 }
 
 #[test]
-fn an_idle_timeout_that_a_reload_brings_holds_for_those_who_are_in() {
+fn an_idle_timeout_set_by_a_reload_holds_for_live_connections() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     client.echo("hello");
@@ -258,7 +258,7 @@ fn an_idle_timeout_that_a_reload_brings_holds_for_those_who_are_in() {
 }
 
 #[test]
-fn a_rules_terms_follow_the_rule_that_admits_after_the_reload() {
+fn after_a_reload_a_connection_has_the_limits_of_its_new_rule() {
     let echod = Start::serving("[allow.a]\nusers = [\"self\"]\nline-length = 10\n").ready();
     let client = echod.connect();
     client.echo("123456789");
@@ -270,7 +270,7 @@ fn a_rules_terms_follow_the_rule_that_admits_after_the_reload() {
 
 /// Each must leave everything as it was.
 #[test]
-fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
+fn a_reload_of_a_bad_file_is_refused_and_the_old_policy_stays() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     let path = echod.place.path("echod.toml");
@@ -309,7 +309,7 @@ fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
 }
 
 #[test]
-fn ten_reloads_at_once_all_succeed_and_the_last_file_is_in_force() {
+fn ten_reloads_at_once_succeed_and_the_last_file_is_in_force() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     echod.place.file("echod.toml", &format!("[limits]\nline-length = 10\n{OWNER}"));
@@ -325,7 +325,7 @@ fn ten_reloads_at_once_all_succeed_and_the_last_file_is_in_force() {
 }
 
 #[test]
-fn reloads_under_load_cost_nobody_a_byte() {
+fn reloads_under_load_lose_no_byte() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     thread::scope(|scope| {
@@ -348,7 +348,7 @@ fn reloads_under_load_cost_nobody_a_byte() {
 }
 
 #[test]
-fn a_reload_during_a_flood_of_denials_does_not_let_one_in() {
+fn a_reload_during_a_flood_admits_no_denied_peer() {
     let echod = Start::serving(DENY_ALL).ready();
     thread::scope(|scope| {
         let flood = scope.spawn(|| {
@@ -364,7 +364,7 @@ fn a_reload_during_a_flood_of_denials_does_not_let_one_in() {
 }
 
 #[test]
-fn sigterm_during_reloads_ends_in_order() {
+fn sigterm_during_reloads_stops_in_order() {
     for _ in 0..10 {
         let echod = Start::serving(OWNER).ready();
         let client = echod.connect();
@@ -380,7 +380,7 @@ fn sigterm_during_reloads_ends_in_order() {
 }
 
 #[test]
-fn asking_a_process_that_is_not_there_to_reload_fails_and_says_so() {
+fn reload_of_a_missing_process_fails_and_says_so() {
     let mut gone = std::process::Command::new("true").spawn().unwrap();
     gone.wait().unwrap();
     for pid in [gone.id().to_string(), "0".into(), "1000000000".into()] {
@@ -391,7 +391,7 @@ fn asking_a_process_that_is_not_there_to_reload_fails_and_says_so() {
 }
 
 #[test]
-fn asking_another_program_to_reload_does_it_no_harm() {
+fn reload_of_another_program_does_it_no_harm() {
     let mut other = std::process::Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let pid = other.id().to_string();
     let asked = std::process::Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &pid]).output().unwrap();
@@ -414,7 +414,7 @@ fn thread_of(echod: &Echod, name: &str) -> Pid {
 }
 
 #[test]
-fn the_watchdog_is_fed_while_every_thread_makes_progress() {
+fn the_watchdog_is_notified_while_every_thread_makes_progress() {
     let echod = Start::serving(OWNER).env("WATCHDOG_USEC", "200000").ready();
     echod.manager.wait_for("WATCHDOG=1", 5);
     let client = echod.connect();
@@ -424,7 +424,7 @@ fn the_watchdog_is_fed_while_every_thread_makes_progress() {
 }
 
 #[test]
-fn the_watchdog_starves_when_any_one_thread_hangs_and_is_fed_again_when_it_goes_on() {
+fn a_thread_that_hangs_stops_the_watchdog_until_it_continues() {
     for name in ["worker-0", "gate", "journal"] {
         let echod = Start::serving(&format!("[service]\nworkers = 2\n{OWNER}")).env("WATCHDOG_USEC", "100000").ready();
         echod.manager.wait_for("WATCHDOG=1", 2);
@@ -450,7 +450,7 @@ fn the_watchdog_starves_when_any_one_thread_hangs_and_is_fed_again_when_it_goes_
 }
 
 #[test]
-fn the_watchdog_is_fed_while_a_reload_waits_for_the_user_database() {
+fn the_watchdog_is_notified_while_a_reload_waits_for_a_lookup() {
     needs_root();
     let place = common::Place::new();
     let wrapper = common::hung_user_database(&place);
@@ -468,7 +468,7 @@ fn the_watchdog_is_fed_while_a_reload_waits_for_the_user_database() {
 }
 
 #[test]
-fn an_absurd_watchdog_setting_is_no_reason_not_to_serve() {
+fn an_absurd_watchdog_setting_does_not_prevent_serving() {
     for usec in ["0", "-1", "nonsense", "", "18446744073709551615", "99999999999999999999999", "1"] {
         let echod = Start::serving(OWNER).env("WATCHDOG_USEC", usec).ready();
         echod.connect().echo(usec);
@@ -477,7 +477,7 @@ fn an_absurd_watchdog_setting_is_no_reason_not_to_serve() {
 }
 
 #[test]
-fn a_watchdog_for_another_process_is_not_ours() {
+fn a_watchdog_of_another_process_is_ignored() {
     let echod = Start::serving(OWNER).env("WATCHDOG_USEC", "1000").env("WATCHDOG_PID", "1").ready();
     echod.connect().echo("hello");
     let manager = Arc::clone(&echod.manager);
@@ -486,7 +486,7 @@ fn a_watchdog_for_another_process_is_not_ours() {
 }
 
 #[test]
-fn it_exits_when_idle_and_says_stopping_before() {
+fn it_exits_when_idle_and_sends_stopping_before() {
     let echod = Start::serving(&format!("[service]\nidle-exit = \"50ms\"\n{OWNER}")).ready();
     let manager = Arc::clone(&echod.manager);
     let (status, _, stderr) = echod.wait();
@@ -495,7 +495,7 @@ fn it_exits_when_idle_and_says_stopping_before() {
 }
 
 #[test]
-fn it_does_not_exit_while_anybody_is_connected() {
+fn it_does_not_exit_while_a_client_is_connected() {
     let config = format!("[service]\nidle-exit = \"20ms\"\n{OWNER}");
     let echod = Start::serving(&config).spawn();
     let client = echod.connect();
@@ -510,8 +510,8 @@ fn it_does_not_exit_while_anybody_is_connected() {
 }
 
 #[test]
-fn nobody_who_connects_as_it_exits_is_lost() {
-    // More of them, for as long as you like: ECHOD_TEST_EXITS=3000 cargo test --test lifecycle nobody_who
+fn a_connection_made_during_an_idle_exit_is_served() {
+    // More of them, for as long as you like: ECHOD_TEST_EXITS=3000 cargo test --test lifecycle during_an_idle_exit
     let exits = common::setting("ECHOD_TEST_EXITS", 150);
     let config = format!("[service]\nidle-exit = \"1ms\"\n{OWNER}");
     let first = Start::serving(&config).ready();
@@ -539,7 +539,7 @@ fn nobody_who_connects_as_it_exits_is_lost() {
 }
 
 #[test]
-fn spans_beyond_what_a_clock_can_tell_are_as_good_as_for_ever() {
+fn time_spans_beyond_the_clock_mean_for_ever() {
     let longest = i64::MAX;
     for config in [
         format!("[limits]\nidle-timeout = {longest}\n{OWNER}"),
@@ -560,7 +560,7 @@ fn spans_beyond_what_a_clock_can_tell_are_as_good_as_for_ever() {
 }
 
 #[test]
-fn the_time_until_an_idle_exit_begins_when_the_last_connection_ends() {
+fn the_idle_time_begins_when_the_last_connection_ends() {
     let span = Duration::from_millis(400);
     let echod = Start::serving(&format!("[service]\nidle-exit = \"400ms\"\n{OWNER}")).ready();
     let client = echod.connect();
@@ -595,7 +595,7 @@ fn reloads_do_not_keep_an_idle_connection_alive() {
 }
 
 #[test]
-fn what_moved_on_a_connection_counts_also_where_a_reload_comes_in_between() {
+fn traffic_before_a_reload_restarts_the_idle_timeout() {
     let config = |span: &str| format!("[limits]\nidle-timeout = \"{span}\"\n{OWNER}");
     let echod = Start::serving(&config("1h")).ready();
     let client = echod.connect();
@@ -610,7 +610,7 @@ fn what_moved_on_a_connection_counts_also_where_a_reload_comes_in_between() {
 }
 
 #[test]
-fn verify_that_a_reload_brings_or_takes_away_holds_for_those_who_are_in() {
+fn a_reload_switches_verify_for_live_connections() {
     needs_root();
     let alice = "[allow.alice]\nusers = [64001]\n";
     let verifying = format!("[service]\nverify = \"line\"\n{alice}");
@@ -638,7 +638,7 @@ fn verify_that_a_reload_brings_or_takes_away_holds_for_those_who_are_in() {
 }
 
 #[test]
-fn a_reload_that_finds_the_default_file_gone_is_refused() {
+fn a_reload_with_the_default_file_removed_is_refused() {
     let start = Start::bare();
     let listener = start.place().listener("socket");
     let directory = start.place().path("").to_str().unwrap().to_owned();
@@ -665,7 +665,7 @@ fn a_reload_that_finds_the_default_file_gone_is_refused() {
 }
 
 #[test]
-fn a_reload_of_a_file_that_it_may_not_read_is_refused() {
+fn a_reload_of_an_unreadable_file_is_refused() {
     needs_root();
     let policy = "[allow.any]\nusers = [\"any\"]\n";
     for default in [false, true] {
@@ -722,7 +722,7 @@ fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
+fn a_stop_does_not_wait_for_a_reload_that_waits_for_a_lookup() {
     for keep in [true, false] {
         let manager = Arc::new(Manager::new());
         manager.told.change(|told| told.capacity = 100);
@@ -758,7 +758,7 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
 }
 
 #[test]
-fn one_whom_the_service_could_not_answer_is_told_so_at_once() {
+fn a_reload_that_the_service_cannot_answer_fails_at_once() {
     needs_root();
     let echod = Start::serving("[allow.any]\nusers = [\"any\"]\n").run_as("64001:64001").ready();
     let asked = Instant::now();
@@ -779,7 +779,7 @@ fn one_whom_the_service_could_not_answer_is_told_so_at_once() {
 }
 
 #[test]
-fn the_status_is_told_no_more_than_once_a_second_however_many_come() {
+fn the_status_is_sent_at_most_once_a_second() {
     let echod = Start::serving(OWNER).ready();
     let begin = Instant::now();
     let mut came = 0;

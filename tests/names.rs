@@ -76,7 +76,7 @@ fn echoes(echod: &Echod, who: &str) {
 }
 
 #[test]
-fn a_user_and_a_group_that_appear_later_are_admitted_without_a_reload() {
+fn a_user_and_a_group_added_later_are_admitted_without_a_reload() {
     needs_root();
     let (database, journald) = (Database::new(), Journald::new());
     let policy = "[allow.new]\nusers = [\"newcomer\"]\n[allow.club]\ngroups = [\"club\"]\n";
@@ -104,7 +104,7 @@ fn a_user_and_a_group_that_appear_later_are_admitted_without_a_reload() {
 }
 
 #[test]
-fn a_name_that_is_found_holds_for_live_connections_too() {
+fn a_name_found_later_holds_for_live_connections_too() {
     needs_root();
     let database = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\"]\nline-length = 10\n[allow.any]\nusers = [\"any\"]\n";
@@ -119,7 +119,7 @@ fn a_name_that_is_found_holds_for_live_connections_too() {
 }
 
 #[test]
-fn a_file_that_changes_meanwhile_is_not_put_into_force_by_a_name_that_is_found() {
+fn a_name_found_later_does_not_load_a_changed_file() {
     needs_root();
     let database = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\"]\n";
@@ -132,7 +132,7 @@ fn a_file_that_changes_meanwhile_is_not_put_into_force_by_a_name_that_is_found()
 }
 
 #[test]
-fn a_database_that_never_answers_holds_up_one_thread_and_nothing_else() {
+fn a_database_that_never_answers_blocks_only_one_thread() {
     needs_root();
     let database = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\", \"self\"]\n";
@@ -157,7 +157,7 @@ fn a_database_that_never_answers_holds_up_one_thread_and_nothing_else() {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_a_look_that_waits_for_the_user_database() {
+fn a_stop_does_not_wait_for_a_lookup() {
     needs_root();
     let database = Database::new();
     let echod = Start::serving("[allow.new]\nusers = [\"newcomer\", \"self\"]\n").wrapper(&database.wrapper()).ready();
@@ -172,7 +172,7 @@ fn a_stop_does_not_wait_for_a_look_that_waits_for_the_user_database() {
 }
 
 #[test]
-fn nothing_is_looked_up_where_every_name_is_known() {
+fn where_every_name_is_known_nothing_is_looked_up() {
     needs_root();
     let database = Database::new();
     let text = "[allow.known]\nusers = [\"root\"]\n[deny.known]\ngroups = [\"adm\"]\n";
@@ -190,7 +190,7 @@ fn nothing_is_looked_up_where_every_name_is_known() {
 }
 
 #[test]
-fn a_name_keeps_its_id_over_a_reload_while_the_database_gives_no_answer() {
+fn a_name_keeps_its_id_over_a_reload_without_an_answer() {
     needs_root();
     let database = Database::new();
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
@@ -242,7 +242,7 @@ fn a_group_whose_entry_is_longer_than_a_mebibyte_is_found() {
 }
 
 #[test]
-fn explain_knows_a_user_of_more_groups_than_the_kernel_takes() {
+fn explain_handles_a_user_with_more_groups_than_the_kernel_takes() {
     needs_root();
     let database = Database::new();
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
@@ -255,7 +255,7 @@ fn explain_knows_a_user_of_more_groups_than_the_kernel_takes() {
 }
 
 #[test]
-fn a_database_that_fails_at_the_start_costs_names_in_allow_rules_until_it_answers() {
+fn names_in_allow_rules_wait_for_a_failing_database() {
     needs_root();
     let database = Database::new();
     fs::remove_file(database.0.path("passwd")).unwrap();

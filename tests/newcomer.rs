@@ -30,7 +30,7 @@ fn client(socket: &Path, uid: u32) -> String {
 }
 
 #[test]
-fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
+fn the_readmes_service_builds_alone_and_admits_only_its_owner() {
     assert!(nix::unistd::geteuid().is_root(), "this test makes other users' processes: run it as root");
     let root = &Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let readme = fs::read_to_string(root.join("README.md")).unwrap();

@@ -154,7 +154,7 @@ fn sinks() -> Vec<(&'static str, Sink)> {
 }
 
 #[test]
-fn exit_codes_hold_whatever_becomes_of_the_output() {
+fn exit_codes_do_not_depend_on_the_output() {
     let place = Place::new();
     journalctl(&place);
     let path = format!("{}:{}", place.path("").display(), std::env::var("PATH").unwrap());
@@ -234,7 +234,7 @@ fn unread(kind: &str) -> (File, OwnedFd) {
 const UNREAD: [&str; 3] = ["pipe", "terminal", "socket"];
 
 #[test]
-fn standard_error_that_is_not_read_keeps_no_sign_of_life_back() {
+fn unread_standard_error_stops_no_watchdog_message() {
     for kind in UNREAD {
         let (reader, stderr) = unread(kind);
         let config = format!("{LONG}burst = 200\n{DENY_ALL}");
@@ -253,7 +253,7 @@ fn standard_error_that_is_not_read_keeps_no_sign_of_life_back() {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_standard_error_that_is_never_read() {
+fn a_stop_does_not_wait_for_unread_standard_error() {
     for kind in UNREAD {
         let (mut reader, stderr) = unread(kind);
         let echod = Start::serving(&format!("{LONG}burst = 200\n{DENY_ALL}")).stderr(stderr).ready();
@@ -269,7 +269,7 @@ fn a_stop_does_not_wait_for_standard_error_that_is_never_read() {
 }
 
 #[test]
-fn what_finds_no_room_on_a_full_disk_is_counted_and_told_later() {
+fn records_lost_on_a_full_disk_are_counted_and_summed_up_later() {
     needs_root();
     for frees in [true, false] {
         let start = Start::serving(&format!("[audit]\ninterval = \"50ms\"\nburst = 20\n{DENY_ALL}"));
@@ -296,7 +296,7 @@ fn what_finds_no_room_on_a_full_disk_is_counted_and_told_later() {
 }
 
 #[test]
-fn a_journal_that_comes_back_is_told_while_standard_error_is_not_read() {
+fn a_journal_that_returns_gets_records_while_stderr_is_unread() {
     needs_root();
     let journald = common::Journald::new();
     let (_reader, stderr) = unread("pipe");
@@ -326,7 +326,7 @@ fn reload(echod: &Echod) -> Option<i32> {
 }
 
 #[test]
-fn a_manager_that_does_not_read_holds_up_no_reload_and_no_stop() {
+fn a_manager_that_does_not_read_delays_no_reload_and_no_stop() {
     let echod = Start::serving(OWNER).ready();
     let manager = std::sync::Arc::clone(&echod.manager);
     let client = echod.connect();
@@ -357,7 +357,7 @@ fn a_manager_that_does_not_read_holds_up_no_reload_and_no_stop() {
 }
 
 #[test]
-fn a_manager_that_does_not_read_at_the_start_is_told_that_it_is_ready_later() {
+fn ready_is_sent_later_to_a_manager_that_does_not_read() {
     let start = Start::serving(OWNER);
     let path = start.place().path("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
@@ -386,7 +386,7 @@ fn a_manager_that_does_not_read_at_the_start_is_told_that_it_is_ready_later() {
 }
 
 #[test]
-fn what_is_stored_is_sent_again_to_a_manager_that_did_not_read() {
+fn stored_descriptors_are_sent_again_to_a_manager_not_reading() {
     let manager = std::sync::Arc::new(common::Manager::new());
     manager.told.change(|told| told.capacity = 100);
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready_with(manager);
@@ -429,7 +429,7 @@ fn in_a_terminal(place: &Place) -> (OwnedFd, Running, std::path::PathBuf) {
 }
 
 #[test]
-fn in_a_terminal_it_ends_when_the_terminal_closes() {
+fn in_a_terminal_it_exits_when_the_terminal_closes() {
     let place = Place::new();
     let (controller, child, socket) = in_a_terminal(&place);
     let client = Client::of(eventually("it serves", || UnixStream::connect(&socket).ok()));
@@ -442,7 +442,7 @@ fn in_a_terminal_it_ends_when_the_terminal_closes() {
 }
 
 #[test]
-fn a_terminal_that_is_stopped_holds_up_neither_service_nor_stop() {
+fn a_stopped_terminal_delays_neither_service_nor_stop() {
     let place = Place::new();
     let (controller, child, socket) = in_a_terminal(&place);
     let client = Client::of(eventually("it serves", || UnixStream::connect(&socket).ok()));
@@ -465,7 +465,7 @@ fn a_terminal_that_is_stopped_holds_up_neither_service_nor_stop() {
 }
 
 #[test]
-fn without_a_terminal_a_hangup_reloads() {
+fn without_a_terminal_sighup_reloads() {
     let place = Place::new();
     let config = place.file("echod.toml", DENY_ALL);
     let socket = place.path("background");

@@ -65,7 +65,7 @@ fn too_long(line: &str) -> String {
 }
 
 #[test]
-fn every_manual_page_reads_well_at_80_columns() {
+fn every_manual_page_is_readable_at_80_columns() {
     let pages: Vec<_> = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/man"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -79,7 +79,7 @@ fn every_manual_page_reads_well_at_80_columns() {
 }
 
 #[test]
-fn a_table_with_a_word_a_line_would_be_noticed() {
+fn a_table_column_with_one_word_a_line_would_be_noticed() {
     let page = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pages-narrow.8");
     let table = ".Dd November 23, 2026\n.Dt NARROW 8\n.Os\n.Sh NAME\n.Nm narrow\n.Nd too narrow\n.Sh TABLE\n\
                  .Bl -column \"72261db9963c465c8c6121daadeb1cbc\" \"GATE_VERDICT\" \"PRIORITY\" \"what happened\"\n\

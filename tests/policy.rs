@@ -288,7 +288,7 @@ impl Names for Nobody {
 }
 
 #[test]
-fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and_subjects() {
+fn decisions_and_explanations_agree_with_the_model() {
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
     let (mut by_default, mut admitted, mut unknown, mut left_out) = (0, 0, 0, 0);
     for round in 0..3000 {
@@ -392,21 +392,21 @@ fn told(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn without_rules_of_its_own_a_policy_admits_the_owner_and_not_root() {
+fn a_policy_without_rules_admits_the_owner_and_not_root() {
     let policy: Policy<()> = Policy::owner_only(ME);
     assert_eq!(decide(&policy, &Somebody::new(1000, &[1000], None)), "allow.owner");
     assert_eq!(decide(&policy, &Somebody::new(0, &[0], None)), "default");
 }
 
 #[test]
-fn a_deny_rule_comes_before_every_allow_rule_wherever_it_is_written() {
+fn a_deny_rule_precedes_every_allow_rule() {
     let loaded = load("[allow.all]\nusers = ['any']\n[deny.alice]\nusers = ['alice']\n").unwrap();
     assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "deny.alice");
     assert_eq!(decide(&loaded.policy, &Somebody::new(1002, &[1001], None)), "allow.all");
 }
 
 #[test]
-fn allow_rules_are_consulted_in_the_order_of_the_file_not_of_their_names() {
+fn allow_rules_apply_in_the_order_of_the_file() {
     let loaded = load("[allow.z]\nusers = ['1-9']\n[allow.a]\nusers = ['1-99']\n").unwrap();
     assert_eq!(decide(&loaded.policy, &Somebody::new(5, &[5], None)), "allow.z");
     assert_eq!(decide(&loaded.policy, &Somebody::new(50, &[5], None)), "allow.a");
@@ -415,7 +415,7 @@ fn allow_rules_are_consulted_in_the_order_of_the_file_not_of_their_names() {
 }
 
 #[test]
-fn an_id_that_names_nobody_is_admitted_by_no_rule_on_users_and_caught_by_every_deny_rule_on_them() {
+fn the_overflow_uid_matches_no_allow_rule_and_each_deny_rule() {
     let unmapped = Somebody::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
     let any = load("[allow.any]\nusers = ['any', '0-4294967294', 65534]\n").unwrap();
     assert_eq!(decide(&any.policy, &unmapped), "default");
@@ -427,7 +427,7 @@ fn an_id_that_names_nobody_is_admitted_by_no_rule_on_users_and_caught_by_every_d
 }
 
 #[test]
-fn a_unit_that_cannot_be_told_admits_nobody_and_denies_whom_a_deny_rule_is_for() {
+fn an_unknown_unit_matches_no_allow_rule_and_each_deny_rule() {
     let loaded = load(concat!(
         "[deny.scopes]\nusers = [5]\nunits = ['session-*.scope']\n",
         "[allow.backup]\nusers = [6]\nunits = ['backup.service']\n",
@@ -445,7 +445,7 @@ fn a_unit_that_cannot_be_told_admits_nobody_and_denies_whom_a_deny_rule_is_for()
 const OWN: &str = "user@1001.service/app.slice/backup.service";
 
 #[test]
-fn units_means_the_systems_whatever_other_keys_a_rule_has() {
+fn units_means_system_units_whatever_other_keys_a_rule_has() {
     const SYSTEMS: &str = "system.slice/backup.service";
     for users in ["", "users = ['any']\n", "users = ['alice', 1000, 0]\n", "users = ['self', 'alice']\n"] {
         let allow = load(&format!("[allow.backup]\n{users}units = ['backup.service']\n")).unwrap().policy;
@@ -467,7 +467,7 @@ fn units_means_the_systems_whatever_other_keys_a_rule_has() {
 }
 
 #[test]
-fn user_units_means_the_users_own_and_nobody_elses() {
+fn user_units_means_units_of_the_peers_own_user_manager() {
     let verdict = |text: &str, uid, unit| decide(&load(text).unwrap().policy, &Somebody::new(uid, &[uid], unit));
     let rule = "[allow.x]\nusers = [0, 1001, 1002]\nuser-units = ['backup.*']\n";
     assert_eq!(verdict(rule, 1001, Some(OWN)), "allow.x");
@@ -498,7 +498,7 @@ fn user_units_means_the_users_own_and_nobody_elses() {
 }
 
 #[test]
-fn user_units_without_users_is_a_fault_wherever_the_rule_comes_from() {
+fn user_units_without_users_is_a_fault() {
     const WHY: &str = "`user-units` without `users`, where any user can call a unit of their own by that name; \
                        expected `users` beside it, to say whose units are meant";
     for (others, line) in [("", 2), ("groups = ['adm']\n", 3), ("units = ['a.service']\n", 3)] {
@@ -519,7 +519,7 @@ fn user_units_without_users_is_a_fault_wherever_the_rule_comes_from() {
 }
 
 #[test]
-fn no_key_of_a_rule_widens_what_another_admits() {
+fn a_further_key_never_widens_an_allow_rule() {
     let mut random = Random(11);
     let mut narrowed = 0;
     for _ in 0..3000 {
@@ -549,7 +549,7 @@ fn no_key_of_a_rule_widens_what_another_admits() {
 }
 
 #[test]
-fn the_units_are_asked_for_only_where_a_rule_depends_on_them() {
+fn units_are_read_only_where_a_rule_depends_on_them() {
     let loaded = load(concat!(
         "[deny.first]\nusers = [7]\n",
         "[allow.alice]\nusers = ['alice']\nunits = ['a.service']\n",
@@ -567,7 +567,7 @@ fn the_units_are_asked_for_only_where_a_rule_depends_on_them() {
 }
 
 #[test]
-fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
+fn an_explanation_gives_the_verdict_and_then_each_key() {
     let loaded = load(concat!(
         "[deny.contractors]\nusers = ['2000-2999']\n",
         "[allow.owner]\nusers = ['self']\n",
@@ -611,7 +611,7 @@ fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
 }
 
 #[test]
-fn a_name_that_could_forge_an_explanation_is_no_units() {
+fn a_unit_name_that_could_forge_an_explanation_is_ignored() {
     for name in ["x\nadmitted by allow.a\u{1b}[2J.service", "a b.service", "a;b.service", "\u{202e}a.service"] {
         assert!(Units::from_path(name).is_none(), "{name:?}");
         assert!(Units::from_path(&format!("user@1.service/{name}")).unwrap().user().is_none(), "{name:?}");
@@ -639,7 +639,7 @@ fn a_rule_built_in_code_is_checked_like_one_from_a_file() {
 }
 
 #[test]
-fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() {
+fn all_faults_of_a_file_are_reported_with_place_and_expectation() {
     const USERS: &str = "expected a user's name, an id, a range such as \"2000-2999\", \"self\" or \"any\"";
     const GROUPS: &str = "expected a group's name, an id, a range such as \"2000-2999\", or \"any\"";
     const UNIT: &str = "expected a unit's name such as \"backup.service\", or a pattern such as \"backup@*.service\"";
@@ -698,7 +698,7 @@ fn rules_that_are_no_tables_are_faults() {
 }
 
 #[test]
-fn text_that_is_no_toml_is_told_with_its_place_and_does_not_hide_other_faults() {
+fn a_toml_error_has_its_place_and_hides_no_other_fault() {
     let told = told(concat!(
         "[allow.owner\nusers = ['self']\n",
         "[deny.x]\nusers = [alice]\n",
@@ -712,7 +712,7 @@ fn text_that_is_no_toml_is_told_with_its_place_and_does_not_hide_other_faults() 
 }
 
 #[test]
-fn an_allow_rule_for_an_account_that_is_gone_is_a_warning_and_stops_nothing() {
+fn an_allow_rule_for_a_missing_account_is_a_warning() {
     let text = "[allow.staff]\nusers = ['mallory', 'alice']\ngroups = ['gone', 'adm']\n";
     assert_eq!(
         told(text),
@@ -729,7 +729,7 @@ fn an_allow_rule_for_an_account_that_is_gone_is_a_warning_and_stops_nothing() {
 }
 
 #[test]
-fn a_name_that_cannot_be_looked_up_costs_that_name_in_an_allow_rule_and_the_file_in_a_deny_rule() {
+fn a_failed_lookup_is_a_warning_in_allow_and_a_fault_in_deny() {
     let allow = "[allow.staff]\nusers = ['ldap', 'alice']\n";
     assert_eq!(
         told(allow),
@@ -747,7 +747,7 @@ fn a_name_that_cannot_be_looked_up_costs_that_name_in_an_allow_rule_and_the_file
 }
 
 #[test]
-fn an_id_that_names_nobody_costs_the_name_that_has_it() {
+fn a_name_with_the_overflow_id_stays_unknown() {
     let loaded = load("[allow.staff]\nusers = ['broken', 'alice']\n").unwrap();
     assert_eq!(loaded.unknown, [Name::User("broken".into())]);
     assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "allow.staff");
@@ -811,7 +811,7 @@ fn naming_the_overflow_id_is_a_warning() {
 }
 
 #[test]
-fn a_file_that_admits_nobody_is_a_warning() {
+fn a_file_that_admits_no_peer_is_a_warning() {
     for text in ["", "# nothing\n", "[deny.x]\nusers = ['alice']\n"] {
         assert_eq!(told(text), ["f:1:1: no allow rule, so everyone is denied; expected one such as [allow.owner]"]);
     }
@@ -839,7 +839,7 @@ fn a_rule_that_an_earlier_one_hides_is_a_warning() {
 }
 
 #[test]
-fn what_is_called_hidden_never_decides() {
+fn a_rule_reported_as_hidden_never_decides() {
     let mut random = Random(42);
     let mut hidden = 0;
     for _ in 0..2000 {

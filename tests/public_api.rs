@@ -22,7 +22,7 @@ use std::process::Command;
 use serde_json::Value;
 
 #[test]
-fn the_public_surface_is_the_listed_one() {
+fn the_public_items_are_the_listed_ones() {
     let root = &Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let listed = root.join("tests/public-api.txt");
     let found = Surface::of(&rustdoc_json(root)).text();

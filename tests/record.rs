@@ -80,7 +80,7 @@ fn expect_flood(process: std::process::Child, times: usize) {
 }
 
 #[test]
-fn a_denial_says_who_where_and_why() {
+fn the_record_of_a_denial_names_peer_socket_and_reason() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, common::OWNER);
@@ -111,7 +111,7 @@ fn a_denial_says_who_where_and_why() {
 }
 
 #[test]
-fn a_denial_by_a_rule_names_the_rule_and_the_user_by_name() {
+fn a_denial_by_a_rule_names_the_rule_and_the_user() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, "[deny.contractors]\nusers = [\"backup\"]\n");
@@ -164,7 +164,7 @@ fn a_refusal_names_the_limit() {
 }
 
 #[test]
-fn too_long_a_line_is_a_refusal_of_that_connection() {
+fn a_line_too_long_is_recorded_as_a_refusal() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("[limits]\nline-length = 10\n{}", common::OWNER));
@@ -179,7 +179,7 @@ fn too_long_a_line_is_a_refusal_of_that_connection() {
 }
 
 #[test]
-fn by_default_the_admitted_leave_no_record() {
+fn by_default_admitted_connections_leave_no_record() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, common::OWNER);
@@ -195,7 +195,7 @@ fn by_default_the_admitted_leave_no_record() {
 }
 
 #[test]
-fn admitted_and_closed_tell_a_connections_whole_story() {
+fn admitted_and_closed_records_describe_the_whole_connection() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, "[audit]\nrecord = \"connections\"\n[allow.those]\nusers = [64001]\n");
@@ -249,7 +249,7 @@ fn admitted_and_closed_tell_a_connections_whole_story() {
 }
 
 #[test]
-fn each_closed_record_says_why_the_service_ended_it() {
+fn each_closed_record_gives_the_reason() {
     needs_root();
     let journald = Journald::new();
     let config = |more: &str| format!("[limits]\nline-length = 10\n[audit]\nrecord = \"connections\"\n{more}");
@@ -273,7 +273,7 @@ fn each_closed_record_says_why_the_service_ended_it() {
 }
 
 #[test]
-fn lines_are_recorded_by_their_length_and_never_by_their_content() {
+fn a_line_is_recorded_by_its_length_and_never_its_content() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("[audit]\nrecord = \"lines\"\n{}", common::OWNER));
@@ -326,7 +326,7 @@ fn configurations_loaded_reloaded_and_refused_are_recorded() {
 }
 
 #[test]
-fn a_revoked_connection_is_recorded_with_the_rule_that_denies_it_now() {
+fn a_revoked_connection_is_recorded_with_the_denying_rule() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, "[allow.all]\nusers = [\"any\"]\n");
@@ -368,7 +368,7 @@ fn a_revoked_connection_is_recorded_with_the_rule_that_denies_it_now() {
 }
 
 #[test]
-fn only_the_first_of_a_flood_are_written_and_a_summary_at_the_stop_tells_the_rest() {
+fn beyond_the_burst_denials_are_summed_up_at_the_stop() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}burst = 5\n{}", common::DENY_ALL));
@@ -403,7 +403,7 @@ fn only_the_first_of_a_flood_are_written_and_a_summary_at_the_stop_tells_the_res
 }
 
 #[test]
-fn a_summary_comes_at_the_end_of_the_interval_and_a_new_interval_has_a_burst_of_its_own() {
+fn each_interval_ends_with_a_summary_and_has_its_own_burst() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("[audit]\ninterval = \"200ms\"\nburst = 3\n{}", common::DENY_ALL));
@@ -425,7 +425,7 @@ fn a_summary_comes_at_the_end_of_the_interval_and_a_new_interval_has_a_burst_of_
 }
 
 #[test]
-fn a_reload_writes_what_was_counted_under_the_old_settings() {
+fn a_reload_writes_the_summaries_of_the_old_settings() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}burst = 1\n{}", common::DENY_ALL));
@@ -438,7 +438,7 @@ fn a_reload_writes_what_was_counted_under_the_old_settings() {
 }
 
 #[test]
-fn a_reload_to_a_shorter_interval_does_not_wait_for_the_end_of_the_old_one() {
+fn a_reload_to_a_shorter_interval_takes_effect_immediately() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::DENY_ALL));
@@ -452,7 +452,7 @@ fn a_reload_to_a_shorter_interval_does_not_wait_for_the_end_of_the_old_one() {
 }
 
 #[test]
-fn with_a_burst_of_none_a_single_denial_is_told_at_the_intervals_end() {
+fn with_a_burst_of_0_a_denial_is_summed_up_at_the_intervals_end() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::DENY_ALL));
@@ -466,7 +466,7 @@ fn with_a_burst_of_none_a_single_denial_is_told_at_the_intervals_end() {
 }
 
 #[test]
-fn a_burst_of_none_leaves_only_summaries_and_a_huge_one_leaves_none() {
+fn a_burst_of_0_leaves_only_summaries_and_a_huge_one_none() {
     needs_root();
     for (burst, records) in [(0, 0), (1_000_000, 300)] {
         let journald = Journald::new();
@@ -540,7 +540,7 @@ fn the_equation_holds_when_every_denial_is_written() {
 }
 
 #[test]
-fn serving_goes_on_and_nothing_is_lost_while_the_journal_does_not_read() {
+fn a_journal_that_does_not_read_stops_no_client_and_loses_nothing() {
     needs_root();
     let journald = Journald::new();
     let config = "[audit]\nburst = 1000000\ninterval = \"100ms\"\n[allow.root]\nusers = [0]\n\
@@ -558,7 +558,7 @@ fn serving_goes_on_and_nothing_is_lost_while_the_journal_does_not_read() {
 }
 
 #[test]
-fn nothing_is_lost_when_the_journal_stops_reading_in_a_flood_and_goes_on_during_our_stop() {
+fn no_record_is_lost_when_the_journal_reads_again_during_the_stop() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::DENY_ALL));
@@ -573,7 +573,7 @@ fn nothing_is_lost_when_the_journal_stops_reading_in_a_flood_and_goes_on_during_
 }
 
 #[test]
-fn nothing_is_lost_when_the_journal_is_restarted_in_a_flood() {
+fn no_record_is_lost_when_the_journal_restarts_in_a_flood() {
     needs_root();
     let journald = Journald::new();
     let config = format!("[audit]\nburst = 1000000\ninterval = \"50ms\"\n{}", common::DENY_ALL);
@@ -587,7 +587,7 @@ fn nothing_is_lost_when_the_journal_is_restarted_in_a_flood() {
 }
 
 #[test]
-fn what_a_vanished_journal_missed_is_counted_for_when_it_is_back() {
+fn a_journal_that_returns_gets_a_summary_of_what_it_missed() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}burst = 1000000\n{}", common::DENY_ALL));
@@ -605,7 +605,7 @@ fn what_a_vanished_journal_missed_is_counted_for_when_it_is_back() {
 }
 
 #[test]
-fn what_standard_error_has_told_it_does_not_tell_again_and_the_journal_hears_it_once() {
+fn a_record_goes_to_stderr_once_and_to_the_journal_once() {
     needs_root();
     for comes_back in [false, true] {
         let journald = Journald::new();
@@ -643,7 +643,7 @@ fn end_without_journal(echod: Echod) -> String {
 }
 
 #[test]
-fn what_a_journal_that_never_goes_on_does_not_take_is_told_on_standard_error_in_the_end() {
+fn records_a_stuck_journal_refuses_go_to_stderr_at_the_stop() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}burst = 100\n{}", common::DENY_ALL));
@@ -664,7 +664,7 @@ fn what_a_journal_that_never_goes_on_does_not_take_is_told_on_standard_error_in_
 }
 
 #[test]
-fn a_user_database_that_never_answers_costs_no_record_at_the_stop() {
+fn a_user_database_that_never_answers_loses_no_record() {
     needs_root();
     let place = common::Place::new();
     let echod = Start::serving(&format!("{LONG}burst = 10\n{}", common::DENY_ALL))
@@ -676,7 +676,7 @@ fn a_user_database_that_never_answers_costs_no_record_at_the_stop() {
 }
 
 #[test]
-fn an_idle_exit_does_not_wait_for_the_journal_since_nobody_is_served_meanwhile() {
+fn an_idle_exit_does_not_wait_for_the_journal() {
     needs_root();
     let journald = Journald::new();
     let config = "[audit]\nburst = 1000\n[deny.alice]\nusers = [64001]\n[allow.root]\nusers = [0]\n\
@@ -699,7 +699,7 @@ fn an_idle_exit_does_not_wait_for_the_journal_since_nobody_is_served_meanwhile()
 }
 
 #[test]
-fn intervals_end_also_while_the_journal_takes_nothing() {
+fn intervals_end_while_the_journal_does_not_read() {
     needs_root();
     let journald = Journald::new();
     let interval = "[audit]\ninterval = \"50ms\"\nburst = 2\n";
@@ -727,7 +727,7 @@ fn intervals_end_also_while_the_journal_takes_nothing() {
 }
 
 #[test]
-fn out_of_descriptors_the_record_still_goes_to_the_journal() {
+fn out_of_descriptors_a_record_still_reaches_the_journal() {
     needs_root();
     let journald = Journald::new();
     let policy = format!("[limits]\nconnections-per-user = 100\n{}", common::OWNER);
@@ -753,7 +753,7 @@ fn out_of_descriptors_the_record_still_goes_to_the_journal() {
 }
 
 #[test]
-fn out_of_descriptors_a_record_too_large_for_a_datagram_is_still_counted() {
+fn out_of_descriptors_a_record_that_needs_a_memfd_is_counted() {
     needs_root();
     let journald = Journald::new();
     let policy = format!("[limits]\nconnections-per-user = 100\n{}", common::OWNER);
@@ -774,7 +774,7 @@ fn out_of_descriptors_a_record_too_large_for_a_datagram_is_still_counted() {
 }
 
 #[test]
-fn without_a_journal_records_are_text_on_standard_error_and_the_equation_holds_there() {
+fn without_a_journal_the_equation_holds_on_standard_error() {
     let echod = Start::serving(&format!("{LONG}burst = 4\n{}", common::DENY_ALL)).ready();
     be_denied(&echod, 30);
     let stderr = echod.stop();
@@ -785,7 +785,7 @@ fn without_a_journal_records_are_text_on_standard_error_and_the_equation_holds_t
 }
 
 #[test]
-fn sigterm_in_the_middle_of_a_flood_leaves_the_equation_exact() {
+fn the_equation_is_exact_after_sigterm_during_a_flood() {
     needs_root();
     for _ in 0..5 {
         let journald = Journald::new();
@@ -805,7 +805,7 @@ fn sigterm_in_the_middle_of_a_flood_leaves_the_equation_exact() {
 }
 
 #[test]
-fn not_one_of_many_thousand_denials_at_full_speed_escapes_the_record() {
+fn thousands_of_denials_at_full_speed_are_all_recorded() {
     needs_root();
     // A million: make flood
     let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
@@ -861,7 +861,7 @@ fn percentile(times: &mut [Duration], percent: usize) -> Duration {
 }
 
 #[test]
-fn the_equation_holds_with_all_of_it_at_once() {
+fn the_equation_holds_with_every_trouble_at_once() {
     needs_root();
     // A million: make flood
     let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
@@ -912,7 +912,7 @@ fn the_equation_holds_with_all_of_it_at_once() {
 }
 
 #[test]
-fn many_users_share_summaries_without_a_name_once_too_many_flood() {
+fn beyond_a_number_of_users_summaries_name_no_user() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::DENY_ALL));
@@ -931,7 +931,7 @@ fn many_users_share_summaries_without_a_name_once_too_many_flood() {
 }
 
 #[test]
-fn a_record_lists_64_groups_and_says_how_many_there_were() {
+fn a_record_lists_64_groups_and_their_number() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, "[allow.those]\ngroups = [1023]\n[audit]\nrecord = \"connections\"\n");
@@ -955,7 +955,7 @@ fn a_record_lists_64_groups_and_says_how_many_there_were() {
 }
 
 #[test]
-fn a_name_with_newline_and_escape_forges_neither_field_nor_line() {
+fn a_name_with_newline_or_escape_forges_no_field_and_no_line() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, common::OWNER);
@@ -1000,7 +1000,7 @@ fn connection_numbers_are_unique_over_sockets_and_workers() {
 }
 
 #[test]
-fn a_journal_with_a_long_queue_that_does_not_read_stops_neither_service_nor_watchdog() {
+fn a_long_queue_that_is_not_read_stops_no_service_or_watchdog() {
     needs_root();
     let journald = Journald::absent();
     journald.start_with_long_queue();
@@ -1022,7 +1022,7 @@ fn a_journal_with_a_long_queue_that_does_not_read_stops_neither_service_nor_watc
 }
 
 #[test]
-fn others_who_fill_the_journals_queue_keep_no_sign_of_life_back() {
+fn a_journal_queue_filled_by_others_stops_no_watchdog_message() {
     needs_root();
     let journald = Journald::absent();
     journald.start_with_long_queue();

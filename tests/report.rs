@@ -152,7 +152,7 @@ fn day() -> Journal {
 }
 
 #[test]
-fn a_table_tells_who_was_turned_away_why_how_often_when_and_from_where() {
+fn the_table_lists_user_reason_count_times_and_unit() {
     let expected = "\
 Turned away by the system's echod, Mon 2026-11-23 20:14:15 UTC to Mon 2026-11-23 20:14:28 UTC
 
@@ -178,7 +178,7 @@ Read: 1 journal file in /var/log/journal/m, from Mon 2026-11-23 20:14:15 UTC on.
 }
 
 #[test]
-fn who_was_cut_off_is_neither_denied_nor_refused() {
+fn a_connection_cut_off_counts_as_neither_denied_nor_refused() {
     let lines = [
         ours(r#""GATE_VERDICT":"revoked","GATE_REASON":"policy","GATE_RULE":"default","PEER_UID":"1000""#),
         ours(r#""GATE_VERDICT":"revoked","GATE_REASON":"sender","GATE_RULE":"allow.operators","PEER_UID":"1000""#),
@@ -218,7 +218,7 @@ fn json_holds_the_same_numbers_as_the_table() {
 }
 
 #[test]
-fn journalctl_is_asked_for_these_records_and_nothing_else() {
+fn journalctl_is_asked_only_for_the_programs_records() {
     let journal = day();
     journal.text(&["--system", "--since", "-1h", "--until", "-5min"]);
     let asked = journal.asked();
@@ -243,7 +243,7 @@ fn journalctl_is_asked_for_these_records_and_nothing_else() {
 }
 
 #[test]
-fn what_others_say_in_our_name_is_left_aside_and_mentioned() {
+fn records_of_other_senders_are_left_out_and_mentioned() {
     let forged = r#"{"_UID":"1000","_COMM":"echod","_EXE":"/usr/bin/echod","_SYSTEMD_UNIT":"user@1000.service","SYSLOG_IDENTIFIER":"echod","GATE_VERDICT":"summary","GATE_REASON":"policy","GATE_COUNT":"1000000","PEER_UID":"0"}"#;
     let journal = Journal::of(&[DENIED_ROOT, forged, forged]);
     let json = journal.json(&["--system"]);
@@ -254,7 +254,7 @@ fn what_others_say_in_our_name_is_left_aside_and_mentioned() {
 }
 
 #[test]
-fn damaged_lines_and_fields_of_any_form_stop_nothing() {
+fn damaged_lines_and_fields_do_not_stop_the_report() {
     let lines = [
         "-- Boot 3b828a83a0bb413a983f0afdc02f3259 --".to_owned(),
         r#"{"_SYSTEMD_UNIT":"echo.service","GATE_VERDICT":"den"#.to_owned(),
@@ -282,7 +282,7 @@ fn damaged_lines_and_fields_of_any_form_stop_nothing() {
 }
 
 #[test]
-fn a_program_cannot_call_itself_what_reads_as_more_than_a_name() {
+fn a_program_name_cannot_look_like_more_than_a_name() {
     let named = |comm: &str| {
         ours(&format!(
             r#""GATE_VERDICT":"denied","GATE_REASON":"policy","PEER_UID":"5","PEER_COMM":"{comm}","PEER_UNIT":"a{:45}1,000,000  root (0).service""#,
@@ -298,7 +298,7 @@ fn a_program_cannot_call_itself_what_reads_as_more_than_a_name() {
 }
 
 #[test]
-fn times_are_those_of_the_place_as_journalctl_shows_them() {
+fn times_are_local_as_in_journalctl() {
     let journal = Journal::of(&[DENIED_ROOT]);
     for (zone, full, short) in [
         ("UTC", "Mon 2026-11-23 20:14:15 UTC", "Nov 23 20:14:15"),
@@ -313,7 +313,7 @@ fn times_are_those_of_the_place_as_journalctl_shows_them() {
 }
 
 #[test]
-fn a_span_over_new_year_shows_the_year() {
+fn a_time_span_over_new_year_shows_the_year() {
     let earlier = ours(
         r#""GATE_VERDICT":"denied","GATE_REASON":"policy","PEER_UID":"5","__REALTIME_TIMESTAMP":"1735689599000000""#,
     );
@@ -346,7 +346,7 @@ fn without_utf_8_everything_is_ascii() {
 }
 
 #[test]
-fn colours_are_for_terminals_and_for_those_who_want_them() {
+fn colours_are_used_on_a_terminal_and_on_request() {
     let journal = Journal::of(&[DENIED_ROOT]);
     assert!(!journal.text(&["--system"]).contains('\u{1b}'));
     assert!(journal.text_on_terminal("").contains("\u{1b}[31m"));
@@ -357,7 +357,7 @@ fn colours_are_for_terminals_and_for_those_who_want_them() {
 }
 
 #[test]
-fn a_terminal_is_told_how_far_a_long_journal_has_been_read_and_then_left_clean() {
+fn a_terminal_shows_the_progress_and_is_then_clean() {
     let journal = Journal::of(&[DENIED_ROOT]);
     let here = journal.directory.display().to_string();
     assert!(Command::new("mkfifo").arg(journal.directory.join("gate")).status().unwrap().success());
@@ -390,7 +390,7 @@ fn without_journalctl_it_says_so_and_exits_69() {
 }
 
 #[test]
-fn what_journalctl_complains_of_is_said_and_the_exit_code_is_74() {
+fn an_error_of_journalctl_is_repeated_and_exits_74() {
     let output = Journal::new("", "Failed to parse timestamp: \u{1b}[31mnever\n", 1).report(&["--since", "never"]);
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(74), &b""[..]));
     let said = stderr(&output);
@@ -398,7 +398,7 @@ fn what_journalctl_complains_of_is_said_and_the_exit_code_is_74() {
 }
 
 #[test]
-fn what_journalctl_complains_of_makes_a_report_incomplete_though_it_exits_with_0() {
+fn an_error_of_journalctl_with_exit_0_makes_a_report_incomplete() {
     let said = "Journal file /var/log/journal/m/system.journal is truncated, ignoring file.";
     let journal = Journal::new(&format!("{DENIED_ROOT}\n"), &format!("<28>{said}\n<31>File x added.\n"), 0);
     let output = journal.report(&["--system", "--json"]);
@@ -410,7 +410,7 @@ fn what_journalctl_complains_of_makes_a_report_incomplete_though_it_exits_with_0
 }
 
 #[test]
-fn a_journalctl_that_is_killed_or_ends_in_the_middle_of_a_line_makes_a_report_incomplete() {
+fn a_journalctl_that_is_cut_off_makes_a_report_incomplete() {
     for (end, complaint) in [("kill -9 $$", "signal: 9"), ("printf '{\"_SYSTEMD_UNIT\"'", "1 entries of the journal")] {
         let journal = Journal::of(&[DENIED_ROOT]);
         journal.script(&format!("cat '{}/lines'\n{end}\n", journal.directory.display()));
@@ -423,7 +423,7 @@ fn a_journalctl_that_is_killed_or_ends_in_the_middle_of_a_line_makes_a_report_in
 }
 
 #[test]
-fn what_journald_has_dropped_makes_a_report_incomplete() {
+fn entries_dropped_by_journald_make_a_report_incomplete() {
     let note = r#"{"_TRANSPORT":"driver","SYSLOG_IDENTIFIER":"systemd-journald","N_DROPPED":"40","MESSAGE":"Suppressed 40 messages from echo.service"}"#;
     let json: Value =
         serde_json::from_str(&Journal::of(&[DENIED_ROOT, note]).incomplete(&["--system", "--json"])).unwrap();
@@ -432,7 +432,7 @@ fn what_journald_has_dropped_makes_a_report_incomplete() {
 }
 
 #[test]
-fn which_journal_to_read_is_handed_to_journalctl_as_it_is() {
+fn options_for_the_journal_are_passed_to_journalctl() {
     let journal = day();
     for (given, asked) in [
         (&["--namespace", "*"][..], &["--namespace=*"][..]),
@@ -449,7 +449,7 @@ fn which_journal_to_read_is_handed_to_journalctl_as_it_is() {
 }
 
 #[test]
-fn what_was_read_before_journalctl_failed_is_reported_as_incomplete() {
+fn entries_read_before_journalctl_fails_are_reported() {
     let journal = Journal::new(&format!("{DENIED_ROOT}\n"), "Bad message\n", 1);
     let output = journal.report(&["--system", "--json"]);
     assert_eq!(output.status.code(), Some(74));
@@ -469,7 +469,7 @@ fn a_journal_without_records_gives_a_report_that_says_so() {
 }
 
 #[test]
-fn a_reader_who_has_seen_enough_is_no_fault() {
+fn a_closed_output_pipe_is_no_error() {
     let (reader, writer) = nix::unistd::pipe().unwrap();
     drop(reader);
     let journal = day();

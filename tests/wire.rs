@@ -45,7 +45,7 @@ fn random(seed: u64) -> impl FnMut(usize) -> usize {
 }
 
 #[test]
-fn each_line_comes_back_at_once_with_its_prompt() {
+fn each_line_is_echoed_at_once_with_its_prompt() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     for line in ["hello", "", "a line with spaces ", "> not a prompt"] {
@@ -57,7 +57,7 @@ fn each_line_comes_back_at_once_with_its_prompt() {
 }
 
 #[test]
-fn bytes_that_are_no_text_come_back_as_they_were_sent() {
+fn bytes_that_are_no_text_are_echoed_unchanged() {
     let echod = Start::serving(OWNER).ready();
     let every_byte: Vec<u8> = (0..=255).collect();
     for line in [&b"\0\0\n"[..], b"a\r\n", b"\xff\xfe\xc3\x28\n", b"\n", b"\r\r\r\n", b"> \x1b[2J\n"] {
@@ -72,7 +72,7 @@ fn bytes_that_are_no_text_come_back_as_they_were_sent() {
 }
 
 #[test]
-fn a_fragment_without_newline_comes_back_when_the_client_half_closes() {
+fn a_fragment_without_newline_is_echoed_at_the_half_close() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     client.send("one\ntw");
@@ -94,7 +94,7 @@ fn one_byte_at_a_time_makes_the_same_lines() {
 }
 
 #[test]
-fn ten_thousand_lines_in_one_write_come_back_in_order() {
+fn ten_thousand_lines_in_one_write_are_echoed_in_order() {
     let echod = Start::serving(OWNER).ready();
     let input: String = (0..10_000).map(|number| format!("line {number}\n")).collect();
     let (output, end) = exchange(&echod.connect(), input.as_bytes());
@@ -133,7 +133,7 @@ fn any_bytes_in_any_chunks_give_the_echo_of_the_whole() {
 }
 
 #[test]
-fn a_line_of_exactly_the_limit_passes_and_one_byte_more_ends_the_connection() {
+fn a_line_of_the_limit_passes_and_one_byte_more_is_refused() {
     for (setting, limit) in [("1", 1), ("16", 16), ("\"64K\"", 65_536), ("\"1M\"", 1 << 20)] {
         let echod = Start::serving(&format!("[limits]\nline-length = {setting}\n{OWNER}")).ready();
         let fits = [vec![b'x'; limit - 1], b"\n".to_vec()].concat();
@@ -159,7 +159,7 @@ fn a_line_is_too_long_before_its_newline_comes() {
 }
 
 #[test]
-fn a_fragment_of_exactly_the_limit_comes_back_at_half_close() {
+fn a_fragment_of_the_limit_is_echoed_at_the_half_close() {
     let echod = Start::serving(&format!("[limits]\nline-length = 16\n{OWNER}")).ready();
     let client = echod.connect();
     client.send([b'x'; 16]);
@@ -168,7 +168,7 @@ fn a_fragment_of_exactly_the_limit_comes_back_at_half_close() {
 }
 
 #[test]
-fn whoever_goes_on_sending_after_too_long_a_line_sees_the_message_and_a_clean_end() {
+fn a_client_that_sends_on_after_too_long_a_line_gets_the_message() {
     let echod = Start::serving(&format!("[limits]\nline-length = 1024\n{OWNER}")).ready();
     for _ in 0..20 {
         let client = echod.connect();
@@ -194,7 +194,7 @@ fn a_denied_peer_gets_the_message_and_not_one_byte_of_echo() {
 }
 
 #[test]
-fn a_denied_peer_that_has_sent_data_sees_the_message_and_no_reset() {
+fn a_denied_peer_that_has_sent_data_gets_the_message_and_no_reset() {
     let echod = Start::serving(DENY_ALL).ready();
     for size in [1, 100, 5_000, 100_000] {
         for _ in 0..20 {
@@ -209,7 +209,7 @@ fn a_denied_peer_that_has_sent_data_sees_the_message_and_no_reset() {
 }
 
 #[test]
-fn a_denied_peer_that_keeps_sending_sees_the_message_and_no_reset() {
+fn a_denied_peer_that_keeps_sending_gets_the_message_and_no_reset() {
     let echod = Start::serving(DENY_ALL).ready();
     for _ in 0..20 {
         let client = echod.connect();
@@ -222,7 +222,7 @@ fn a_denied_peer_that_keeps_sending_sees_the_message_and_no_reset() {
 }
 
 #[test]
-fn a_denied_peer_that_never_reads_is_let_go_and_finds_the_message_later() {
+fn a_denied_peer_that_never_reads_finds_the_message_later() {
     let echod = Start::serving(DENY_ALL).ready();
     let client = echod.connect();
     // Writes until the other side has let go: no event but this one tells.
@@ -242,7 +242,7 @@ fn data_sent_before_the_service_starts_is_answered() {
 }
 
 #[test]
-fn a_client_that_does_not_read_is_not_read_from_and_loses_nothing() {
+fn a_client_that_does_not_read_stops_sending_and_loses_no_byte() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     let line = [vec![b'a'; 8191], b"\n".to_vec()].concat();
@@ -274,7 +274,7 @@ fn a_client_that_does_not_read_is_not_read_from_and_loses_nothing() {
 }
 
 #[test]
-fn clients_that_leave_in_the_middle_disturb_nobody() {
+fn clients_that_close_mid_line_disturb_no_other() {
     let echod = Start::serving(OWNER).ready();
     let steady = echod.connect();
     for round in 0..100 {
@@ -295,7 +295,7 @@ fn clients_that_leave_in_the_middle_disturb_nobody() {
 }
 
 #[test]
-fn a_client_that_says_nothing_may_stay() {
+fn a_client_that_sends_nothing_may_stay() {
     let echod = Start::serving(OWNER).ready();
     let silent: Vec<Client> = (0..10).map(|_| echod.connect()).collect();
     echod.connect().echo("others talk");
@@ -305,7 +305,7 @@ fn a_client_that_says_nothing_may_stay() {
 }
 
 #[test]
-fn an_admitted_peer_over_a_limit_gets_its_message_and_a_clean_end_even_with_data_sent() {
+fn a_peer_over_a_limit_gets_its_message_and_a_clean_end() {
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
     let first = echod.connect();
     first.echo("in");
