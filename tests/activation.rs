@@ -1,4 +1,5 @@
-//! How it starts: what systemd passed, or a socket of its own; and what it says where neither will do. Needs no rights.
+//! Starting: with sockets that systemd passed or with a bound socket, and the message when neither works. Needs no
+//! privileges.
 
 mod common;
 
@@ -74,13 +75,13 @@ fn a_passed_sockets_file_is_left_as_it_was() {
     assert_eq!(fs::metadata(place.path("socket")).unwrap().ino(), before);
 }
 
-/// What else a service manager can be told to pass, and how the message names it.
+/// Descriptors of other kinds that a service manager could pass, and how the message names each.
 fn wrong_things(place: &Place) -> Vec<(&'static str, OwnedFd, &'static str)> {
     let seqpacket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
     bind(std::os::fd::AsRawFd::as_raw_fd(&seqpacket), &UnixAddr::new(&place.path("seqpacket")).unwrap()).unwrap();
     listen(&seqpacket, Backlog::new(5).unwrap()).unwrap();
     let (connected, other) = UnixStream::pair().unwrap();
-    // Its other end must not be what makes it wrong.
+    // Kept open: the descriptor itself must be the fault, not a closed other end.
     std::mem::forget(other);
     let (pipe, _) = nix::unistd::pipe().unwrap();
     let unbound = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
@@ -232,7 +233,7 @@ fn a_socket_with_a_listener_is_left_alone() {
     let (code, _, stderr) = listening(&path).run();
     assert_eq!(code, 71, "{stderr}");
     assert!(stderr.contains("somebody listens there already"), "{stderr}");
-    // The question was asked by connecting; the next connection is ours.
+    // The check for a listener has connected; the next connection is the test's.
     let (mut asked, _) = living.accept().unwrap();
     assert_eq!(asked.read(&mut [0; 8]).unwrap(), 0);
     UnixStream::connect(&path).expect("it is still there, and listens");
@@ -319,7 +320,7 @@ fn a_socket_file_replaced_meanwhile_is_not_removed() {
     assert!(path.exists());
 }
 
-/// As the owner of the directory can do, while root starts the service.
+/// The owner of the directory can do so while root starts the service.
 #[test]
 fn a_symlink_in_place_of_the_socket_is_not_followed() {
     let place = Place::new();
@@ -369,7 +370,7 @@ fn the_socket_is_removed_from_the_directory_it_was_made_in() {
     assert!(other.join("own").exists(), "a file was removed by way of a link that came later");
 }
 
-/// Anybody who may read a directory can hold a lock on it, as long as they like.
+/// Any user who may read a directory can lock it, for as long as they like.
 #[test]
 fn a_lock_of_another_process_on_the_directory_refuses_no_start() {
     let place = Place::new();

@@ -1,10 +1,10 @@
-//! Who may know whom, as ARCHITECTURE.md says: read from the sources themselves.
+//! Which modules may import which, as ARCHITECTURE.md says: read from the sources.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The sources of a crate, by their path in its folder: code only, without comments and tests.
+/// The sources of a crate, by path: code without comments and tests.
 fn sources(krate: &str) -> BTreeMap<String, String> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(krate);
     let mut found = BTreeMap::new();
@@ -28,7 +28,6 @@ fn code(text: &str) -> String {
     text.lines().filter(|line| !line.trim_start().starts_with("//")).fold(String::new(), |all, line| all + line + "\n")
 }
 
-/// The library's sources.
 fn library() -> BTreeMap<String, String> {
     let sources = sources("peergate");
     assert!(sources.len() > 10, "the sources are to be found elsewhere now");
@@ -107,17 +106,17 @@ fn imports(code: &str) -> BTreeSet<String> {
 
 #[test]
 fn no_two_modules_import_each_other() {
-    let library = who_imports_whom(library());
+    let library = imports_by_module(library());
     assert!(library["gate"].contains("peer"), "imports are written otherwise now");
-    // These two are one: ids are what units are told by, and units belong to a subject.
+    // ids and unit may import each other: a unit belongs to a user, and units are compared by ids.
     expect_no_cycle(&library, &["ids", "unit"]);
 
-    let program = who_imports_whom(sources("echod"));
+    let program = imports_by_module(sources("echod"));
     assert!(program["worker"].contains("connection"), "imports are written otherwise now");
     expect_no_cycle(&program, &[]);
 }
 
-fn who_imports_whom(sources: BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<String>> {
+fn imports_by_module(sources: BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<String>> {
     let mut known: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (name, code) in sources {
         let module = name.trim_end_matches(".rs").split('/').next().unwrap().to_owned();
@@ -129,7 +128,7 @@ fn who_imports_whom(sources: BTreeMap<String, String>) -> BTreeMap<String, BTree
 }
 
 fn expect_no_cycle(known: &BTreeMap<String, BTreeSet<String>>, one: &[&str]) {
-    // Whom a module reaches, itself included only by a cycle.
+    // The modules reachable from this one. It is among them only if there is a cycle.
     for start in known.keys() {
         let mut reached = BTreeSet::new();
         let mut next: Vec<&String> = known[start].iter().filter(|other| *other != start).collect();

@@ -1,5 +1,5 @@
-//! What is written about the program is what the program does: manual pages, completions, journal catalog, the
-//! shipped configuration and the package's papers, each held against its source.
+//! What is written about the program matches it: manual pages, completions, journal catalog, shipped configuration and
+//! packaging, each compared with its source.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -45,7 +45,7 @@ fn catalog() -> BTreeMap<String, (Vec<String>, String)> {
     entries
 }
 
-/// What stands between double quotes in a source file, for whoever looks for names.
+/// The string literals of a source file, among them the names sought.
 fn literals(path: &str) -> BTreeSet<String> {
     read(path).split('"').skip(1).step_by(2).map(str::to_owned).collect()
 }
@@ -82,7 +82,7 @@ fn a_catalog_entry_tells_event_then_meaning_then_remedy() {
 #[test]
 fn a_catalog_entry_warns_of_absent_fields_and_no_command_has_one() {
     for (id, (_, body)) in catalog() {
-        // journalctl puts the bare name where a record has no such field; of a peer about everything may be unknown.
+        // journalctl shows the bare field name if a record has no such field. About a peer any field may be missing.
         if body.contains("@PEER_") {
             assert_eq!(body.matches("the record has no").count(), 1, "{id} does not say what a bare name means");
         }
@@ -133,7 +133,7 @@ fn the_manual_page_lists_each_message_id_verdict_and_priority() {
     assert_eq!(written.len(), catalog().len(), "an event is missing from WITH_ID");
 }
 
-/// Fields of a record that are the product's own, as far as `text` names them.
+/// The program's own record fields that `text` names.
 fn fields(text: &str) -> BTreeSet<String> {
     text.split(|c: char| !c.is_ascii_uppercase() && c != '_')
         .filter(|word| word.starts_with("GATE_") || word.starts_with("PEER_"))
@@ -152,7 +152,7 @@ fn manual_page_and_catalog_name_exactly_the_fields_written() {
     assert_eq!(unknown, [] as [String; 0]);
 }
 
-/// Runs `echod check` on `text`, in a file that only its owner may write: what it prints, or what is wrong.
+/// Runs `echod check` on `text`, in a file that only its owner may write: its output, or its errors.
 fn check(name: &str, text: &str) -> Result<String, String> {
     let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("docs-{name}"));
     fs::create_dir_all(&directory).unwrap();

@@ -169,7 +169,7 @@ fn explain_admits_by_no_group_where_the_list_is_incomplete() {
     assert_eq!(explain("6", "6", "4", 1025), verdict("denied by default", true));
     assert_eq!(explain("5", "4", "8", 1024), verdict("admitted by allow.a", false));
     assert_eq!(explain("5", "4", "8", 1025), verdict("denied by deny.d", true));
-    // The effective group is not in that list, and is known.
+    // The effective group is not part of that list, and is known.
     assert_eq!(explain("6", "9", "4", 1025), verdict("admitted by allow.a", true));
 }
 
@@ -185,7 +185,7 @@ fn explain_decides_nothing_about_an_unknown_user_or_process() {
         assert_eq!((outcome.code, outcome.stdout.as_str()), (64, ""), "{arguments:?}");
         assert!(outcome.stderr.contains(message) && outcome.stderr.contains("; expected"), "{}", outcome.stderr);
     }
-    // clap's own.
+    // The exit code of clap.
     assert_eq!(configuration.run(&["explain"]).code, 2);
     assert_eq!(configuration.run(&["explain", "--uid", "5", "--pid", "6"]).code, 2);
 }

@@ -1,5 +1,5 @@
-//! The fuzzers' corpora (fuzz/corpus), replayed through the same functions on any compiler: what the fuzzers once
-//! reached or found stays tested where there is no fuzzer. Also runs the included modules' own tests once more.
+//! Replays the fuzzers' corpora (fuzz/corpus) through the same functions with any compiler, so that what the fuzzers
+//! found stays tested without a fuzzer. The included modules' own tests run once more.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ fn every_input_of_the_fuzz_corpora_holds_every_claim() {
         let mut replayed = 0;
         for input in inputs {
             let path = input.unwrap().path();
-            // Shown only where the test fails, and then it is the last one.
+            // Shown only if the test fails: the last one printed is the input that failed.
             println!("{}", path.display());
             target(&fs::read(&path).unwrap());
             replayed += 1;

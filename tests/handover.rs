@@ -1,6 +1,5 @@
-//! A restart that nobody notices: connections in every state of rest go through the manager's descriptor store to the
-//! next process, and every byte is compared. And every way in which that can go wrong. The manager is the test's
-//! own; some of the clients are other users.
+//! Restarts: connections in every state pass through the file descriptor store to the next process, and every byte is
+//! compared. Then each way in which this can fail. The service manager is the test's own; some clients are other users.
 
 mod common;
 
@@ -15,10 +14,10 @@ use std::thread;
 use common::{Client, DENIED, DENY_ALL, Echod, End, Journald, Manager, OWNER, Start, TOO_LONG, needs_root, show};
 use nix::sys::signal::Signal;
 
-/// A service whose manager has room for so many descriptors.
+/// A service whose manager can store so many descriptors.
 fn serve_with_room(config: &str, capacity: usize) -> Echod {
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = capacity);
+    manager.received.change(|received| received.capacity = capacity);
     Start::serving(config).env("FDSTORE", &capacity.to_string()).ready_with(manager)
 }
 
@@ -30,8 +29,7 @@ fn restart(echod: Echod) -> Echod {
     echod.restart(|start, _| start)
 }
 
-/// Sends as much as is taken while nothing is read: the connection's echo waits in every buffer there is.
-/// Returns what was sent.
+/// Sends as much as the socket takes without reading, so that all buffers are full of echo. Returns what was sent.
 fn clog(client: &Client, line: &[u8]) -> Vec<u8> {
     client.0.set_nonblocking(true).unwrap();
     let mut sent = 0;
@@ -156,7 +154,7 @@ fn a_line_too_long_over_a_restart_is_refused() {
     client.expect("> a\n");
     let echod = restart(echod);
     client.send("7890");
-    // Ten bytes without a newline are no line yet, and not too long.
+    // Ten bytes without a newline are within the limit.
     let echod = restart(echod);
     client.send("1");
     client.expect_end(TOO_LONG);
@@ -168,11 +166,11 @@ fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_restart() {
     let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
     let echod = serve(&config("1M"));
     let (client, ended) = (echod.connect(), echod.connect());
-    // More than fits into the socket.
+    // More than a socket's buffer holds.
     let line = [vec![b'x'; 900_000], b"\n".to_vec()].concat();
     client.send(&line);
     client.expect("> xxx");
-    // Without a newline it is a line only because nothing follows.
+    // Without a newline it is a line only because of the half-close.
     ended.send(&line[..900_000]);
     ended.half_close();
     ended.expect("> xxx");
@@ -196,7 +194,7 @@ fn four_thousand_connections_half_mid_line_survive_a_restart() {
     come_through(4000, 1);
 }
 
-/// Connections at rest, mid-line, with several lines at once and with nothing to say, over so many restarts.
+/// Connections at rest, mid-line, with several lines at once and without any data, over so many restarts.
 fn come_through(connections: usize, restarts: usize) {
     let config = format!("[limits]\nconnections = 4000\nconnections-per-user = 4000\n{OWNER}");
     let mut echod = serve(&config);
@@ -223,7 +221,7 @@ fn come_through(connections: usize, restarts: usize) {
     echod.stop();
 }
 
-/// More of them than the door accepts in one turn, so that it would be at it before they are all taken over.
+/// More than the gate accepts in one turn: it could accept some of them before all carried connections are taken over.
 #[test]
 fn a_waiting_connection_gets_no_permit_of_a_carried_one() {
     let limit = 100;
@@ -295,8 +293,8 @@ fn the_store_is_empty_once_the_next_process_serves() {
     let client = echod.connect();
     client.echo("hello");
     let echod = restart(echod);
-    assert_eq!(echod.manager.told.lock().store.len(), 0, "what was taken back is forgotten");
-    // So the end of a connection is its end: no copy is left anywhere.
+    assert_eq!(echod.manager.received.lock().store.len(), 0, "what was taken back is forgotten");
+    // The client sees an end of file, so no copy of the connection is left anywhere.
     client.half_close();
     client.expect_end(b"");
     drop(echod);
@@ -309,7 +307,7 @@ fn without_connections_nothing_is_stored() {
     let manager = Arc::clone(&echod.manager);
     common::eventually("the connection has ended", || {
         manager
-            .told
+            .received
             .lock()
             .messages
             .iter()
@@ -318,7 +316,7 @@ fn without_connections_nothing_is_stored() {
             .then_some(())
     });
     echod.stop();
-    assert!(!manager.told.lock().has("FDSTORE=1"));
+    assert!(!manager.received.lock().has("FDSTORE=1"));
 }
 
 #[test]
@@ -342,7 +340,7 @@ fn without_a_store_all_received_lines_are_echoed_before_the_end() {
         client.expect_end("> and a fragment");
         assert_eq!((show(&output), end), (show(&answer(&sent)), common::End::Eof), "FDSTORE={fdstore}");
         assert!(stderr.contains("0 connections left to the next process, 2 ended"), "{stderr}");
-        assert!(!manager.told.lock().has("FDSTORE=1"));
+        assert!(!manager.received.lock().has("FDSTORE=1"));
     }
 }
 
@@ -360,7 +358,7 @@ fn without_a_store_a_client_that_does_not_read_delays_no_stop() {
 #[test]
 fn the_store_capacity_may_come_from_the_units_own_variable() {
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 100);
+    manager.received.change(|received| received.capacity = 100);
     let echod = Start::serving(OWNER).env("ECHOD_FDSTORE_MAX", "100").ready_with(manager);
     let client = echod.connect();
     client.echo("before");
@@ -379,7 +377,7 @@ fn a_connection_beyond_the_store_capacity_is_closed_in_order() {
         client.send("half");
     }
     let echod = restart(echod);
-    // One place is the state's, one is for the look whether everything found one.
+    // One descriptor is the state, one tests whether the store took everything.
     let mut carried = 0;
     for client in &clients {
         let _ = client.try_send(" line\n");
@@ -399,7 +397,7 @@ fn a_connection_beyond_the_store_capacity_is_closed_in_order() {
 #[test]
 fn with_a_smaller_store_than_declared_all_close_in_order() {
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 3);
+    manager.received.change(|received| received.capacity = 3);
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready_with(Arc::clone(&manager));
     let clients: Vec<Client> = (0..6).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
@@ -409,20 +407,20 @@ fn with_a_smaller_store_than_declared_all_close_in_order() {
         assert_eq!(stored.len(), 0, "what was stored is taken out again");
         start
     });
-    // It would not say which it has: none is left to it, and each sees a clean end.
+    // The process cannot tell which descriptors the store took, so it stores none, and every client sees a clean end.
     clients.iter().for_each(|client| client.expect_end(""));
     echod.stop();
 }
 
-/// Restarts with the stored descriptors changed by `change`; the connection that was live must end in order, with
-/// everything it had been owed by the next process, and the next process must serve and say why.
+/// Restarts with the stored descriptors changed by `change`. The live connection must get all echo owed to it and a
+/// clean end, and the next process must serve and log why.
 #[track_caller]
 fn expect_ended_in_order(why: &str, change: impl FnOnce(&mut Vec<(String, OwnedFd)>)) {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
     let echod = echod.restart(|start, stored| {
-        // On its way while nobody serves: received, so echoed.
+        // Sent between the two processes: it was received, so it must be echoed.
         client.send("meanwhile\nfrag");
         change(stored);
         start
@@ -437,7 +435,7 @@ fn state_of(stored: &mut [(String, OwnedFd)]) -> &mut OwnedFd {
     &mut stored.iter_mut().find(|(name, _)| name == "echod-s").expect("a state was stored").1
 }
 
-/// A memfd is sealed: what is to be changed goes into another.
+/// A memfd is sealed, so the changed state goes into a new one.
 fn rewrite(stored: &mut [(String, OwnedFd)], change: impl FnOnce(&mut Vec<u8>)) {
     let state = state_of(stored);
     let mut file = File::from(state.try_clone().unwrap());
@@ -596,9 +594,9 @@ fn the_manager_gets_time_for_each_batch_of_descriptors() {
     let echod = serve(&config);
     let clients: Vec<Client> = (0..600).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
-    let before = echod.manager.told.lock().messages.len();
+    let before = echod.manager.received.lock().messages.len();
     let echod = restart(echod);
-    let said = echod.manager.told.lock().messages[before..].to_vec();
+    let said = echod.manager.received.lock().messages[before..].to_vec();
     let batches: Vec<usize> = (0..said.len())
         .filter(|&at| said[at].iter().any(|field| field == "FDNAME=echod-c"))
         .filter(|&at| said[at].iter().any(|field| field == "FDSTORE=1"))
@@ -613,7 +611,7 @@ fn the_manager_gets_time_for_each_batch_of_descriptors() {
 #[test]
 fn a_manager_that_never_answers_loses_no_byte() {
     let echod = serve(OWNER);
-    echod.manager.told.change(|told| told.unsettled = Some(Vec::new()));
+    echod.manager.received.change(|received| received.unsettled = Some(Vec::new()));
     let client = echod.connect();
     client.echo("before");
     client.send("half");
@@ -684,7 +682,7 @@ fn stored_names_are_short_enough_for_thousands_in_listen_fdnames() {
     clients.iter().for_each(|client| client.echo("in"));
     let echod = echod.restart(|start, stored| {
         let names: usize = stored.iter().map(|(name, _)| name.len() + 1).sum();
-        // 128 KiB is the longest string that execve(2) takes; the unit's store holds at most 16384.
+        // execve(2) takes a string of 128 KiB at most; the unit's store holds at most 16384 descriptors.
         assert!(names * 16_384 / stored.len() <= 128 * 1024, "{names} bytes for {} descriptors", stored.len());
         assert_eq!(stored.len(), 21);
         assert!(stored.iter().all(|(_, fd)| fd.as_raw_fd() > 2));
@@ -742,7 +740,7 @@ fn sigint_sends_every_owed_byte_and_stores_nothing() {
     idle.expect_end("");
     midline.expect_end("> half");
     assert!(stderr.contains("0 connections left to the next process, 4 ended"), "{stderr}");
-    assert!(!manager.told.lock().has("FDSTORE=1"), "nothing is kept");
+    assert!(!manager.received.lock().has("FDSTORE=1"), "nothing is kept");
 }
 
 #[test]
@@ -761,7 +759,7 @@ fn sigterm_without_sigcont_stores_no_connection() {
     idle.expect_end("");
     midline.expect_end("> half");
     assert!(stderr.contains("0 connections left to the next process, 2 ended"), "{stderr}");
-    assert!(!manager.told.lock().has("FDSTORE=1"), "nothing is kept");
+    assert!(!manager.received.lock().has("FDSTORE=1"), "nothing is kept");
 }
 
 /// A next process that reads its configuration until the user database answers: never. Returns once it is asked.
@@ -801,7 +799,7 @@ fn a_stop_during_a_slow_start_closes_connections_in_order() {
     idle.expect_end("");
     midline.expect_end("> half and more");
     assert!(stderr.contains("2 connections of an earlier process ended: this one was told to stop"), "{stderr}");
-    assert!(manager.told.lock().store.is_empty(), "the manager was told to forget them");
+    assert!(manager.received.lock().store.is_empty(), "the manager was told to forget them");
 }
 
 #[test]
@@ -853,7 +851,7 @@ fn a_restart_with_a_faulty_configuration_closes_all_in_order() {
     idle.expect_end("");
     midline.expect_end("> half");
     assert!(stderr.contains("3 connections of an earlier process ended"), "{stderr}");
-    assert_eq!(manager.told.lock().store.len(), 0, "nothing is left in the store");
+    assert_eq!(manager.received.lock().store.len(), 0, "nothing is left in the store");
 }
 
 #[test]
@@ -900,7 +898,7 @@ fn an_unknown_echod_name_in_the_store_is_closed_and_reported() {
         stored.push(("echod-future".to_owned(), theirs.into()));
         start
     });
-    assert!(echod.manager.told.lock().has("FDNAME=echod-future"), "it is taken out of the store");
+    assert!(echod.manager.received.lock().has("FDNAME=echod-future"), "it is taken out of the store");
     client.echo("after");
     Client::of(ours).expect_end("");
     let stderr = echod.stop();
@@ -922,10 +920,10 @@ fn received_descriptors_leave_the_store_without_a_capacity_too() {
     client.echo("before");
     let echod = echod.restart(|start, _| start.env("FDSTORE", "(unset)"));
     client.echo("after");
-    assert_eq!(echod.manager.told.lock().store.len(), 0);
+    assert_eq!(echod.manager.received.lock().store.len(), 0);
 }
 
-/// An older state may be left over where a process has failed in between.
+/// An older state may be left in the store if a process has failed in between.
 #[test]
 fn of_several_states_the_newest_is_used_in_any_order() {
     for oldest_first in [false, true] {
@@ -985,7 +983,7 @@ fn a_carried_connection_made_blocking_delays_no_other() {
         }
         start
     });
-    // More than fits: a blocking socket would stop the worker until this is read.
+    // More than the buffers hold: a blocking socket would stop the worker until this is read.
     client.0.set_nonblocking(true).unwrap();
     while (&client.0).write(&[b'\n'; 4096]).is_ok() {}
     other.echo("after");
@@ -998,7 +996,7 @@ fn a_connection_revoked_at_a_restart_is_not_counted_as_carried() {
     let journald = Journald::new();
     let config = |rules: &str| format!("{rules}[audit]\nrecord = \"connections\"\n");
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 100);
+    manager.received.change(|received| received.capacity = 100);
     let echod = Start::serving(&config("[allow.any]\nusers = [\"any\"]\n"))
         .env("FDSTORE", "100")
         .journal(&journald)
@@ -1035,7 +1033,7 @@ fn connection_numbers_stay_unique_over_restarts_without_a_state() {
     let journald = Journald::new();
     let config = format!("[audit]\nrecord = \"connections\"\n{OWNER}");
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 100);
+    manager.received.change(|received| received.capacity = 100);
     let echod = Start::serving(&config).env("FDSTORE", "100").journal(&journald).ready_with(manager);
     let (first, second, third) = (echod.connect(), echod.connect(), echod.connect());
     [&first, &second, &third].iter().for_each(|client| client.echo("in"));
@@ -1056,7 +1054,7 @@ fn connection_numbers_stay_unique_over_restarts_without_a_state() {
     };
     let numbers: Vec<String> = journald.entries().iter().filter_map(admitted).collect();
     assert_eq!(numbers, ["1", "2", "3", "4"], "admitted once each, and the numbers go on");
-    // Three without a state: nothing says which they were, and still each has a number.
+    // Three connections without a state: their old numbers are unknown, and each still gets a number of its own.
     let echod = echod.restart(|start, stored| {
         stored.retain(|(name, _)| name != "echod-s");
         start.journal(&journald)
@@ -1081,7 +1079,7 @@ fn an_idle_timeout_continues_over_restarts() {
     let client = echod.connect();
     client.echo("hello");
     client.0.set_nonblocking(true).unwrap();
-    // Far more restarts than half a second has room for, each of them sooner than it.
+    // The restarts follow each other faster than the timeout, and together take far longer.
     let restarts = (0..500).take_while(|_| match (&client.0).read(&mut [0]) {
         Ok(0) => false,
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => true,

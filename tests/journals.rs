@@ -1,7 +1,7 @@
-//! `echod report` on real journal files, read by the real journalctl: damaged ones, absent ones, ones that the caller may
-//! not read, and those of several machines. Needs root, to read as another user.
+//! `echod report` on real journal files, read by the real journalctl: damaged, absent and unreadable ones, and those of
+//! several machines. Needs root, to read as another user.
 //!
-//! systemd-journal-remote(8) makes the files from entries in the export format, as it does with those it receives.
+//! systemd-journal-remote(8) makes the files from entries in the export format, as it does with entries it receives.
 
 use std::fs;
 use std::io::Write;
@@ -14,10 +14,11 @@ use serde_json::{Value, json};
 const REMOTE: &str = "/usr/lib/systemd/systemd-journal-remote";
 const ALPHA: &str = "3d1219c7c4c5404aaa1f6d2a48adfda4";
 const BETA: &str = "4e1219c7c4c5404aaa1f6d2a48adfda4";
-/// A user of no group that may read journals.
+/// A user in no group that may read journals.
 const STRANGER: u32 = 61_001;
 
-/// A directory of journal files, removed at the end. Outside the build directory, which other users may not reach.
+/// A directory of journal files, removed at the end. It is outside the build directory, which other users may not
+/// enter.
 struct Files(PathBuf);
 
 impl Files {
@@ -29,7 +30,7 @@ impl Files {
         Self(directory)
     }
 
-    /// A file with so many denials of the user 1002 on this machine, one a second.
+    /// A file with `count` denials of the user 1002 on this machine, one a second.
     fn denials(&self, file: &str, machine: &str, host: &str, count: u64) -> PathBuf {
         let path = self.0.join(file);
         let mut remote = Command::new(REMOTE);
@@ -114,7 +115,7 @@ fn a_truncated_journal_file_makes_the_report_incomplete() {
     fs::OpenOptions::new().write(true).open(cut).unwrap().set_len(100).unwrap();
     let (json, code) = files.json();
     assert_eq!((&json["complete"], &json["denied"]["total"], code), (&false.into(), &3.into(), Some(74)));
-    // Whatever the caller wants to hear of systemd's programs otherwise.
+    // Whatever the caller has set for systemd's programs.
     let mut command = Command::new(env!("CARGO_BIN_EXE_echod"));
     command.args(["report", "--system", "--directory"]).arg(&files.0);
     let output = command.env("SYSTEMD_LOG_LEVEL", "emerg").env("SYSTEMD_LOG_TARGET", "null").output().unwrap();
@@ -122,8 +123,8 @@ fn a_truncated_journal_file_makes_the_report_incomplete() {
     assert!(stdout(&output).contains("\nNot complete: "), "{}", stdout(&output));
 }
 
-/// Where the entry objects of a journal file begin (systemd's JOURNAL_FILE_FORMAT: header, then objects with type and
-/// size in front).
+/// The offsets of the entry objects in a journal file (systemd's JOURNAL_FILE_FORMAT: a header, then objects that begin
+/// with type and size).
 fn entry_objects(file: &[u8]) -> Vec<usize> {
     let number = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
     let mut at = number(88);

@@ -1,5 +1,5 @@
 //! From READY=1 to the last record: reload, watchdog, idle exit and stop, with a service manager of the test's own.
-//! Some of it needs mounts of its own, and so root.
+//! Some tests need root, for mounts.
 
 mod common;
 
@@ -17,13 +17,13 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 fn messages(manager: &Manager) -> Vec<Vec<String>> {
-    manager.told.lock().messages.clone()
+    manager.received.lock().messages.clone()
 }
 
 #[test]
 fn ready_is_sent_when_it_accepts_and_stopping_before_it_exits() {
     let echod = Start::serving(OWNER).ready();
-    // No second look: what was told as ready accepts.
+    // Without another wait: a service that is ready accepts.
     echod.connect().echo("hello");
     let manager = Arc::clone(&echod.manager);
     echod.stop();
@@ -31,7 +31,7 @@ fn ready_is_sent_when_it_accepts_and_stopping_before_it_exits() {
     assert_eq!(told[0], ["READY=1", "STATUS=0 connected, 0 admitted, 0 denied; policy of 1 rule"]);
     let stopping = told.iter().position(|message| message.contains(&"STOPPING=1".to_owned())).unwrap();
     assert!(told[stopping + 1..].iter().flatten().all(|field| !field.starts_with("READY")));
-    assert_eq!(manager.told.lock().count("READY=1"), 1);
+    assert_eq!(manager.received.lock().count("READY=1"), 1);
 }
 
 #[test]
@@ -181,7 +181,7 @@ fn a_reload_revokes_only_connections_that_are_now_denied() {
     }
     echod.reload_with(DENY_ALL);
     for client in &clients {
-        // What was not a line yet is not echoed to somebody who may not be here.
+        // The unfinished line is not echoed: the peer is now denied.
         client.expect_end(DENIED);
     }
     eventually("nobody is connected", || {
@@ -200,7 +200,7 @@ fn a_revoked_peer_that_keeps_sending_is_closed_without_a_reset() {
     client.echo("in");
     client.send("no line yet");
     echod.reload_with(DENY_ALL);
-    // Until the other side has let go.
+    // Until the service has closed the connection.
     while client.try_send(vec![b'x'; 4000]).is_ok() {}
     client.expect_end(DENIED);
 }
@@ -222,7 +222,7 @@ fn new_limits_hold_for_live_connections() {
     echod.reload_with(&config(5, 2));
     clients[0].send("12345\n");
     clients[0].expect_end(TOO_LONG);
-    // Nobody is thrown out to meet a limit; nobody comes in while it is exceeded.
+    // No connection is closed to meet a lower limit; none is admitted while it is exceeded.
     clients[1].echo("1234");
     echod.connect().expect_end(BUSY);
 }
@@ -232,7 +232,7 @@ fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_reload() {
     let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
     let echod = Start::serving(&config("1M")).ready();
     let client = echod.connect();
-    // More than fits into the socket.
+    // More than a socket's buffer holds.
     let line = [vec![b'x'; 900_000], b"\n".to_vec()].concat();
     client.send(&line);
     client.expect("> xxx");
@@ -243,7 +243,7 @@ fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_reload() {
     client.echo("123456789");
     client.send("1234567890\n");
     client.expect_end(TOO_LONG);
-    // Of a line that is not whole yet nothing was accepted.
+    // An unfinished line has not been accepted yet, so the new limit holds for it.
     let _ = waits.try_send("\n");
     waits.expect_end(TOO_LONG);
 }
@@ -268,7 +268,7 @@ fn after_a_reload_a_connection_has_the_limits_of_its_new_rule() {
     client.expect_end(TOO_LONG);
 }
 
-/// Each must leave everything as it was.
+/// Each of these reloads must leave everything as it was.
 #[test]
 fn a_reload_of_a_bad_file_is_refused_and_the_old_policy_stays() {
     let echod = Start::serving(OWNER).ready();
@@ -301,9 +301,9 @@ fn a_reload_of_a_bad_file_is_refused_and_the_old_policy_stays() {
         client.echo(name);
         echod.connect().echo("by the old policy");
     }
-    assert_eq!(echod.manager.told.lock().count("RELOADING=1"), spoils.len());
-    // Each ended with ready again: systemd would wait for it.
-    assert_eq!(echod.manager.told.lock().count("READY=1"), spoils.len() + 1);
+    assert_eq!(echod.manager.received.lock().count("RELOADING=1"), spoils.len());
+    // Each reload ended with READY=1, for which systemd waits.
+    assert_eq!(echod.manager.received.lock().count("READY=1"), spoils.len() + 1);
     echod.reload_with(DENY_ALL);
     client.expect_end(DENIED);
 }
@@ -428,21 +428,21 @@ fn a_thread_that_hangs_stops_the_watchdog_until_it_continues() {
     for name in ["worker-0", "gate", "journal"] {
         let echod = Start::serving(&format!("[service]\nworkers = 2\n{OWNER}")).env("WATCHDOG_USEC", "100000").ready();
         echod.manager.wait_for("WATCHDOG=1", 2);
-        // Stops this one thread; the others go on.
+        // Stops this thread alone.
         let hung = thread_of(&echod, name);
         ptrace::seize(hung, ptrace::Options::empty()).unwrap();
         ptrace::interrupt(hung).unwrap();
         waitpid(hung, Some(WaitPidFlag::__WALL)).unwrap();
-        // The next note says so; while the journal's own thread hangs nobody can.
+        // The next log line names the thread; while the journal's own thread hangs, no line is written.
         if name != "journal" {
             echod.wait_for_stderr(&format!("no sign of life from: {}", name.replace('-', " ")));
         }
-        // What was under way when it stopped has been told by now: three looks fit into the timeout.
+        // Messages already on their way have arrived by now: three checks fit into the timeout.
         let pause = std::time::Duration::from_millis(100);
         thread::sleep(pause);
-        let fed = echod.manager.told.lock().count("WATCHDOG=1");
+        let fed = echod.manager.received.lock().count("WATCHDOG=1");
         thread::sleep(pause * 3);
-        assert_eq!(echod.manager.told.lock().count("WATCHDOG=1"), fed, "{name} hangs and the watchdog is fed");
+        assert_eq!(echod.manager.received.lock().count("WATCHDOG=1"), fed, "{name} hangs and the watchdog is fed");
         ptrace::detach(hung, None).unwrap();
         echod.manager.wait_for("WATCHDOG=1", fed + 3);
         echod.stop();
@@ -459,9 +459,9 @@ fn the_watchdog_is_notified_while_a_reload_waits_for_a_lookup() {
     echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
     echod.signal(Signal::SIGHUP);
     echod.manager.wait_for("RELOADING=1", 1);
-    let fed = echod.manager.told.lock().count("WATCHDOG=1");
+    let fed = echod.manager.received.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", fed + 5);
-    // As often as it is asked.
+    // The user database answers each lookup.
     std::thread::spawn(move || while std::fs::write(&passwd, "somebody:x:0:0::/:/bin/sh\n").is_ok() {});
     echod.manager.wait_for("READY=1", 2);
     echod.connect().echo("in");
@@ -482,7 +482,7 @@ fn a_watchdog_of_another_process_is_ignored() {
     echod.connect().echo("hello");
     let manager = Arc::clone(&echod.manager);
     echod.stop();
-    assert!(!manager.told.lock().has("WATCHDOG=1"));
+    assert!(!manager.received.lock().has("WATCHDOG=1"));
 }
 
 #[test]
@@ -500,7 +500,7 @@ fn it_does_not_exit_while_a_client_is_connected() {
     let echod = Start::serving(&config).spawn();
     let client = echod.connect();
     client.echo("I stay");
-    // A second service with nobody there ends; ours, idle for longer, does not.
+    // A second service without clients exits; this one, idle for longer, does not.
     let other = Start::serving(&config).ready();
     assert!(other.wait().0.success());
     client.echo("still here");
@@ -518,17 +518,21 @@ fn a_connection_made_during_an_idle_exit_is_served() {
     let (socket, manager) = (first.socket(), Arc::clone(&first.manager));
     let mut echod = Some(first);
     for round in 0..exits {
-        // Aimed at the exit: at once, at its first word, and after its last.
-        let exits = manager.told.lock().count("STOPPING=1");
+        // At different moments of the exit: before it, at its first message, and after its last.
+        let exits = manager.received.lock().count("STOPPING=1");
         match round % 3 {
             0 => {}
-            1 => drop(manager.told.try_wait(|told| (told.count("STOPPING=1") > exits || told.is_over()).then_some(()))),
-            _ => drop(manager.told.try_wait(|told| told.is_over().then_some(()))),
+            1 => drop(
+                manager
+                    .received
+                    .try_wait(|received| (received.count("STOPPING=1") > exits || received.is_over()).then_some(())),
+            ),
+            _ => drop(manager.received.try_wait(|received| received.is_over().then_some(()))),
         }
         let client = Client::connect(&socket);
         client.send(format!("round {round}\n"));
         client.half_close();
-        // As the manager does: somebody waits at the socket of a service that has ended.
+        // As the manager does: a connection in the backlog of an exited service starts it again.
         let answer = thread::scope(|scope| {
             let answer = scope.spawn(|| client.rest());
             echod = echod.take().map(|ended| ended.start_again(|start, _| start));
@@ -565,7 +569,7 @@ fn the_idle_time_begins_when_the_last_connection_ends() {
     let echod = Start::serving(&format!("[service]\nidle-exit = \"400ms\"\n{OWNER}")).ready();
     let client = echod.connect();
     client.echo("hello");
-    // Longer than the span: whoever counts from their coming exits at once when they go.
+    // Longer than the time span: counted from the connect, it would be over when the connection ends.
     thread::sleep(2 * span);
     client.half_close();
     let left = Instant::now();
@@ -583,7 +587,7 @@ fn reloads_do_not_keep_an_idle_connection_alive() {
     client.echo("hello");
     thread::scope(|scope| {
         let ended = scope.spawn(|| client.expect_end(""));
-        // Far more reloads than half a second has room for, each of them sooner than it.
+        // The reloads follow each other faster than the timeout, and together take far longer.
         for _ in 0..1000 {
             if ended.is_finished() {
                 break;
@@ -602,7 +606,7 @@ fn traffic_before_a_reload_restarts_the_idle_timeout() {
     client.echo("hello");
     thread::sleep(Duration::from_millis(100));
     client.echo("hello again");
-    // Were it the time of its coming that counts, or the other's, it would be over at once.
+    // Counted from the connect or from the other reload, the time would be over at once.
     echod.reload_with(&config("59min"));
     client.echo("still here");
     echod.reload_with(&config("1ms"));
@@ -619,10 +623,10 @@ fn a_reload_switches_verify_for_live_connections() {
     let (first, second) = (connect(), connect());
     for one in [&first, &second] {
         one.client().expect("> mine\n");
-        // We, root, hold it now.
+        // The test, which runs as root, has the connection now.
         one.client().echo("handed over");
     }
-    // Of what was not whole at the reload, nobody asks any more who sent it.
+    // The sender of a line unfinished at the reload is not checked any more.
     second.client().send("half ");
     echod.reload_with(&verifying);
     first.client().send("not hers\n");
@@ -652,10 +656,10 @@ fn a_reload_with_the_default_file_removed_is_refused() {
     client.echo("still in");
     echod.connect().expect_end(BUSY);
     echod.wait_for_stderr("echod.toml: is gone");
-    // Back again, it is read again.
+    // The file is back, so it is read again.
     echod.reload_with(&format!("[limits]\nconnections-per-user = 2\n{OWNER}"));
     echod.connect().echo("the second");
-    // Where there was none from the start there need be none at a reload.
+    // A default file that was missing at the start may also be missing at a reload.
     let start = Start::bare();
     let listener = start.place().listener("socket");
     let directory = start.place().path("").to_str().unwrap().to_owned();
@@ -711,7 +715,7 @@ fn a_name_unknown_at_the_start_is_found_by_a_reload() {
     echod.connect().echo("known now");
 }
 
-/// A service that reads its configuration for as long as the user database takes: for ever.
+/// A service whose reload waits for the user database, which never answers.
 fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
     needs_root();
     let place = common::Place::new();
@@ -725,7 +729,7 @@ fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
 fn a_stop_does_not_wait_for_a_reload_that_waits_for_a_lookup() {
     for keep in [true, false] {
         let manager = Arc::new(Manager::new());
-        manager.told.change(|told| told.capacity = 100);
+        manager.received.change(|received| received.capacity = 100);
         let (echod, _place) = slow_reload(manager);
         let client = echod.connect();
         client.echo("in");
@@ -737,7 +741,7 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_a_lookup() {
         };
         let first = ask();
         echod.manager.wait_for("RELOADING=1", 1);
-        // In line behind the first, or about to be; and one that surely is.
+        // Queued behind the first reload, or about to be; and SIGHUP, which surely is.
         let second = ask();
         echod.signal(Signal::SIGHUP);
         echod.signal(if keep { Signal::SIGTERM } else { Signal::SIGINT });
@@ -747,7 +751,7 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_a_lookup() {
         let manager = Arc::clone(&echod.manager);
         let (status, _, stderr) = echod.wait();
         assert!(status.success(), "{stderr}");
-        let stored = std::mem::take(&mut manager.told.lock().store);
+        let stored = std::mem::take(&mut manager.received.lock().store);
         if keep {
             assert_eq!(stored.len(), 2, "the connection and its state: {stderr}");
         } else {
@@ -766,7 +770,7 @@ fn a_reload_that_the_service_cannot_answer_fails_at_once() {
     assert_eq!(code, 71, "{said}");
     assert!(said.contains("it runs as uid 64001 and could not answer uid 0"), "{said}");
     assert!(asked.elapsed() < Duration::from_secs(50), "it waited for an answer");
-    assert!(!echod.manager.told.lock().has("RELOADING=1"), "it was asked all the same");
+    assert!(!echod.manager.received.lock().has("RELOADING=1"), "it was asked all the same");
     let pid = echod.pid().to_string();
     let program = echod.place.path("echod");
     let asked = std::process::Command::new("setpriv")
@@ -787,11 +791,12 @@ fn the_status_is_sent_at_most_once_a_second() {
         echod.connect().echo("hello");
         came += 1;
     }
-    let count = |told: &mut common::Told| told.messages.iter().filter(|told| told[0].starts_with("STATUS=")).count();
-    let told = echod.manager.wait("the last status", |told| {
+    let count =
+        |received: &common::Received| received.messages.iter().filter(|one| one[0].starts_with("STATUS=")).count();
+    let sent = echod.manager.wait("the last status", |received| {
         let last = format!("STATUS=0 connected, {came} admitted, 0 denied; policy of 1 rule");
-        told.has(&last).then(|| count(told))
+        received.has(&last).then(|| count(received))
     });
     let most = begin.elapsed().as_secs() as usize + 1;
-    assert!((1..=most).contains(&told), "{told} times in {:?} while {came} came", begin.elapsed());
+    assert!((1..=most).contains(&sent), "{sent} times in {:?} while {came} came", begin.elapsed());
 }

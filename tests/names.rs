@@ -1,5 +1,5 @@
-//! Names of users and groups that the user database does not know yet, answers late, or answers at length. The program
-//! sees an /etc of the test's own. Needs root, to mount it and to be other users.
+//! Names of users and groups that the user database does not have yet, answers late or answers at length. The program
+//! sees an /etc of the test's own. Needs root, for mounts and other users.
 
 mod common;
 
@@ -10,7 +10,7 @@ use std::process::Command;
 use common::{ALICE, DENIED, Echod, Journald, PeerProcess, Place, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::signal::Signal;
 
-/// A user database of files, which the test may change while the program runs.
+/// A user database of files that the test can change while the program runs.
 struct Database(Place);
 
 impl Database {
@@ -28,13 +28,13 @@ impl Database {
         self.0.file(file, text);
     }
 
-    /// As useradd(8) does it: the new file by another name first.
+    /// As useradd(8) does it: writes a new file and renames it.
     fn add(&self, file: &str, line: &str) {
         let text = fs::read_to_string(self.0.path(file)).unwrap();
         self.put(file, &format!("{text}{line}\n"));
     }
 
-    /// Puts a pipe in place of a file: to read it waits until somebody writes.
+    /// Replaces a file by a pipe: reading it blocks until the test writes.
     fn hang(&self, file: &str) -> PathBuf {
         let pipe = self.0.path("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
@@ -42,14 +42,14 @@ impl Database {
         self.0.path(file)
     }
 
-    /// A command that runs a program where this is /etc.
+    /// A wrapper in whose mount namespace this is /etc.
     fn wrapper(&self) -> Vec<String> {
         let script = "mount --bind \"$0\" /etc && exec \"$@\"";
         let place = self.0.path("").to_string_lossy().into_owned();
         ["unshare", "-m", "--propagation", "private", "sh", "-c", script, &place].map(str::to_owned).to_vec()
     }
 
-    /// `echod ARGUMENTS --config FILE` there: its exit code, and what it said.
+    /// Runs `echod ARGUMENTS --config FILE` with it: exit code, standard output, standard error.
     fn echod(&self, arguments: &[&str], config: &Path) -> (i32, String, String) {
         let wrapper = self.wrapper();
         let mut command = Command::new(&wrapper[0]);
@@ -60,19 +60,19 @@ impl Database {
     }
 }
 
-/// How many threads of this name there are.
+/// The number of threads of this name.
 fn threads(echod: &Echod, name: &str) -> usize {
     let tasks = fs::read_dir(format!("/proc/{}/task", echod.pid())).unwrap();
     let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
     names.filter(|comm| comm.trim() == name).count()
 }
 
-fn denied(echod: &Echod, who: &str) {
-    PeerProcess::with(&["--as", who], &echod.socket()).client().expect_end(DENIED);
+fn denied(echod: &Echod, ids: &str) {
+    PeerProcess::with(&["--as", ids], &echod.socket()).client().expect_end(DENIED);
 }
 
-fn echoes(echod: &Echod, who: &str) {
-    PeerProcess::with(&["--as", who], &echod.socket()).client().echo("in");
+fn echoes(echod: &Echod, ids: &str) {
+    PeerProcess::with(&["--as", ids], &echod.socket()).client().echo("in");
 }
 
 #[test]
@@ -95,11 +95,11 @@ fn a_user_and_a_group_added_later_are_admitted_without_a_reload() {
     assert_eq!(record["PRIORITY"], "5");
     echoes(&echod, "64001:64001");
     denied(&echod, "64002:64100");
-    // It looks for the other one all the same.
+    // The other name is still looked up.
     database.add("group", "club:x:64100:");
     found("group \"club\" (64100)");
     echoes(&echod, "64002:64100");
-    assert!(!echod.manager.told.lock().has("RELOADING=1"));
+    assert!(!echod.manager.received.lock().has("RELOADING=1"));
     echod.stop();
 }
 
@@ -141,13 +141,13 @@ fn a_database_that_never_answers_blocks_only_one_thread() {
     let pipe = database.hang("passwd");
     eventually("a look for the name", || (threads(&echod, "names") > 0).then_some(()));
     client.echo("served");
-    // A reload takes the place of what is under way, and begins no second one.
+    // A reload replaces the lookup in progress, and starts no second one.
     echod.reload_with("[allow.me]\nusers = [\"self\"]\n[allow.club]\ngroups = [\"club\"]\n");
-    let fed = echod.manager.told.lock().count("WATCHDOG=1");
+    let fed = echod.manager.received.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", fed + 80);
     client.echo("still served");
     assert_eq!(threads(&echod, "names"), 1);
-    // An answer at last. It is not used, and the search goes on for the name that is unknown now.
+    // The late answer is not used, and the lookup of the name that is unknown now goes on.
     database.add("group", "club:x:64100:");
     fs::write(&pipe, "newcomer:x:64001:64001::/:/bin/sh\n").unwrap();
     echod.wait_for_stderr("Names found and in force: group \"club\" (64100)");
@@ -179,7 +179,7 @@ fn where_every_name_is_known_nothing_is_looked_up() {
     let echod = Start::serving(text).wrapper(&database.wrapper()).ready();
     database.hang("passwd");
     database.hang("group");
-    // Another service is past its first look when this one would be.
+    // Another service finishes its first lookup in the time this one would take.
     let other = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\", \"self\"]\n";
     let looking = Start::serving(policy).wrapper(&other.wrapper()).ready();
@@ -198,20 +198,20 @@ fn a_name_keeps_its_id_over_a_reload_without_an_answer() {
     let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
     let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("in");
-    // A link to itself cannot be opened: ELOOP.
+    // A symlink to itself cannot be opened: ELOOP.
     fs::remove_file(database.0.path("passwd")).unwrap();
     std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
     echod.reload_with(&format!("{policy}[allow.root]\nusers = [0]\n"));
     echod.wait_for_stderr("the user database did not answer; as before: user \"newcomer\" (64001)");
     alice.client().echo("not cut off");
     echod.connect().echo("the new rule is in force");
-    // A denial must not be lost.
+    // A deny rule must not be lost.
     echod.place.file("echod.toml", "[allow.any]\nusers = [\"any\"]\n[deny.new]\nusers = [\"newcomer\"]\n");
     assert_eq!(echod.reload().0, 78);
     alice.client().echo("by the old policy");
 }
 
-/// A group of so many members that its entry is longer than 1 MiB, one of whom is `newcomer`.
+/// A group of so many members that its entry is longer than 1 MiB. `newcomer` is one of them.
 fn large_group(database: &Database) {
     let members: Vec<String> = (0..70_000).map(|number| format!("member-{number:010}")).collect();
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");

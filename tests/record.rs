@@ -25,17 +25,17 @@ const LOADED_ID: &str = "b07bc66e288e48eba96896e38dfe1144";
 const REFUSED_CONFIG_ID: &str = "00e1479225c6488a9e2fed748c43c786";
 const REVOKED_ID: &str = "765ab08f733d46e1a5b6850cc41b9003";
 
-/// The reasons whose summaries stand for denials.
+/// The reasons of summaries that count denials.
 const DENIALS: &[&str] = &["policy", "no-credentials"];
 
-/// An interval that never ends by itself: then a summary is due at a stop or a reload, and only there.
+/// An interval that does not end during a test: summaries are due only at a stop or a reload.
 const LONG: &str = "[audit]\ninterval = \"1h\"\n";
 
 fn get<'e>(entry: &'e Entry, field: &str) -> &'e str {
     entry.get(field).map_or("(absent)", String::as_str)
 }
 
-/// The entry has exactly these fields among those of the contract, with exactly these values.
+/// Of the contract's fields the entry has exactly these, with these values.
 #[track_caller]
 fn expect_fields(entry: &Entry, expected: &[(&str, &str)]) {
     let ours = |name: &str| {
@@ -63,7 +63,7 @@ fn denials(entries: &[Entry]) -> u64 {
     stands_for(entries, "denied", DENIALS)
 }
 
-/// Connects so many times and is denied each time.
+/// Connects so many times and expects to be denied each time.
 #[track_caller]
 fn be_denied(echod: &Echod, times: usize) {
     for _ in 0..times {
@@ -71,7 +71,7 @@ fn be_denied(echod: &Echod, times: usize) {
     }
 }
 
-/// So many denied connects of one user, from a process of its own, all of which saw exactly the message.
+/// Expects that a process of [`flood`] got exactly the message of a denial each time.
 #[track_caller]
 fn expect_flood(process: std::process::Child, times: usize) {
     let output = process.wait_with_output().unwrap();
@@ -198,7 +198,7 @@ fn by_default_admitted_connections_leave_no_record() {
 fn admitted_and_closed_records_describe_the_whole_connection() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, "[audit]\nrecord = \"connections\"\n[allow.those]\nusers = [64001]\n");
+    let echod = serve(&journald, "[audit]\nrecord = \"connections\"\n[allow.listed]\nusers = [64001]\n");
     let socket = echod.socket();
     let alice = PeerProcess::with(&["--comm", "talker", "--as", "64001:64001:64005"], &socket);
     let pid = alice.pid().to_string();
@@ -209,11 +209,11 @@ fn admitted_and_closed_records_describe_the_whole_connection() {
     expect_fields(
         &entry,
         &[
-            ("MESSAGE", &format!("Admitted uid 64001 gid 64001 pid {pid} (talker) by allow.those")),
+            ("MESSAGE", &format!("Admitted uid 64001 gid 64001 pid {pid} (talker) by allow.listed")),
             ("MESSAGE_ID", ADMITTED_ID),
             ("PRIORITY", "6"),
             ("GATE_VERDICT", "admitted"),
-            ("GATE_RULE", "allow.those"),
+            ("GATE_RULE", "allow.listed"),
             ("GATE_SOCKET", socket.to_str().unwrap()),
             ("GATE_CONNECTION", "1"),
             ("PEER_UID", "64001"),
@@ -235,7 +235,7 @@ fn admitted_and_closed_records_describe_the_whole_connection() {
             ("MESSAGE_ID", CLOSED_ID),
             ("PRIORITY", "6"),
             ("GATE_VERDICT", "closed"),
-            ("GATE_RULE", "allow.those"),
+            ("GATE_RULE", "allow.listed"),
             ("GATE_SOCKET", socket.to_str().unwrap()),
             ("GATE_CONNECTION", "1"),
             ("GATE_LINES", "3"),
@@ -410,7 +410,7 @@ fn each_interval_ends_with_a_summary_and_has_its_own_burst() {
     be_denied(&echod, 50);
     journald.wait_for_sum("denied", DENIALS, 50);
     assert_eq!(denials(&journald.entries()), 50);
-    // By now an interval has ended; wait for one that has not begun.
+    // An interval has ended by now; wait until the next one has begun.
     let mut more = 50;
     common::eventually("a record in full again", || {
         let before = journald.entries().iter().filter(|entry| with_verdict("denied")(entry)).count();
@@ -445,7 +445,7 @@ fn a_reload_to_a_shorter_interval_takes_effect_immediately() {
     be_denied(&echod, 20);
     echod.reload_with(&format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::DENY_ALL));
     be_denied(&echod, 20);
-    // Before any stop.
+    // Before a stop.
     journald.wait_for_sum("denied", DENIALS, 40);
     echod.stop();
     assert_eq!(denials(&journald.entries()), 40);
@@ -458,7 +458,7 @@ fn with_a_burst_of_0_a_denial_is_summed_up_at_the_intervals_end() {
     let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::DENY_ALL));
     for times in 1..=3 {
         be_denied(&echod, 1);
-        // Before any stop, and whether the writer has just been awake or not.
+        // Before a stop, whether or not the writer has just been awake.
         journald.wait_for_sum("denied", DENIALS, times);
     }
     echod.stop();
@@ -507,8 +507,8 @@ fn refusals_have_an_equation_of_their_own() {
     assert_eq!(denials(&entries), 0, "a refusal is no denial");
 }
 
-/// Several users flood at once while the journal behaves as `trouble` has it; then the program stops in order.
-/// Returns all entries after checking the equation.
+/// Several users flood at once while `trouble` changes the journal; then the program stops. Returns all entries after
+/// checking the equation.
 #[track_caller]
 fn flood_with_trouble(journald: &Journald, config: &str, trouble: impl FnOnce(&Echod)) -> Vec<Entry> {
     const TIMES: usize = 1500;
@@ -596,7 +596,7 @@ fn a_journal_that_returns_gets_a_summary_of_what_it_missed() {
     journald.vanish();
     be_denied(&echod, 40);
     echod.wait_for_stderr("no rule allows it");
-    // The last of them has been written as text by the time the forty-first line is there.
+    // When the forty-first line is there, the last of them has been written as text.
     common::eventually("all of them as text", || (echod.stderr().matches("Denied root").count() >= 40).then_some(()));
     journald.start();
     be_denied(&echod, 1);
@@ -617,7 +617,7 @@ fn a_record_goes_to_stderr_once_and_to_the_journal_once() {
         common::eventually("all of them as text", || (told(&echod.stderr()) >= 40).then_some(()));
         if comes_back {
             journald.start();
-            // It is looked for, also when nobody comes.
+            // The program looks for the journal also when no peer connects.
             journald.wait_for_sum("denied", DENIALS, 41);
         }
         let stderr = echod.stop();
@@ -626,12 +626,12 @@ fn a_record_goes_to_stderr_once_and_to_the_journal_once() {
     }
 }
 
-/// Denials that text accounts for.
+/// The number of denials in the text.
 fn told(stderr: &str) -> usize {
     stderr.matches(": no rule allows it").count() + common::summed(stderr)
 }
 
-/// Waits until its end, which may take longer than others are waited for.
+/// Waits until the process exits, which may take longer than other waits.
 fn end_without_journal(echod: Echod) -> String {
     let manager = std::sync::Arc::clone(&echod.manager);
     echod.signal(Signal::SIGTERM);
@@ -681,18 +681,18 @@ fn an_idle_exit_does_not_wait_for_the_journal() {
     let journald = Journald::new();
     let config = "[audit]\nburst = 1000\n[deny.alice]\nusers = [64001]\n[allow.root]\nusers = [0]\n\
                   [service]\nidle-exit = \"100ms\"\n";
-    // At first it stays: somebody is connected.
+    // At first it does not exit: a client is connected.
     let echod = serve(&journald, config);
     let stays = echod.connect();
     journald.stop_reading();
     expect_flood(flood(ALICE, 100, &echod.socket()), 100);
     drop(stays);
-    // As long as another one takes to be idle, a few times over.
+    // A few times as long as another service takes to become idle.
     for _ in 0..5 {
         assert!(Start::serving(config).ready().wait().0.success());
     }
     echod.connect().echo("still here");
-    assert_eq!(echod.manager.told.lock().count("STOPPING=1"), 0);
+    assert_eq!(echod.manager.received.lock().count("STOPPING=1"), 0);
     journald.go_on();
     assert!(echod.wait().0.success(), "it exits once everything is written");
     assert_eq!(denials(&journald.entries()), 100);
@@ -722,7 +722,7 @@ fn intervals_end_while_the_journal_does_not_read() {
     let entries = journald.entries();
     assert_eq!(denials(&entries), 1 + 5 * ROUNDS as u64);
     let in_full = entries.iter().filter(|entry| with_verdict("denied")(entry)).count();
-    // All but those of the first, which may be one interval with what came before.
+    // All except those of the first interval, which may also hold earlier denials.
     assert!(in_full >= 2 * (ROUNDS - 1), "{in_full} in full, where there were {ROUNDS} intervals at least");
 }
 
@@ -735,7 +735,7 @@ fn out_of_descriptors_a_record_still_reaches_the_journal() {
         .journal(&journald)
         .wrapper(&["prlimit", "--nofile=30:30"])
         .ready();
-    // One after the other, so that in the end none is left.
+    // One after the other, until no descriptor is left.
     let mut inside = Vec::new();
     for _ in 0..40 {
         let client = echod.connect();
@@ -745,7 +745,7 @@ fn out_of_descriptors_a_record_still_reaches_the_journal() {
         }
     }
     assert!((5..35).contains(&inside.len()), "{} got in", inside.len());
-    // More than one of the journal's sockets takes.
+    // More than the queue of the journal's socket takes.
     expect_flood(flood(ALICE, 400, &echod.socket()), 400);
     let stderr = echod.stop();
     assert_eq!(denials(&journald.entries()), 400);
@@ -766,7 +766,7 @@ fn out_of_descriptors_a_record_that_needs_a_memfd_is_counted() {
     assert!((5..35).contains(&in_there), "{in_there} got in");
     let rich = PeerProcess::wrapped(&[], &["--as", "64001:64001:100000-165535"], 10, &echod.socket());
     rich.connections.iter().for_each(|client| client.expect_end(DENIED));
-    // When this one is there, those before it have been tried; at the stop there are descriptors again.
+    // When this record is there, the earlier ones have been tried; at the stop there are descriptors again.
     PeerProcess::user(BOB, &echod.socket()).client().expect_end(DENIED);
     journald.wait_for("the small one", |entry| get(entry, "PEER_UID") == "64002");
     echod.stop();
@@ -793,7 +793,7 @@ fn the_equation_is_exact_after_sigterm_during_a_flood() {
         let place = echod.place.clone();
         let floods: Vec<_> = [ALICE, BOB].map(|uid| flood(uid, 800, &echod.socket())).into();
         journald.wait_for("the flood", with_verdict("denied"));
-        // The listener stays with the manager, as under systemd: the next process answers those who wait.
+        // The manager keeps the listener, as systemd does: the next process answers the connections in the backlog.
         let next = echod.restart(|start, _| start.journal(&journald));
         for process in floods {
             expect_flood(process, 800);
@@ -807,7 +807,7 @@ fn the_equation_is_exact_after_sigterm_during_a_flood() {
 #[test]
 fn thousands_of_denials_at_full_speed_are_all_recorded() {
     needs_root();
-    // A million: make flood
+    // With a million: make flood
     let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
     let journald = Journald::new();
     let echod = serve(&journald, "[audit]\ninterval = \"1s\"\n[allow.root]\nusers = [0]\n");
@@ -863,7 +863,7 @@ fn percentile(times: &mut [Duration], percent: usize) -> Duration {
 #[test]
 fn the_equation_holds_with_every_trouble_at_once() {
     needs_root();
-    // A million: make flood
+    // With a million: make flood
     let each = common::setting("ECHOD_TEST_DENIALS", 20_000) / 4;
     let journald = Journald::new();
     let config = format!("[audit]\ninterval = \"50ms\"\nburst = 100\n{}", common::DENY_ALL);
@@ -871,7 +871,7 @@ fn the_equation_holds_with_every_trouble_at_once() {
     let socket = echod.socket();
     let floods = [ALICE, BOB, 64003].map(|uid| flood(uid, each, &socket));
     let next = thread::scope(|scope| {
-        // These are gone before they can be told, and denied all the same.
+        // These clients close before the message, and are denied all the same.
         scope.spawn(|| (0..each).for_each(|_| drop(common::Client::connect(&socket))));
         journald.wait_for("the flood", with_verdict("denied"));
         journald.stop_reading();
@@ -883,7 +883,7 @@ fn the_equation_holds_with_every_trouble_at_once() {
         journald.start();
         echod.reload_with(&config.replace("50ms", "20ms"));
         journald.wait_for("one of those without a journal", |entry| get(entry, "PEER_UID") == "64005");
-        // The journal stands still once more, and now the service is told to end.
+        // The journal stops reading once more, and now the service is stopped.
         journald.stop_reading();
         expect_flood(flood(64006, 500, &socket), 500);
         echod.signal(Signal::SIGTERM);
@@ -895,7 +895,7 @@ fn the_equation_holds_with_every_trouble_at_once() {
         }
         next
     });
-    // Behind those who vanished, in the same queue.
+    // In the same backlog, behind the clients that have closed.
     be_denied(&next, 10);
     next.stop();
     let entries = journald.entries();
@@ -918,7 +918,7 @@ fn beyond_a_number_of_users_summaries_name_no_user() {
     let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::DENY_ALL));
     const USERS: u32 = 1100;
     for uid in 0..USERS {
-        // Each user is a process: a batch at a time.
+        // Each user is a process, so only some at a time.
         let uid = 70_000 + uid;
         expect_flood(flood(uid, 2, &echod.socket()), 2);
     }
@@ -934,7 +934,7 @@ fn beyond_a_number_of_users_summaries_name_no_user() {
 fn a_record_lists_64_groups_and_their_number() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, "[allow.those]\ngroups = [1023]\n[audit]\nrecord = \"connections\"\n");
+    let echod = serve(&journald, "[allow.listed]\ngroups = [1023]\n[audit]\nrecord = \"connections\"\n");
     let said = |count: u32| format!(" (the first 64 of {count} supplementary groups are in the record)");
     for (groups, count, last, is_in) in
         [("1-64", 64, 64, false), ("1-65", 65, 64, false), ("1-1022,5", 1023, 64, false), ("1-1023", 1023, 64, true)]
@@ -947,7 +947,7 @@ fn a_record_lists_64_groups_and_their_number() {
         }
         let pid = other.pid().to_string();
         let entry = journald.wait_for("the record", |entry| entry.get("PEER_PID") == Some(&pid));
-        // The effective one first.
+        // The effective group first.
         let expected: Vec<String> = std::iter::once(64_001).chain(1..=last).map(|gid| gid.to_string()).collect();
         assert_eq!(get(&entry, "PEER_GROUPS"), expected.join(","));
         assert_eq!(get(&entry, "MESSAGE").ends_with(&said(count)), count > 64, "{}", get(&entry, "MESSAGE"));
@@ -969,7 +969,7 @@ fn a_name_with_newline_or_escape_forges_no_field_and_no_line() {
     assert!(!message.contains(['\n', '\u{1b}']) && message.contains("(a\\n\\u{1b}[2JGATE=b)"), "{message:?}");
     drop(echod);
 
-    // The same as text.
+    // The same on standard error.
     let echod = Start::serving(common::OWNER).ready();
     let forger = PeerProcess::with(&["--comm", comm, "--as", "64001:64001"], &echod.socket());
     forger.client().expect_end(DENIED);
@@ -1012,8 +1012,8 @@ fn a_long_queue_that_is_not_read_stops_no_service_or_watchdog() {
     journald.wait_for("the first", with_verdict("denied"));
     journald.stop_reading();
     expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
-    // The journal's thread waits, and shows that it does.
-    let seen = echod.manager.told.lock().count("WATCHDOG=1");
+    // The journal's thread waits, and still reports progress.
+    let seen = echod.manager.received.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", seen + 10);
     journald.go_on();
     journald.wait_for_sum("denied", DENIALS, 3001);
@@ -1034,7 +1034,7 @@ fn a_journal_queue_filled_by_others_stops_no_watchdog_message() {
     journald.wait_for("the first", with_verdict("denied"));
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
-        // Each waits for a place in the queue, and so takes those that the program has just seen free.
+        // Each waits for room in the queue, and takes the room that the program has just seen free.
         for _ in 0..3 {
             scope.spawn(|| {
                 let other = journald.sender();
@@ -1046,7 +1046,7 @@ fn a_journal_queue_filled_by_others_stops_no_watchdog_message() {
         expect_flood(flood(ALICE, 3000, &echod.socket()), 3000);
         for _ in 0..3 {
             journald.stop_reading();
-            let seen = echod.manager.told.lock().count("WATCHDOG=1");
+            let seen = echod.manager.received.lock().count("WATCHDOG=1");
             echod.manager.wait_for("WATCHDOG=1", seen + 5);
             let told = denials(&journald.entries());
             journald.go_on();

@@ -1,6 +1,6 @@
-//! `echod report`, from outside: what it asks journalctl for, what it makes of the answer, and what it makes of none.
+//! `echod report` from outside: how it calls journalctl, and what it prints for each answer.
 //!
-//! journalctl is a script here that plays back lines; their form is that of systemd's own. Real journals are read in
+//! journalctl is a script here that prints recorded lines in systemd's format. Real journals are read in
 //! tests/journals.rs.
 
 use std::fs;
@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
 
-/// A directory of its own for each test, with a journalctl in it that notes how it was called, prints `lines` and
-/// `errors`, and exits with `code`. Asked for the headers of its files, it tells of one.
+/// A directory for each test, with a journalctl that notes its arguments, prints `lines` and `errors`, and exits with
+/// `code`. Asked for the headers of its files, it lists one.
 struct Journal {
     directory: PathBuf,
 }
@@ -64,7 +64,7 @@ impl Journal {
         command
     }
 
-    /// With a directory of journal files, so that it does not matter which files of this machine the caller may read.
+    /// With a directory of journal files, so that the result does not depend on the machine's own.
     fn report_command(&self) -> Command {
         let mut command = self.command(env!("CARGO_BIN_EXE_echod"));
         command.arg("report").arg("--directory").arg(&self.directory);
@@ -81,7 +81,7 @@ impl Journal {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What is printed, where some of the journal could not be read.
+    /// The output when a part of the journal could not be read.
     fn incomplete(&self, arguments: &[&str]) -> String {
         let output = self.report(arguments);
         assert_eq!(output.status.code(), Some(74), "{output:?}");
@@ -94,7 +94,7 @@ impl Journal {
         serde_json::from_str(&text).unwrap()
     }
 
-    /// The report on a terminal: script(1), of util-linux, makes one.
+    /// The report on a terminal, which script(1) of util-linux makes.
     fn on_terminal(&self, before: &str) -> Child {
         let here = self.directory.display();
         let shell = format!("{before} '{}' report --system --directory '{here}'", env!("CARGO_BIN_EXE_echod"));
@@ -120,7 +120,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// As journald and journalctl 252 wrote it.
+/// As journald and journalctl 252 write it.
 const DENIED_ROOT: &str = r#"{"_SYSTEMD_UNIT":"echo.service","_EXE":"/usr/bin/echod","__CURSOR":"s=45a5dd2d5d24465980c96b0cd631903f;i=15b;b=3b828a83a0bb413a983f0afdc02f3259;m=d89987cb;t=660f73ce93109;x=657dbc86b7793100","_MACHINE_ID":"3d1219c7c4c5404aaa1f6d2a48adfda4","_UID":"61234","PEER_COMM":"python3","_COMM":"echod","CODE_LINE":"215","_PID":"30503","__REALTIME_TIMESTAMP":"1795464855367945","PEER_USER":"root","_GID":"61234","GATE_VERDICT":"denied","_RUNTIME_SCOPE":"system","CODE_FILE":"src/journal.rs","GATE_RULE":"default","TARGET":"peergate","GATE_SOCKET":"/run/echo.sock","MESSAGE":"Denied root (uid 0) gid 0 pid 30505 (python3): no rule allows it","_CAP_EFFECTIVE":"0","PEER_PID":"30505","__MONOTONIC_TIMESTAMP":"3633940427","_BOOT_ID":"3b828a83a0bb413a983f0afdc02f3259","_SOURCE_REALTIME_TIMESTAMP":"1795464855367875","_CMDLINE":"/usr/bin/echod","GATE_REASON":"policy","_HOSTNAME":"vm","PEER_UID":"0","MESSAGE_ID":"72261db9963c465c8c6121daadeb1cbc","PRIORITY":"4","SYSLOG_IDENTIFIER":"echod","_TRANSPORT":"journal","PEER_GID":"0"}"#;
 
 /// A line of the system's echod with these fields.
@@ -128,7 +128,7 @@ fn ours(fields: &str) -> String {
     format!(r#"{{"_SYSTEMD_UNIT":"echo.service","_UID":"61234","SYSLOG_IDENTIFIER":"echod",{fields}}}"#)
 }
 
-/// What a small day looks like.
+/// An example of a day.
 fn day() -> Journal {
     let lines = [
         DENIED_ROOT.to_owned(),
@@ -328,7 +328,7 @@ fn the_table_fits_the_width_it_is_given() {
         let mut command = journal.report_command();
         let output = command.arg("--system").env("COLUMNS", width.to_string()).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
-        // The heading is a sentence, not a table.
+        // The heading is a sentence, not part of the table.
         let widest = text.lines().skip(1).map(|line| line.chars().count()).max().unwrap();
         assert!(widest <= width, "{widest} of {width}:\n{text}");
         assert_eq!(text.contains('█'), width >= 80, "{width}:\n{text}");
@@ -361,7 +361,7 @@ fn a_terminal_shows_the_progress_and_is_then_clean() {
     let journal = Journal::of(&[DENIED_ROOT]);
     let here = journal.directory.display().to_string();
     assert!(Command::new("mkfifo").arg(journal.directory.join("gate")).status().unwrap().success());
-    // The rest of the journal comes only after the count was seen.
+    // The rest of the journal comes only after the count was shown.
     journal.script(&format!("cat '{here}/lines'\nread x <'{here}/gate'\ncat '{here}/lines'\n"));
     let mut terminal = journal.on_terminal("");
     let mut stdout = terminal.stdout.take().unwrap();

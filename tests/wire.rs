@@ -1,5 +1,5 @@
-//! The wire: which bytes come back, and how a connection ends (echod(8), PROTOCOL). Needs no rights: whoever runs the
-//! tests is the owner, and the owner's policy admits or denies them as the test wants.
+//! The protocol: which bytes come back, and how a connection ends (echod(8), PROTOCOL). Needs no privileges: the owner
+//! of the service is the user that runs the tests, admitted or denied by the policy of each test.
 
 mod common;
 
@@ -8,7 +8,7 @@ use std::thread;
 
 use common::{BUSY, Client, DENIED, DENY_ALL, End, OWNER, Start, TOO_LONG, show};
 
-/// The whole answer to `input`, as slowly and plainly as it can be said.
+/// The whole answer to `input`, computed in the plainest way.
 fn answer(input: &[u8], limit: usize) -> Vec<u8> {
     let mut out = Vec::new();
     for line in input.split_inclusive(|byte| *byte == b'\n') {
@@ -22,11 +22,11 @@ fn answer(input: &[u8], limit: usize) -> Vec<u8> {
     out
 }
 
-/// Sends all of it from another thread while everything that comes back is read.
+/// Sends `input` from another thread while it reads the answer.
 fn exchange(client: &Client, input: &[u8]) -> (Vec<u8>, End) {
     thread::scope(|scope| {
         scope.spawn(|| {
-            // Cut off in the middle is one of the answers.
+            // The service may close the connection in the middle of it.
             let _ = client.try_send(input);
             let _ = client.0.shutdown(std::net::Shutdown::Write);
         });
@@ -200,7 +200,7 @@ fn a_denied_peer_that_has_sent_data_gets_the_message_and_no_reset() {
         for _ in 0..20 {
             let client = echod.connect();
             client.0.set_nonblocking(true).unwrap();
-            // As much as fits; it may have been turned away by now.
+            // As much as the socket takes; the connection may be closed by now.
             let _ = client.try_send(vec![b'\n'; size]);
             client.0.set_nonblocking(false).unwrap();
             client.expect_end(DENIED);
@@ -225,7 +225,7 @@ fn a_denied_peer_that_keeps_sending_gets_the_message_and_no_reset() {
 fn a_denied_peer_that_never_reads_finds_the_message_later() {
     let echod = Start::serving(DENY_ALL).ready();
     let client = echod.connect();
-    // Writes until the other side has let go: no event but this one tells.
+    // Writes until the connection is closed: no other event tells.
     while client.try_send([b'z'; 1000]).is_ok() {}
     client.expect_end(DENIED);
 }
@@ -247,7 +247,7 @@ fn a_client_that_does_not_read_stops_sending_and_loses_no_byte() {
     let client = echod.connect();
     let line = [vec![b'a'; 8191], b"\n".to_vec()].concat();
     client.0.set_nonblocking(true).unwrap();
-    // Until nothing more fits: then everyone holds what they may hold, and no more.
+    // Until the socket takes no more: then all buffers are full, and bounded.
     let mut sent = 0_usize;
     let mut stalls = 0;
     while stalls < 20 {
@@ -256,7 +256,7 @@ fn a_client_that_does_not_read_stops_sending_and_loses_no_byte() {
                 sent += count;
                 stalls = 0;
             }
-            // Somebody else may be waited for; nobody tells when it is over.
+            // The service may still be running: wait and try again.
             Err(_) => {
                 stalls += 1;
                 thread::sleep(std::time::Duration::from_millis(5));
@@ -285,7 +285,7 @@ fn clients_that_close_mid_line_disturb_no_other() {
             2 => client.send("never read\n"),
             _ => {}
         }
-        // With unread data on our side this is a reset for the service.
+        // With unread data this close is a reset for the service.
         drop(client);
         steady.echo(&format!("still here {round}"));
     }

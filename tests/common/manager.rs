@@ -11,14 +11,14 @@ use super::{Place, Shared, receive};
 
 /// systemd's side of sd_notify(3): the messages received, and the file descriptor store.
 pub struct Manager {
-    pub told: Shared<Told>,
+    pub received: Shared<Received>,
     _place: Place,
     path: PathBuf,
 }
 
 /// What the manager has received from the service.
 #[derive(Default)]
-pub struct Told {
+pub struct Received {
     /// The fields of each datagram, in order.
     pub messages: Vec<Vec<String>>,
     /// The file descriptor store, oldest first.
@@ -33,7 +33,7 @@ pub struct Told {
     caught_up: usize,
 }
 
-impl Told {
+impl Received {
     /// Every process has exited, and all its messages have been received.
     pub fn is_over(&self) -> bool {
         self.ended >= self.begun
@@ -75,8 +75,8 @@ impl Manager {
         let path = place.path("notify");
         let socket = UnixDatagram::bind(&path).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
-        let told = Shared::new(Told::default());
-        let filled = told.clone();
+        let received = Shared::new(Received::default());
+        let filled = received.clone();
         thread::spawn(move || {
             let mut buffer = vec![0; 64 * 1024];
             while let Ok(message) = receive(&socket, &mut buffer) {
@@ -85,13 +85,13 @@ impl Manager {
                 match text.as_str() {
                     "END" => return,
                     // Sent by the test after the process has exited.
-                    "OVER" => filled.change(|told| told.ended += 1),
-                    "CATCH UP" => filled.change(|told| told.caught_up += 1),
-                    _ => filled.change(|told| told.take_in(&text, fds)),
+                    "OVER" => filled.change(|received| received.ended += 1),
+                    "CATCH UP" => filled.change(|received| received.caught_up += 1),
+                    _ => filled.change(|received| received.take_in(&text, fds)),
                 }
             }
         });
-        Self { told, _place: place, path }
+        Self { received, _place: place, path }
     }
 
     pub fn socket(&self) -> &Path {
@@ -100,20 +100,20 @@ impl Manager {
 
     /// Waits until all messages sent so far have been received.
     pub fn catch_up(&self) {
-        let before = self.told.lock().caught_up;
+        let before = self.received.lock().caught_up;
         // Fails if the test has removed the socket; then there is nothing to wait for.
         if UnixDatagram::unbound().and_then(|socket| socket.send_to(b"CATCH UP", &self.path)).is_ok() {
-            self.told.try_wait(|told| (told.caught_up > before).then_some(())).expect("messages are read");
+            self.received.try_wait(|received| (received.caught_up > before).then_some(())).expect("messages are read");
         }
     }
 
     /// Waits until `question` has an answer. Fails as soon as the service has exited without one.
     #[track_caller]
-    pub fn wait<R>(&self, what: &str, mut question: impl FnMut(&mut Told) -> Option<R>) -> R {
+    pub fn wait<R>(&self, what: &str, mut question: impl FnMut(&mut Received) -> Option<R>) -> R {
         let mut over = false;
-        let answer = self.told.try_wait(|told| match question(told) {
+        let answer = self.received.try_wait(|received| match question(received) {
             Some(answer) => Some(Some(answer)),
-            None if told.is_over() => {
+            None if received.is_over() => {
                 over = true;
                 Some(None)
             }
@@ -122,14 +122,14 @@ impl Manager {
         match answer.flatten() {
             Some(answer) => answer,
             None if over => panic!("{what}: the service ended before"),
-            None => panic!("{what}: never told, only {:?}", self.told.lock().messages),
+            None => panic!("{what}: never received, only {:?}", self.received.lock().messages),
         }
     }
 
     /// Waits for `count` messages with this field.
     #[track_caller]
     pub fn wait_for(&self, field: &str, count: usize) {
-        self.wait(field, |told| (told.count(field) >= count).then_some(()));
+        self.wait(field, |received| (received.count(field) >= count).then_some(()));
     }
 }
 

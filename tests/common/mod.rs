@@ -26,7 +26,7 @@ pub use client::{Client, End, show};
 pub use dir::Place;
 pub use fds::{duplicate, lingering, receive, send_along, send_fds};
 pub use journald::{Entry, Journald, stands_for};
-pub use manager::{Manager, Told};
+pub use manager::{Manager, Received};
 pub use peer::{PeerProcess, flood, peer_program};
 pub use program::{Echod, Start, cpu, descriptors, hung_user_database, memory, summed};
 pub use wait::{Shared, eventually};

@@ -119,8 +119,8 @@ impl Start {
     }
 
     /// Runs the program as another user: `uid:gid:groups`.
-    pub fn run_as(mut self, who: &str) -> Self {
-        self.options.extend(["--as".to_owned(), who.to_owned()]);
+    pub fn run_as(mut self, ids: &str) -> Self {
+        self.options.extend(["--as".to_owned(), ids.to_owned()]);
         // Other users may not be able to enter the build directory.
         let copy = self.place.path("echod");
         fs::copy(&self.program, &copy).unwrap();
@@ -157,7 +157,7 @@ impl Start {
         let mut process = command.stdin(OwnedFd::from(theirs)).stdout(Stdio::piped()).stderr(stderr).spawn().unwrap();
         // The command holds a copy of the standard error descriptor.
         drop(command);
-        manager.told.change(|told| told.begun += 1);
+        manager.received.change(|received| received.begun += 1);
         let notify = manager.socket().to_owned();
         let at_end = move || {
             // Fails if the test has removed the socket, and then does not matter.
@@ -189,10 +189,10 @@ impl Start {
     /// As [`ready`](Self::ready), with the manager of an earlier process.
     #[track_caller]
     pub fn ready_with(self, manager: Arc<Manager>) -> Echod {
-        let before = manager.told.lock().count("READY=1");
+        let before = manager.received.lock().count("READY=1");
         let echod = self.spawn_with(manager);
-        let ready = echod.manager.told.try_wait(|told| {
-            (told.count("READY=1") > before).then_some(true).or_else(|| told.is_over().then_some(false))
+        let ready = echod.manager.received.try_wait(|received| {
+            (received.count("READY=1") > before).then_some(true).or_else(|| received.is_over().then_some(false))
         });
         assert!(ready == Some(true), "not ready: {}", echod.stderr());
         echod
@@ -354,7 +354,7 @@ impl Echod {
         assert!(status.success() || status.signal() == Some(9), "{status}: {}", self.stderr());
         let manager = Arc::clone(&self.manager);
         let mut stored: Vec<_> =
-            manager.told.lock().store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap())).collect();
+            manager.received.lock().store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap())).collect();
         // PID 1 passes the newest descriptor first.
         stored.reverse();
         let mut start = Start::bare().at(&self.place);
@@ -362,7 +362,7 @@ impl Echod {
         for (name, fd) in std::mem::take(&mut self.sockets) {
             start = start.socket(&name, fd);
         }
-        let capacity = manager.told.lock().capacity;
+        let capacity = manager.received.lock().capacity;
         if capacity > 0 {
             start = start.env("FDSTORE", &capacity.to_string());
         }
