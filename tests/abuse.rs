@@ -49,8 +49,7 @@ fn while_a_client_talks(echod: &Echod, abuse: impl FnOnce()) {
     });
 }
 
-/// Sends a line together with a descriptor whose close(2) blocks for hours (common::lingering), and keeps no copy of
-/// it.
+/// Sends a line together with a descriptor that blocks in close(2) for hours (common::lingering), and keeps no copy.
 fn send_bomb(client: &Client, line: &str) -> std::net::TcpStream {
     let (bomb, other_end) = common::lingering();
     common::send_along(&client.0, line.as_bytes(), &[bomb.as_raw_fd()]).unwrap();
@@ -390,7 +389,7 @@ fn a_thousand_peers_refused_at_once_all_get_the_message() {
 #[test]
 fn ten_thousand_connections_idle_while_as_many_are_refused() {
     let idle = common::setting("ECHOD_TEST_IDLE", 10_000);
-    // Both processes count: the open connections, those refused at once, and some room for the other tests.
+    // Both processes count: the open connections, the refused ones, and some room for the other tests.
     const AT_ONCE: usize = 4000;
     common::raise_descriptor_limit((idle + AT_ONCE) as u64 + 4000);
     let caps = format!("[limits]\nconnections = {idle}\nconnections-per-user = {}\n", 2 * idle);

@@ -417,7 +417,7 @@ fn directory(path: PathBuf, owner: u32, mode: u32) -> PathBuf {
     path
 }
 
-/// Owner and mode do not protect the file: any user who may write the directory can move an old file of root there.
+/// Owner and mode do not protect the file: any user that may write the directory can move an old file of root there.
 #[test]
 fn a_file_below_a_directory_that_others_may_write_is_refused() {
     needs_root();
@@ -448,7 +448,7 @@ fn a_file_below_a_directory_that_others_may_write_is_refused() {
     }
 }
 
-/// Any user who may write the directory can remove the file, to have the defaults used in its stead.
+/// Any user that may write the directory can remove the file, to have the defaults used in its stead.
 #[test]
 fn a_default_file_that_others_may_remove_is_an_error_if_missing() {
     needs_root();

@@ -370,7 +370,7 @@ fn the_socket_is_removed_from_the_directory_it_was_made_in() {
     assert!(other.join("own").exists(), "a file was removed by way of a link that came later");
 }
 
-/// Any user who may read a directory can lock it, for as long as they like.
+/// Any user that may read a directory can lock it, for any length of time.
 #[test]
 fn a_lock_of_another_process_on_the_directory_refuses_no_start() {
     let place = Place::new();

@@ -260,7 +260,7 @@ fn tokio_echo_echoes_to_its_owner_and_denies_another_user() {
     server.stop();
 }
 
-/// A TCP connection whose close(2) blocks for hours (SO_LINGER with unsent data), and its other end.
+/// A TCP connection that blocks in close(2) for hours (SO_LINGER with unsent data), and its other end.
 fn slow_to_close() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();

@@ -93,7 +93,7 @@ fn explain_prints_the_verdict_first_and_exits_with_it() {
     assert_eq!(verdict(&["--uid", "5"]), by_default);
     assert_eq!(verdict(&["--user", "root"]), admitted("allow.root"));
 
-    // Without --gid the group has the user's number; --group adds others.
+    // Without --gid the group has the user's number; --group adds groups.
     assert_eq!(verdict(&["--uid", "4"]), admitted("allow.operators"));
     assert_eq!(verdict(&["--uid", "4", "--gid", "5"]), by_default);
     assert_eq!(verdict(&["--uid", "5", "--gid", "4"]), admitted("allow.operators"));

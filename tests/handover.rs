@@ -14,7 +14,7 @@ use std::thread;
 use common::{Client, DENIED, DENY_ALL, Echod, End, Journald, Manager, OWNER, Start, TOO_LONG, needs_root, show};
 use nix::sys::signal::Signal;
 
-/// A service whose manager can store so many descriptors.
+/// A service with a manager that can store so many descriptors.
 fn serve_with_room(config: &str, capacity: usize) -> Echod {
     let manager = Arc::new(Manager::new());
     manager.received.change(|received| received.capacity = capacity);
@@ -749,7 +749,7 @@ fn sigterm_without_sigcont_stores_no_connection() {
     let (idle, midline) = (echod.connect(), echod.connect());
     idle.echo("hello");
     midline.send("half");
-    // Sent and read before: it says nothing of the SIGTERM after it.
+    // This SIGCONT has been handled before the SIGTERM, so it must not count for it.
     echod.kill(Signal::SIGCONT);
     echod.reload_with(OWNER);
     let manager = Arc::clone(&echod.manager);
@@ -762,12 +762,12 @@ fn sigterm_without_sigcont_stores_no_connection() {
     assert!(!manager.received.lock().has("FDSTORE=1"), "nothing is kept");
 }
 
-/// A next process that reads its configuration until the user database answers: never. Returns once it is asked.
+/// Starts a next process that waits for the user database, which never answers. Returns when the lookup has begun.
 fn begin_slowly(echod: Echod, place: &common::Place) -> Echod {
     let wrapper = common::hung_user_database(place);
     echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
     let echod = echod.begin_again(|start, _| start.wrapper(&wrapper));
-    // The thread waits in openat(2), as no file but the user database makes it do.
+    // The thread blocks in openat(2); only the file of the user database makes it do so.
     let opening = format!("{} ", nix::libc::SYS_openat);
     common::eventually("the look-up has begun", || {
         let mut tasks = std::fs::read_dir(format!("/proc/{}/task", echod.pid())).ok()?.flatten();

@@ -1,5 +1,5 @@
-//! `echod report` on real journal files, read by the real journalctl: damaged, absent and unreadable ones, and those of
-//! several machines. Needs root, to read as another user.
+//! `echod report` on real journal files, read by the real journalctl: damaged, absent and unreadable ones, and files
+//! of several machines. Needs root, to read as another user.
 //!
 //! systemd-journal-remote(8) makes the files from entries in the export format, as it does with entries it receives.
 

@@ -715,7 +715,7 @@ fn a_name_unknown_at_the_start_is_found_by_a_reload() {
     echod.connect().echo("known now");
 }
 
-/// A service whose reload waits for the user database, which never answers.
+/// A service with a reload that waits for the user database, which never answers.
 fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
     needs_root();
     let place = common::Place::new();

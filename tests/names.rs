@@ -42,7 +42,7 @@ impl Database {
         self.0.path(file)
     }
 
-    /// A wrapper in whose mount namespace this is /etc.
+    /// A wrapper with a mount namespace in which this is /etc.
     fn wrapper(&self) -> Vec<String> {
         let script = "mount --bind \"$0\" /etc && exec \"$@\"";
         let place = self.0.path("").to_string_lossy().into_owned();

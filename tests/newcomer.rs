@@ -56,8 +56,7 @@ fn the_readmes_service_builds_alone_and_admits_only_its_owner() {
         // This test needs no network.
         cargo.env("CARGO_NET_OFFLINE", "true").env("RUSTFLAGS", "--deny warnings").status().unwrap().success()
     };
-    // A new package gets the newest versions of its dependencies. Offline that may fail; then it gets those of the
-    // tree.
+    // A new package gets the newest versions of its dependencies. Offline that may fail; then it gets the tree's.
     if !build() {
         fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
         assert!(build());

@@ -214,7 +214,7 @@ impl<'j> Surface<'j> {
         }
     }
 
-    /// The impl blocks of the type with this id. Those of traits without items become one line.
+    /// The impl blocks of the type with this id. Impls of traits without items become one line.
     fn impls(&self, inner: &'j Value, id: &Value) -> Vec<String> {
         let (mut is, mut blocks) = (BTreeSet::new(), Vec::new());
         for item in self.items(&inner["impls"]) {

@@ -722,7 +722,7 @@ fn intervals_end_while_the_journal_does_not_read() {
     let entries = journald.entries();
     assert_eq!(denials(&entries), 1 + 5 * ROUNDS as u64);
     let in_full = entries.iter().filter(|entry| with_verdict("denied")(entry)).count();
-    // All except those of the first interval, which may also hold earlier denials.
+    // All except in the first interval, which may also hold earlier denials.
     assert!(in_full >= 2 * (ROUNDS - 1), "{in_full} in full, where there were {ROUNDS} intervals at least");
 }
 

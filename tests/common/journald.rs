@@ -25,7 +25,7 @@ pub struct Journald {
 pub struct Written {
     pub entries: Vec<Entry>,
     stopped: bool,
-    /// The epoch of a read whose entry is not yet in `entries`.
+    /// The epoch of a read that has not yet added its entry.
     reading: Option<usize>,
     /// The socket is to be closed as soon as its queue is empty.
     vanishing: bool,

@@ -38,7 +38,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub const DENIED: &[u8] = b"Unauthorized access\n";
 /// The message to a peer over a limit.
 pub const BUSY: &[u8] = b"Too many connections\n";
-/// The message to a peer whose line is too long. It follows the echo of the lines before.
+/// The message to a peer that sent too long a line. It follows the echo of the lines before.
 pub const TOO_LONG: &[u8] = b"Line too long\n";
 
 /// A policy that admits only the user that runs the test.

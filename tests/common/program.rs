@@ -406,7 +406,7 @@ pub fn summed(stderr: &str) -> usize {
     stderr.lines().filter_map(count).sum()
 }
 
-/// A wrapper in whose mount namespace /etc/passwd is a pipe: a lookup in the user database blocks until the test writes
+/// A wrapper with a mount namespace in which /etc/passwd is a pipe: a lookup in the user database blocks until the test writes
 /// to `passwd` in this directory.
 pub fn hung_user_database(place: &Place) -> [String; 8] {
     let passwd = place.path("passwd");

@@ -233,7 +233,7 @@ struct Connection {
     socket: UnixStream,
     text: Text,
     check: Check,
-    /// When the lines whose echo is awaited were sent.
+    /// The time of the send that awaits its echo.
     asked: Instant,
     started: Started,
 }
@@ -383,7 +383,7 @@ impl Text {
 /// Compares what comes back with what was sent.
 struct Check {
     number: u64,
-    /// The number of the line whose echo is next.
+    /// The number of the line that is expected next.
     awaited: u64,
     /// The beginning of a line.
     received: Vec<u8>,

@@ -2,7 +2,7 @@
 //! a mount namespace of its own, as root; the argument is the number of seconds.
 //!
 //! It starts itself again for each kind of client (see [`ROLES`]), as the user of that kind. At the end it compares
-//! what the clients saw with the records in the journal, and memory and descriptors early on with those at the end.
+//! what the clients saw with the records in the journal, and memory and descriptors early on with the figures at the end.
 
 // A program for testers: on a failure it stops and says so.
 #![allow(clippy::unwrap_used)]

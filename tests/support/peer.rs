@@ -2,23 +2,23 @@
 //! passes sockets. Only tests/common uses it.
 //!
 //! ```text
-//! peer [OPTION]... connect SOCKET          connect, hand the connection to whoever holds the other end of stdin
+//! peer [OPTION]... connect SOCKET          connect, and pass the connection over stdin
 //! peer [OPTION]... activate N PROGRAM...   take N descriptors from stdin, become PROGRAM with them at 3, 4, ...
 //! peer [OPTION]... flood SOCKET N          connect N times, one after the other; print what came back, counted
-//! peer [OPTION]... bomb SOCKET N           connect N times, each time send a descriptor that takes hours to close;
+//! peer [OPTION]... bomb SOCKET N           connect N times, each time send a descriptor that blocks in close(2);
 //!                                         print how many the kernel took
-//! peer [OPTION]... listen SOCKET           bind a datagram socket, hand it over
+//! peer [OPTION]... listen SOCKET           bind a datagram socket, and pass it over stdin
 //!
 //! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers, ranges LO-HI, or NxTIMES for the
 //!                        same one so many times, separated by commas
-//! --cgroup FILE          write our pid into FILE first
+//! --cgroup FILE          write its own pid into FILE first
 //! --comm NAME            be called so; \n and \e stand for themselves
 //! --say TEXT             send TEXT on each connection
 //! --then UID             after that, become that user ...
 //! --say-after TEXT       ... and send TEXT
 //! --real UID             become that real user, the effective one staying as it is: a set-uid program
 //! --times N              make N connections
-//! --gone                 end at once, instead of staying until stdin ends
+//! --gone                 exit at once, instead of waiting for the end of stdin
 //! ```
 //!
 //! stdin is a socket. The connections passed over it stay open with their receiver.
