@@ -226,7 +226,7 @@ fn a_turn_is_bounded_in_bytes_however_short_the_lines() {
         meanwhile.sort_unstable();
         let (median, most) = (meanwhile[ROUNDS / 2], meanwhile[ROUNDS - 1]);
         figure!(
-            "between a line and its echo, one who pipelines bare newlines got {median} bytes (median), {most} at the most; \
+            "between a line and its echo, a client that pipelines bare newlines got {median} bytes (median), {most} at the most; \
              a turn is {TURN}"
         );
         // The median, since the program cannot make the scheduler run the client as soon as the echo is there.
@@ -264,7 +264,7 @@ fn hundreds_of_clients_that_never_read_hold_a_bounded_buffer_each() {
     let before = memory(&echod, "VmRSS");
     let greedy = clients_that_never_read(&echod, GREEDY);
     let grown = memory(&echod, "VmHWM") - before;
-    figure!("{GREEDY} who never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
+    figure!("{GREEDY} clients that never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
     // Twice the limit on a line for each, and some room.
     assert!(grown < GREEDY as u64 * 128 + 4096, "{grown} KiB");
     drop(greedy);

@@ -292,7 +292,7 @@ fn a_blocking_descriptor_of_an_early_client_delays_no_other() {
                 send_along(&bomber, bomb);
                 (bomber, other_end)
             });
-        hears_something(&server);
+        expect_an_answer(&server);
         server.stop();
         fs::remove_file(file).unwrap();
     }
@@ -316,13 +316,13 @@ fn a_blocking_descriptor_of_a_denied_client_delays_no_other() {
     // The kernel may have refused it.
     stranger.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
     server.signal(Signal::SIGCONT);
-    hears_something(&server);
+    expect_an_answer(&server);
     server.stop();
     assert!(stranger.wait().unwrap().success());
 }
 
 /// A client gets an answer before the timeout.
-fn hears_something(server: &Server) {
+fn expect_an_answer(server: &Server) {
     let mut client = UnixStream::connect(server.socket()).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     client.write_all(b"view\n").unwrap();

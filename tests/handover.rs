@@ -186,16 +186,16 @@ fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_restart() {
 
 #[test]
 fn hundreds_of_connections_in_every_state_survive_ten_restarts() {
-    come_through(300, 10);
+    expect_to_survive(300, 10);
 }
 
 #[test]
 fn four_thousand_connections_half_mid_line_survive_a_restart() {
-    come_through(4000, 1);
+    expect_to_survive(4000, 1);
 }
 
 /// Connections at rest, mid-line, with several lines at once and without any data, over so many restarts.
-fn come_through(connections: usize, restarts: usize) {
+fn expect_to_survive(connections: usize, restarts: usize) {
     let config = format!("[limits]\nconnections = 4000\nconnections-per-user = 4000\n{OWNER}");
     let mut echod = serve(&config);
     let clients: Vec<Client> = (0..connections).map(|_| echod.connect()).collect();

@@ -184,7 +184,7 @@ fn a_reload_revokes_only_connections_that_are_now_denied() {
         // The unfinished line is not echoed: the peer is now denied.
         client.expect_end(DENIED);
     }
-    eventually("nobody is connected", || {
+    eventually("no client is connected", || {
         messages(&echod.manager)
             .iter()
             .flatten()

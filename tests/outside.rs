@@ -196,7 +196,7 @@ fn exit_codes_do_not_depend_on_the_output() {
 }
 
 /// The number of denials in the text.
-fn told(stderr: &str) -> usize {
+fn denials_in_text(stderr: &str) -> usize {
     stderr.matches(": no rule allows it\n").count() + common::summed(stderr)
 }
 
@@ -249,7 +249,7 @@ fn unread_standard_error_stops_no_watchdog_message() {
         let text = read_all(reader);
         echod.stop();
         let text = text.join().unwrap();
-        assert_eq!(told(&text), 310, "{kind}: {text}");
+        assert_eq!(denials_in_text(&text), 310, "{kind}: {text}");
     }
 }
 
@@ -264,7 +264,7 @@ fn a_stop_does_not_wait_for_unread_standard_error() {
         assert!(status.success(), "{kind}: {status}");
         let mut text = vec![0; 65536];
         let count = reader.read(&mut text).unwrap();
-        let told = told(&String::from_utf8_lossy(&text[..count]).replace('\r', ""));
+        let told = denials_in_text(&String::from_utf8_lossy(&text[..count]).replace('\r', ""));
         assert!(told > 0 && told < 200, "{kind}: {told} of them were told, nothing was tested");
     }
 }
@@ -283,14 +283,14 @@ fn records_lost_on_a_full_disk_are_counted_and_summed_up_later() {
         let inside = format!("/proc/{}/root{}", echod.pid(), disk.display());
         let log = || fs::read_to_string(format!("{inside}/log")).unwrap();
         be_denied(&echod, 40);
-        assert_eq!(told(&log()), 0, "the disk has room");
+        assert_eq!(denials_in_text(&log()), 0, "the disk has room");
         if frees {
             fs::remove_file(format!("{inside}/filler")).unwrap();
             // Without a further peer too.
-            eventually("all of them", || (told(&log()) >= 40).then_some(()));
+            eventually("all of them", || (denials_in_text(&log()) >= 40).then_some(()));
             be_denied(&echod, 5);
-            eventually("those after them", || (told(&log()) >= 45).then_some(()));
-            assert_eq!(told(&log()), 45);
+            eventually("the later denials", || (denials_in_text(&log()) >= 45).then_some(()));
+            assert_eq!(denials_in_text(&log()), 45);
         }
         echod.stop();
     }

@@ -275,9 +275,9 @@ fn toml(entries: &[model::Entry]) -> String {
 }
 
 /// A user database without users.
-struct Nobody;
+struct NoUsers;
 
-impl Names for Nobody {
+impl Names for NoUsers {
     fn uid(&self, _: &str) -> io::Result<Option<Uid>> {
         Ok(None)
     }
@@ -297,7 +297,7 @@ fn decisions_and_explanations_agree_with_the_model() {
         let me = *random.pick(&[1, 1000, 65_534]);
         let policy = Policy::new(entries.iter().map(rule), Uid::new(me)).unwrap();
         let text = toml(&entries);
-        let read = file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Nobody).unwrap();
+        let read = file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &NoUsers).unwrap();
         for _ in 0..20 {
             let subject = random.subject();
             let (expected, needs_units) = model::decide(&entries, &subject);
@@ -384,7 +384,7 @@ fn load(text: &str) -> Result<Loaded<(), ()>, String> {
 }
 
 /// The faults of a file, or its warnings.
-fn told(text: &str) -> Vec<String> {
+fn messages_of(text: &str) -> Vec<String> {
     match load(text) {
         Ok(loaded) => loaded.warnings.iter().map(Fault::to_string).collect(),
         Err(faults) => faults.lines().map(str::to_owned).collect(),
@@ -504,15 +504,16 @@ fn user_units_without_users_is_a_fault() {
     for (others, line) in [("", 2), ("groups = ['adm']\n", 3), ("units = ['a.service']\n", 3)] {
         for kind in ["allow", "deny"] {
             let text = format!("[{kind}.x]\n{others}user-units = ['mail.service']\n");
-            assert_eq!(told(&text), [format!("f:{line}:1: {WHY}")]);
+            assert_eq!(messages_of(&text), [format!("f:{line}:1: {WHY}")]);
         }
     }
     let rule = Rule::allow("x", ()).groups([Gid::new(4)]).user_units(["mail.service"]);
     assert_eq!(Policy::new([rule], ME).unwrap_err().to_string(), format!("allow.x: {WHY}"));
     let empty = Rule::allow("x", ()).users([User::Me]).user_units(Vec::<String>::new());
     assert!(Policy::new([empty], ME).unwrap_err().to_string().contains("`user-units` is empty"));
-    let wrong =
-        told("[allow.x]\nusers = ['self']\nuser-units = ['', 5]\n[allow.y]\nusers = ['self']\nuser-units = 'a'\n");
+    let wrong = messages_of(
+        "[allow.x]\nusers = ['self']\nuser-units = ['', 5]\n[allow.y]\nusers = ['self']\nuser-units = 'a'\n",
+    );
     assert!(wrong[0].starts_with("f:3:15: an empty unit name; expected"), "{wrong:#?}");
     assert_eq!(wrong[1], "f:3:19: an integer in `user-units`; expected a unit's name such as \"backup.service\"");
     assert!(wrong[2].starts_with("f:6:14: `user-units` is a string; expected an array"), "{wrong:#?}");
@@ -686,12 +687,12 @@ fn all_faults_of_a_file_are_reported_with_place_and_expectation() {
         "f:16:1: `allow.wrong` is not a table; expected a rule under a header such as [allow.NAME]",
         "f:17:2: unknown key `limits`; expected one of `deny`, `allow`",
     ];
-    assert_eq!(told(text), expected);
+    assert_eq!(messages_of(text), expected);
 }
 
 #[test]
 fn rules_that_are_no_tables_are_faults() {
-    let fault = |text| told(text).join("\n");
+    let fault = |text| messages_of(text).join("\n");
     let expected = "f:1:9: `allow` is not a table; expected rules, each under a header such as [allow.NAME]";
     assert_eq!(fault("allow = 5\n"), expected);
     assert!(fault("[[deny]]\nusers = ['self']\n").contains("`deny` is not a table; expected rules"));
@@ -699,7 +700,7 @@ fn rules_that_are_no_tables_are_faults() {
 
 #[test]
 fn a_toml_error_has_its_place_and_hides_no_other_fault() {
-    let told = told(concat!(
+    let told = messages_of(concat!(
         "[allow.owner\nusers = ['self']\n",
         "[deny.x]\nusers = [alice]\n",
         "[deny.y]\nuser = ['alice']\na = 1\na = 2\n",
@@ -715,7 +716,7 @@ fn a_toml_error_has_its_place_and_hides_no_other_fault() {
 fn an_allow_rule_for_a_missing_account_is_a_warning() {
     let text = "[allow.staff]\nusers = ['mallory', 'alice']\ngroups = ['gone', 'adm']\n";
     assert_eq!(
-        told(text),
+        messages_of(text),
         [
             "f:2:10: the user \"mallory\" does not exist, so this value matches nobody until it is found; expected a user the system knows",
             "f:3:11: the group \"gone\" does not exist, so this value matches nobody until it is found; expected a group the system knows",
@@ -723,7 +724,7 @@ fn an_allow_rule_for_a_missing_account_is_a_warning() {
     );
     assert_eq!(decide(&load(text).unwrap().policy, &TestSubject::new(1001, &[4], None)), "allow.staff");
     assert_eq!(
-        told("[allow.old]\nusers = ['mallory']\n")[0],
+        messages_of("[allow.old]\nusers = ['mallory']\n")[0],
         "f:1:8: allow.old can match nobody as it stands; expected a user or group that exists here"
     );
 }
@@ -732,7 +733,7 @@ fn an_allow_rule_for_a_missing_account_is_a_warning() {
 fn a_failed_lookup_is_a_warning_in_allow_and_a_fault_in_deny() {
     let allow = "[allow.staff]\nusers = ['ldap', 'alice']\n";
     assert_eq!(
-        told(allow),
+        messages_of(allow),
         [
             "f:2:10: the user \"ldap\" could not be looked up (timed out), so this value matches nobody until it is found; \
           expected the user database to answer"
@@ -742,7 +743,7 @@ fn a_failed_lookup_is_a_warning_in_allow_and_a_fault_in_deny() {
     assert_eq!(decide(&loaded.policy, &TestSubject::new(1001, &[1001], None)), "allow.staff");
     assert_eq!(loaded.unknown, [Name::User("ldap".into())]);
     assert_eq!(loaded.unanswered, [Name::User("ldap".into())]);
-    let deny = told(&format!("{OWNER}[deny.x]\nusers = ['ldap']\n"));
+    let deny = messages_of(&format!("{OWNER}[deny.x]\nusers = ['ldap']\n"));
     assert!(deny[0].contains("could not be looked up (timed out), and a denial must not be lost"), "{deny:?}");
 }
 
@@ -805,7 +806,7 @@ fn names_found_later_take_effect_and_nothing_else_changes() {
 #[test]
 fn naming_the_overflow_id_is_a_warning() {
     for value in ["65534", "'65534'", "'nobody'"] {
-        let told = told(&format!("{OWNER}[allow.x]\nusers = [{value}]\n"));
+        let told = messages_of(&format!("{OWNER}[allow.x]\nusers = [{value}]\n"));
         assert!(told[1].starts_with("f:4:10: the id 65534 stands for every user"), "{value}: {told:#?}");
     }
 }
@@ -813,7 +814,10 @@ fn naming_the_overflow_id_is_a_warning() {
 #[test]
 fn a_file_that_admits_no_peer_is_a_warning() {
     for text in ["", "# nothing\n", "[deny.x]\nusers = ['alice']\n"] {
-        assert_eq!(told(text), ["f:1:1: no allow rule, so everyone is denied; expected one such as [allow.owner]"]);
+        assert_eq!(
+            messages_of(text),
+            ["f:1:1: no allow rule, so everyone is denied; expected one such as [allow.owner]"]
+        );
     }
 }
 
@@ -821,7 +825,7 @@ fn a_file_that_admits_no_peer_is_a_warning() {
 fn a_rule_that_an_earlier_one_hides_is_a_warning() {
     let hidden = |text: &str| -> Vec<String> {
         let found = |warning: &String| warning.split(';').next().unwrap().to_owned();
-        told(text).iter().filter(|warning| warning.contains("never decides")).map(found).collect()
+        messages_of(text).iter().filter(|warning| warning.contains("never decides")).map(found).collect()
     };
     assert_eq!(
         hidden("[allow.range]\nusers = ['2100-2199']\n[deny.contractors]\nusers = ['2000-2999']\n"),
@@ -844,7 +848,7 @@ fn a_rule_reported_as_hidden_never_decides() {
     let mut hidden = 0;
     for _ in 0..2000 {
         let entries: Vec<_> = (0..random.below(10)).map(|number| random.entry(number)).collect();
-        let loaded = file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &Nobody).unwrap();
+        let loaded = file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &NoUsers).unwrap();
         let told = loaded.warnings.iter().filter(|warning| warning.message().contains("never decides"));
         let names: Vec<_> = told.map(|warning| warning.message().split(' ').next().unwrap()).collect();
         hidden += names.len();

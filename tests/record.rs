@@ -85,7 +85,7 @@ fn the_record_of_a_denial_names_peer_socket_and_reason() {
     let journald = Journald::new();
     let echod = serve(&journald, common::OWNER);
     let socket = echod.socket();
-    assert!(!journald.entries().iter().any(with_verdict("denied")), "nobody was denied yet");
+    assert!(!journald.entries().iter().any(with_verdict("denied")), "a denial is recorded already");
     let alice = PeerProcess::with(&["--comm", "stranger", "--as", "64001:64002:64003,64004"], &socket);
     alice.client().expect_end(DENIED);
     let entry = journald.wait_for("the denial", with_verdict("denied"));
@@ -614,20 +614,20 @@ fn a_record_goes_to_stderr_once_and_to_the_journal_once() {
         journald.wait_for("the first", with_verdict("denied"));
         journald.vanish();
         be_denied(&echod, 40);
-        common::eventually("all of them as text", || (told(&echod.stderr()) >= 40).then_some(()));
+        common::eventually("all of them as text", || (denials_in_text(&echod.stderr()) >= 40).then_some(()));
         if comes_back {
             journald.start();
             // The program looks for the journal also when no peer connects.
             journald.wait_for_sum("denied", DENIALS, 41);
         }
         let stderr = echod.stop();
-        assert_eq!(told(&stderr), 40, "{stderr}");
+        assert_eq!(denials_in_text(&stderr), 40, "{stderr}");
         assert_eq!(denials(&journald.entries()), if comes_back { 41 } else { 1 });
     }
 }
 
 /// The number of denials in the text.
-fn told(stderr: &str) -> usize {
+fn denials_in_text(stderr: &str) -> usize {
     stderr.matches(": no rule allows it").count() + common::summed(stderr)
 }
 
@@ -656,10 +656,10 @@ fn records_a_stuck_journal_refuses_go_to_stderr_at_the_stop() {
     journald.go_on();
     let in_journal = common::eventually("what it had been sent before", || {
         let taken = denials(&journald.entries()) as usize;
-        (taken + told(&stderr) >= 306).then_some(taken)
+        (taken + denials_in_text(&stderr) >= 306).then_some(taken)
     });
-    figure!("306 denied, {in_journal} in the journal, {} on standard error", told(&stderr));
-    assert_eq!(in_journal + told(&stderr), 306, "{stderr}");
+    figure!("306 denied, {in_journal} in the journal, {} on standard error", denials_in_text(&stderr));
+    assert_eq!(in_journal + denials_in_text(&stderr), 306, "{stderr}");
     assert!(in_journal < 101, "the journal had taken it all: nothing was tested");
 }
 
@@ -672,7 +672,7 @@ fn a_user_database_that_never_answers_loses_no_record() {
         .ready();
     be_denied(&echod, 30);
     let stderr = end_without_journal(echod);
-    assert_eq!(told(&stderr), 30, "{stderr}");
+    assert_eq!(denials_in_text(&stderr), 30, "{stderr}");
 }
 
 #[test]
@@ -877,12 +877,12 @@ fn the_equation_holds_with_every_trouble_at_once() {
         journald.stop_reading();
         expect_flood(flood(64004, 500, &socket), 500);
         journald.go_on();
-        journald.wait_for("one of those meanwhile", |entry| get(entry, "PEER_UID") == "64004");
+        journald.wait_for("a denial meanwhile", |entry| get(entry, "PEER_UID") == "64004");
         journald.vanish();
         expect_flood(flood(64005, 500, &socket), 500);
         journald.start();
         echod.reload_with(&config.replace("50ms", "20ms"));
-        journald.wait_for("one of those without a journal", |entry| get(entry, "PEER_UID") == "64005");
+        journald.wait_for("a denial without a journal", |entry| get(entry, "PEER_UID") == "64005");
         // The journal stops reading once more, and now the service is stopped.
         journald.stop_reading();
         expect_flood(flood(64006, 500, &socket), 500);
@@ -902,7 +902,7 @@ fn the_equation_holds_with_every_trouble_at_once() {
     let count = |verdict: &str| entries.iter().filter(|entry| with_verdict(verdict)(entry)).count();
     let (tried, told) = (4 * each as u64 + 3 * 500 + 10, denials(&entries));
     figure!(
-        "tried {tried}, of whom {each} vanished; records {}, in {} summaries {}; difference {}",
+        "tried {tried}, of which {each} closed at once; records {}, in {} summaries {}; difference {}",
         count("denied"),
         count("summary"),
         told - count("denied") as u64,
@@ -927,7 +927,7 @@ fn beyond_a_number_of_users_summaries_name_no_user() {
     assert_eq!(denials(&entries), u64::from(USERS) * 2);
     let nameless: Vec<_> =
         entries.iter().filter(|e| with_verdict("summary")(e) && !e.contains_key("PEER_UID")).collect();
-    assert_eq!(nameless.len(), 1, "those beyond the number told apart share one summary");
+    assert_eq!(nameless.len(), 1, "users beyond the number kept apart share one summary");
 }
 
 #[test]
