@@ -17,7 +17,7 @@ run:
 test: check check-root e2e package-test bench-quick
 
 # Peers who really are other users, control groups, mount namespaces of their own: these say so where they are not root.
-root_tests := access examples handover identity journals lifecycle names newcomer outside record
+root_tests := access equation examples handover identity journals lifecycle names newcomer outside record
 other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # What needs neither root nor a booted systemd. As root, it is all the tests of the crate.
@@ -90,7 +90,7 @@ soak:
 # The tests of floods and crowds at full size: a million denials, ten thousand idle inside and as many refused.
 flood:
 	cargo build --release --locked --example peer
-	ECHOD_TEST_DENIALS=1000000 cargo test --release --locked --test record -- at_full_speed at_once
+	ECHOD_TEST_DENIALS=1000000 cargo test --release --locked --test equation -- at_full_speed at_once
 	ECHOD_TEST_IDLE=10000 cargo test --release --locked --test abuse
 
 # Licences, sources and known vulnerabilities of the dependencies.

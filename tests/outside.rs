@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 
-use common::{Client, DENIED, Echod, DENY_ALL, OWNER, Place, Start, eventually, needs_root};
+use common::{Client, DENIED, DENY_ALL, Echod, OWNER, Place, Start, eventually, needs_root};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};

@@ -16,6 +16,7 @@ mod journald;
 mod manager;
 mod peer;
 mod program;
+pub mod records;
 mod wait;
 
 use std::time::Duration;
