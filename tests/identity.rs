@@ -4,9 +4,11 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, PeerProcess, Start, needs_root, show};
 
@@ -286,6 +288,60 @@ fn an_admitted_peer_costs_no_memory_for_its_groups() {
         figure!("{grown} KiB for 400 connections of {ids}");
         assert!(grown < 1500, "{grown} KiB for 400 connections of {ids}");
     }
+}
+
+/// A process of a denied user that connects and closes, again and again, until dropped.
+struct Rush(Child);
+
+impl Rush {
+    fn begin(ids: &str, socket: &Path) -> Self {
+        let mut command = Command::new(common::peer_program());
+        command.args(["--as", ids, "rush"]).arg(socket).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut rush = Self(command.spawn().unwrap());
+        let begun = rush.0.stdout.as_mut().unwrap().read(&mut [0; 2]).unwrap();
+        assert_eq!(begun, 2, "the helper failed");
+        rush
+    }
+}
+
+impl Drop for Rush {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// Measures a connection, a line and its echo while two such processes keep the backlog full. More rounds: make flood.
+#[test]
+fn a_flood_of_peers_with_many_groups_stops_no_other_client() {
+    needs_root();
+    const ROUNDS: usize = 3;
+    let visits = common::setting("ECHOD_TEST_VISITS", 2);
+    let echod = Start::serving(&format!("[allow.g]\ngroups = [64009]\n{OWNER}")).ready();
+    let floods = [
+        ("no flood", None),
+        ("a flood without groups", Some("64002:64002")),
+        ("a flood with 32 groups", Some("64002:64002:100000-100031")),
+        ("a flood with 65,536 groups", Some("64002:64002:4x65536")),
+    ];
+    let mut times = floods.map(|_| Vec::new());
+    // In turn, so that the load of the machine is the same for each.
+    for _ in 0..ROUNDS {
+        for ((_, ids), times) in floods.iter().zip(&mut times) {
+            let _flood = ids.map(|ids| [(); 2].map(|()| Rush::begin(ids, &echod.socket())));
+            times.extend((0..visits).map(|_| {
+                let begun = Instant::now();
+                echod.connect().echo("hello");
+                begun.elapsed()
+            }));
+        }
+    }
+    for ((flood, _), times) in floods.iter().zip(&mut times) {
+        times.sort_unstable();
+        let at = |percent: usize| times[(times.len() - 1) * percent / 100];
+        figure!("beside {flood}: connection, line and echo in {:?} (p50), {:?} (p99)", at(50), at(99));
+    }
+    echod.stop();
 }
 
 #[test]

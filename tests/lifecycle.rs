@@ -620,25 +620,25 @@ fn a_reload_switches_verify_for_live_connections() {
     let verifying = format!("[service]\nverify = \"line\"\n{alice}");
     let echod = Start::serving(alice).ready();
     let connect = || common::PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
-    let (first, second) = (connect(), connect());
-    for one in [&first, &second] {
+    let (first, second, halfway) = (connect(), connect(), connect());
+    for one in [&first, &second, &halfway] {
         one.client().expect("> mine\n");
         // The test, which runs as root, has the connection now.
         one.client().echo("handed over");
     }
-    // The sender of a line unfinished at the reload is not checked any more.
-    second.client().send("half ");
+    // It was received before the reload, without credentials.
+    halfway.client().send("half a line");
     echod.reload_with(&verifying);
+    halfway.client().expect_end(DENIED);
     first.client().send("not hers\n");
     first.client().expect_end(DENIED);
     echod.reload_with(alice);
-    second.client().send("a line\n");
-    second.client().expect("> half a line\n");
+    second.client().echo("the sender is not checked");
     let third = connect();
     third.client().expect("> mine\n");
     echod.reload_with(&verifying);
     echod.reload_with(alice);
-    third.client().echo("nobody asks");
+    third.client().echo("not checked either");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! echod: a line echo that answers only to the local users its policy names.
 //!
-//! Who is served, and how, is in [`serve`]; this file tells the ways to start apart and turns what comes of
+//! Who is served, and how, is in `serve`; this file tells the ways to start apart and turns what comes of
 //! them into exit codes (sysexits.h).
 
 // The tests count allocations, and an allocator cannot be written without.

@@ -154,11 +154,11 @@ struct Progress {
 impl Progress {
     fn start() -> Self {
         let lines = Arc::new(AtomicU64::new(0));
-        let running = io::stderr().is_terminal().then(|| {
-            let (stop, stopped) = mpsc::channel();
-            let lines = Arc::clone(&lines);
-            (stop, thread::spawn(move || turn(&lines, &stopped)))
-        });
+        let of_thread = Arc::clone(&lines);
+        let (stop, stopped) = mpsc::channel();
+        // Without a thread to draw, the report is the same.
+        let draw = || thread::Builder::new().spawn(move || turn(&of_thread, &stopped)).ok();
+        let running = io::stderr().is_terminal().then(draw).flatten().map(|thread| (stop, thread));
         Self { lines, running }
     }
 

@@ -234,7 +234,7 @@ fn scaled(number: &str, factor: u64) -> Option<u64> {
     Some(total)
 }
 
-/// A time span as [`parse_span`] reads it, in the largest units that leave no rest.
+/// A time span as `parse_span` reads it, in the largest units that leave no rest.
 pub fn show_span(span: Duration) -> String {
     let mut left = u64::try_from(span.as_micros()).unwrap_or(u64::MAX);
     let mut parts = Vec::new();
@@ -249,7 +249,7 @@ pub fn show_span(span: Duration) -> String {
     parts.join(" ")
 }
 
-/// A size as [`parse_size`] reads it.
+/// A size as `parse_size` reads it.
 pub fn show_size(bytes: usize) -> String {
     let unit = [("G", 30), ("M", 20), ("K", 10)].into_iter().find(|(_, shift)| bytes > 0 && bytes % (1 << shift) == 0);
     unit.map_or(bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
