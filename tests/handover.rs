@@ -470,7 +470,7 @@ fn with_a_corrupted_state_connections_are_closed_in_order() {
 
 #[test]
 fn a_state_of_an_unknown_version_is_named_and_not_used() {
-    expect_ended_in_order("version 7, this program knows 1", |stored| rewrite(stored, |bytes| bytes[14] = 7));
+    expect_ended_in_order("version 7, this program knows 2", |stored| rewrite(stored, |bytes| bytes[14] = 7));
 }
 
 #[test]
