@@ -117,6 +117,10 @@ fn one_line(text: &str) -> String {
 #[derive(Clone, Debug)]
 pub struct Store {
     capacity: usize,
+    /// The manager has no store, or has said that it takes nothing.
+    is_closed: bool,
+    /// The manager has said how much it takes.
+    says_capacity: bool,
     outlet: Option<Outlet>,
 }
 
@@ -140,7 +144,8 @@ impl Store {
         let outlet = Notifier::from_env().outlet;
         let present = outlet.is_some() && !is_abstract;
         let capacity = number("FDSTORE").or_else(|| number(fallback)).filter(|_| present).unwrap_or(0);
-        Self { capacity, outlet }
+        let said = number("FDSTORE");
+        Self { capacity, is_closed: is_abstract || said == Some(0), says_capacity: said.is_some(), outlet }
     }
 
     /// How many descriptors it takes.
@@ -157,6 +162,32 @@ impl Store {
         let message = message(&[NotifyState::FdStore, NotifyState::FdName(name)]);
         let outlet = self.outlet()?;
         fds.chunks(MOST_AT_ONCE).try_for_each(|batch| outlet.send_with(&message, batch, TAKEN_WITHIN))
+    }
+
+    /// Puts one descriptor into the store under `name`, and waits until the manager has dealt with that. The manager does not
+    /// watch it: it keeps a socket whose other end is closed (`FDPOLL=0`, systemd 246). Tries it also where the manager does
+    /// not say how much it takes (before systemd 254).
+    ///
+    /// # Errors
+    /// NotConnected where there is no store; TimedOut where the manager has not dealt with it within `patience`; what sending
+    /// says.
+    pub(crate) fn put_unwatched(&self, name: &str, fd: BorrowedFd<'_>, patience: Duration) -> io::Result<()> {
+        let until = later(Instant::now(), patience);
+        let outlet = self.outlet.as_ref().filter(|_| !self.is_closed).ok_or(io::ErrorKind::NotConnected)?;
+        let state = [NotifyState::FdStore, NotifyState::Custom("FDPOLL=0"), NotifyState::FdName(name)];
+        outlet.send_with(&message(&state), &[fd], patience)?;
+        barrier(outlet, until)
+    }
+
+    /// How many milliseconds after a barrier the manager may still be about to close what it does not keep. A manager that
+    /// has said that it has room keeps it.
+    pub(crate) fn closes_within(&self) -> u8 {
+        if self.says_capacity { 0 } else { CLOSED_WITHIN }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn at(address: &std::path::Path) -> Self {
+        Self { capacity: 0, is_closed: false, says_capacity: false, outlet: Outlet::to(address.as_os_str()) }
     }
 
     fn outlet(&self) -> io::Result<&Outlet> {
@@ -197,18 +228,19 @@ impl Store {
     /// TimedOut when it has not within `patience`; NotConnected where there is no store; what making the pipe or sending
     /// says.
     pub fn settle(&self, patience: Duration) -> io::Result<()> {
-        let outlet = self.outlet()?;
-        let until = later(Instant::now(), patience);
-        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-        outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], patience)?;
-        drop(theirs);
-        let timeout =
-            PollTimeout::try_from(until.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
-        let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
-        match poll(&mut question, timeout)? {
-            0 => Err(io::ErrorKind::TimedOut.into()),
-            _ => Ok(()),
-        }
+        barrier(self.outlet()?, later(Instant::now(), patience))
+    }
+}
+
+fn barrier(outlet: &Outlet, until: Instant) -> io::Result<()> {
+    let left = || until.saturating_duration_since(Instant::now());
+    let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], left())?;
+    drop(theirs);
+    let timeout = PollTimeout::try_from(left()).unwrap_or(PollTimeout::MAX);
+    match poll(&mut [PollFd::new(ours.as_fd(), PollFlags::empty())], timeout)? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 
@@ -604,8 +636,10 @@ mod tests {
 
     #[test]
     fn nothing_is_taken_for_stored_where_there_is_no_store() {
-        let (store, (ours, _theirs)) =
-            (Store { capacity: 0, outlet: None }, std::os::unix::net::UnixDatagram::pair().unwrap());
+        let (store, (ours, _theirs)) = (
+            Store { capacity: 0, is_closed: false, says_capacity: false, outlet: None },
+            std::os::unix::net::UnixDatagram::pair().unwrap(),
+        );
         assert_eq!(store.put("x", &[ours.as_fd()]).unwrap_err().kind(), io::ErrorKind::NotConnected);
         assert_eq!(store.settle(Duration::ZERO).unwrap_err().kind(), io::ErrorKind::NotConnected);
     }
