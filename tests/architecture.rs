@@ -1,10 +1,10 @@
-//! Who may know whom, as ARCHITECTURE.md says: read from the sources themselves.
+//! Which modules may import which, as ARCHITECTURE.md says: read from the sources.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The sources of a crate, by their path in its folder: code only, without comments and tests.
+/// The sources of a crate, by path: code without comments and tests.
 fn sources(krate: &str) -> BTreeMap<String, String> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name(krate);
     let mut found = BTreeMap::new();
@@ -28,7 +28,6 @@ fn code(text: &str) -> String {
     text.lines().filter(|line| !line.trim_start().starts_with("//")).fold(String::new(), |all, line| all + line + "\n")
 }
 
-/// The library's sources.
 fn library() -> BTreeMap<String, String> {
     let sources = sources("peergate");
     assert!(sources.len() > 10, "the sources are to be found elsewhere now");
@@ -62,13 +61,13 @@ fn only_sys_is_unsafe() {
 }
 
 #[test]
-fn only_peer_asks_for_credentials() {
+fn only_peer_reads_credentials() {
     let words = ["PeerCredentials", "PeerPidfd", "peer_groups(", "peer_label("];
     assert_eq!(users_of(&words, &library()), ["peer.rs", "sys.rs"]);
 }
 
 #[test]
-fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
+fn the_policy_uses_no_socket_no_clock_no_log_and_no_file() {
     let pure = |name: &String| name.starts_with("policy") && !name.starts_with("policy/file");
     let policy: BTreeMap<_, _> = library().into_iter().filter(|(name, _)| pure(name)).collect();
     assert!(policy.contains_key("policy.rs"));
@@ -85,14 +84,14 @@ fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
 }
 
 #[test]
-fn the_framing_knows_only_bytes() {
+fn the_framing_uses_only_bytes() {
     let line = &sources("echod")["line.rs"];
     for word in ["use peergate", "use crate", "use nix", "std::os", "std::net", "std::time", "std::fs"] {
         assert!(!line.contains(word), "line.rs: {word}");
     }
 }
 
-/// Cargo looks for no tests at the top of the workspace: a file that no manifest names is never compiled.
+/// Cargo does not look for tests at the top of the workspace: a file that no manifest names is never compiled.
 #[test]
 fn each_test_file_is_named_in_a_manifest() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
@@ -120,17 +119,17 @@ fn imports(code: &str) -> BTreeSet<String> {
 
 #[test]
 fn no_two_modules_import_each_other() {
-    let library = who_imports_whom(library());
+    let library = imports_by_module(library());
     assert!(library["gate"].contains("peer"), "imports are written otherwise now");
-    // These two are one: ids are what units are told by, and units belong to a subject.
+    // ids and unit may import each other: a unit belongs to a user, and units are compared by ids.
     expect_no_cycle(&library, &["ids", "unit"]);
 
-    let program = who_imports_whom(sources("echod"));
+    let program = imports_by_module(sources("echod"));
     assert!(program["worker"].contains("connection"), "imports are written otherwise now");
     expect_no_cycle(&program, &[]);
 }
 
-fn who_imports_whom(sources: BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<String>> {
+fn imports_by_module(sources: BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<String>> {
     let mut known: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for (name, code) in sources {
         let module = name.trim_end_matches(".rs").split('/').next().unwrap().to_owned();
@@ -142,7 +141,7 @@ fn who_imports_whom(sources: BTreeMap<String, String>) -> BTreeMap<String, BTree
 }
 
 fn expect_no_cycle(known: &BTreeMap<String, BTreeSet<String>>, one: &[&str]) {
-    // Whom a module reaches, itself included only by a cycle.
+    // The modules reachable from this one. It is among them only if there is a cycle.
     for start in known.keys() {
         let mut reached = BTreeSet::new();
         let mut next: Vec<&String> = known[start].iter().filter(|other| *other != start).collect();
