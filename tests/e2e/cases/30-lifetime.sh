@@ -135,7 +135,7 @@ _stream_across() { # SOCKET "CONNECTIONS [OPTION…]" TIMES COMMAND…
     shift 3
     mkfifo /tmp/claim/stream-in
     (
-        ulimit -n "$((connections * 2 + 100))"
+        ulimit -n "$((connections + 500))"
         as alice stream "$socket" "${options[@]}"
     ) </tmp/claim/stream-in >/tmp/claim/stream-out &
     local client=$!

@@ -1,4 +1,4 @@
-# How long a restart makes the clients wait, by the number of live connections. `tests/e2e/run --only pauses` prints the
+# How long a restart makes the clients wait, by the number of live connections. `tests/e2e/run --only 31-pauses` prints the
 # table of benches/README.md. No time is asserted: the pauses depend on the machine, and their ratios are read by hand.
 
 . "$here/cases/30-lifetime.sh"
