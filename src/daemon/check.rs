@@ -53,7 +53,7 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
         let rows: Vec<[String; 5]> = std::iter::once(head).chain(rows).collect();
         f.write_char('\n')?;
         write_aligned(f, &rows)?;
-        writeln!(f, "Whom no rule matches is denied.\n")?;
+        writeln!(f, "A peer that no rule matches is denied.\n")?;
 
         let span = |span: Option<_>| span.map_or("off".to_owned(), |span| format!("\"{}\"", show_span(span)));
         let or_off = |text: String| if text == "off" { "\"off\"".to_owned() } else { text };
@@ -99,7 +99,7 @@ fn row<P: Protocol>(rule: &Rule<Terms<P>>, me: peergate::ids::Uid) -> [String; 5
     [rule.name().to_string(), who, units, or_dash(terms(rule.terms())), place]
 }
 
-/// The values of a key: as many as fit, at least the first, and how many there are where those are not all.
+/// The values of a key: as many as fit, at least the first. If not all fit, their number follows.
 fn list(values: impl ExactSizeIterator<Item = String>) -> String {
     let count = values.len();
     let mut shown = String::new();

@@ -139,7 +139,7 @@ impl<P: Protocol> Config<P> {
         }
     }
 
-    /// Makes a configuration of a file's text. `me` is whom "self" stands for.
+    /// Makes a configuration of a file's text. "self" stands for `me`.
     ///
     /// # Errors
     /// Everything that is wrong with the file.
@@ -152,7 +152,7 @@ impl<P: Protocol> Config<P> {
     }
 }
 
-/// Whom "self" stands for: the user whose rights this process uses.
+/// The user that "self" stands for: the effective one of this process.
 fn me() -> Uid {
     Uid::new(nix::unistd::geteuid().as_raw())
 }

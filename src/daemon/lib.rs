@@ -173,7 +173,7 @@ fn nothing_to_listen_on<P: Protocol>(ignored: Option<String>) -> String {
     }
 }
 
-/// What can go wrong before any connection is served, those of an earlier process included.
+/// What can go wrong before any connection is served or taken back.
 fn prepare<P: Protocol>(options: &Serve) -> Result<Prepared<P>, Failure> {
     // From here on a signal to stop is heard, and what we bound is removed.
     let signals =

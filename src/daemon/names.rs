@@ -41,7 +41,7 @@ impl NameSearch {
         Self { names, pause: FIRST_PAUSE, due, look: None, activity }
     }
 
-    /// Looks for these names from now on: those of a configuration that was put into force.
+    /// Looks for these names from now on: the names of a configuration that was put in force.
     pub fn set_names(&mut self, names: Vec<Name>, now: Instant) {
         self.names = names;
         self.pause = FIRST_PAUSE;
@@ -91,7 +91,7 @@ impl NameSearch {
         };
         match thread::Builder::new().name("names".to_owned()).spawn(look) {
             Ok(_) => self.look = Some(Look { found, superseded: false }),
-            // Not on this thread, which others wait for.
+            // Not on this thread, which the daemon waits for.
             Err(_) => self.look_later(now),
         }
     }

@@ -48,7 +48,7 @@ pub struct Start<P: Protocol> {
     pub store: Store,
     pub notifier: Notifier,
     pub signals: Signals,
-    /// A hangup is that of the terminal in whose foreground the service runs, and ends it.
+    /// The service runs in the foreground of a terminal: a hangup ends it.
     pub ends_at_hangup: bool,
     /// Received while the configuration was read.
     pub requests: VecDeque<Request>,

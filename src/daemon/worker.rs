@@ -60,7 +60,7 @@ impl<P: Protocol> Worker<P> {
         Arc::clone(&self.mailbox)
     }
 
-    /// How many connections it serves, those on their way to it included.
+    /// How many connections it serves, including connections in its mailbox.
     pub fn connections(&self) -> usize {
         self.mailbox.connections.load(Ordering::Relaxed)
     }
@@ -76,7 +76,7 @@ impl<P: Protocol> Worker<P> {
         self.mailbox.post(Message::Configure(config, generation, done));
     }
 
-    /// Ends the worker: up to `carry` connections come back through `reply` at rest, the others get what they are owed and
+    /// Ends the worker: up to `carry` connections come back through `reply` at rest, the rest get what they are owed and
     /// an end of file. After `until` no peer is waited for.
     pub fn end(&self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Box<Connection<P>>>>) {
         self.mailbox.post(Message::End { carry, until, reply });
@@ -192,7 +192,7 @@ impl<P: Protocol> Loop<P> {
     }
 
     /// Serves the one peer that talks without sleeping in between, as long as that pays. Its socket is looked at, not the
-    /// epoll: one system call less for each message. `Some`: how many events there are for others. `None`: time to sleep.
+    /// epoll: one system call less for each message. `Some`: how many events there are for other connections. `None`: time to sleep.
     fn look(&mut self, events: &mut [EpollEvent]) -> Option<usize> {
         let slot = usize::try_from(self.last_heard).ok()?;
         let (mut turns, mut looks) = (0, 0);
@@ -338,7 +338,7 @@ impl<P: Protocol> Loop<P> {
 
     /// Ends a connection that is in no place any more.
     fn close(&mut self, connection: Box<Connection<P>>, end: End<P>) {
-        // While everything ends, a connection whose echo is out ends because of that.
+        // While everything ends, a connection with nothing left to send ends because of that.
         let is_last = matches!(end, End::Closed) && self.ending.is_some();
         let end = if is_last { End::Ended(Reason::Stopping) } else { end };
         self.context.close(connection, end, &self.config.settings, &mut self.buffers, &self.mailbox);
@@ -418,7 +418,7 @@ impl<P: Protocol> Loop<P> {
         }
     }
 
-    /// Brings every connection to rest: some to be carried over, the others to their end.
+    /// Brings every connection to rest: some to be carried over, the rest to their end.
     fn end(&mut self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Box<Connection<P>>>>) {
         let mut carried = Vec::new();
         // A connection that stays for now is put back, with an entry of its own.

@@ -53,7 +53,7 @@ impl FromTable for Audit {
     }
 }
 
-/// Which events are recorded; each includes those before it.
+/// Which events are recorded; each scope includes the one before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum RecordScope {
     /// Peers that were turned away.
@@ -82,7 +82,7 @@ pub struct Service {
     pub workers: Option<NonZeroUsize>,
     /// How long to look again before sleeping; `None`: not at all.
     pub busy_poll: Option<Duration>,
-    /// How often to make sure that the sender is the user who was judged.
+    /// How often to make sure that the sender is the user that was judged.
     pub verify: Verify,
     /// How long without a connection until the process exits, for systemd to start it again; `None`: never.
     pub idle_exit: Option<Duration>,
@@ -107,7 +107,7 @@ impl FromTable for Service {
     }
 }
 
-/// How often to make sure that the sender is the user who was judged.
+/// How often to make sure that the sender is the user that was judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verify {
     /// Once, when it connects.
