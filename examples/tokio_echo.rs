@@ -103,7 +103,7 @@ async fn meet(guest: Guest, listener: Arc<str>, gate: Arc<Gate>) -> io::Result<(
     match gate.inside.acquire(peer.uid(), &gate.caps, rule.terms()) {
         Ok(_permit) => {
             gate.audit.admitted(&mut peer, &guest, &listener, rule.name());
-            peer.release_process();
+            peer.close_pidfd();
             echo(guest).await
         }
         Err(excess) => {

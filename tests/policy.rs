@@ -8,8 +8,8 @@ use std::io;
 
 use peergate::Subject;
 use peergate::ids::{Gid, OVERFLOW_ID, Uid};
-use peergate::policy::file::{self, Fault, Loaded, Names, Source};
 use peergate::policy::{Group, Kind, Name, Policy, Rule, User, Verdict};
+use peergate::policy_file::{self, Fault, Loaded, Names, Source};
 use peergate::unit::Units;
 
 /// A subject that counts how often it is asked for its units.
@@ -297,7 +297,7 @@ fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and
         let me = *random.pick(&[1, 1000, 65_534]);
         let policy = Policy::new(entries.iter().map(rule), Uid::new(me)).unwrap();
         let text = toml(&entries);
-        let read = file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Nobody).unwrap();
+        let read = policy_file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Nobody).unwrap();
         for _ in 0..20 {
             let somebody = random.somebody();
             let (expected, needs_units) = model::decide(&entries, &somebody);
@@ -380,7 +380,7 @@ const ME: Uid = Uid::new(1000);
 const OWNER: &str = "[allow.owner]\nusers = ['self']\n";
 
 fn load(text: &str) -> Result<Loaded<(), ()>, String> {
-    file::parse(&Source::new("f", text), ME, &Database).map_err(|faults| faults.to_string())
+    policy_file::parse(&Source::new("f", text), ME, &Database).map_err(|faults| faults.to_string())
 }
 
 /// The faults of a file, or its warnings.
@@ -751,7 +751,7 @@ fn an_id_that_names_nobody_costs_the_name_that_has_it() {
     let loaded = load("[allow.staff]\nusers = ['broken', 'alice']\n").unwrap();
     assert_eq!(loaded.unknown, [Name::User("broken".into())]);
     assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "allow.staff");
-    assert_eq!(file::look_up(&loaded.unknown, &Database), []);
+    assert_eq!(policy_file::look_up(&loaded.unknown, &Database), []);
 }
 
 /// The database of [`Database`] some time later.
@@ -784,7 +784,7 @@ fn names_found_later_take_effect_and_nothing_else_changes() {
     assert_eq!((&unknown[..], unanswered), (&names[..], Vec::new()));
     assert_eq!(decide(&policy, &Somebody::new(7, &[7], None)), "default");
 
-    let found = file::look_up(&unknown, &Later);
+    let found = policy_file::look_up(&unknown, &Later);
     assert_eq!(found, [(names[0].clone(), 7), (names[2].clone(), 70)]);
     let later = policy.with_ids(&found).unwrap();
     assert_eq!(later.unknown_names(), [names[1].clone(), names[3].clone()]);
@@ -844,7 +844,7 @@ fn what_is_called_hidden_never_decides() {
     let mut hidden = 0;
     for _ in 0..2000 {
         let entries: Vec<_> = (0..random.below(10)).map(|number| random.entry(number)).collect();
-        let loaded = file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &Nobody).unwrap();
+        let loaded = policy_file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &Nobody).unwrap();
         let told = loaded.warnings.iter().filter(|warning| warning.message().contains("never decides"));
         let names: Vec<_> = told.map(|warning| warning.message().split(' ').next().unwrap()).collect();
         hidden += names.len();
@@ -862,7 +862,7 @@ fn what_is_called_hidden_never_decides() {
 
 /// Parses; checks that what comes of it is sound, whatever the text.
 fn check_any(text: &str) {
-    match file::parse::<(), ()>(&Source::new("f", text), ME, &Database) {
+    match policy_file::parse::<(), ()>(&Source::new("f", text), ME, &Database) {
         Ok(loaded) => {
             // Whatever the rules on users say, whom nobody can name is not admitted by them.
             let by_users = loaded.policy.rules().all(|rule| rule.listed_users().is_some());

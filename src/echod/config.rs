@@ -15,8 +15,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use peergate::ids::Uid;
-use peergate::policy::file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 use peergate::policy::{Name, Policy};
+use peergate::policy_file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 use serde::Deserialize;
 
 /// The file's name below each directory it may be in.
@@ -239,7 +239,8 @@ impl Config {
     /// # Errors
     /// Everything that is wrong with the file.
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
-        let Loaded { policy, application, warnings, unanswered, .. } = file::parse::<Terms, Tables>(source, me, names)?;
+        let Loaded { policy, application, warnings, unanswered, .. } =
+            policy_file::parse::<Terms, Tables>(source, me, names)?;
         let Tables { limits, audit, service } = application;
         let source = Some(source.path().to_path_buf());
         Ok(Self { policy: Arc::new(policy), limits, audit, service, source, warnings, unanswered })

@@ -9,7 +9,7 @@ use peergate::Subject;
 use peergate::ids::{Gid, Uid};
 use peergate::peer::{MOST_GROUPS, Peer};
 use peergate::policy::User;
-use peergate::policy::file::{Names as _, SystemNames};
+use peergate::policy_file::{Names as _, SystemNames};
 use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};

@@ -671,7 +671,7 @@ fn judge(mut connection: Carried, judge: &Judge, config: &Config, limits: &Permi
                 return Err(connection.socket);
             }
             let (rule, permit) = (Arc::clone(rule), limits.resume(connection.peer.uid()));
-            connection.peer.release_process();
+            connection.peer.close_pidfd();
             connection.peer.forget_groups();
             Ok((connection, rule, permit))
         }

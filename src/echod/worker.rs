@@ -407,7 +407,7 @@ impl Loop {
     /// [`Outcome::Goes`] where the peer may stay.
     fn judge_again(&mut self, connection: &mut Connection) -> Outcome {
         let verdict = self.around.judge.judge(&mut connection.peer, &connection.socket, &self.ruling.policy);
-        connection.peer.release_process();
+        connection.peer.close_pidfd();
         connection.peer.forget_groups();
         match verdict {
             Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),

@@ -1,8 +1,8 @@
 //! The policy: named rules, and the decision about one subject.
 //!
 //! Pure: no sockets, no clock, no log, no files, no user database. Everyone may import it; it imports only
-//! [`ids`](crate::ids), [`unit`](crate::unit) and [`Subject`]. (Its submodule [`mod@file`], which reads a policy from
-//! a file, does touch files and the user database, and imports this one.)
+//! [`ids`](crate::ids), [`unit`](crate::unit) and [`Subject`]. ([`policy_file`](crate::policy_file), which reads a policy
+//! from a file, does touch files and the user database.)
 //!
 //! Deny rules are consulted first, then allow rules, each in the order given; the first that matches decides.
 //! Whom no rule matches is denied. Inside a rule every key must hold; inside a key any value may.
@@ -88,8 +88,6 @@
 //! So `units = ["backup.service"]` means the system's `backup.service`, whatever other keys the rule has, and
 //! `users = ["alice"], user-units = ["mail.service"]` means that unit of alice's own.
 
-pub mod file;
-
 mod explain;
 mod glob;
 mod index;
@@ -102,16 +100,17 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::Subject;
 use crate::ids::Uid;
-use crate::subject::Subject;
-use glob::Glob;
 use index::{Candidates, Index, NONE};
 use matcher::{Asked, Matcher, groups_are_known};
 use set::IdSet;
 
 pub use explain::Explanation;
+pub(crate) use glob::Glob;
 pub use names::Name;
 pub use rule::{Group, Kind, Place, Rule, RuleName, User};
+pub(crate) use set::HIGHEST;
 
 /// Named rules, in the order of decision, and the tables to decide by.
 #[derive(Debug)]
@@ -342,7 +341,7 @@ fn matcher<T>(rule: &Rule<T>, me: Uid) -> Result<Matcher, String> {
 }
 
 /// What is wrong with a rule that has `user-units` and no `users`, and what was expected.
-const USER_UNITS_ALONE: (&str, &str) = (
+pub(crate) const USER_UNITS_ALONE: (&str, &str) = (
     "`user-units` without `users`, where any user can call a unit of their own by that name",
     "`users` beside it, to say whose units are meant",
 );

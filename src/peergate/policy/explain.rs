@@ -6,7 +6,7 @@ use super::Policy;
 use super::glob::Glob;
 use super::matcher::{Answer, Asked, Matcher, any_fits};
 use super::rule::{Kind, Place, Rule, RuleName};
-use crate::subject::Subject;
+use crate::Subject;
 use crate::unit::Units;
 
 /// A verdict and the way to it. Its [`Display`](fmt::Display) form begins with one of

@@ -4,8 +4,8 @@ use std::cell::OnceCell;
 
 use super::glob::Glob;
 use super::set::IdSet;
+use crate::Subject;
 use crate::ids::Gid;
-use crate::subject::Subject;
 use crate::unit::Units;
 
 /// Whether a condition holds. The order makes the minimum Kleene's "and".

@@ -37,7 +37,7 @@ pub struct RuleName {
 }
 
 impl RuleName {
-    pub(super) fn new(kind: Kind, name: &str) -> Self {
+    pub(crate) fn new(kind: Kind, name: &str) -> Self {
         Self { kind, full: format!("{}.{name}", kind.as_str()).into() }
     }
 
@@ -57,7 +57,7 @@ impl RuleName {
     }
 
     /// Names go into records and onto terminals, so they are kept to what needs no quoting there.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let name = self.name();
         let fits = name.len() <= 64
             && name.starts_with(|c: char| c.is_ascii_alphanumeric())

@@ -3,7 +3,7 @@
 use crate::ids::{OVERFLOW_ID, Uid};
 
 /// The highest id that a process can have; `u32::MAX` is `(uid_t) -1`.
-pub(super) const HIGHEST: u32 = u32::MAX - 1;
+pub(crate) const HIGHEST: u32 = u32::MAX - 1;
 
 /// A set of user or group ids. Never holds an id that names nobody ([`Uid::is_known`]): such an id
 /// is outside every set, whatever the rule says.

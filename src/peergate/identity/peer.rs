@@ -28,8 +28,8 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{UnixAddr, getpeername, getsockopt, setsockopt, sockopt};
 
+use super::subject::Subject;
 use crate::ids::{Gid, OVERFLOW_ID, Uid};
-use crate::subject::Subject;
 use crate::sys;
 use crate::unit::Units;
 
@@ -90,7 +90,7 @@ pub struct Details {
 impl Peer {
     /// Asks the kernel everything that a policy may want to know of the peer of `socket`.
     ///
-    /// Holds a descriptor (the pidfd) until [`release_process`](Self::release_process) or drop.
+    /// Holds a descriptor (the pidfd) until [`close_pidfd`](Self::close_pidfd) or drop.
     ///
     /// Asked of a listening socket the kernel tells of whoever made it listen, and of a pair (socketpair(2)) who made
     /// that: ask what [`accept`](crate::Listener::accept) returned.
@@ -109,7 +109,7 @@ impl Peer {
     /// ```
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         let mut peer = Self::credentials_of(socket)?;
-        peer.hold_process(socket);
+        peer.open_pidfd(socket);
         Ok(peer)
     }
 
@@ -119,12 +119,12 @@ impl Peer {
     /// As [`of`](Self::of).
     pub fn credentials_of(socket: &impl AsFd) -> io::Result<Self> {
         let mut peer = Self::ids_of(socket)?;
-        peer.learn_groups(socket);
+        peer.load_groups(socket);
         Ok(peer)
     }
 
     /// As [`of`](Self::of), without process and supplementary groups: one system call. Until
-    /// [`learn_groups`](Self::learn_groups) the groups are incomplete, which no policy that asks for them takes for
+    /// [`load_groups`](Self::load_groups) the groups are incomplete, which no policy that asks for them takes for
     /// less.
     ///
     /// # Errors
@@ -144,7 +144,7 @@ impl Peer {
 
     /// Asks for the supplementary groups, unless they are known. They are fixed at connect: to ask later
     /// gives the same answer. Where the kernel gives none, or more than [`MOST_GROUPS`], they stay incomplete.
-    pub(crate) fn learn_groups(&mut self, socket: &impl AsFd) {
+    pub(crate) fn load_groups(&mut self, socket: &impl AsFd) {
         if self.groups.is_some() {
             return;
         }
@@ -168,7 +168,7 @@ impl Peer {
     /// Takes hold of the process that connected, so that its units can be told. Without effect on
     /// kernels before 6.5, for a peer in another pid namespace and (before 6.16) for one that has been
     /// waited for already: such a peer has no units.
-    pub(crate) fn hold_process(&mut self, socket: &impl AsFd) {
+    pub(crate) fn open_pidfd(&mut self, socket: &impl AsFd) {
         if self.pidfd.is_none() && self.pid > 0 {
             let pidfd = getsockopt(&socket.as_fd(), sockopt::PeerPidfd);
             self.pidfd = pidfd.map_err(|error| self.note_lack(error)).ok();
@@ -188,7 +188,7 @@ impl Peer {
     }
 
     /// Lets go of the process, and with it of the descriptor. Units that were asked for stay known.
-    pub fn release_process(&mut self) {
+    pub fn close_pidfd(&mut self) {
         self.pidfd = None;
     }
 
@@ -264,8 +264,8 @@ impl Peer {
     /// What a record tells beyond the ids; learns the groups too. Costs several system calls: ask only where one is
     /// written.
     pub fn details(&mut self, socket: &impl AsFd) -> Details {
-        self.hold_process(socket);
-        self.learn_groups(socket);
+        self.open_pidfd(socket);
+        self.load_groups(socket);
         Details {
             comm: self.read_proc("comm").map(|comm| printable(comm.strip_suffix('\n').unwrap_or(&comm))),
             unit: self.units().map(|units| printable(units.name())),
@@ -534,7 +534,7 @@ mod tests {
         assert_eq!(peer.read_proc("comm"), None);
         assert_eq!(peer.units(), None);
         let mut held = Peer::credentials_of(&ours).unwrap();
-        held.hold_process(&ours);
+        held.open_pidfd(&ours);
         assert!(held.read_proc("comm").is_some(), "with one there is a name: the pid alone is not what is missing");
     }
 

@@ -1,4 +1,4 @@
-//! A configuration file's text, and faults with their place in it. Used by [`file`](super), which makes these
+//! A configuration file's text, and faults with their place in it. Used by [`policy_file`](super), which makes these
 //! names public.
 
 use std::fmt::{self, Write as _};

@@ -28,22 +28,22 @@
 //!
 //! ```
 //! # use peergate::ids::Uid;
-//! # use peergate::policy::file::{self, Source, SystemNames};
+//! # use peergate::policy_file::{self, Source, SystemNames};
 //! # let source = Source::new("x.toml", "[allow.late]\nusers = ['no such user']\n");
-//! let mut policy = file::parse::<(), ()>(&source, Uid::new(1000), &SystemNames)?.policy;
+//! let mut policy = policy_file::parse::<(), ()>(&source, Uid::new(1000), &SystemNames)?.policy;
 //! // Now and then, where nobody waits:
-//! let found = file::look_up(&policy.unknown_names(), &SystemNames);
+//! let found = policy_file::look_up(&policy.unknown_names(), &SystemNames);
 //! if !found.is_empty() {
 //!     policy = policy.with_ids(&found)?;
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Imports [`policy`](super) and [`ids`](crate::ids); for whoever configures a gate from a file.
+//! Imports [`policy`](crate::policy) and [`ids`](crate::ids); for whoever configures a gate from a file.
 //!
 //! ```
 //! use peergate::ids::Uid;
-//! use peergate::policy::file::{self, Loaded, Source, SystemNames};
+//! use peergate::policy_file::{self, Loaded, Source, SystemNames};
 //!
 //! #[derive(Debug, Default, serde::Deserialize)]
 //! #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -52,14 +52,14 @@
 //! }
 //!
 //! let text = "[allow.owner]\nusers = ['self']\nmay-update = true\n";
-//! let Loaded { policy, .. } = file::parse::<Terms, ()>(&Source::new("x.toml", text), Uid::new(1000), &SystemNames)?;
+//! let Loaded { policy, .. } = policy_file::parse::<Terms, ()>(&Source::new("x.toml", text), Uid::new(1000), &SystemNames)?;
 //! assert!(policy.rules().all(|rule| rule.terms().may_update));
 //!
 //! let wrong = Source::new("x.toml", "[allow.owner]\nusers = ['2999-2000']\nmay-updat = true\n");
-//! let faults = file::parse::<Terms, ()>(&wrong, Uid::new(1000), &SystemNames).unwrap_err();
+//! let faults = policy_file::parse::<Terms, ()>(&wrong, Uid::new(1000), &SystemNames).unwrap_err();
 //! assert_eq!(faults.0.len(), 2);
 //! assert!(faults.to_string().starts_with("x.toml:2:10: "));
-//! # Ok::<(), peergate::policy::file::Faults>(())
+//! # Ok::<(), peergate::policy_file::Faults>(())
 //! ```
 
 mod names;
@@ -75,9 +75,8 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeInteger, DeTable, DeValue};
 
-use super::set::HIGHEST;
-use super::{Glob, Group, Kind, Name, Place, Policy, Rule, RuleName, USER_UNITS_ALONE, User};
 use crate::ids::{Gid, Uid};
+use crate::policy::{Glob, Group, HIGHEST, Hidden, Kind, Name, Place, Policy, Rule, RuleName, USER_UNITS_ALONE, User};
 use table::{Keys, Spot, sentence};
 
 pub use names::{Account, Names, SystemNames, look_up};
@@ -112,10 +111,10 @@ const WHO: [&str; 4] = ["users", "groups", "units", "user-units"];
 ///
 /// ```no_run
 /// use peergate::Uid;
-/// use peergate::policy::file;
+/// use peergate::policy_file;
 ///
-/// let policy = file::load::<(), ()>("/etc/hello.toml", Uid::effective())?.policy;
-/// # Ok::<(), file::Faults>(())
+/// let policy = policy_file::load::<(), ()>("/etc/hello.toml", Uid::effective())?.policy;
+/// # Ok::<(), policy_file::Faults>(())
 /// ```
 pub fn load<T, A>(path: impl AsRef<Path>, me: Uid) -> Result<Loaded<T, A>, Faults>
 where
@@ -523,7 +522,7 @@ impl<'s> Reader<'s> {
             let message = format!("{name} can match nobody as it stands; expected a user or group that exists here");
             self.warn(at(self, name), message);
         }
-        for super::Hidden { rule, by } in policy.hidden() {
+        for Hidden { rule, by } in policy.hidden() {
             let (name, by_name) = (rule.name(), by.name());
             let line = by.place().map_or(String::new(), |place| format!(" (line {})", place.line));
             let message = format!(

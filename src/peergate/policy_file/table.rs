@@ -1,4 +1,4 @@
-//! A TOML table into the application's own type, with every fault in it. Used by [`file`](super) alone.
+//! A TOML table into the application's own type, with every fault in it. Used by [`policy_file`](super) alone.
 
 use std::fmt;
 use std::ops::Range;
