@@ -4,11 +4,12 @@
 #![allow(clippy::unwrap_used)]
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::io;
 
 use peergate::Subject;
 use peergate::ids::{Gid, OVERFLOW_ID, Uid};
-use peergate::policy::{Group, Kind, Name, Policy, Rule, User, Verdict};
+use peergate::policy::{self, Group, Kind, Name, Policy, Rule, User, Verdict};
 use peergate::policy_file::{self, Fault, Loaded, Names, Source};
 use peergate::unit::Units;
 
@@ -291,11 +292,13 @@ impl Names for Nobody {
 fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and_subjects() {
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
     let (mut by_default, mut admitted, mut unknown, mut left_out) = (0, 0, 0, 0);
+    let mut keys = BTreeSet::new();
     for round in 0..3000 {
         let most = if round % 50 == 0 { 80 } else { 8 };
         let entries: Vec<_> = (0..random.below(most)).map(|number| random.entry(number)).collect();
         let me = *random.pick(&[1, 1000, 65_534]);
         let policy = Policy::new(entries.iter().map(rule), Uid::new(me)).unwrap();
+        keys.extend(policy.rules().flat_map(|rule| rule.keys(ME)).map(|(key, _)| key));
         let text = toml(&entries);
         let read = policy_file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Nobody).unwrap();
         for _ in 0..20 {
@@ -319,15 +322,16 @@ fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and
             } else {
                 asked_for_less.complete = false;
             }
-            asked_for_less.units = somebody.units.filter(|_| needs.units);
+            asked_for_less.units = somebody.units.filter(|_| needs.process);
             assert_eq!(decide(&policy, &asked_for_less), expected, "with {needs:?} alone\n{text}");
 
-            left_out += u32::from(policy.depends_on_units() && !needs.units);
+            left_out += u32::from(policy.depends_on_units() && !needs.process);
             by_default += u32::from(expected == "default");
             admitted += u32::from(explanation.is_admitted());
             unknown += u32::from(!somebody.complete || !Uid::new(somebody.uid).is_known());
         }
     }
+    assert_eq!(keys, policy::keys().collect(), "the keys that the model knows");
     // The cases are of all sorts, or the agreement would mean little.
     for count in [by_default, admitted, unknown, left_out] {
         assert!(
@@ -622,7 +626,7 @@ fn a_name_that_could_forge_an_explanation_is_no_units() {
 fn a_rule_built_in_code_is_checked_like_one_from_a_file() {
     let error = |rule: Rule<()>| Policy::new([rule], ME).unwrap_err().to_string();
     let owner = || Rule::allow("owner", ());
-    assert!(error(owner()).starts_with("allow.owner: the rule says nothing about whom it is for; expected"));
+    assert!(error(owner()).starts_with("allow.owner: the rule does not say which peers it is for; expected"));
     assert!(error(owner().users(Vec::<User>::new())).contains("`users` is empty"));
     assert!(error(owner().groups(Vec::<Group>::new())).contains("`groups` is empty"));
     assert!(error(owner().units(Vec::<String>::new())).contains("`units` is empty"));
@@ -661,7 +665,7 @@ fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() 
          database to answer",
         "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `units`, `user-units` \
          (a deny rule has no terms)",
-        "f:4:7: `deny.empty` does not say whom it is for; expected `users`, `groups` or `units` in it",
+        "f:4:7: `deny.empty` does not say which peers it is for; expected `users`, `groups` or `units` in it",
         &format!("f:6:10: the range \"2999-2000\", which runs backwards; {USERS}"),
         &format!("f:6:23: `4294967295` is no id; {ID}"),
         &format!("f:6:35: \"4294967295\" in \"1-4294967295\", which is no id from 0 to 4294967294; {USERS}"),
@@ -717,14 +721,14 @@ fn an_allow_rule_for_an_account_that_is_gone_is_a_warning_and_stops_nothing() {
     assert_eq!(
         told(text),
         [
-            "f:2:10: the user \"mallory\" does not exist, so this value matches nobody until it is found; expected a user the system knows",
-            "f:3:11: the group \"gone\" does not exist, so this value matches nobody until it is found; expected a group the system knows",
+            "f:2:10: the user \"mallory\" does not exist, so this value matches no peer until it is found; expected a user the system knows",
+            "f:3:11: the group \"gone\" does not exist, so this value matches no peer until it is found; expected a group the system knows",
         ]
     );
     assert_eq!(decide(&load(text).unwrap().policy, &Somebody::new(1001, &[4], None)), "allow.staff");
     assert_eq!(
         told("[allow.old]\nusers = ['mallory']\n")[0],
-        "f:1:8: allow.old can match nobody as it stands; expected a user or group that exists here"
+        "f:1:8: allow.old can match no peer as it stands; expected a user or group that exists here"
     );
 }
 
@@ -734,7 +738,7 @@ fn a_name_that_cannot_be_looked_up_costs_that_name_in_an_allow_rule_and_the_file
     assert_eq!(
         told(allow),
         [
-            "f:2:10: the user \"ldap\" could not be looked up (timed out), so this value matches nobody until it is found; \
+            "f:2:10: the user \"ldap\" could not be looked up (timed out), so this value matches no peer until it is found; \
           expected the user database to answer"
         ]
     );
@@ -813,7 +817,7 @@ fn naming_the_overflow_id_is_a_warning() {
 #[test]
 fn a_file_that_admits_nobody_is_a_warning() {
     for text in ["", "# nothing\n", "[deny.x]\nusers = ['alice']\n"] {
-        assert_eq!(told(text), ["f:1:1: no allow rule, so everyone is denied; expected one such as [allow.owner]"]);
+        assert_eq!(told(text), ["f:1:1: no allow rule, so every peer is denied; expected one such as [allow.owner]"]);
     }
 }
 
@@ -825,11 +829,11 @@ fn a_rule_that_an_earlier_one_hides_is_a_warning() {
     };
     assert_eq!(
         hidden("[allow.range]\nusers = ['2100-2199']\n[deny.contractors]\nusers = ['2000-2999']\n"),
-        ["f:1:8: allow.range never decides: deny.contractors (line 3) comes first for everyone it is for"]
+        ["f:1:8: allow.range never decides: deny.contractors (line 3) comes first for every peer it is for"]
     );
     assert_eq!(
         hidden("[allow.any]\nusers = ['any']\n[allow.adm]\ngroups = ['adm']\n"),
-        ["f:3:8: allow.adm never decides: allow.any (line 1) comes first for everyone it is for"]
+        ["f:3:8: allow.adm never decides: allow.any (line 1) comes first for every peer it is for"]
     );
     // Two rules together may hide a third; one with a condition of its own hides nothing.
     assert_eq!(hidden("[allow.a]\nusers = ['1-5']\n[allow.b]\nusers = ['6-9']\n[allow.c]\nusers = ['4-8']\n").len(), 1);
@@ -865,7 +869,7 @@ fn check_any(text: &str) {
     match policy_file::parse::<(), ()>(&Source::new("f", text), ME, &Database) {
         Ok(loaded) => {
             // Whatever the rules on users say, whom nobody can name is not admitted by them.
-            let by_users = loaded.policy.rules().all(|rule| rule.listed_users().is_some());
+            let by_users = loaded.policy.rules().all(|rule| rule.keys(ME).any(|(key, _)| key == "users"));
             let unmapped = Somebody::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
             assert!(!by_users || matches!(loaded.policy.decide(&unmapped), Verdict::Denied(_)), "{text:?}");
         }

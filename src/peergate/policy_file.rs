@@ -16,30 +16,27 @@
 //! belongs-to = "the application"
 //! ```
 //!
-//! Tables under `deny` and `allow` are rules. The keys `users`, `groups`, `units` and `user-units` say whom a rule
-//! is for; what else an allow rule holds are its terms, of the type that the application chooses. A deny rule has no terms.
+//! Tables under `deny` and `allow` are rules. The keys `users`, `groups`, `units` and `user-units` say which peers a rule is
+//! for. All other keys of an allow rule are its terms, of the type that the application chooses. A deny rule has no terms.
 //! Every other table is the application's.
 //!
-//! A file is taken as a whole or not at all, and all that is wrong with it is told at once.
+//! A file is taken as a whole or not at all, and all its faults are listed at once.
 //!
-//! A name in an allow rule that the user database does not know matches nobody: [`Loaded::unknown`]. It may come to be
-//! known: then [`look_up`] finds it, and [`Policy::with_ids`] makes the policy that it is part of. No thread does that
-//! unasked.
+//! A name in an allow rule that the user database does not know matches no peer: [`Loaded::unknown`]. When the database
+//! has learned it, [`look_up`] finds it and [`Policy::with_ids`] makes the policy with it. The application calls both.
 //!
 //! ```
 //! # use peergate::ids::Uid;
 //! # use peergate::policy_file::{self, Source, SystemNames};
 //! # let source = Source::new("x.toml", "[allow.late]\nusers = ['no such user']\n");
 //! let mut policy = policy_file::parse::<(), ()>(&source, Uid::new(1000), &SystemNames)?.policy;
-//! // Now and then, where nobody waits:
+//! // Now and then, on a thread that may wait:
 //! let found = policy_file::look_up(&policy.unknown_names(), &SystemNames);
 //! if !found.is_empty() {
 //!     policy = policy.with_ids(&found)?;
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
-//!
-//! Imports [`policy`](crate::policy) and [`ids`](crate::ids); for whoever configures a gate from a file.
 //!
 //! ```
 //! use peergate::ids::Uid;
@@ -73,10 +70,12 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use toml::Spanned;
-use toml::de::{DeInteger, DeTable, DeValue};
+use toml::de::{DeTable, DeValue};
 
 use crate::ids::{Gid, Uid};
-use crate::policy::{Glob, Group, HIGHEST, Hidden, Kind, Name, Place, Policy, Rule, RuleName, USER_UNITS_ALONE, User};
+use crate::policy::{
+    Condition, Given, HIGHEST, Hidden, KEYS, Key, Kind, Name, Place, Policy, Rule, RuleName, sufficient_keys,
+};
 use table::{Keys, Spot, sentence};
 
 pub use names::{Account, Names, SystemNames, look_up};
@@ -92,22 +91,19 @@ pub struct Loaded<T, A> {
     pub application: A,
     /// What does not stop the file from being used, but is hardly meant.
     pub warnings: Vec<Fault>,
-    /// The names in allow rules that the user database did not know. They match nobody until they are looked up again:
-    /// [`look_up`], and then [`Policy::with_ids`].
+    /// The names in allow rules that the user database did not know. They match no peer until they are looked up again:
+    /// [`look_up`], then [`Policy::with_ids`].
     pub unknown: Vec<Name>,
-    /// Those of them for which the database gave no answer, so that they may well exist.
+    /// The unknown names for which the database gave no answer: they may exist.
     pub unanswered: Vec<Name>,
 }
 
-/// The keys that say whom a rule is for.
-const WHO: [&str; 4] = ["users", "groups", "units", "user-units"];
-
-/// Reads the file at `path`, with the system's own users and groups. `me` is whom `self` stands for. For the type
+/// Reads the file at `path`, with the system's own users and groups. `me` is the user that `self` means. For the type
 /// parameters see [`parse`]; an application without tables of its own takes `()` for `A`.
 ///
 /// # Errors
-/// Everything that is wrong with the file; that includes a file that is missing, unreadable, or writable by others
-/// than root and `me` (see [`Source::read`]).
+/// Everything that is wrong with the file; that includes a file that is missing, unreadable, or writable by a user
+/// other than root and `me` (see [`Source::read`]).
 ///
 /// ```no_run
 /// use peergate::Uid;
@@ -129,7 +125,7 @@ where
     parse(&source, me, &SystemNames)
 }
 
-/// Reads a policy. `me` is whom `self` stands for; `names` is asked for each name that the file mentions.
+/// Reads a policy. `me` is the user that `self` means; `names` is asked for each name that the file mentions.
 ///
 /// `T` is read from an allow rule's further keys, `A` from the further tables. Both are refused keys that they do
 /// not name as fields; in deeper tables that is for their types to say (`#[serde(deny_unknown_fields)]`).
@@ -157,7 +153,7 @@ where
     let policy = match Policy::new(rules, me) {
         Ok(policy) if reader.faults.is_empty() => policy,
         Ok(_) => return Err(reader.faults()),
-        // Each value was checked as it was read; this is for what we failed to see.
+        // Each value was checked as it was read. This is for a fault that these checks miss.
         Err(error) if reader.faults.is_empty() => {
             reader.fault(reader.headers.get(error.rule()).copied().unwrap_or(0), error.to_string());
             return Err(reader.faults());
@@ -167,7 +163,7 @@ where
     if !some_allow {
         reader
             .warnings
-            .push((0, "no allow rule, so everyone is denied; expected one such as [allow.owner]".to_owned()));
+            .push((0, "no allow rule, so every peer is denied; expected one such as [allow.owner]".to_owned()));
     }
     reader.warn_of_useless_rules(&policy);
     let unanswered = reader.unanswered();
@@ -178,57 +174,13 @@ where
 struct Reader<'s> {
     source: &'s Source,
     names: &'s dyn Names,
-    known: HashMap<(Key, String), Result<Option<u32>, String>>,
+    known: HashMap<Name, Result<Option<u32>, String>>,
     /// Where each rule's name is written.
     headers: HashMap<String, usize>,
     faults: Vec<Spot>,
     warnings: Vec<Spot>,
-    /// Where the text is no TOML, so that what was made of it is guesswork. Ascending and disjoint.
+    /// Where the text is no TOML, so that what was read there is a guess. Ascending and disjoint.
     garbled: Vec<Range<usize>>,
-}
-
-/// Which kind of name a value is.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-enum Key {
-    Users,
-    Groups,
-}
-
-impl Key {
-    fn name(self) -> &'static str {
-        if self == Self::Users { "users" } else { "groups" }
-    }
-
-    fn one(self) -> &'static str {
-        if self == Self::Users { "user" } else { "group" }
-    }
-
-    fn of(self, name: String) -> Name {
-        if self == Self::Users { Name::User(name) } else { Name::Group(name) }
-    }
-
-    fn expected(self) -> &'static str {
-        match self {
-            Self::Users => "expected a user's name, an id, a range such as \"2000-2999\", \"self\" or \"any\"",
-            Self::Groups => "expected a group's name, an id, a range such as \"2000-2999\", or \"any\"",
-        }
-    }
-
-    fn array(self) -> &'static str {
-        match self {
-            Self::Users => "expected an array such as [\"self\", \"alice\", 1001, \"2000-2999\"]",
-            Self::Groups => "expected an array such as [\"adm\", 1001, \"2000-2999\"]",
-        }
-    }
-}
-
-/// A value of `users` or `groups`, before it is known which.
-enum Value {
-    Me,
-    Any,
-    Id(u32),
-    Range(u32, u32),
-    Name(String, Option<u32>),
 }
 
 impl<'s> Reader<'s> {
@@ -245,7 +197,7 @@ impl<'s> Reader<'s> {
     }
 
     fn fault(&mut self, at: usize, message: impl Into<String>) {
-        // A syntax fault garbles what follows it; the fault itself says enough.
+        // What follows a syntax fault may be misread, so no further fault is reported there.
         let before = self.garbled.partition_point(|range| range.start <= at);
         if before == 0 || !self.garbled[before - 1].contains(&at) {
             self.faults.push((at, message.into()));
@@ -323,55 +275,46 @@ impl<'s> Reader<'s> {
         };
         self.headers.insert(full.to_string(), at);
 
-        let (users, groups, units) = (table.remove("users"), table.remove("groups"), table.remove("units"));
-        let user_units = table.remove_entry("user-units");
-        if !self.garbled.is_empty() {
-            // What is missing may be there, on a line that could not be read.
-        } else if let (Some((key, _)), None) = (&user_units, &users) {
-            self.fault(key.span().start, format!("{}; expected {}", USER_UNITS_ALONE.0, USER_UNITS_ALONE.1));
-        } else if users.is_none() && groups.is_none() && units.is_none() {
-            self.fault(
-                at,
-                format!("`{full}` does not say whom it is for; expected `users`, `groups` or `units` in it"),
-            );
+        let mut given = Vec::new();
+        for key in KEYS {
+            if let Some((name, value)) = table.remove_entry(key.name) {
+                given.push((key, name.span().start, value));
+            }
+        }
+        // What is missing may be there, on a line that could not be read.
+        if self.garbled.is_empty() {
+            self.check_keys(&full, at, &given);
         }
         let terms = self.terms(kind, table, span);
         let mut rule = match kind {
             Kind::Allow => Rule::allow(name.get_ref(), terms),
             Kind::Deny => Rule::deny(name.get_ref()),
         };
-        if let Some(users) = users {
-            rule = rule.users(self.values(kind, Key::Users, &users).into_iter().map(|value| match value {
-                Value::Me => User::Me,
-                Value::Any => User::Any,
-                Value::Id(id) => User::Id(Uid::new(id)),
-                Value::Range(low, high) => User::Range(Uid::new(low), Uid::new(high)),
-                Value::Name(name, id) => User::Named(name, id.map(Uid::new)),
-            }));
-        }
-        if let Some(groups) = groups {
-            rule = rule.groups(self.values(kind, Key::Groups, &groups).into_iter().filter_map(|value| match value {
-                Value::Me => None,
-                Value::Any => Some(Group::Any),
-                Value::Id(id) => Some(Group::Id(Gid::new(id))),
-                Value::Range(low, high) => Some(Group::Range(Gid::new(low), Gid::new(high))),
-                Value::Name(name, id) => Some(Group::Named(name, id.map(Gid::new))),
-            }));
-        }
-        if let Some(units) = units {
-            rule = rule.units(self.patterns("units", &units));
-        }
-        if let Some((_, user_units)) = user_units {
-            rule = rule.user_units(self.patterns("user-units", &user_units));
+        for (key, _, value) in given {
+            rule.add(self.condition(kind, key, &value));
         }
         Some(rule.at(Place { file: self.source.path().clone(), line: self.source.line(at) }))
+    }
+
+    /// Whether these keys say which peers a rule is for.
+    fn check_keys(&mut self, rule: &RuleName, at: usize, given: &[(&Key, usize, Spanned<DeValue<'_>>)]) {
+        if given.is_empty() {
+            let expected = sufficient_keys();
+            self.fault(at, format!("`{rule}` does not say which peers it is for; expected {expected} in it"));
+        }
+        for (key, at, _) in given {
+            let Some((companion, problem)) = key.companion else { continue };
+            if given.iter().all(|(other, ..)| other.name != companion) {
+                self.fault(*at, problem);
+            }
+        }
     }
 
     /// An allow rule's further keys.
     fn terms<T: DeserializeOwned + Default>(&mut self, kind: Kind, mut table: DeTable<'_>, span: Range<usize>) -> T {
         let keys = if kind == Kind::Allow { Keys::of::<T>() } else { Keys::Fixed(&[]) };
         let aside = if kind == Kind::Deny { " (a deny rule has no terms)" } else { "" };
-        self.unknown_keys(&mut table, keys, &WHO, aside);
+        self.unknown_keys(&mut table, keys, &KEYS.map(|key| key.name), aside);
         if kind == Kind::Deny { T::default() } else { self.typed(table, span) }
     }
 
@@ -401,132 +344,78 @@ impl<'s> Reader<'s> {
         value
     }
 
-    /// The values of `users` or `groups`.
-    fn values(&mut self, kind: Kind, key: Key, value: &Spanned<DeValue<'_>>) -> Vec<Value> {
-        self.elements(key.name(), key.array(), value, |reader, element| {
-            let found = match element.get_ref() {
-                DeValue::String(text) => reader.value(kind, key, text, element.span().start),
-                DeValue::Integer(number) => id(number).map(Value::Id).ok_or_else(|| {
-                    format!("`{number}` is no id; expected a whole number from 0 to {HIGHEST}, without leading zeros")
-                }),
-                other => Err(format!("{} in `{}`; {}", a(other), key.name(), key.expected())),
-            };
-            if matches!(found, Ok(Value::Id(crate::ids::OVERFLOW_ID))) {
-                reader.warn(element.span().start, overflow(key));
-            }
-            found
-        })
-    }
-
-    /// One value of `users` or `groups`.
-    fn value(&mut self, kind: Kind, key: Key, text: &str, at: usize) -> Result<Value, String> {
-        let numeric = text.contains(|c: char| c.is_ascii_digit())
-            && text.chars().all(|c| c.is_ascii_digit() || "+-.,:_ ".contains(c));
-        match text {
-            "any" => Ok(Value::Any),
-            "self" if key == Key::Users => Ok(Value::Me),
-            "self" => Err(format!("\"self\" in `groups`, where it means nothing; {}", key.expected())),
-            _ if numeric => number_or_range(text).map_err(|problem| format!("{problem}; {}", key.expected())),
-            _ if !could_be_a_name(text) => {
-                Err(format!("{text:?}, which is no {}'s name; {}", key.one(), key.expected()))
-            }
-            name => self.name(kind, key, name, at),
+    /// Reads the values of a key; each one that is wrong becomes a fault.
+    fn condition(&mut self, kind: Kind, key: &'static Key, value: &Spanned<DeValue<'_>>) -> Condition {
+        let mut condition = Condition::new(key);
+        let (at, expected) = (value.span().start, format!("expected an array such as {}", key.example));
+        let DeValue::Array(elements) = value.get_ref() else {
+            self.fault(at, format!("`{}` is {}; {expected}", key.name, a(value.get_ref())));
+            return condition;
+        };
+        if elements.is_empty() {
+            self.fault(at, format!("`{}` is empty; {expected}", key.name));
         }
+        for element in elements {
+            let at = element.span().start;
+            match condition.read(&given(element.get_ref()), &mut |name| self.id_of(kind, name, at)) {
+                Ok(None) => {}
+                Ok(Some(warning)) => self.warn(at, warning),
+                Err(problem) => self.fault(at, problem),
+            }
+        }
+        condition
     }
 
-    fn name(&mut self, kind: Kind, key: Key, name: &str, at: usize) -> Result<Value, String> {
-        let one = key.one();
-        let (problem, expected) = match self.look_up(key, name) {
-            Ok(Some(id)) => {
-                if id == crate::ids::OVERFLOW_ID {
-                    self.warn(at, overflow(key));
-                }
-                return Ok(Value::Name(name.to_owned(), Some(id)));
-            }
-            Ok(None) => ("does not exist".to_owned(), format!("expected a {one} the system knows")),
+    /// The id that goes with a name. In an allow rule an unknown name is a warning, in a deny rule a fault.
+    fn id_of(&mut self, kind: Kind, name: &Name, at: usize) -> Result<Option<u32>, String> {
+        let (problem, expected) = match self.look_up(name) {
+            Ok(Some(id)) => return Ok(Some(id)),
+            Ok(None) => ("does not exist".to_owned(), format!("expected a {} the system knows", name.kind())),
             Err(error) => {
                 (format!("could not be looked up ({error})"), "expected the user database to answer".to_owned())
             }
         };
         if kind == Kind::Deny {
-            return Err(format!("the {one} {name:?} {problem}, and a denial must not be lost; {expected}"));
+            return Err(format!("the {name} {problem}, and a denial must not be lost; {expected}"));
         }
-        self.warn(
-            at,
-            format!("the {one} {name:?} {problem}, so this value matches nobody until it is found; {expected}"),
-        );
-        Ok(Value::Name(name.to_owned(), None))
+        self.warn(at, format!("the {name} {problem}, so this value matches no peer until it is found; {expected}"));
+        Ok(None)
     }
 
-    fn look_up(&mut self, key: Key, name: &str) -> Result<Option<u32>, String> {
+    fn look_up(&mut self, name: &Name) -> Result<Option<u32>, String> {
         let look_up = || {
-            let id = match key {
-                Key::Users => self.names.uid(name).map(|uid| uid.map(Uid::raw)),
-                Key::Groups => self.names.gid(name).map(|gid| gid.map(Gid::raw)),
+            let id = match name {
+                Name::User(user) => self.names.uid(user).map(|uid| uid.map(Uid::raw)),
+                Name::Group(group) => self.names.gid(group).map(|gid| gid.map(Gid::raw)),
             };
             match id {
-                Ok(Some(id)) if id > HIGHEST => Err(format!("its id {id} names nobody")),
+                Ok(Some(id)) if id > HIGHEST => Err(format!("its id {id} is none that a process can have")),
                 id => id.map_err(|error| error.to_string()),
             }
         };
-        self.known.entry((key, name.to_owned())).or_insert_with(look_up).clone()
+        self.known.entry(name.clone()).or_insert_with(look_up).clone()
     }
 
     /// The names for which the database gave no answer.
     fn unanswered(&self) -> Vec<Name> {
         let failed = self.known.iter().filter(|(_, answer)| answer.is_err());
-        let mut names: Vec<Name> = failed.map(|((key, name), _)| key.of(name.clone())).collect();
+        let mut names: Vec<Name> = failed.map(|(name, _)| name.clone()).collect();
         names.sort_unstable();
         names
     }
 
-    /// The values of `units` or `user-units`.
-    fn patterns(&mut self, key: &str, value: &Spanned<DeValue<'_>>) -> Vec<String> {
-        const ARRAY: &str = "expected an array such as [\"backup.service\", \"session-*.scope\"]";
-        self.elements(key, ARRAY, value, |_, element| match element.get_ref() {
-            DeValue::String(text) => Glob::new(text).map(|_| text.clone().into_owned()),
-            other => Err(format!("{} in `{key}`; expected a unit's name such as \"backup.service\"", a(other))),
-        })
-    }
-
-    /// The elements of an array that are right; those that are not become faults.
-    fn elements<R>(
-        &mut self,
-        key: &str,
-        expected: &str,
-        value: &Spanned<DeValue<'_>>,
-        mut read: impl FnMut(&mut Self, &Spanned<DeValue<'_>>) -> Result<R, String>,
-    ) -> Vec<R> {
-        let at = value.span().start;
-        let DeValue::Array(elements) = value.get_ref() else {
-            self.fault(at, format!("`{key}` is {}; {expected}", a(value.get_ref())));
-            return Vec::new();
-        };
-        if elements.is_empty() {
-            self.fault(at, format!("`{key}` is empty; {expected}"));
-        }
-        let mut good = Vec::with_capacity(elements.len());
-        for element in elements {
-            match read(self, element) {
-                Ok(value) => good.push(value),
-                Err(problem) => self.fault(element.span().start, problem),
-            }
-        }
-        good
-    }
-
     fn warn_of_useless_rules<T>(&mut self, policy: &Policy<T>) {
         let at = |reader: &Self, name: &RuleName| reader.headers.get(name.as_str()).copied().unwrap_or(0);
-        for rule in policy.for_nobody() {
+        for rule in policy.without_ids() {
             let name = rule.name();
-            let message = format!("{name} can match nobody as it stands; expected a user or group that exists here");
+            let message = format!("{name} can match no peer as it stands; expected a user or group that exists here");
             self.warn(at(self, name), message);
         }
         for Hidden { rule, by } in policy.hidden() {
             let (name, by_name) = (rule.name(), by.name());
             let line = by.place().map_or(String::new(), |place| format!(" (line {})", place.line));
             let message = format!(
-                "{name} never decides: {by_name}{line} comes first for everyone it is for; \
+                "{name} never decides: {by_name}{line} comes first for every peer it is for; \
                  expected it before {by_name}, or not at all"
             );
             self.warn(at(self, name), message);
@@ -556,14 +445,6 @@ fn in_file_order<'t>(table: DeTable<'t>) -> Vec<(Spanned<std::borrow::Cow<'t, st
     entries
 }
 
-fn overflow(key: Key) -> String {
-    format!(
-        "the id 65534 stands for every {} that cannot be told apart here, so it is taken for nobody; \
-         expected another id",
-        key.one()
-    )
-}
-
 /// "an array".
 fn a(value: &DeValue<'_>) -> String {
     let kind = value.type_str();
@@ -571,29 +452,13 @@ fn a(value: &DeValue<'_>) -> String {
     format!("{article} {kind}")
 }
 
-fn id(number: &DeInteger<'_>) -> Option<u32> {
-    u32::from_str_radix(number.as_str(), number.radix()).ok().filter(|&id| id <= HIGHEST)
-}
-
-fn number_or_range(text: &str) -> Result<Value, String> {
-    let number = |digits: &str| {
-        let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
-        if plain && digits.len() > 1 && digits.starts_with('0') {
-            return Err(format!("{digits:?} in {text:?}, which has leading zeros"));
+/// A value as conditions read it.
+fn given<'v>(value: &'v DeValue<'_>) -> Given<'v> {
+    match value {
+        DeValue::String(text) => Given::Text(text),
+        DeValue::Integer(number) => {
+            Given::Integer(number.to_string(), u32::from_str_radix(number.as_str(), number.radix()).ok())
         }
-        let id = digits.parse::<u32>().ok().filter(|&id| plain && id <= HIGHEST);
-        id.ok_or_else(|| format!("{digits:?} in {text:?}, which is no id from 0 to {HIGHEST}"))
-    };
-    let Some((low, high)) = text.split_once('-') else { return number(text).map(Value::Id) };
-    let (low, high) = (number(low)?, number(high)?);
-    if low > high { Err(format!("the range {text:?}, which runs backwards")) } else { Ok(Value::Range(low, high)) }
-}
-
-/// Whether a database of users may hold this name. Names of directory services may have spaces inside, and more.
-fn could_be_a_name(text: &str) -> bool {
-    !text.is_empty()
-        && text.len() <= 1024
-        && text.trim() == text
-        && !text.starts_with('-')
-        && !text.contains(|c: char| c.is_control() || ":/,".contains(c))
+        other => Given::Other(a(other)),
+    }
 }

@@ -73,7 +73,7 @@ pub(super) fn ask<'p, T>(peer: &mut Peer, socket: &impl AsFd, policy: &'p Policy
     if needs.groups {
         peer.load_groups(socket);
     }
-    if needs.units {
+    if needs.process {
         peer.open_pidfd(socket);
     }
     policy.decide(&*peer)
