@@ -18,7 +18,7 @@ use nix::sys::signal::SigSet;
 const SO_COOKIE: libc::c_int = 57;
 pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
 
-/// Takes possession of a descriptor that the service manager promised us by number.
+/// Takes ownership of a descriptor that the service manager passed by number.
 ///
 /// Marks it close-on-exec. Fails with EBADF where nothing is open at that number.
 /// May be called once per number and before anything else in the process opens descriptors there;
@@ -28,7 +28,7 @@ pub(crate) fn adopt_fd(fd: RawFd) -> io::Result<OwnedFd> {
     if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is open (just checked), and by the LISTEN_FDS protocol it is ours and nobody else's.
+    // SAFETY: it is open (just checked), and by the LISTEN_FDS protocol this process owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -40,7 +40,7 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     if fd == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: accept4 returned a new descriptor that nobody else knows.
+    // SAFETY: accept4 returned a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -52,7 +52,7 @@ pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     if fd == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: pidfd_open returned a new descriptor that nobody else knows.
+    // SAFETY: pidfd_open returned a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -78,7 +78,7 @@ pub(crate) fn peer_label<'r>(socket: BorrowedFd<'_>, room: &'r mut [u8]) -> io::
     Ok(room.get(..length as usize).unwrap_or_default())
 }
 
-/// FIONREAD: how many bytes have come that nobody has read yet, unix(7) (as SIOCINQ).
+/// FIONREAD: how many bytes are in the receive queue, unix(7) (as SIOCINQ).
 pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut count: libc::c_int = 0;
     // SAFETY: the kernel writes one int, and `count` outlives the call.
@@ -111,7 +111,7 @@ pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> 
     }
 }
 
-/// pidfd_send_signal(2): to the very process, whoever has its number by now. Linux 5.1.
+/// pidfd_send_signal(2): to the very process, also where its number has passed on to another. Linux 5.1.
 pub(crate) fn signal_process(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let nothing_more = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: with a null pointer the kernel fills in the sender, as for kill(2); nothing of ours is read or written.
@@ -130,8 +130,8 @@ union OneCredential {
     bytes: [u8; unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize],
 }
 
-/// recvmsg(2) on a socket with SO_PASSCRED: how many bytes came, and who sent them (unix(7)); `None` where the kernel
-/// attached nobody. Never waits.
+/// recvmsg(2) on a socket with SO_PASSCRED: how many bytes came, and the sender's credentials (unix(7)); `None` where
+/// the kernel attached none. Never waits.
 pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<libc::ucred>)> {
     let mut control = MaybeUninit::<OneCredential>::zeroed();
     let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
@@ -244,7 +244,7 @@ impl Interruptions {
         if unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) } == -1 {
             return Err(io::Error::last_os_error());
         }
-        // Whoever started this thread may have blocked every signal.
+        // The thread that started this one may have blocked every signal.
         signal_set(&[signal]).thread_unblock()?;
         // SAFETY: all zeros is a valid sigevent.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
@@ -359,9 +359,9 @@ fn entry<E, R>(
         let mut found = std::ptr::null_mut();
         match call(entry.as_mut_ptr(), room.as_mut_ptr().cast(), size, &mut found) {
             0 if found.is_null() => return Ok(None),
-            // SAFETY: on success it points to `entry`, filled in, whose strings are in `room`; both live until here.
+            // SAFETY: on success it points to `entry`, filled in, with its strings in `room`; both live until here.
             0 => return Ok(Some(read(unsafe { &*found }))),
-            // Some sources say so where the others say "nothing found" (getpwnam(3), ERRORS).
+            // Some sources report "nothing found" as an error (getpwnam(3), ERRORS).
             libc::ENOENT | libc::ESRCH => return Ok(None),
             libc::ERANGE if size < MOST_ROOM => size *= 4,
             libc::EINTR => {}

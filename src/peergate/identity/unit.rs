@@ -3,7 +3,7 @@
 //! Pure: takes text, returns names. Whether the text belongs to the right process is
 //! [`peer`](crate::peer)'s business.
 //!
-//! systemd gives each unit a control group whose path repeats the unit's place in the tree:
+//! systemd gives each unit a control group. Its path repeats the unit's place in the tree:
 //!
 //! ```text
 //! /system.slice/backup.service
@@ -102,7 +102,7 @@ impl Units {
         &self.system
     }
 
-    /// Where the process belongs to a user's manager: whose, and that manager's units around it,
+    /// Where the process belongs to a user's manager: the uid of that user, and that manager's units around the process,
     /// outermost first. The user chose these names.
     pub fn user(&self) -> Option<(Uid, &[String])> {
         self.user.as_ref().map(|(uid, units)| (*uid, units.as_slice()))
@@ -187,8 +187,8 @@ fn unescape(component: &str) -> Option<&str> {
 }
 
 /// The unit types that can have a control group (systemd.resource-control(5)), and the characters that unit names are
-/// made of (systemd.unit(5)). Whoever may make control groups may call one as they like: no name of theirs is to read as
-/// several words of a record.
+/// made of (systemd.unit(5)). A user with the right to make control groups may give one any name: the name must not
+/// read as several words of a record.
 pub(crate) fn is_unit(component: &str) -> bool {
     let Some((name, suffix)) = component.rsplit_once('.') else { return false };
     let fits = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
@@ -204,14 +204,14 @@ pub(crate) fn is_unit(component: &str) -> bool {
         }
 }
 
-/// The user whose manager is at the end of this chain of units.
+/// The user of the manager at the end of this chain of units.
 fn manager_of(system: &[String]) -> Option<Uid> {
     let [top, slice, unit] = system else { return None };
     let uid = manager(unit)?;
     (top == "user.slice" && *slice == format!("user-{uid}.slice")).then_some(uid)
 }
 
-/// The user whose manager `user@UID.service` is.
+/// The user of the manager `user@UID.service`.
 fn manager(unit: &str) -> Option<Uid> {
     let text = unit.strip_prefix("user@")?.strip_suffix(".service")?;
     let uid: u32 = text.parse().ok()?;
@@ -287,7 +287,7 @@ mod tests {
         ] {
             assert_eq!(Units::from_path(path), None, "{path}");
         }
-        // Below a unit anybody may call anything as they like.
+        // Below a unit a control group may have any name.
         assert_eq!(units("0::/system.slice/a.service/_b.service\n").0, ["system.slice", "a.service"]);
     }
 

@@ -38,11 +38,11 @@ impl Names for SystemNames {
     }
 }
 
-/// A user, as the user database has them.
+/// An entry of the user database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Account {
-    /// The name; what of it is no UTF-8 is replaced.
+    /// The name; bytes that are not UTF-8 are replaced.
     pub name: String,
     /// The user id.
     pub uid: Uid,
@@ -76,8 +76,8 @@ impl SystemNames {
         Ok(sys::user_by_id(uid.raw())?.map(Account::from))
     }
 
-    /// The groups of a user, the user's own among them: getgrouplist(3). A database that gives no answer is not told
-    /// from one that lists no group.
+    /// The groups of a user, the user's own among them: getgrouplist(3). A database that gives no answer cannot be
+    /// told from one that lists no group.
     ///
     /// # Errors
     /// More groups than a million.
@@ -87,11 +87,11 @@ impl SystemNames {
     }
 }
 
-/// Those of these names that the database knows now, with their ids. A name for which it gives no answer is left out.
+/// Looks names up: the names that the database knows now, with their ids. A name for which it gives no answer is left out.
 ///
 /// With [`Policy::unknown_names`](crate::policy::Policy::unknown_names) and
-/// [`Policy::with_ids`](crate::policy::Policy::with_ids) a service looks up again what was not known when its policy was
-/// read. It takes as long as the database does, so not on a thread that somebody waits for.
+/// [`Policy::with_ids`](crate::policy::Policy::with_ids) a service looks up again the names that were unknown when its policy was
+/// read. It takes as long as the database does, so call it on a thread that may wait.
 pub fn look_up(wanted: &[Name], names: &dyn Names) -> Vec<(Name, u32)> {
     let id = |name: &Name| match name {
         Name::User(user) => names.uid(user).ok().flatten().map(Uid::raw),
