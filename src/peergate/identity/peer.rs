@@ -1,6 +1,6 @@
-//! A socket becomes a [`Peer`]: what the kernel vouches for about the process on the other end.
+//! What the kernel vouches for about the process on the other end of a socket: [`Peer`].
 //!
-//! Sole user of the credentials' socket options (unix(7), socket(7)). Knows the kernel, not the policy.
+//! The only module that uses the socket options for credentials (unix(7), socket(7)). It does not know the policy.
 //!
 //! | fact | from | fixed when | since |
 //! | --- | --- | --- | --- |
@@ -11,12 +11,12 @@
 //! | security label | SO_PEERSEC | connect(2) | Linux 2.6.2 |
 //!
 //! A pid is only a number, and is given to another process once its owner has been waited for. So
-//! whatever is read from `/proc/PID` counts only if the pidfd shows afterwards that the process had
-//! not ended in the meantime: until then its number cannot have passed on.
+//! what is read from `/proc/PID` counts only if the pidfd shows afterwards that the process had not
+//! ended: until then its number cannot have passed on.
 //!
-//! A peer chooses how many groups it has, how deep in the control group tree it is, and sometimes its label, and it is
-//! asked about on threads that all connections share. So each answer is read into room of a fixed size, and one that
-//! does not fit in cannot be told.
+//! A peer chooses how many groups it has, how deep in the control group tree it is, and sometimes its label. The kernel is
+//! asked on threads that all connections share. So each answer is read into a buffer of a fixed size. An answer that does
+//! not fit is unknown.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -40,22 +40,22 @@ impl Uid {
     }
 }
 
-/// The longest list of supplementary groups that can be told. Of a longer one only the number is told: it fulfils no
-/// allow rule by groups, and a deny rule by groups counts as matched.
+/// The longest list of supplementary groups that is read. Of a longer list only the length is known: an allow rule by
+/// groups does not match, and a deny rule by groups does.
 ///
 /// setgroups(2) takes 65,536 groups, even the same one so many times, and where newgidmap(1) is installed any user may
 /// call it in a user namespace. The lists that directories give are shorter than this: a Windows domain, the richest
 /// source of groups in practice, gives a user 1,015 at most (its access token has room for 1,024).
 pub const MOST_GROUPS: usize = 1024;
 
-/// How much of a file below /proc/PID is read: four control groups' paths of the greatest length, far more than the
-/// dozen short ones that there are, and any command name.
+/// How much of a file below /proc/PID is read: enough for four control group paths of the greatest length, or for any
+/// command name.
 const MOST_PROC: usize = 16 * 1024;
 
 /// How long a label may be. Smack's have 255 bytes at most, and a usual one of SELinux some 60.
 const MOST_LABEL: usize = 1024;
 
-/// Room for /proc/PID/status: NGROUPS_MAX groups of 11 characters, and what stands around them.
+/// How much of /proc/PID/status is read: NGROUPS_MAX groups of 11 characters, and the other lines.
 const MOST_STATUS: u64 = 1024 * 1024;
 
 /// The process on the other end of a connected AF_UNIX socket, as of connect(2).
@@ -63,7 +63,7 @@ const MOST_STATUS: u64 = 1024 * 1024;
 pub struct Peer {
     uid: Uid,
     gid: Gid,
-    /// The effective gid first, then the supplementary ones; no neighbours alike. `None`: not known.
+    /// The effective gid first, then the supplementary ones; no neighbours are equal. `None`: not known.
     groups: Option<Box<[Gid]>>,
     /// How many supplementary groups the kernel counts; 0 until it was asked.
     supplementary: u32,
@@ -73,8 +73,8 @@ pub struct Peer {
     lacked_descriptors: AtomicBool,
 }
 
-/// What a record tells about a peer beyond its ids. Each is absent where it could not be tied to the
-/// very process that connected.
+/// What a record tells about a peer beyond its ids. A field is absent where it could not be tied to the process that
+/// connected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Details {
@@ -87,7 +87,7 @@ pub struct Details {
 }
 
 impl Peer {
-    /// Asks the kernel everything that a policy may want to know of the peer of `socket`.
+    /// Asks the kernel for everything that a policy may need to know about the peer of `socket`.
     ///
     /// Holds a descriptor (the pidfd) until [`close_pidfd`](Self::close_pidfd) or drop.
     ///
@@ -141,8 +141,8 @@ impl Peer {
         Self { uid, gid, groups: None, supplementary: 0, pid, pidfd: None, units, lacked_descriptors }
     }
 
-    /// Asks for the supplementary groups, unless they are known. They are fixed at connect: to ask later
-    /// gives the same answer. Where the kernel gives none, or more than [`MOST_GROUPS`], they stay incomplete.
+    /// Asks for the supplementary groups, unless they are known. They are fixed at connect(2), so the answer is the same
+    /// later. Where the kernel gives none, or more than [`MOST_GROUPS`], they stay incomplete.
     pub(crate) fn load_groups(&mut self, socket: &impl AsFd) {
         if self.groups.is_some() {
             return;
@@ -164,8 +164,8 @@ impl Peer {
         self.groups = None;
     }
 
-    /// How many supplementary groups the kernel counted when it was last asked. Where there are more than
-    /// [`MOST_GROUPS`] of them, it counted them and no more is known.
+    /// How many supplementary groups the kernel counted when it was last asked. Of more than [`MOST_GROUPS`] only the
+    /// number is known.
     pub fn supplementary_groups(&self) -> usize {
         self.supplementary as usize
     }
@@ -180,8 +180,8 @@ impl Peer {
         }
     }
 
-    /// Whether something is not known only because there was no descriptor to ask with, since this was last called: to
-    /// ask again, when there is one, may give another answer.
+    /// Whether a question has failed since the last call because no descriptor was free. Asked again, it may have an
+    /// answer.
     pub(crate) fn lacked_descriptors(&self) -> bool {
         self.lacked_descriptors.swap(false, Ordering::Relaxed)
     }
@@ -232,8 +232,8 @@ impl Peer {
         self.gid
     }
 
-    /// The effective group id and, as far as they are known, all supplementary ones. The gate asks for them where the
-    /// policy depends on them, and frees them after the decision; [`details`](Self::details) asks for them again.
+    /// The effective group id and the supplementary ones that are known. The gate asks for them where the policy depends on
+    /// them, and frees them after the decision; [`details`](Self::details) asks for them again.
     pub fn gids(&self) -> &[Gid] {
         self.groups.as_deref().unwrap_or(std::slice::from_ref(&self.gid))
     }
@@ -243,8 +243,8 @@ impl Peer {
         (self.pid > 0).then_some(self.pid)
     }
 
-    /// The systemd units around the process; `None` where they cannot be tied to it. Read at the first
-    /// call, and then remembered, unless there was no descriptor to read with.
+    /// The systemd units around the process; `None` where they cannot be tied to it. Read at the first call and then
+    /// remembered, unless no descriptor was free.
     pub fn units(&self) -> Option<&Units> {
         if let Some(known) = self.units.get() {
             return known.as_deref();
@@ -308,15 +308,15 @@ impl Subject for Peer {
     }
 }
 
-/// Reads from a socket that has SO_PASSCRED (unix(7)): see [`Stream::receive`](crate::Stream::receive). Descriptors that
-/// come along are closed: look for them before.
+/// Reads from a socket that has SO_PASSCRED (unix(7)): see [`Stream::receive`](crate::Stream::receive). Descriptors in
+/// the message are closed: look for them before.
 pub(crate) fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
     let (count, sender) = sys::receive(socket.as_fd(), buffer)?;
     Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
 }
 
-/// Sets SO_PASSCRED on a connection just accepted. Returns within how many bytes, from the first on, some may have come
-/// without credentials because the option was not set yet; 0 where it was inherited. None that come later are without.
+/// Sets SO_PASSCRED on a connection just accepted. Returns how many bytes came before, so that they may be without
+/// credentials; 0 where the option was inherited. All later bytes have them.
 pub(crate) fn attach_credentials(socket: &impl AsFd) -> usize {
     let fd = socket.as_fd();
     if getsockopt(&fd, sockopt::PassCred) == Ok(true) {
@@ -330,7 +330,7 @@ pub(crate) fn attach_credentials(socket: &impl AsFd) -> usize {
     sys::unread(fd).unwrap_or(0)
 }
 
-/// The whole of a file; `None` where it cannot be read, or may not have ended where the room does.
+/// A whole file; `None` where it cannot be read or may be longer than the buffer.
 fn read_all<'r>(file: &mut fs::File, room: &'r mut [u8]) -> Option<&'r [u8]> {
     let mut length = 0;
     while length < room.len() {
@@ -345,7 +345,7 @@ fn read_all<'r>(file: &mut fs::File, room: &'r mut [u8]) -> Option<&'r [u8]> {
 }
 
 /// A pidfd polls readable once its process has ended, waited for or not (pidfd_open(2)).
-/// Where the question itself fails, the answer is the safe one.
+/// If poll(2) fails, the process counts as ended.
 fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     let mut question = [PollFd::new(pidfd, PollFlags::POLLIN)];
     !matches!(poll(&mut question, PollTimeout::ZERO), Ok(0))
@@ -411,8 +411,8 @@ fn label_text(label: &[u8]) -> Option<String> {
     (!label.is_empty()).then(|| printable(&String::from_utf8_lossy(label)))
 }
 
-/// `text` with every control character, and the backslash that marks one, escaped: what a peer chose
-/// must not move a terminal's cursor or end a line of the record.
+/// `text` with control characters and backslashes escaped: a name that a peer chose must not move a terminal's cursor or
+/// end a line of the record.
 pub fn printable(text: &str) -> String {
     if text.chars().all(|c| !needs_escape(c)) {
         return text.to_owned();
@@ -447,7 +447,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_came_before_credentials_were_attached_is_counted_and_what_comes_after_has_them() {
+    fn bytes_that_came_before_credentials_were_attached_are_counted() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(b"before").unwrap();
         assert_eq!(attach_credentials(&ours), 6);
@@ -461,7 +461,7 @@ mod tests {
 
     /// The kernel answers for all of these, with a uid of -1.
     #[test]
-    fn a_socket_that_is_no_connection_to_a_local_process_has_no_peer() {
+    fn a_socket_without_a_local_process_at_its_end_has_no_peer() {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
         use std::net::{TcpListener, TcpStream, UdpSocket};
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -486,7 +486,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_of_groups_is_told_up_to_the_bound_and_counted_beyond_it() {
+    fn more_groups_than_the_bound_are_counted_but_not_listed() {
         let told = |count: u32| {
             let mut peer = Peer::new(Uid::new(1), Gid::new(0), 1);
             peer.set_groups(count as usize, &(0..count).collect::<Vec<_>>());
@@ -495,7 +495,7 @@ mod tests {
         };
         assert_eq!((told(0), told(1024), told(1025), told(65_536)), (Some(1), Some(1024), None, None));
         let same = united(Gid::new(5), [4, 4, 4, 5, 5, 6, 6].into_iter().map(Gid::new));
-        assert_eq!(*same, [5, 4, 6].map(Gid::new), "those alike need no room of their own");
+        assert_eq!(*same, [5, 4, 6].map(Gid::new), "equal ones are listed once");
     }
 
     #[test]
@@ -510,7 +510,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_chosen_by_a_peer_cannot_move_the_cursor_or_end_the_line() {
+    fn a_peers_name_cannot_move_the_cursor_or_end_the_line() {
         assert_eq!(printable("a\nb\u{1b}[2J\u{202e}\\"), "a\\nb\\u{1b}[2J\\u{202e}\\\\");
         assert_eq!(printable("köln"), "köln");
     }

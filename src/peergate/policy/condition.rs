@@ -36,11 +36,13 @@ pub(crate) struct Key {
     pub(crate) example: &'static str,
     /// The key that a rule must have beside this one, and what is wrong with a rule that has not.
     pub(crate) companion: Option<(&'static str, &'static str)>,
-    /// The error says what was found and, after a semicolon, what was expected.
+    /// Reads a value. The error says what was found and, after a semicolon, what was expected.
     read: fn(&Given<'_>, &mut LookUp<'_>) -> Result<Value, String>,
-    /// `me` is the id of `self`.
-    test: fn(&[Value], me: Uid) -> Result<Box<dyn Test>, String>,
+    /// Makes the test of a subject by values and the id of `self`.
+    test: MakeTest,
 }
+
+type MakeTest = fn(&[Value], Uid) -> Result<Box<dyn Test>, String>;
 
 /// The id of a name, or `None` where the name is unknown.
 pub(crate) type LookUp<'l> = dyn FnMut(&Name) -> Result<Option<u32>, String> + 'l;

@@ -25,17 +25,11 @@ impl Glob {
         if literal && !crate::unit::is_unit(text) {
             return Err(format!("{text:?} is not the name of a unit that can hold processes; {EXAMPLE}"));
         }
-        let mut shortest = String::with_capacity(text.len());
-        for c in text.chars() {
-            if c != '*' || !shortest.ends_with('*') {
-                shortest.push(c);
-            }
-        }
-        Ok(Self { text: shortest.into(), literal })
+        Ok(Self { text: text.into(), literal })
     }
 
-    /// Whether the whole of `name` fits. Takes at most (length of name) × (length of pattern) steps: only the
-    /// latest `*` is ever tried again, since an earlier one can gain nothing by taking more.
+    /// Whether the whole of `name` fits. Takes at most (length of name) × (length of pattern) steps, because only
+    /// the latest `*` is tried again: an earlier one can gain nothing by taking more.
     pub(crate) fn matches(&self, name: &str) -> bool {
         if self.literal {
             return *self.text == *name;
