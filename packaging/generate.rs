@@ -1,4 +1,4 @@
-//! Writes what follows from the command line's definition: shell completions and the manual page's lists.
+//! Generates the shell completions and the manual page's lists from the definition of the command line.
 //!
 //! `cargo run --example generate` rewrites `packaging/completions/*` and, in `packaging/man/echod.8`, what stands
 //! between the lines `generated: NAME` and `end of NAME`. `tests/docs.rs` includes this file and compares.
@@ -6,14 +6,15 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use clap::{Arg, ArgAction, Command, CommandFactory};
+use clap::{Arg, ArgAction, Command};
 use clap_complete::Shell;
-use echod::cli;
+use echod::echo::Echo;
+use peergate_daemon::cli;
 
 /// The manual page that holds generated parts.
 const PAGE: &str = "packaging/man/echod.8";
 
-/// Each file that must follow the definition: its path inside the tree, and what it should contain.
+/// Each generated file: its path inside the tree, and its content.
 ///
 /// `root` is the source tree; the manual page is read from it, because most of that page is written by hand.
 pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
@@ -21,7 +22,7 @@ pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
     let mut files = vec![(PAGE.into(), with_lists(&page)?.into_bytes())];
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         let mut text = Vec::new();
-        clap_complete::generate(shell, &mut cli::Cli::command(), "echod", &mut text);
+        clap_complete::generate(shell, &mut cli::command::<Echo>(), "echod", &mut text);
         files.push((format!("packaging/completions/echod.{shell}").into(), text));
     }
     Ok(files)
@@ -29,7 +30,7 @@ pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
 
 /// The page with its generated parts written anew.
 fn with_lists(page: &str) -> std::io::Result<String> {
-    let mut command = cli::Cli::command();
+    let mut command = cli::command::<Echo>();
     command.build();
     let parts = [("synopsis", synopses(&command)), ("options", options(&command)), ("commands", commands(&command))];
     let mut page = page.to_owned();
@@ -67,7 +68,7 @@ fn synopses(command: &Command) -> String {
     out
 }
 
-/// One line for each argument; those of which exactly one must be there share a line.
+/// One line for each argument. Arguments of which exactly one must be given share a line.
 fn synopsis(command: &Command) -> String {
     let mut out = String::new();
     let choice = command.get_groups().find(|group| group.is_required_set());
@@ -125,7 +126,7 @@ fn commands(command: &Command) -> String {
     out
 }
 
-/// Text for roff(7): a hyphen that is typed stays one, a path or setting is not hyphenated, and no line begins with a
+/// Text for roff(7): a typed hyphen stays a hyphen, a path or setting is not hyphenated, and no line begins with a
 /// request.
 fn escape(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-").replace('\n', " ");

@@ -472,7 +472,7 @@ fn a_corrupted_state_ends_connections_in_order() {
 
 #[test]
 fn a_state_of_a_future_version_ends_connections_in_order_and_names_the_version() {
-    expect_ended_in_order("version 7, this program knows 1", |stored| rewrite(stored, |bytes| bytes[14] = 7));
+    expect_ended_in_order("version 7, this program knows 2", |stored| rewrite(stored, |bytes| bytes[14] = 7));
 }
 
 #[test]
@@ -730,9 +730,7 @@ fn sigint_ends_for_good_with_all_that_everybody_is_owed() {
         });
         scope.spawn(|| while streams.try_send("line\n").is_ok() {});
         let streamed = scope.spawn(|| streams.rest());
-        // As systemd does: the unit's ExecStop= sends the first, it itself the second.
         echod.signal(Signal::SIGINT);
-        echod.signal(Signal::SIGTERM);
         let (status, _, stderr) = echod.wait();
         assert!(status.success(), "{stderr}");
         let (output, end) = clogged.join().unwrap();
@@ -745,6 +743,84 @@ fn sigint_ends_for_good_with_all_that_everybody_is_owed() {
     midline.expect_end("> half");
     assert!(stderr.contains("0 connections left to the next process, 4 ended"), "{stderr}");
     assert!(!manager.told.lock().has("FDSTORE=1"), "nothing is kept");
+}
+
+#[test]
+fn a_sigterm_by_kill_leaves_nothing_to_a_process_that_never_comes() {
+    let echod = serve(OWNER);
+    let (idle, midline) = (echod.connect(), echod.connect());
+    idle.echo("hello");
+    midline.send("half");
+    // Sent and read before: it says nothing of the SIGTERM after it.
+    echod.kill(Signal::SIGCONT);
+    echod.reload_with(OWNER);
+    let manager = Arc::clone(&echod.manager);
+    echod.kill(Signal::SIGTERM);
+    let (status, _, stderr) = echod.wait();
+    assert!(status.success(), "{stderr}");
+    idle.expect_end("");
+    midline.expect_end("> half");
+    assert!(stderr.contains("0 connections left to the next process, 2 ended"), "{stderr}");
+    assert!(!manager.told.lock().has("FDSTORE=1"), "nothing is kept");
+}
+
+/// A next process that reads its configuration until the user database answers: never. Returns once it is asked.
+fn begin_slowly(echod: Echod, place: &common::Place) -> Echod {
+    let wrapper = common::hung_user_database(place);
+    echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
+    let echod = echod.begin_again(|start, _| start.wrapper(&wrapper));
+    // The thread waits in openat(2), as no file but the user database makes it do.
+    let opening = format!("{} ", nix::libc::SYS_openat);
+    common::eventually("the look-up has begun", || {
+        let mut tasks = std::fs::read_dir(format!("/proc/{}/task", echod.pid())).ok()?.flatten();
+        let says = |task: &std::fs::DirEntry, what: &str| std::fs::read_to_string(task.path().join(what)).ok();
+        tasks.find(|task| {
+            says(task, "comm").is_some_and(|name| name == "start\n")
+                && says(task, "syscall").is_some_and(|call| call.starts_with(&opening))
+        })
+    });
+    echod
+}
+
+#[test]
+fn a_stop_while_the_next_process_reads_its_configuration_is_in_order() {
+    common::needs_root();
+    let echod = serve(OWNER);
+    let (idle, midline) = (echod.connect(), echod.connect());
+    idle.echo("hello");
+    midline.send("whole\nhalf");
+    midline.expect("> whole\n");
+    echod.signal(Signal::SIGTERM);
+    let place = common::Place::new();
+    let echod = begin_slowly(echod, &place);
+    midline.send(" and more");
+    echod.signal(Signal::SIGINT);
+    let manager = Arc::clone(&echod.manager);
+    let (status, _, stderr) = echod.wait();
+    assert!(status.success(), "{stderr}");
+    idle.expect_end("");
+    midline.expect_end("> half and more");
+    assert!(stderr.contains("2 connections of an earlier process ended: this one was told to stop"), "{stderr}");
+    assert!(manager.told.lock().store.is_empty(), "the manager was told to forget them");
+}
+
+#[test]
+fn a_restart_while_the_next_process_reads_its_configuration_loses_nothing() {
+    common::needs_root();
+    let echod = serve(OWNER);
+    let client = echod.connect();
+    client.send("whole\nhalf");
+    client.expect("> whole\n");
+    echod.signal(Signal::SIGTERM);
+    let place = common::Place::new();
+    let echod = begin_slowly(echod, &place);
+    client.send(" and");
+    echod.signal(Signal::SIGTERM);
+    echod.place.file("echod.toml", OWNER);
+    let echod = echod.start_again(|start, _| start);
+    client.send(" half\n");
+    client.expect("> half and half\n");
+    echod.stop();
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! Sole user of tracing-journald. That crate sends with a blocking socket and swallows errors; so before each record
 //! this module makes sure that journald is there and takes one more, waiting as long as it must (nobody waits for us).
-//! Where no journal can be reached, the record goes to standard error as a line of text ([`crate::stderr`]). If there was
+//! Where no journal can be reached, the record goes to standard error as a line of text (stderr.rs). If there was
 //! a journal before, or standard error does not take the line, a denial or refusal is counted into a summary for later.
 //! While standard error is not read this thread waits, with a sign of life, and looks for the journal meanwhile. In the
 //! end, what a journal has not taken for long enough goes to standard error too.

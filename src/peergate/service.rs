@@ -35,6 +35,10 @@ fn asking() -> i32 {
 const TAKEN: Signal = Signal::SIGUSR1;
 const REFUSED: Signal = Signal::SIGUSR2;
 
+/// How long after SIGTERM the service manager's SIGCONT may take: it sends both in a row, but may lose the processor in
+/// between.
+const FOLLOWED_WITHIN: Duration = Duration::from_secs(1);
+
 /// Tells the service manager how we are. Where NOTIFY_SOCKET is unset, or its owner gone, nothing
 /// happens: a service must not fail because nobody listens to its status. No call waits for a manager that does not
 /// read: the status and the sign of life are dropped then, everything else is sent as soon as it reads again.
@@ -113,6 +117,10 @@ fn one_line(text: &str) -> String {
 #[derive(Clone, Debug)]
 pub struct Store {
     capacity: usize,
+    /// The manager has no store, or has said that it takes nothing.
+    is_closed: bool,
+    /// The manager has said how much it takes.
+    says_capacity: bool,
     outlet: Option<Outlet>,
 }
 
@@ -136,7 +144,8 @@ impl Store {
         let outlet = Notifier::from_env().outlet;
         let present = outlet.is_some() && !is_abstract;
         let capacity = number("FDSTORE").or_else(|| number(fallback)).filter(|_| present).unwrap_or(0);
-        Self { capacity, outlet }
+        let said = number("FDSTORE");
+        Self { capacity, is_closed: is_abstract || said == Some(0), says_capacity: said.is_some(), outlet }
     }
 
     /// How many descriptors it takes.
@@ -153,6 +162,32 @@ impl Store {
         let message = message(&[NotifyState::FdStore, NotifyState::FdName(name)]);
         let outlet = self.outlet()?;
         fds.chunks(MOST_AT_ONCE).try_for_each(|batch| outlet.send_with(&message, batch, TAKEN_WITHIN))
+    }
+
+    /// Puts one descriptor into the store under `name`, and waits until the manager has dealt with that. The manager does not
+    /// watch it: it keeps a socket whose other end is closed (`FDPOLL=0`, systemd 246). Tries it also where the manager does
+    /// not say how much it takes (before systemd 254).
+    ///
+    /// # Errors
+    /// NotConnected where there is no store; TimedOut where the manager has not dealt with it within `patience`; what sending
+    /// says.
+    pub(crate) fn put_unwatched(&self, name: &str, fd: BorrowedFd<'_>, patience: Duration) -> io::Result<()> {
+        let until = later(Instant::now(), patience);
+        let outlet = self.outlet.as_ref().filter(|_| !self.is_closed).ok_or(io::ErrorKind::NotConnected)?;
+        let state = [NotifyState::FdStore, NotifyState::Custom("FDPOLL=0"), NotifyState::FdName(name)];
+        outlet.send_with(&message(&state), &[fd], patience)?;
+        barrier(outlet, until)
+    }
+
+    /// How many milliseconds after a barrier the manager may still be about to close what it does not keep. A manager that
+    /// has said that it has room keeps it.
+    pub(crate) fn closes_within(&self) -> u8 {
+        if self.says_capacity { 0 } else { CLOSED_WITHIN }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn at(address: &std::path::Path) -> Self {
+        Self { capacity: 0, is_closed: false, says_capacity: false, outlet: Outlet::to(address.as_os_str()) }
     }
 
     fn outlet(&self) -> io::Result<&Outlet> {
@@ -193,18 +228,19 @@ impl Store {
     /// TimedOut when it has not within `patience`; NotConnected where there is no store; what making the pipe or sending
     /// says.
     pub fn settle(&self, patience: Duration) -> io::Result<()> {
-        let outlet = self.outlet()?;
-        let until = later(Instant::now(), patience);
-        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-        outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], patience)?;
-        drop(theirs);
-        let timeout =
-            PollTimeout::try_from(until.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
-        let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
-        match poll(&mut question, timeout)? {
-            0 => Err(io::ErrorKind::TimedOut.into()),
-            _ => Ok(()),
-        }
+        barrier(self.outlet()?, later(Instant::now(), patience))
+    }
+}
+
+fn barrier(outlet: &Outlet, until: Instant) -> io::Result<()> {
+    let left = || until.saturating_duration_since(Instant::now());
+    let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], left())?;
+    drop(theirs);
+    let timeout = PollTimeout::try_from(left()).unwrap_or(PollTimeout::MAX);
+    match poll(&mut [PollFd::new(ours.as_fd(), PollFlags::empty())], timeout)? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 
@@ -372,29 +408,58 @@ pub enum Request {
 pub struct Signals {
     signals: SignalFd,
     is_final: AtomicBool,
+    is_terminated: AtomicBool,
+    /// By the service manager: SIGTERM, and SIGCONT after it.
+    is_restarted: AtomicBool,
     /// Those who wait for an answer, and when they began: by the time it is given the number may be another's. To hold
     /// them open would take the descriptor that reading the new configuration may need.
     askers: Mutex<Vec<(i32, Option<u64>)>>,
 }
 
 impl Signals {
-    /// Blocks SIGTERM, SIGINT, SIGHUP and the signal of [`request_reload`] for this thread and all that it starts from
-    /// now on, and receives them here instead.
+    /// Blocks SIGTERM, SIGINT, SIGHUP, SIGCONT and the signal of [`request_reload`] for this thread and all that it
+    /// starts from now on, and receives them here instead. SIGCONT still makes a stopped process go on.
     ///
     /// # Errors
     /// What sigprocmask(2) or signalfd(2) says.
     pub fn catch() -> io::Result<Self> {
-        let stop_or_reload = [Signal::SIGTERM as i32, Signal::SIGINT as i32, Signal::SIGHUP as i32, asking()];
-        let signals = sys::signal_set(&stop_or_reload);
+        let ours = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCONT].map(|signal| signal as i32);
+        let signals = sys::signal_set(&[ours.as_slice(), &[asking()]].concat());
         signals.thread_block()?;
         let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-        Ok(Self { signals, is_final: AtomicBool::new(false), askers: Mutex::default() })
+        Ok(Self {
+            signals,
+            is_final: AtomicBool::new(false),
+            is_terminated: AtomicBool::new(false),
+            is_restarted: AtomicBool::new(false),
+            askers: Mutex::default(),
+        })
     }
 
-    /// Whether a SIGINT has been among those received: then this service is not to be started again, and whoever keeps
-    /// something for a next process may let it go. SIGTERM leaves that open: systemd sends it for a restart too.
+    /// Whether no next process follows, once a stop has been asked for: then nothing is to be kept for one.
+    ///
+    /// SIGINT says so. SIGTERM says that one follows, but only from the service manager's own stopping of the unit (with
+    /// `KillSignal=SIGINT` and `RestartKillSignal=SIGTERM`, a restart): by kill(1) or `systemctl kill` the unit just ends.
+    /// systemd.kill(5): right after the signal, systemd will always send SIGCONT, which neither of these does. This is
+    /// awaited for up to a second. A request to reload that comes meanwhile is refused.
     pub fn stop_is_final(&self) -> bool {
-        self.is_final.load(Ordering::Relaxed)
+        let until = later(Instant::now(), FOLLOWED_WITHIN);
+        loop {
+            while let Some(request) = self.next() {
+                if let Request::Reload { answer_to: Some(pid) } = request {
+                    self.answer(pid, false);
+                }
+            }
+            if self.is_final.load(Ordering::Relaxed) {
+                return true;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if self.is_restarted.load(Ordering::Relaxed) || left.is_zero() {
+                return !self.is_restarted.load(Ordering::Relaxed);
+            }
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let _ = poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout);
+        }
     }
 
     /// Tells the process that waits in [`request_reload`] how it went; nobody, where it is gone.
@@ -437,12 +502,21 @@ impl Signals {
 
     /// The next one that has arrived.
     pub fn next(&self) -> Option<Request> {
-        let signal = self.signals.read_signal().ok()??;
-        if signal.ssi_signo == Signal::SIGINT as u32 {
-            self.is_final.store(true, Ordering::Relaxed);
-        }
-        if [Signal::SIGTERM, Signal::SIGINT].iter().any(|stop| *stop as u32 == signal.ssi_signo) {
-            return Some(Request::Stop);
+        let signal = loop {
+            let signal = self.signals.read_signal().ok()??;
+            if signal.ssi_signo != Signal::SIGCONT as u32 {
+                break signal;
+            }
+            // Of several signals the lowest number is read first, and SIGTERM has a lower one: what comes before it
+            // was sent before it, and means something else.
+            let is_terminated = self.is_terminated.load(Ordering::Relaxed);
+            self.is_restarted.fetch_or(is_terminated, Ordering::Relaxed);
+        };
+        for (stop, flag) in [(Signal::SIGTERM, &self.is_terminated), (Signal::SIGINT, &self.is_final)] {
+            if signal.ssi_signo == stop as u32 {
+                flag.store(true, Ordering::Relaxed);
+                return Some(Request::Stop);
+            }
         }
         let wants_answer =
             signal.ssi_signo == asking() as u32 && signal.ssi_code == libc::SI_QUEUE && signal.ssi_int == ANSWER_WANTED;
@@ -562,8 +636,10 @@ mod tests {
 
     #[test]
     fn nothing_is_taken_for_stored_where_there_is_no_store() {
-        let (store, (ours, _theirs)) =
-            (Store { capacity: 0, outlet: None }, std::os::unix::net::UnixDatagram::pair().unwrap());
+        let (store, (ours, _theirs)) = (
+            Store { capacity: 0, is_closed: false, says_capacity: false, outlet: None },
+            std::os::unix::net::UnixDatagram::pair().unwrap(),
+        );
         assert_eq!(store.put("x", &[ours.as_fd()]).unwrap_err().kind(), io::ErrorKind::NotConnected);
         assert_eq!(store.settle(Duration::ZERO).unwrap_err().kind(), io::ErrorKind::NotConnected);
     }

@@ -1008,7 +1008,16 @@ impl Echod {
         assert!(found == Some(true), "no {text:?} in {}", self.stderr());
     }
 
+    /// As systemd sends the signal that stops a service: SIGCONT follows (systemd.kill(5)).
     pub fn signal(&self, signal: Signal) {
+        self.kill(signal);
+        if signal == Signal::SIGTERM || signal == Signal::SIGINT {
+            let _ = kill(Pid::from_raw(self.process.id() as i32), Signal::SIGCONT);
+        }
+    }
+
+    /// As kill(1) sends it.
+    pub fn kill(&self, signal: Signal) {
         kill(Pid::from_raw(self.process.id() as i32), signal).unwrap();
     }
 
@@ -1056,7 +1065,7 @@ impl Echod {
         stderr
     }
 
-    /// As systemd restarts it: SIGTERM, and when it has ended, the next one with the same listeners and whatever is
+    /// As systemd restarts it: SIGTERM and SIGCONT, and when it has ended, the next one with the same listeners and whatever is
     /// in the store. `change` may change what the next one is started with, and what is stored.
     #[track_caller]
     pub fn restart(self, change: impl FnOnce(Start, &mut Vec<(String, OwnedFd)>) -> Start) -> Self {
@@ -1078,6 +1087,13 @@ impl Echod {
         let (start, manager) = self.successor(change);
         let (status, _, stderr) = start.spawn_with(manager).wait();
         (status.code().unwrap_or(-1), stderr)
+    }
+
+    /// As [`start_again`](Self::start_again), for a next one that is not awaited to become ready.
+    #[track_caller]
+    pub fn begin_again(self, change: impl FnOnce(Start, &mut Vec<(String, OwnedFd)>) -> Start) -> Self {
+        let (start, manager) = self.successor(change);
+        start.spawn_with(manager)
     }
 
     /// Waits for the end; then the next one, ready to be started, and its manager.

@@ -58,12 +58,13 @@ put_one() {
 
 # The system as the package leaves it: socket listening, service not started, no configuration but the built-in one.
 reset() {
-    systemctl stop echo.socket echo.service echo-pause.service 2>/dev/null || true
+    systemctl unmask --quiet --runtime echo.service
+    systemctl stop echo.socket echo.service echo-{pause,reopen}.service 2>/dev/null || true
     systemctl stop 'peer-*' 2>/dev/null || true
     local user
     for user in alice bob; do
         if systemctl --quiet is-active "user@$(id -u "$user").service"; then
-            of "$user" systemctl --user stop echo.socket echo.service echo-pause.service 'peer-*' 2>/dev/null || true
+            of "$user" systemctl --user stop echo.socket echo.service echo-{pause,reopen}.service 'peer-*' 2>/dev/null || true
         fi
         rm --recursive --force "/home/$user/.config"
     done

@@ -15,9 +15,9 @@ TOML
 
 the_units_are_clean() {
     # The manual pages come with the package.
-    expect "systemd-analyze verify" "" "$(systemd-analyze --man=no verify /usr/lib/systemd/system/echo{.socket,.service,-pause.service} 2>&1 || true)"
+    expect "systemd-analyze verify" "" "$(systemd-analyze --man=no verify /usr/lib/systemd/system/echo{.socket,.service,-{pause,started,reopen}.service} 2>&1 || true)"
     expect "systemd-analyze --user verify" "" \
-        "$(of alice systemd-analyze --man=no --user verify /usr/lib/systemd/user/echo{.socket,.service,-pause.service} 2>&1 || true)"
+        "$(of alice systemd-analyze --man=no --user verify /usr/lib/systemd/user/echo{.socket,.service,-{pause,started,reopen}.service} 2>&1 || true)"
 }
 
 the_first_byte_starts_the_service() {

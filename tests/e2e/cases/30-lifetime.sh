@@ -216,7 +216,7 @@ _await_line() {
 
 # A client in the middle of a line; one that has sent what fits, half-closed, and reads only once it is told to; one that
 # streams and reads meanwhile. Each says in the end what it got, and how it ended.
-_three_kinds() { # SOCKET
+_one_kind() { # KIND SOCKET
     cat >/tmp/claim/kinds <<'PERL'
 use strict; use IO::Socket::UNIX; use Errno qw(ECONNRESET);
 my ($kind, $path) = @ARGV;
@@ -264,14 +264,18 @@ if ($kind eq "midline") {
     print $all =~ /x\n$/ ? "whole lines" : "a cut line", ", $end\n";
 }
 PERL
-    local kind line
+    local line
+    as alice perl /tmp/claim/kinds "$1" "$2" <>/tmp/claim/go >"/tmp/claim/$1" 2>&1 &
+    kinds+=("$!")
+    : >>"/tmp/claim/$1"
+    line=$(_await_line "/tmp/claim/$1" "$!")
+    expect "the client $1" ready "$line"
+}
+_three_kinds() { # SOCKET
+    local kind
     mkfifo /tmp/claim/go
     for kind in midline deaf stream; do
-        as alice perl /tmp/claim/kinds "$kind" "$1" <>/tmp/claim/go >"/tmp/claim/$kind" 2>&1 &
-        kinds+=("$!")
-        : >>"/tmp/claim/$kind"
-        line=$(_await_line "/tmp/claim/$kind" "$!")
-        expect "the client $kind" ready "$line"
+        _one_kind "$kind" "$1"
     done
     trap 'kill "${kinds[@]}" 2>/dev/null || true' EXIT
 }
@@ -313,6 +317,159 @@ a_stop_of_a_users_service_does_so_too() {
     _expect_three_clean_ends
     expect "descriptors that alice's systemd keeps" 0 \
         "$(of alice systemctl --user show --property=NFileDescriptorStore --value echo.service)"
+}
+
+# What a stop is, the service has to be told in whatever state it meets the unit: each claim below puts the unit into one
+# of them with three live connections, and stops it there.
+_stopped_in_order() { # COMMAND…
+    local stop
+    "$@" &
+    stop=$!
+    expect "the client that streams" "whole lines, eof" "$(_await_line /tmp/claim/stream "${kinds[2]}" ,)"
+    echo >/tmp/claim/go
+    wait "$stop"
+    _expect_three_clean_ends
+    records all | jq --raw-output .MESSAGE | grep '^0 connections left to the next process, 3 ended' >/dev/null ||
+        fail "the record doesn't say that all three ended" "$(records all)"
+}
+
+# The unit stays in the state "reload" until it is ended there.
+_reload_without_end() {
+    drop_in echo.service <<<$'[Service]\nExecReload=/bin/sleep infinity'
+    systemctl reload --no-block echo.service
+    await_property echo.service ActiveState reloading
+}
+
+a_stop_during_a_reload_gives_every_client_its_bytes() {
+    _policy
+    kinds=()
+    _three_kinds /run/echo.sock
+    _reload_without_end
+    _stopped_in_order systemctl stop echo.socket echo.service
+    expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
+}
+
+a_stop_at_any_moment_of_a_reload_gives_every_client_its_bytes() {
+    # A plain reload, and a stop 0 to 19 ms after it.
+    local round whole
+    _policy
+    for ((round = 0; round < 20; round++)); do
+        rm --force /tmp/claim/{to,from,midline,go}
+        systemctl start echo.socket
+        kinds=()
+        mkfifo /tmp/claim/go
+        begin_records
+        _one_kind midline /run/echo.sock
+        trap 'kill "${kinds[@]}" 2>/dev/null || true' EXIT
+        if ((round % 4 == 3)); then
+            systemctl kill --kill-whom=main --signal=HUP echo.service
+        else
+            systemctl reload --no-block echo.service
+        fi
+        sleep "0.0$(printf %02d "$round")"
+        systemctl stop echo.socket echo.service
+        wait "${kinds[@]}"
+        expect "round $round, in the middle of a line" "> half eof" "$(tail --lines=1 /tmp/claim/midline)"
+        records all | jq --raw-output .MESSAGE | grep '^0 connections left to the next process, 1 ended' >/dev/null ||
+            fail "round $round: the record doesn't say that it ended" "$(records all)"
+    done
+}
+
+a_restart_during_a_reload_loses_no_live_connection() {
+    _policy
+    _open alice
+    _talk_on one
+    printf 'half ' >&"$to"
+    _reload_without_end
+    systemctl restart echo.service
+    _say 'and half'
+    expect "the line that was cut by the restart" "> half and half" "$(_hear)"
+    # And of the socket, which takes the service with it.
+    systemctl reload --no-block echo.service
+    await_property echo.service ActiveState reloading
+    systemctl restart echo.socket
+    _talk_on two
+    expect "admissions" 1 "$(records admitted | wc -l)"
+}
+
+restarts_at_any_moment_of_a_reload_lose_double_and_cut_nothing() {
+    _reload_and_restart() {
+        systemctl reload --no-block echo.service
+        sleep "0.0$(printf %02d "$((RANDOM % 20))")"
+        systemctl restart echo.service
+    }
+    _policy
+    _stream_across /run/echo.sock 16 30 _reload_and_restart
+}
+
+a_stop_after_the_start_that_is_not_over_yet_gives_every_client_its_bytes() {
+    _policy
+    drop_in echo.service <<<$'[Service]\nExecStartPost=/bin/sleep infinity'
+    kinds=()
+    _three_kinds /run/echo.sock
+    expect "state" start-post "$(property echo.service SubState)"
+    _stopped_in_order systemctl stop echo.socket echo.service
+}
+
+a_restart_after_the_start_that_is_not_over_yet_loses_no_live_connection() {
+    _policy
+    drop_in echo.service <<<$'[Service]\nExecStartPost=/bin/sleep infinity'
+    _open alice
+    _talk_on one
+    expect "state" start-post "$(property echo.service SubState)"
+    rm /run/systemd/system/echo.service.d/claim.conf
+    systemctl daemon-reload
+    systemctl restart echo.service
+    _talk_on two
+}
+
+a_start_that_takes_too_long_gives_every_client_its_bytes() {
+    _policy
+    drop_in echo.service <<<$'[Service]\nExecStartPost=/bin/sleep infinity\nTimeoutStartSec=5s'
+    kinds=()
+    _three_kinds /run/echo.sock
+    # It is not stopped by anybody: systemd does it by itself.
+    _stopped_in_order true
+}
+
+a_sigterm_that_no_job_of_systemds_sent_gives_every_client_its_bytes() {
+    local how
+    for how in "systemctl kill echo.service" 'kill "$(_pid)"'; do
+        rm --recursive --force /tmp/claim/*
+        begin_records
+        _policy
+        kinds=()
+        _three_kinds /run/echo.sock
+        _stopped_in_order eval "$how"
+        await_property echo.service ActiveState inactive
+    done
+}
+
+a_stop_of_a_users_service_during_a_reload_does_so_too() {
+    configure_user alice <<<$'[allow.me]\nusers = ["self"]'
+    mkdir -p /run/systemd/user/echo.service.d
+    printf '[Service]\nExecReload=/bin/sleep infinity\n' >/run/systemd/user/echo.service.d/claim.conf
+    of alice systemctl --user daemon-reload
+    of alice systemctl --user start echo.socket
+    kinds=()
+    _three_kinds /run/user/1001/echo.sock
+    of alice systemctl --user reload --no-block echo.service
+    expect "state" reload "$(of alice systemctl --user show --property=SubState --value echo.service)"
+    _stopped_in_order of alice systemctl --user stop echo.socket echo.service
+}
+
+a_restart_of_a_users_service_during_a_reload_loses_no_live_connection() {
+    configure_user alice <<<$'[allow.me]\nusers = ["self"]'
+    mkdir -p /run/systemd/user/echo.service.d
+    printf '[Service]\nExecReload=/bin/sleep infinity\n' >/run/systemd/user/echo.service.d/claim.conf
+    of alice systemctl --user daemon-reload
+    of alice systemctl --user start echo.socket
+    _open alice /run/user/1001/echo.sock
+    _talk_on one
+    of alice systemctl --user reload --no-block echo.service
+    expect "state" reload "$(of alice systemctl --user show --property=SubState --value echo.service)"
+    of alice systemctl --user restart echo.service
+    _talk_on two
 }
 
 a_restart_where_systemd_keeps_nothing_ends_everybody_in_order() {
@@ -436,4 +593,48 @@ nobody_is_lost_who_connects_while_it_exits_for_being_idle() {
     done
     unit_is echo.socket active
     figure "50 connections, $(journalctl --quiet "$(since)" --output=cat JOB_TYPE=start UNIT=echo.service | grep --count '^Started') starts"
+}
+
+restarts_of_the_socket_may_follow_one_another_at_any_pace() {
+    _policy
+    _open alice
+    _talk_on one
+    # Above the five in ten seconds that systemd allows unless told otherwise.
+    for ((i = 0; i < 8; i++)); do systemctl restart echo.socket; done
+    unit_is echo.socket active
+    _talk_on two
+    expect "a new connection" "> x" "$(talk alice 'x\n')"
+}
+
+where_the_socket_fails_at_a_restart_its_connections_end() {
+    _policy
+    _open alice
+    _talk_on one
+    printf 'half' >&"$to"
+    drop_in echo.socket <<<$'[Socket]\nExecStartPre=/bin/false'
+    if systemctl restart echo.socket 2>/dev/null; then fail "systemctl restart succeeded"; fi
+    exec {to}>&-
+    wait "$client" || true
+    # systemd 252 closes them at once; later ones keep them until the service has ended them.
+    [[ $(systemctl --version) == "systemd 252 "* ]] ||
+        expect_bytes "what the client has got" '> one\n> half' /tmp/claim/from
+    expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
+    rm /run/systemd/system/echo.socket.d/claim.conf
+    systemctl daemon-reload
+    await_property echo.socket ActiveState active
+    expect "a new connection" "> x" "$(talk alice 'x\n')"
+}
+
+a_change_of_the_services_user_goes_unnoticed_by_a_live_connection() {
+    # As an upgrade from a version whose unit said User=echod.
+    _policy
+    drop_in echo.service <<<$'[Service]\nUser=echod'
+    _open alice
+    _talk_on one
+    printf 'half ' >&"$to"
+    rm /run/systemd/system/echo.service.d/claim.conf
+    systemctl daemon-reload
+    systemctl restart echo.service
+    _say 'and half'
+    expect "the line that was cut by the restart" "> half and half" "$(_hear)"
 }
