@@ -17,7 +17,7 @@ run:
 test: check check-root e2e package-test bench-quick
 
 # Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.
-root_tests := access examples handover identity journals lifecycle names newcomer outside record
+root_tests := access equation examples handover identity journals lifecycle names newcomer outside record
 other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # The checks that need neither root nor a booted systemd. As root, all tests of the workspace.
@@ -91,7 +91,7 @@ soak:
 flood:
 	cargo build --release --locked --example peer
 	ECHOD_TEST_VISITS=100 cargo test --release --locked --test identity -- many_groups
-	ECHOD_TEST_DENIALS=1000000 cargo test --release --locked --test record -- at_full_speed at_once
+	ECHOD_TEST_DENIALS=1000000 cargo test --release --locked --test equation -- at_full_speed at_once
 	ECHOD_TEST_IDLE=10000 cargo test --release --locked --test abuse
 
 # Licences, sources and known vulnerabilities of the dependencies.

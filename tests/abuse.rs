@@ -1,5 +1,5 @@
-//! Whoever can reach the socket can attack it: floods, silence, greed, and a process without descriptors to spare.
-//! Those who behave must not notice. Needs no rights.
+//! Attacks by peers that can connect: floods, silence, greed, passed descriptors, and a process without spare
+//! descriptors. Well-behaved clients must not notice. Needs no privileges.
 
 mod common;
 
@@ -11,16 +11,16 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{
-    BUSY, Client, DENIED, Echod, End, Entry, Journald, NOBODY, OWNER, Start, TOO_LONG, cpu, descriptors, eventually,
+    BUSY, Client, DENIED, DENY_ALL, Echod, End, Entry, Journald, OWNER, Start, TOO_LONG, cpu, descriptors, eventually,
     memory, show,
 };
 
-/// Everything that holds a descriptor for somebody has let go again.
+/// Waits until no more descriptors are open than before.
 fn expect_descriptors(echod: &Echod, before: usize) {
     eventually("all descriptors are given back", || (descriptors(echod) <= before).then_some(()));
 }
 
-/// Talks until told to stop; the longest it ever waited for an answer.
+/// Echoes lines until `stop` is set. Returns their number and the longest wait for an echo.
 fn talk(client: &Client, stop: &AtomicBool) -> (usize, Duration) {
     let mut longest = Duration::ZERO;
     let mut count = 0;
@@ -35,8 +35,8 @@ fn talk(client: &Client, stop: &AtomicBool) -> (usize, Duration) {
     }
 }
 
-/// Does `abuse` while an admitted client talks.
-fn while_somebody_talks(echod: &Echod, abuse: impl FnOnce()) {
+/// Runs `abuse` while an admitted client sends lines and reads their echo.
+fn while_a_client_talks(echod: &Echod, abuse: impl FnOnce()) {
     let client = echod.connect();
     client.echo("first");
     let stop = AtomicBool::new(false);
@@ -49,7 +49,7 @@ fn while_somebody_talks(echod: &Echod, abuse: impl FnOnce()) {
     });
 }
 
-/// What comes with this line takes hours to close (common::lingering), and its sender has let go of it.
+/// Sends a line together with a descriptor that blocks in close(2) for hours (common::lingering), and keeps no copy.
 fn send_bomb(client: &Client, line: &str) -> std::net::TcpStream {
     let (bomb, other_end) = common::lingering();
     common::send_along(&client.0, line.as_bytes(), &[bomb.as_raw_fd()]).unwrap();
@@ -57,10 +57,11 @@ fn send_bomb(client: &Client, line: &str) -> std::net::TcpStream {
 }
 
 #[test]
-fn descriptors_that_take_hours_to_close_hold_nobody_up() {
-    for (config, heard) in [(OWNER, &b"> are you there?\n"[..]), (NOBODY, DENIED)] {
+fn a_received_descriptor_that_blocks_in_close_delays_no_client() {
+    for (config, heard) in [(OWNER, &b"> are you there?\n"[..]), (DENY_ALL, DENIED)] {
         let start = Start::serving(config).env("WATCHDOG_USEC", "500000");
-        // They come while nobody is there yet to have the kernel refuse descriptors, or to read them.
+        // They connect before the service starts: no setting can refuse their descriptors yet, and no thread reads
+        // them.
         let bombers: Vec<_> = (0..8).map(|_| Client::connect(start.place().path("socket"))).collect();
         let ends: Vec<_> = bombers.iter().map(|bomber| send_bomb(bomber, "boom\n")).collect();
         let echod = start.ready();
@@ -71,10 +72,10 @@ fn descriptors_that_take_hours_to_close_hold_nobody_up() {
             assert_eq!(show(&client.read(heard.len())), show(heard));
         }
         for bomber in &bombers {
-            bomber.expect_end(if config == NOBODY { DENIED } else { b"" });
+            bomber.expect_end(if config == DENY_ALL { DENIED } else { b"" });
         }
-        // Every thread makes progress, and none of it is left in the end.
-        let seen = echod.manager.told.lock().count("WATCHDOG=1");
+        // Every thread makes progress, and all descriptors are closed in the end.
+        let seen = echod.manager.received.lock().count("WATCHDOG=1");
         echod.manager.wait_for("WATCHDOG=1", seen + 3);
         drop(bombers);
         expect_descriptors(&echod, before);
@@ -84,8 +85,8 @@ fn descriptors_that_take_hours_to_close_hold_nobody_up() {
 }
 
 #[test]
-fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind() {
-    let echod = Start::serving(NOBODY).ready();
+fn each_of_thousands_of_denied_connections_gets_the_message() {
+    let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     thread::scope(|scope| {
         for _ in 0..4 {
@@ -109,10 +110,10 @@ fn thousands_of_denied_connections_each_get_the_message_and_leave_nothing_behind
 }
 
 #[test]
-fn the_denied_who_hold_on_get_no_descriptor_for_long_and_cannot_keep_others_out() {
-    let echod = Start::serving(NOBODY).ready();
+fn denied_connections_that_never_close_hold_no_descriptor_for_long() {
+    let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
-    // Twice as many as may be on their way out at once; none of them closes.
+    // Twice the number of lingering closes at one time; none of these clients closes.
     let held: Vec<Client> = (0..600).map(|_| echod.connect()).collect();
     expect_descriptors(&echod, before);
     for client in &held {
@@ -121,8 +122,8 @@ fn the_denied_who_hold_on_get_no_descriptor_for_long_and_cannot_keep_others_out(
 }
 
 #[test]
-fn the_denied_who_connect_and_vanish_leave_nothing_behind() {
-    let echod = Start::serving(NOBODY).ready();
+fn denied_connections_closed_at_once_leave_no_descriptor() {
+    let echod = Start::serving(DENY_ALL).ready();
     let before = descriptors(&echod);
     for round in 0..2000 {
         let client = echod.connect();
@@ -136,7 +137,7 @@ fn the_denied_who_connect_and_vanish_leave_nothing_behind() {
 }
 
 #[test]
-fn the_admitted_who_connect_and_vanish_give_their_places_back() {
+fn admitted_connections_closed_at_once_give_their_permits_back() {
     let echod = Start::serving(&format!("[limits]\nconnections = 10\nconnections-per-user = 10\n{OWNER}")).ready();
     let before = descriptors(&echod);
     for _ in 0..1000 {
@@ -156,10 +157,10 @@ fn the_admitted_who_connect_and_vanish_give_their_places_back() {
 }
 
 #[test]
-fn a_flood_of_the_denied_does_not_stop_the_admitted() {
-    // A user of one limit's worth of places; the flood is of connections over it.
+fn a_flood_of_denied_connections_stops_no_admitted_client() {
+    // With a limit of one connection for each user; the flood is of connections over it.
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
-    while_somebody_talks(&echod, || {
+    while_a_client_talks(&echod, || {
         for _ in 0..300 {
             echod.connect().expect_end(BUSY);
         }
@@ -167,7 +168,7 @@ fn a_flood_of_the_denied_does_not_stop_the_admitted() {
 }
 
 #[test]
-fn one_who_streams_as_fast_as_they_can_does_not_stop_the_others() {
+fn a_client_that_streams_at_full_rate_stops_no_other_client() {
     let echod = Start::serving(&format!("[service]\nworkers = 1\n{OWNER}")).ready();
     let stream = echod.connect();
     let line = [vec![b's'; 1000], b"\n".to_vec()].concat();
@@ -181,7 +182,7 @@ fn one_who_streams_as_fast_as_they_can_does_not_stop_the_others() {
             let _ = stream.0.shutdown(std::net::Shutdown::Write);
         });
         let reader = scope.spawn(|| stream.rest());
-        while_somebody_talks(&echod, || {
+        while_a_client_talks(&echod, || {
             let (output, end) = reader.join().unwrap();
             assert_eq!((output.len(), end), (20_000 * 1003, End::Eof));
         });
@@ -190,7 +191,7 @@ fn one_who_streams_as_fast_as_they_can_does_not_stop_the_others() {
 
 #[test]
 fn a_turn_is_bounded_in_bytes_however_short_the_lines() {
-    // What one turn reads at the most, as three bytes of echo for each; and what the socket between holds.
+    // The echo of the most that one turn reads (three bytes for each newline).
     const TURN: u64 = 3 * 64 * 1024;
     const ROUNDS: usize = 200;
     let echod = Start::serving(&format!("[service]\nworkers = 1\n{OWNER}")).ready();
@@ -225,21 +226,21 @@ fn a_turn_is_bounded_in_bytes_however_short_the_lines() {
         meanwhile.sort_unstable();
         let (median, most) = (meanwhile[ROUNDS / 2], meanwhile[ROUNDS - 1]);
         figure!(
-            "between a line and its echo, one who pipelines bare newlines got {median} bytes (median), {most} at the most; \
+            "between a line and its echo, a client that pipelines bare newlines got {median} bytes (median), {most} at the most; \
              a turn is {TURN}"
         );
-        // Half of them: whether we get the processor as soon as our answer is there is nothing the program can see to.
+        // The median, since the program cannot make the scheduler run the client as soon as the echo is there.
         assert!(median <= 4 * TURN, "{median} bytes, where a turn is {TURN}");
     });
 }
 
-/// Clients who send lines until nothing more is taken, and read nothing.
-fn who_never_read(echod: &Echod, number: usize) -> Vec<Client> {
+/// Clients that send lines until the socket takes no more, and never read.
+fn clients_that_never_read(echod: &Echod, number: usize) -> Vec<Client> {
     let line = [vec![b'g'; 8000], b"\n".to_vec()].concat();
     let greedy: Vec<Client> = (0..number).map(|_| echod.connect()).collect();
     for client in &greedy {
         client.0.set_nonblocking(true).unwrap();
-        // Until nothing more is taken: a while after the last byte that was.
+        // The socket takes no more: nothing could be sent for a while.
         let mut stalls = 0;
         let mut sent = 0;
         while stalls < 2 {
@@ -252,33 +253,33 @@ fn who_never_read(echod: &Echod, number: usize) -> Vec<Client> {
             }
         }
     }
-    while_somebody_talks(echod, || {});
+    while_a_client_talks(echod, || {});
     greedy
 }
 
 #[test]
-fn hundreds_who_never_read_hold_no_more_than_their_lines_length_each() {
+fn hundreds_of_clients_that_never_read_hold_a_bounded_buffer_each() {
     const GREEDY: usize = 300;
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
     let before = memory(&echod, "VmRSS");
-    let greedy = who_never_read(&echod, GREEDY);
+    let greedy = clients_that_never_read(&echod, GREEDY);
     let grown = memory(&echod, "VmHWM") - before;
-    figure!("{GREEDY} who never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
-    // Twice the length of a line for each, and some room for the rest.
+    figure!("{GREEDY} clients that never read: {grown} KiB more at the most, {} KiB each", grown / GREEDY as u64);
+    // Twice the limit on a line for each, and some room.
     assert!(grown < GREEDY as u64 * 128 + 4096, "{grown} KiB");
     drop(greedy);
     echod.stop();
 }
 
 #[test]
-fn what_those_held_who_are_gone_is_given_back_whoever_stays() {
+fn buffers_of_closed_connections_are_freed_while_others_stay_open() {
     const GREEDY: usize = 100;
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{OWNER}")).ready();
     let (before, open) = (memory(&echod, "RssAnon"), descriptors(&echod));
-    // Some allocators learn from what is given back the first time that they had better keep it.
+    // Some allocators keep memory that was freed once, and return only what is freed after that.
     for round in 1..=3 {
-        let greedy = who_never_read(&echod, GREEDY);
-        // One in ten stays, so that what the others held lies in between.
+        let greedy = clients_that_never_read(&echod, GREEDY);
+        // One in ten stays open, so that its buffers lie between the freed ones.
         let staying: Vec<Client> = greedy.into_iter().step_by(10).collect();
         expect_descriptors(&echod, open + staying.len());
         let kept = memory(&echod, "RssAnon") - before;
@@ -289,7 +290,7 @@ fn what_those_held_who_are_gone_is_given_back_whoever_stays() {
 }
 
 #[test]
-fn who_leaves_a_line_unfinished_holds_no_buffer_that_grew_for_a_long_one() {
+fn an_unfinished_line_holds_no_buffer_that_grew_for_a_long_one() {
     const SLOW: usize = 300;
     let config = format!("[limits]\nconnections-per-user = 1000\n[service]\nworkers = 1\n{OWNER}");
     let echod = Start::serving(&config).ready();
@@ -298,7 +299,8 @@ fn who_leaves_a_line_unfinished_holds_no_buffer_that_grew_for_a_long_one() {
     let slow: Vec<Client> = (0..SLOW)
         .map(|number| {
             let client = echod.connect();
-            // In two parts, so that the first is held; the fragment comes with the second, or by itself.
+            // In two parts, so that the program must keep the first. The fragment comes with the second part or by
+            // itself.
             client.echo("first");
             client.send(&line[..25_000]);
             let (rest, after) = if number % 2 == 0 { ("fragment", "") } else { ("", "fragment") };
@@ -319,7 +321,7 @@ fn who_leaves_a_line_unfinished_holds_no_buffer_that_grew_for_a_long_one() {
 }
 
 #[test]
-fn writers_of_nuls_without_a_newline_get_no_further_than_a_lines_length() {
+fn zeros_without_a_newline_hold_no_more_memory_than_a_line() {
     let echod = Start::serving(OWNER).ready();
     let before = memory(&echod, "VmHWM");
     for _ in 0..30 {
@@ -336,10 +338,10 @@ fn writers_of_nuls_without_a_newline_get_no_further_than_a_lines_length() {
 }
 
 #[test]
-fn slow_loris_senders_are_served_line_by_line_and_stop_nobody() {
+fn slow_senders_are_served_line_by_line_and_stop_no_client() {
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 300\n{OWNER}")).ready();
     let slow: Vec<Client> = (0..200).map(|_| echod.connect()).collect();
-    while_somebody_talks(&echod, || {
+    while_a_client_talks(&echod, || {
         for byte in b"a byte at a time" {
             for client in &slow {
                 client.send([*byte]);
@@ -353,7 +355,7 @@ fn slow_loris_senders_are_served_line_by_line_and_stop_nobody() {
 }
 
 #[test]
-fn a_thousand_idle_connections_cost_no_processor_time_and_little_memory() {
+fn a_thousand_idle_connections_cost_no_cpu_time_and_little_memory() {
     const IDLE: usize = 1000;
     let limits = "[limits]\nconnections = 5000\nconnections-per-user = 5000\n";
     let echod = Start::serving(&format!("{limits}{OWNER}")).ready();
@@ -363,7 +365,7 @@ fn a_thousand_idle_connections_cost_no_processor_time_and_little_memory() {
     figure!("{IDLE} idle connections: {each} bytes each, the program itself included");
     assert!(each < 32 * 1024);
     let before = cpu(&echod);
-    // Another process does something worth a while; ours does nothing.
+    // Another process is kept busy; this one has nothing to do.
     let other = Start::serving(OWNER).ready();
     let client = other.connect();
     (0..2000).for_each(|_| client.echo("meanwhile"));
@@ -372,7 +374,7 @@ fn a_thousand_idle_connections_cost_no_processor_time_and_little_memory() {
 }
 
 #[test]
-fn the_refused_get_their_message_also_a_thousand_at_once() {
+fn a_thousand_peers_refused_at_once_all_get_the_message() {
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
     let first = echod.connect();
     first.echo("in");
@@ -385,9 +387,9 @@ fn the_refused_get_their_message_also_a_thousand_at_once() {
 }
 
 #[test]
-fn ten_thousand_may_idle_inside_and_as_many_more_are_refused() {
+fn ten_thousand_connections_idle_while_as_many_are_refused() {
     let idle = common::setting("ECHOD_TEST_IDLE", 10_000);
-    // Here as there: the connections, those who are refused at once, and some room for the other tests.
+    // Both processes count: the open connections, the refused ones, and some room for the other tests.
     const AT_ONCE: usize = 4000;
     common::raise_descriptor_limit((idle + AT_ONCE) as u64 + 4000);
     let caps = format!("[limits]\nconnections = {idle}\nconnections-per-user = {}\n", 2 * idle);
@@ -417,18 +419,18 @@ fn ten_thousand_may_idle_inside_and_as_many_more_are_refused() {
     echod.connect().echo("there is room again");
     let stderr = echod.stop();
     let lines = stderr.lines().filter(|line| line.contains(": too many connections in all")).count();
-    // Of which one is the summary, or several.
+    // One line, or several, is the summary.
     let summaries = stderr.lines().filter(|line| line.contains(" more times in ")).count();
     assert_eq!(lines - summaries + common::summed(&stderr), refused, "{stderr}");
 }
 
-/// A program that may open so few descriptors that a handful of clients use them up.
+/// A service with so few descriptors that a handful of clients uses them up.
 fn with_few_descriptors(config: &str) -> Echod {
     Start::serving(config).wrapper(&["prlimit", "--nofile=40:40"]).ready()
 }
 
 #[test]
-fn out_of_descriptors_it_refuses_politely_does_not_spin_and_recovers() {
+fn out_of_descriptors_it_refuses_does_not_spin_and_recovers() {
     let echod = with_few_descriptors(&format!("[limits]\nconnections = 100\nconnections-per-user = 100\n{OWNER}"));
     let before = descriptors(&echod);
     let mut inside = Vec::new();
@@ -471,7 +473,7 @@ fn out_of_descriptors_it_refuses_politely_does_not_spin_and_recovers() {
     assert!(stderr.contains("out of file descriptors"), "{stderr}");
 }
 
-/// As many as it takes in, and more who found no place.
+/// Connects until no descriptor is left, and some times more.
 fn use_up_descriptors(echod: &Echod) -> Vec<Client> {
     let clients: Vec<Client> = (0..50).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| drop(client.try_send("in?\n")));
@@ -484,11 +486,11 @@ fn use_up_descriptors(echod: &Echod) -> Vec<Client> {
 const MANY: &str = "[limits]\nconnections = 100\nconnections-per-user = 100\n";
 
 #[test]
-fn out_of_descriptors_the_manager_still_gets_the_sign_of_life_and_the_status() {
+fn out_of_descriptors_the_manager_still_gets_watchdog_and_status() {
     let few = ["prlimit", "--nofile=40:40"];
     let echod = Start::serving(&format!("{MANY}{OWNER}")).env("WATCHDOG_USEC", "500000").wrapper(&few).ready();
     let inside = use_up_descriptors(&echod);
-    let seen = echod.manager.told.lock().count("WATCHDOG=1");
+    let seen = echod.manager.received.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", seen + 10);
     let status = format!("STATUS={} connected, {} admitted, 0 denied; policy of 1 rule", inside.len(), inside.len());
     echod.manager.wait_for(&status, 1);
@@ -500,7 +502,7 @@ fn out_of_descriptors_the_manager_still_gets_the_sign_of_life_and_the_status() {
 fn out_of_descriptors_a_restart_still_loses_no_connection() {
     let few = ["prlimit", "--nofile=40:40"];
     let echod = Start::serving(&format!("{MANY}{OWNER}")).env("FDSTORE", "100").wrapper(&few).spawn();
-    echod.manager.told.change(|told| told.capacity = 100);
+    echod.manager.received.change(|received| received.capacity = 100);
     echod.manager.wait_for("READY=1", 1);
     let inside = use_up_descriptors(&echod);
     let next = echod.restart(|start, _| start);
@@ -509,10 +511,10 @@ fn out_of_descriptors_a_restart_still_loses_no_connection() {
 }
 
 #[test]
-fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
+fn out_of_descriptors_a_denied_peer_is_still_denied_and_recorded() {
     let policy = "[audit]\ninterval = \"1h\"\nburst = 1000\n";
-    let echod = with_few_descriptors(&format!("{policy}{NOBODY}"));
-    // All of them at once, so that those on their way out use up what there is.
+    let echod = with_few_descriptors(&format!("{policy}{DENY_ALL}"));
+    // All at once, so that the lingering closes use up all descriptors.
     for _ in 0..5 {
         let clients: Vec<Client> = (0..100).map(|_| echod.connect()).collect();
         for client in &clients {
@@ -524,18 +526,18 @@ fn out_of_descriptors_a_denial_is_still_a_denial_and_recorded() {
 }
 
 #[test]
-fn a_start_that_fails_for_want_of_descriptors_loses_no_denial() {
+fn a_start_that_runs_out_of_descriptors_loses_no_denial() {
     let (mut failed, mut started) = (0, 0);
     for descriptors in 5..24 {
-        let start = Start::serving(NOBODY);
+        let start = Start::serving(DENY_ALL);
         let client = Client::connect(start.place().path("socket"));
         client.0.set_nonblocking(true).unwrap();
         let limit = format!("--nofile={descriptors}:{descriptors}");
         let echod = start.wrapper(&["prlimit", &limit]).spawn();
-        // Ready, or over.
-        let ready = echod.manager.told.try_wait(|told| match told.has("READY=1") {
+        // Waits until the process is ready or has exited.
+        let ready = echod.manager.received.try_wait(|received| match received.has("READY=1") {
             true => Some(true),
-            false => told.is_over().then_some(false),
+            false => received.is_over().then_some(false),
         });
         let stderr = if ready == Some(true) {
             started += 1;
@@ -555,15 +557,15 @@ fn a_start_that_fails_for_want_of_descriptors_loses_no_denial() {
     assert!(failed >= 3 && started >= 3);
 }
 
-/// What the kernel answers is made up by strace(1), since the real fault can't be had without its cause: a machine
-/// without a free file table entry or without memory, which others need too. The program is the real one.
+/// strace(1) injects the errors of system calls: a real ENFILE or ENOMEM would hit the whole machine. The program is
+/// the real one.
 struct Faults {
     echod: Echod,
     trace: std::path::PathBuf,
 }
 
 impl Faults {
-    /// `faults` are strace's: `accept4:error=ENFILE:when=2..9`.
+    /// `faults` are expressions of strace(1), such as `accept4:error=ENFILE:when=2..9`.
     fn inject(config: &str, faults: &[&str]) -> Self {
         let start = Start::serving(config);
         let trace = start.place().path("trace");
@@ -572,7 +574,7 @@ impl Faults {
         Self { echod: start.traced(&trace, &expressions).ready(), trace }
     }
 
-    /// How often accept4 failed by our doing, and how often the gate waited and nothing came.
+    /// How often accept4 failed by injection, and how often the gate's wait timed out.
     fn failures_and_pauses(&self) -> (usize, usize) {
         let trace = std::fs::read_to_string(&self.trace).unwrap();
         let gate = trace.lines().find(|line| line.contains("accept4(")).and_then(|line| line.split(' ').next());
@@ -585,7 +587,7 @@ impl Faults {
 }
 
 #[test]
-fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_loses_no_denial() {
+fn no_denial_is_lost_while_accept_fails_with_enfile_or_enomem() {
     const DENIALS: usize = 20;
     for (error, said) in [
         ("ENFILE", "out of file descriptors"),
@@ -593,9 +595,9 @@ fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_lo
         ("ENOMEM", "Cannot allocate memory"),
         ("ENOBUFS", "No buffer space available"),
     ] {
-        let config = format!("[audit]\ninterval = \"1h\"\nburst = 1000\n{NOBODY}");
+        let config = format!("[audit]\ninterval = \"1h\"\nburst = 1000\n{DENY_ALL}");
         let fault = format!("accept4:error={error}:when=5..120");
-        // Nor can what was held in reserve be had again. Fewer are made before the gate begins.
+        // The reserve descriptors cannot be opened again either. Fewer than 20 are made before the gate begins.
         let faults = Faults::inject(&config, &[&fault, &format!("eventfd2:error={error}:when=20..40")]);
         let clients: Vec<Client> = (0..DENIALS).map(|_| faults.echod.connect()).collect();
         clients.iter().for_each(|client| client.expect_end(DENIED));
@@ -605,7 +607,7 @@ fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_lo
         let records = stderr.lines().filter(|line| line.contains(": no rule allows it")).count();
         figure!("{error}: {failures} times, {pauses} pauses; denied {}, records {records}", DENIALS + 1);
         assert_eq!(failures, 116);
-        // Those on their way out go first, without a pause; and what finds no reserve has tried twice.
+        // Lingering closes are ended first, without a pause, and a try without a reserve is made twice.
         assert!(pauses >= (failures - DENIALS) / 2, "{error}: {failures} failures, {pauses} pauses");
         assert_eq!(records, DENIALS + 1, "{stderr}");
         assert!(stderr.contains(said), "{stderr}");
@@ -613,7 +615,7 @@ fn where_the_system_has_no_descriptor_or_no_memory_left_it_pauses_goes_on_and_lo
 }
 
 #[test]
-fn who_leaves_before_being_accepted_and_signals_in_between_delay_nobody() {
+fn aborted_connections_and_interrupting_signals_delay_no_client() {
     for error in ["ECONNABORTED", "EINTR", "EPROTO"] {
         let faults = Faults::inject(OWNER, &[&format!("accept4:error={error}:when=2..200")]);
         let clients: Vec<Client> = (0..5).map(|_| faults.echod.connect()).collect();
@@ -627,9 +629,9 @@ fn who_leaves_before_being_accepted_and_signals_in_between_delay_nobody() {
 }
 
 #[test]
-fn a_write_that_finds_no_memory_ends_that_connection_alone() {
-    // strace counts each thread's calls apart. Every connection's first echo may be written at the door, and with nobody
-    // looked for there no other, so that only the thread behind it gets as far as its third.
+fn a_write_that_fails_for_memory_closes_only_that_connection() {
+    // strace counts the calls of each thread apart. The gate may write the first echo of each connection; with busy
+    // polling off it writes no other, so only the worker makes a third call.
     let config = format!("[service]\nbusy-poll = \"off\"\n{OWNER}");
     let faults = Faults::inject(&config, &["sendto:error=ENOBUFS:when=3"]);
     let (first, second) = (faults.echod.connect(), faults.echod.connect());
@@ -648,7 +650,7 @@ fn a_write_that_finds_no_memory_ends_that_connection_alone() {
 }
 
 #[test]
-fn a_listener_queue_that_is_full_delays_but_loses_nobody() {
+fn a_full_backlog_delays_connections_and_loses_none() {
     let start = Start::bare().config(OWNER);
     let path = start.place().path("socket");
     let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
@@ -658,7 +660,7 @@ fn a_listener_queue_that_is_full_delays_but_loses_nobody() {
             .map(|number| {
                 let path = &path;
                 scope.spawn(move || {
-                    // Blocks until there is room in the queue.
+                    // Blocks while the backlog is full.
                     let client = Client::connect(path);
                     client.echo(&format!("client {number}"));
                 })
@@ -671,7 +673,7 @@ fn a_listener_queue_that_is_full_delays_but_loses_nobody() {
 }
 
 #[test]
-fn descriptors_sent_along_with_the_data_are_refused_or_end_the_connection() {
+fn descriptors_sent_with_data_are_refused_or_end_the_connection() {
     let echod = Start::serving(OWNER).ready();
     for verify in ["connection", "line"] {
         echod.reload_with(&format!("[service]\nverify = \"{verify}\"\n{OWNER}"));
@@ -681,7 +683,7 @@ fn descriptors_sent_along_with_the_data_are_refused_or_end_the_connection() {
             client.echo("first");
             let (ours, theirs) = UnixStream::pair().unwrap();
             match common::send_along(&client.0, b"second\n", &[theirs.as_raw_fd()]) {
-                // Linux 6.16: the kernel tells the sender, and nothing else has happened.
+                // From Linux 6.16 on sendmsg(2) fails, and the connection stays open.
                 Err(nix::errno::Errno::EPERM) => client.echo("third"),
                 sent => {
                     sent.unwrap();
@@ -689,26 +691,26 @@ fn descriptors_sent_along_with_the_data_are_refused_or_end_the_connection() {
                 }
             }
             drop(theirs);
-            // Nobody holds the other end: it was never let in, or closed over there.
+            // The other end is closed: the descriptor was refused, or closed by the service.
             Client::of(ours).expect_end(b"");
         }
         expect_descriptors(&echod, before);
     }
 }
 
-/// One that nobody minds closing, and its other end.
+/// Sends a descriptor that closes without blocking. Returns its other end.
 fn send_a_descriptor(client: &Client) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().unwrap();
     common::send_along(&client.0, b"with it\n", &[theirs.as_raw_fd()]).unwrap();
     ours
 }
 
-/// What is sent before the descriptors, what after them, and what comes back.
+/// The data before the descriptors, the data after them, and the expected answer.
 type Case<'a> = (&'a [&'a [u8]], &'a [u8], &'a [u8]);
 
-/// Descriptors that lie in the queue before anything could refuse them. What came before them is not theirs to lose.
+/// These descriptors are queued before the service can refuse them. The data before them must not be lost.
 #[test]
-fn what_came_before_descriptors_is_echoed_then_comes_the_end_and_a_record() {
+fn data_before_passed_descriptors_is_echoed_before_the_end() {
     for verify in ["connection", "line"] {
         let journald = Journald::new();
         let start = Start::serving(&format!("[service]\nverify = \"{verify}\"\n{OWNER}")).journal(&journald);
@@ -750,9 +752,9 @@ fn what_came_before_descriptors_is_echoed_then_comes_the_end_and_a_record() {
     }
 }
 
-/// It is only read when the peer takes its echo, and a stop meets it before.
+/// The descriptors are only received once the peer has read its echo, and the stop comes before.
 #[test]
-fn a_stop_gives_a_peer_with_descriptors_what_it_is_owed_before_them() {
+fn a_stop_sends_the_echo_of_data_before_passed_descriptors() {
     let start = Start::serving(OWNER);
     let client = Client::connect(start.place().path("socket"));
     client.send("one\nfragm");
@@ -763,7 +765,7 @@ fn a_stop_gives_a_peer_with_descriptors_what_it_is_owed_before_them() {
 }
 
 #[test]
-fn idle_for_too_long_a_peer_gets_back_the_line_it_has_not_ended() {
+fn an_idle_timeout_echoes_the_unfinished_line() {
     let echod = Start::serving(&format!("[limits]\nidle-timeout = \"100ms\"\n{OWNER}")).ready();
     let client = echod.connect();
     client.send("one\nfragm");
@@ -771,7 +773,7 @@ fn idle_for_too_long_a_peer_gets_back_the_line_it_has_not_ended() {
 }
 
 #[test]
-fn a_soak_of_everything_at_once_ends_with_as_many_descriptors_as_it_began_with() {
+fn a_mixed_load_leaves_as_many_descriptors_as_before() {
     let config = format!("[limits]\nconnections-per-user = 40\nline-length = 4096\nidle-timeout = \"1s\"\n{OWNER}");
     let echod = Start::serving(&config).ready();
     let before = descriptors(&echod);

@@ -1,5 +1,5 @@
-//! Who gets in: peers that really run as other users and groups, judged by what the kernel says of them. Needs root,
-//! to become those users.
+//! Which peers are admitted: real processes with other users and groups, decided on by their credentials. Needs root,
+//! to change users.
 
 mod common;
 
@@ -9,37 +9,37 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, Other, Place, Start, needs_root};
+use common::{ALICE, BOB, BUSY, Client, DENIED, Echod, Manager, PeerProcess, Place, Start, needs_root};
 
-/// `uid:gid:groups` connects and is let in, or not.
+/// Connects with the ids `uid:gid:groups` and expects to be admitted or denied.
 #[track_caller]
-fn expect(echod: &Echod, who: &str, admitted: bool) {
-    let other = Other::with(&["--as", who], &echod.socket());
-    expect_from(&other, who, admitted);
+fn expect(echod: &Echod, ids: &str, admitted: bool) {
+    let other = PeerProcess::with(&["--as", ids], &echod.socket());
+    expect_from(&other, ids, admitted);
 }
 
 #[track_caller]
-fn expect_from(other: &Other, who: &str, admitted: bool) {
+fn expect_from(other: &PeerProcess, ids: &str, admitted: bool) {
     let client = other.client();
-    // A denied one may be gone before it can say anything.
+    // A denied connection may be closed before this is sent.
     let _ = client.try_send("who am I\n");
     if admitted {
         client.half_close();
         let (answer, end) = client.rest();
-        assert_eq!((common::show(&answer), end), ("> who am I\\n".into(), common::End::Eof), "{who}");
+        assert_eq!((common::show(&answer), end), ("> who am I\\n".into(), common::End::Eof), "{ids}");
     } else {
         let (answer, end) = client.rest();
-        assert_eq!((common::show(&answer), end), (common::show(DENIED), common::End::Eof), "{who}");
+        assert_eq!((common::show(&answer), end), (common::show(DENIED), common::End::Eof), "{ids}");
     }
 }
 
 fn named_user() -> (&'static str, u32, u32) {
-    // On every Debian: base-passwd.
+    // A user of every Debian system (base-passwd).
     ("backup", 34, 34)
 }
 
 #[test]
-fn only_the_owner_gets_in_where_there_is_no_file() {
+fn without_a_configuration_file_only_the_owner_is_admitted() {
     needs_root();
     let start = Start::bare().env("CONFIGURATION_DIRECTORY", "/no/such/directory");
     let listener = start.place().listener("socket");
@@ -50,7 +50,7 @@ fn only_the_owner_gets_in_where_there_is_no_file() {
 }
 
 #[test]
-fn root_has_no_privilege_where_the_service_runs_as_somebody_else() {
+fn root_is_not_admitted_where_the_service_runs_as_another_user() {
     needs_root();
     let echod = Start::serving(common::OWNER).run_as("64001:64001").ready();
     echod.connect().expect_end(DENIED);
@@ -61,7 +61,7 @@ fn root_has_no_privilege_where_the_service_runs_as_somebody_else() {
 }
 
 #[test]
-fn users_are_named_numbered_ranged_or_any() {
+fn a_rule_names_users_by_name_number_range_or_any() {
     needs_root();
     let (name, uid, _) = named_user();
     for (users, inside, outside) in [
@@ -72,7 +72,7 @@ fn users_are_named_numbered_ranged_or_any() {
         ("[\"any\"]".into(), vec![0, 1, ALICE, 4_000_000_000], vec![65_534]),
         (format!("[{BOB}, \"64100-64101\", \"{name}\"]"), vec![BOB, 64100, uid], vec![ALICE, 64102]),
     ] {
-        let echod = Start::serving(&format!("[allow.those]\nusers = {users}\n")).ready();
+        let echod = Start::serving(&format!("[allow.listed]\nusers = {users}\n")).ready();
         for uid in inside {
             expect(&echod, &format!("{uid}:64900"), true);
         }
@@ -83,11 +83,11 @@ fn users_are_named_numbered_ranged_or_any() {
 }
 
 #[test]
-fn groups_are_the_effective_one_and_the_supplementary_ones_of_the_process() {
+fn a_peers_groups_are_its_effective_and_supplementary_ones() {
     needs_root();
-    let echod = Start::serving("[allow.those]\ngroups = [\"adm\", 64100, \"64200-64210\"]\n").ready();
-    // adm is 4 on every Debian.
-    for (who, admitted) in [
+    let echod = Start::serving("[allow.listed]\ngroups = [\"adm\", 64100, \"64200-64210\"]\n").ready();
+    // The group adm has gid 4 on every Debian system.
+    for (ids, admitted) in [
         ("64001:4", true),
         ("64001:64001:4", true),
         ("64001:64100", true),
@@ -96,35 +96,35 @@ fn groups_are_the_effective_one_and_the_supplementary_ones_of_the_process() {
         ("64001:64001:64211", false),
         ("64001:64001", false),
         ("64001:64001:64099,64101", false),
-        // The uid is no group.
+        // A uid is no gid.
         ("64100:64001", false),
-        // The user database does not say so, the process does.
+        // A member by its credentials, not in the user database.
         ("0:0:4", true),
         ("0:0", false),
-        // 65534 names nobody.
+        // 65534 is the overflow gid, which stands for any unmapped group.
         ("64001:65534", false),
         ("64001:64100:65534", true),
     ] {
-        expect(&echod, who, admitted);
+        expect(&echod, ids, admitted);
     }
 }
 
 #[test]
-fn the_database_alone_does_not_make_a_member() {
+fn a_membership_only_in_the_database_does_not_count() {
     needs_root();
-    // backup is in group backup by the database; this process of backup's is not.
+    // The user database lists backup in the group backup; this process is not in that group.
     let (name, uid, _) = named_user();
-    let echod = Start::serving(&format!("[allow.those]\ngroups = [\"{name}\"]\n")).ready();
+    let echod = Start::serving(&format!("[allow.listed]\ngroups = [\"{name}\"]\n")).ready();
     expect(&echod, &format!("{uid}:64001"), false);
     expect(&echod, &format!("{uid}:{uid}"), true);
 }
 
 #[test]
-fn a_group_given_up_after_connecting_still_counts_and_one_taken_later_does_not() {
+fn a_peers_groups_count_as_they_were_at_connect() {
     needs_root();
     let echod = Start::serving("[allow.root]\nusers = [0]\n").ready();
-    // Connects as root, then becomes somebody else: judged as of connect(2).
-    let other = Other::with(&["--then", "64001", "--say-after", "still root's\n"], &echod.socket());
+    // Connects as root, then changes its user. The decision uses the credentials at connect(2).
+    let other = PeerProcess::with(&["--then", "64001", "--say-after", "still root's\n"], &echod.socket());
     other.client().expect("> still root's\n");
 }
 
@@ -139,12 +139,12 @@ fn every_key_of_a_rule_must_hold() {
 }
 
 #[test]
-fn deny_rules_come_first_wherever_they_stand() {
+fn deny_rules_come_first_wherever_they_are_written() {
     needs_root();
     let policy = "[allow.all]\nusers = [\"any\"]\n[deny.contractors]\nusers = [\"64001-64005\"]\n\
                   [deny.tainted]\ngroups = [64100]\n";
     let echod = Start::serving(policy).ready();
-    for (who, admitted) in [
+    for (ids, admitted) in [
         ("64001:64001", false),
         ("64005:64001", false),
         ("64006:64006", true),
@@ -152,46 +152,46 @@ fn deny_rules_come_first_wherever_they_stand() {
         ("64006:64100", false),
         ("0:0", true),
     ] {
-        expect(&echod, who, admitted);
+        expect(&echod, ids, admitted);
     }
 }
 
 #[test]
-fn a_deny_rule_that_depends_on_what_names_nobody_counts_as_matched() {
+fn a_deny_rule_on_an_unmapped_group_counts_as_matched() {
     needs_root();
     let echod = Start::serving("[allow.all]\nusers = [\"any\"]\n[deny.tainted]\ngroups = [64100]\n").ready();
-    // One of its groups cannot be told: it might be the one.
+    // An unmapped group could be the denied one.
     expect(&echod, "64001:64001:65534", false);
     expect(&echod, "64001:64001", true);
 }
 
 #[test]
-fn the_first_allow_rule_in_file_order_decides_on_the_terms() {
+fn the_first_matching_allow_rule_in_the_file_sets_the_limits() {
     needs_root();
     let policy = "[allow.first]\nusers = [64001]\nline-length = 10\n\
                   [allow.second]\nusers = [\"any\"]\nline-length = 20\n";
     let echod = Start::serving(policy).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().send("123456789\n1234567890\n");
     alice.client().expect_end("> 123456789\nLine too long\n");
-    let bob = Other::user(BOB, &echod.socket());
+    let bob = PeerProcess::user(BOB, &echod.socket());
     bob.client().send("1234567890\n1234567890123456789\n12345678901234567890\n");
     bob.client().expect_end("> 1234567890\n> 1234567890123456789\nLine too long\n");
 }
 
 #[test]
-fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
+fn the_limit_for_each_user_is_exact_and_counted_by_user() {
     needs_root();
     let echod = Start::serving("[limits]\nconnections-per-user = 5\n[allow.all]\nusers = [\"any\"]\n").ready();
-    // Kept alive to the end of the test: BOB's limit is not what is left of ALICE's.
+    // Kept open until the end of the test, so that ALICE's connections would count if BOB had no limit of his own.
     let mut crowds = Vec::new();
     for uid in [ALICE, BOB] {
-        let who = format!("{uid}:{uid}");
-        let crowd = Other::wrapped(&[], &["--as", &who], 5, &echod.socket());
+        let ids = format!("{uid}:{uid}");
+        let crowd = PeerProcess::wrapped(&[], &["--as", &ids], 5, &echod.socket());
         for client in &crowd.connections {
             client.echo("in");
         }
-        let late = Other::wrapped(&[], &["--as", &who], 3, &echod.socket());
+        let late = PeerProcess::wrapped(&[], &["--as", &ids], 3, &echod.socket());
         for client in &late.connections {
             client.expect_end(BUSY);
         }
@@ -201,7 +201,7 @@ fn the_limit_for_each_user_is_exact_and_each_user_has_their_own() {
 }
 
 #[test]
-fn a_rule_may_raise_or_lower_the_limit_for_those_it_admits() {
+fn a_rule_may_raise_or_lower_the_limit_for_its_peers() {
     needs_root();
     let policy = "[limits]\nconnections-per-user = 3\n\
                   [allow.many]\nusers = [64001]\nconnections-per-user = 7\n\
@@ -210,8 +210,8 @@ fn a_rule_may_raise_or_lower_the_limit_for_those_it_admits() {
     let echod = Start::serving(policy).ready();
     let mut stay = Vec::new();
     for (uid, limit) in [(ALICE, 7), (BOB, 1), (64003, 3)] {
-        let who = format!("{uid}:{uid}");
-        let crowd = Other::wrapped(&[], &["--as", &who], limit + 2, &echod.socket());
+        let ids = format!("{uid}:{uid}");
+        let crowd = PeerProcess::wrapped(&[], &["--as", &ids], limit + 2, &echod.socket());
         let (inside, outside) = crowd.connections.split_at(limit);
         inside.iter().for_each(|client| client.echo("in"));
         outside.iter().for_each(|client| client.expect_end(BUSY));
@@ -224,8 +224,8 @@ fn a_rule_may_raise_or_lower_the_limit_for_those_it_admits() {
 fn the_limit_on_all_connections_is_exact_over_all_users() {
     needs_root();
     let echod = Start::serving("[limits]\nconnections = 6\n[allow.all]\nusers = [\"any\"]\n").ready();
-    let alice = Other::wrapped(&[], &["--as", "64001:64001"], 4, &echod.socket());
-    let bob = Other::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
+    let alice = PeerProcess::wrapped(&[], &["--as", "64001:64001"], 4, &echod.socket());
+    let bob = PeerProcess::wrapped(&[], &["--as", "64002:64002"], 2, &echod.socket());
     alice.connections.iter().chain(&bob.connections).for_each(|client| client.echo("in"));
     echod.connect().expect_end(BUSY);
     for client in bob.end() {
@@ -237,9 +237,9 @@ fn the_limit_on_all_connections_is_exact_over_all_users() {
     echod.connect().expect_end(BUSY);
 }
 
-/// Every way a connection can end; after each its place can be taken again at once.
+/// Every way in which a connection can end. After each its permit is free at once.
 #[test]
-fn a_place_is_given_back_however_a_connection_ends() {
+fn a_permit_is_given_back_however_a_connection_ends() {
     let policy = |limit: usize| {
         format!("[limits]\nconnections-per-user = 1\nconnections = 1\nline-length = {limit}\n{}", common::OWNER)
     };
@@ -258,7 +258,7 @@ fn a_place_is_given_back_however_a_connection_ends() {
             client.expect_end(common::TOO_LONG);
         }),
         ("revoked", |echod, client| {
-            echod.reload_with(common::NOBODY);
+            echod.reload_with(common::DENY_ALL);
             client.expect_end(DENIED);
         }),
         ("shut down on both sides", |_, client| {
@@ -285,14 +285,14 @@ fn a_place_is_given_back_however_a_connection_ends() {
 }
 
 #[test]
-fn an_idle_connection_ends_cleanly_and_an_active_one_stays() {
+fn an_idle_connection_is_closed_cleanly_and_an_active_one_stays() {
     let echod = Start::serving(&format!("[limits]\nidle-timeout = \"300ms\"\n{}", common::OWNER)).ready();
     let idle = echod.connect();
     idle.echo("once");
     let halfway = echod.connect();
     halfway.send("a fragment is not echoed at a timeout");
     let busy = echod.connect();
-    // For as long as the idle one lives the busy one talks; then it still does.
+    // The busy client echoes until the idle connection is closed, and must still be open then.
     idle.0.set_nonblocking(true).unwrap();
     let mut byte = [0];
     loop {
@@ -313,9 +313,9 @@ fn a_rule_may_have_an_idle_timeout_of_its_own() {
     let policy = "[limits]\nidle-timeout = \"50ms\"\n\
                   [allow.patient]\nusers = [64001]\nidle-timeout = \"off\"\n[allow.rest]\nusers = [\"any\"]\n";
     let echod = Start::serving(policy).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("I think");
-    let bob = Other::user(BOB, &echod.socket());
+    let bob = PeerProcess::user(BOB, &echod.socket());
     bob.client().expect_end(b"");
     alice.client().echo("slowly");
 }
@@ -332,36 +332,36 @@ fn explain(config: &Path, args: &[&str]) -> (i32, String) {
 }
 
 #[test]
-fn explain_and_the_running_service_agree_about_a_live_process() {
+fn explain_and_the_service_decide_the_same_about_a_process() {
     needs_root();
     let policy =
-        "[deny.tainted]\ngroups = [64100]\n[allow.those]\nusers = [64001, 64002]\n[allow.staff]\ngroups = [64200]\n";
+        "[deny.tainted]\ngroups = [64100]\n[allow.listed]\nusers = [64001, 64002]\n[allow.staff]\ngroups = [64200]\n";
     let echod = Start::serving(policy).ready();
-    for (who, expected) in [
-        ("64001:64001", "admitted by allow.those"),
+    for (ids, expected) in [
+        ("64001:64001", "admitted by allow.listed"),
         ("64001:64100", "denied by deny.tainted"),
         ("64003:64003", "denied by default"),
         ("64003:64003:64200", "admitted by allow.staff"),
         ("64003:64200:64100", "denied by deny.tainted"),
         ("0:0", "denied by default"),
     ] {
-        let other = Other::with(&["--as", who], &echod.socket());
+        let other = PeerProcess::with(&["--as", ids], &echod.socket());
         let (code, text) = explain(&echod.place.path("echod.toml"), &["--pid", &other.pid().to_string()]);
-        assert_eq!(text.lines().next(), Some(expected), "{who}");
+        assert_eq!(text.lines().next(), Some(expected), "{ids}");
         let admitted = expected.starts_with("admitted");
-        assert_eq!(code, i32::from(!admitted), "{who}");
-        expect_from(&other, who, admitted);
+        assert_eq!(code, i32::from(!admitted), "{ids}");
+        expect_from(&other, ids, admitted);
     }
 }
 
 #[test]
-fn the_manager_hears_of_nothing_but_the_truth() {
+fn the_status_counts_connections_and_denials() {
     let echod = Start::serving(common::OWNER).ready();
     let client = echod.connect();
     client.echo("hello");
     let status = "STATUS=1 connected, 1 admitted, 0 denied; policy of 1 rule";
     wait_for_status(&echod.manager, status);
-    echod.reload_with(common::NOBODY);
+    echod.reload_with(common::DENY_ALL);
     client.expect_end(DENIED);
     echod.connect().expect_end(DENIED);
     wait_for_status(&echod.manager, "STATUS=0 connected, 1 admitted, 1 denied; policy of 1 rule");
@@ -371,13 +371,13 @@ fn wait_for_status(manager: &Manager, status: &str) {
     manager.wait_for(status, 1);
 }
 
-/// A start with a socket of its own.
+/// A service that binds its own socket.
 fn listening(path: &Path) -> Start {
     Start::bare().config(common::OWNER).args(&["--listen", path.to_str().unwrap()])
 }
 
 #[test]
-fn another_users_socket_in_the_place_of_ours_is_not_removed() {
+fn a_socket_of_another_user_at_the_path_is_not_removed() {
     needs_root();
     let place = Place::new();
     let path = place.path("own");
@@ -392,7 +392,7 @@ fn another_users_socket_in_the_place_of_ours_is_not_removed() {
 }
 
 #[test]
-fn a_socket_is_bound_in_a_directory_that_may_not_be_read() {
+fn a_socket_is_bound_in_an_unreadable_directory() {
     needs_root();
     let place = Place::new();
     let directory = place.path("drop");
@@ -400,7 +400,7 @@ fn a_socket_is_bound_in_a_directory_that_may_not_be_read() {
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o733)).unwrap();
     let path = directory.join("own");
     let echod = listening(&path).run_as("64001:64001").ready();
-    Other::user(ALICE, &path).client().echo("it serves");
+    PeerProcess::user(ALICE, &path).client().echo("it serves");
     echod.stop();
     assert!(!path.exists());
 }
@@ -417,9 +417,9 @@ fn directory(path: PathBuf, owner: u32, mode: u32) -> PathBuf {
     path
 }
 
-/// An old file of root's, moved there by whoever may write the directory, has the right owner and mode.
+/// Owner and mode do not protect the file: any user that may write the directory can move an old file of root there.
 #[test]
-fn a_file_is_refused_where_others_may_write_a_directory_on_the_way() {
+fn a_file_below_a_directory_that_others_may_write_is_refused() {
     needs_root();
     let owned = "owned by uid 64001; expected root or the service's user, uid 0";
     let writable = |mode: &str| format!("others than its owner may write it (mode {mode}); expected mode 0755 or less");
@@ -448,9 +448,9 @@ fn a_file_is_refused_where_others_may_write_a_directory_on_the_way() {
     }
 }
 
-/// Whoever may write the directory can also remove the file, and have the defaults in its stead.
+/// Any user that may write the directory can remove the file, to have the defaults used in its stead.
 #[test]
-fn a_default_file_that_others_may_have_removed_is_not_missing() {
+fn a_default_file_that_others_may_remove_is_an_error_if_missing() {
     needs_root();
     let place = Place::new();
     for (name, owner, mode) in [("owned", ALICE, 0o755), ("writable", 0, 0o777)] {
@@ -463,7 +463,7 @@ fn a_default_file_that_others_may_have_removed_is_not_missing() {
 }
 
 #[test]
-fn a_default_file_in_a_directory_that_may_not_be_entered_is_not_missing() {
+fn a_default_file_below_a_closed_directory_is_an_error() {
     needs_root();
     let place = Place::new();
     let closed = directory(place.path("closed"), 0, 0o700);
@@ -474,9 +474,9 @@ fn a_default_file_in_a_directory_that_may_not_be_entered_is_not_missing() {
     assert!(stderr.contains("cannot be read"), "{stderr}");
 }
 
-/// As /tmp: what belongs to root there, only root can replace.
+/// Like /tmp: a file of root in a sticky directory can be replaced only by root.
 #[test]
-fn in_a_sticky_directory_only_what_others_can_put_there_is_refused() {
+fn in_a_sticky_directory_only_a_file_of_another_user_is_refused() {
     needs_root();
     let place = Place::new();
     let sticky = directory(place.path("sticky"), 0, 0o1777);
@@ -502,7 +502,7 @@ fn in_a_sticky_directory_only_what_others_can_put_there_is_refused() {
 }
 
 #[test]
-fn the_services_user_may_own_the_way_to_its_file() {
+fn the_services_user_may_own_the_directories_of_its_file() {
     needs_root();
     let place = Place::new();
     let home = directory(place.path("home"), ALICE, 0o755);
@@ -516,9 +516,9 @@ fn the_services_user_may_own_the_way_to_its_file() {
     echod.stop();
 }
 
-/// There root's directories read as the overflow id's.
+/// In this user namespace the directories of root belong to the overflow uid.
 #[test]
-fn a_user_namespace_without_root_still_reads_its_users_file() {
+fn in_a_user_namespace_without_root_the_users_file_is_read() {
     needs_root();
     let place = Place::new();
     let program = place.path("echod");

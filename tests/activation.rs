@@ -1,4 +1,5 @@
-//! How it starts: what systemd passed, or a socket of its own; and what it says where neither will do. Needs no rights.
+//! Starting: with sockets that systemd passed or with a bound socket, and the message when neither works. Needs no
+//! privileges.
 
 mod common;
 
@@ -16,7 +17,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 
 #[test]
-fn without_a_socket_it_says_both_ways_to_start_and_exits_64() {
+fn without_a_socket_it_names_both_ways_to_start_and_exits_64() {
     let (code, stdout, stderr) = Start::bare().run();
     assert_eq!((code, stdout.as_str()), (64, ""));
     assert!(stderr.contains("systemctl start echo.socket") && stderr.contains("echod --listen PATH"), "{stderr}");
@@ -50,7 +51,7 @@ fn a_socket_in_the_abstract_namespace_is_served() {
 }
 
 #[test]
-fn passed_sockets_and_our_own_are_served_together() {
+fn passed_and_bound_sockets_are_served_together() {
     let start = Start::serving(OWNER);
     let own = start.place().path("own");
     let echod = start.args(&["--listen", own.to_str().unwrap()]).ready();
@@ -61,7 +62,7 @@ fn passed_sockets_and_our_own_are_served_together() {
 }
 
 #[test]
-fn the_service_managers_socket_is_left_as_it_was() {
+fn a_passed_sockets_file_is_left_as_it_was() {
     let start = Start::serving(OWNER);
     let path = start.place().path("socket");
     let before = fs::metadata(&path).unwrap().ino();
@@ -74,13 +75,13 @@ fn the_service_managers_socket_is_left_as_it_was() {
     assert_eq!(fs::metadata(place.path("socket")).unwrap().ino(), before);
 }
 
-/// What else a service manager can be told to pass, and how the message names it.
+/// Descriptors of other kinds that a service manager could pass, and how the message names each.
 fn wrong_things(place: &Place) -> Vec<(&'static str, OwnedFd, &'static str)> {
     let seqpacket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).unwrap();
     bind(std::os::fd::AsRawFd::as_raw_fd(&seqpacket), &UnixAddr::new(&place.path("seqpacket")).unwrap()).unwrap();
     listen(&seqpacket, Backlog::new(5).unwrap()).unwrap();
     let (connected, other) = UnixStream::pair().unwrap();
-    // Its other end must not be what makes it wrong.
+    // Kept open: the descriptor itself must be the fault, not a closed other end.
     std::mem::forget(other);
     let (pipe, _) = nix::unistd::pipe().unwrap();
     let unbound = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
@@ -99,7 +100,7 @@ fn wrong_things(place: &Place) -> Vec<(&'static str, OwnedFd, &'static str)> {
 }
 
 #[test]
-fn whatever_is_no_listening_unix_stream_socket_is_named_and_exits_76() {
+fn a_descriptor_of_another_kind_is_named_and_exits_76() {
     let place = Place::new();
     for (name, fd, what) in wrong_things(&place) {
         let (code, _, stderr) = Start::bare().config(OWNER).socket(name, fd).run();
@@ -127,7 +128,7 @@ fn all_wrong_descriptors_are_named_at_once_with_their_numbers() {
 }
 
 #[test]
-fn descriptors_meant_for_another_process_are_ignored_and_the_reason_is_said() {
+fn descriptors_for_another_process_are_ignored_with_a_reason() {
     for pid in ["1", "(unset)", "", "nonsense"] {
         let (code, _, stderr) = Start::serving(OWNER).env("LISTEN_PID", pid).run();
         assert_eq!(code, 64, "LISTEN_PID={pid}: {stderr}");
@@ -145,14 +146,14 @@ fn an_impossible_number_of_descriptors_exits_76() {
 }
 
 #[test]
-fn more_descriptors_declared_than_passed_exits_76_and_names_the_first_that_is_missing() {
+fn a_missing_descriptor_is_named_and_exits_76() {
     let (code, _, stderr) = Start::serving(OWNER).env("LISTEN_FDS", "3").run();
     assert_eq!(code, 76, "{stderr}");
     assert!(stderr.contains("fd 4 ") && stderr.contains("not open"), "{stderr}");
 }
 
 #[test]
-fn names_that_do_not_fit_are_no_reason_not_to_serve() {
+fn wrong_descriptor_names_do_not_prevent_serving() {
     for names in ["(unset)", "", "one:two:three"] {
         let echod = Start::serving(OWNER).env("LISTEN_FDNAMES", names).ready();
         echod.connect().echo(names);
@@ -161,7 +162,7 @@ fn names_that_do_not_fit_are_no_reason_not_to_serve() {
 }
 
 #[test]
-fn a_child_of_the_service_would_inherit_no_socket() {
+fn no_child_process_would_inherit_a_socket() {
     let echod = Start::serving(OWNER).ready();
     let _client = echod.connect();
     let directory = format!("/proc/{}/fdinfo", echod.pid());
@@ -185,7 +186,7 @@ fn listening(path: &std::path::Path) -> Start {
 }
 
 #[test]
-fn a_socket_of_its_own_is_open_to_everyone_and_removed_at_the_end() {
+fn a_bound_socket_is_open_to_every_user_and_removed_at_exit() {
     let place = Place::new();
     let path = place.path("own");
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
@@ -202,7 +203,7 @@ fn a_socket_of_its_own_is_open_to_everyone_and_removed_at_the_end() {
 }
 
 #[test]
-fn several_sockets_of_its_own_are_all_served() {
+fn several_bound_sockets_are_all_served() {
     let place = Place::new();
     let paths = [place.path("a"), place.path("b")];
     let echod = listening(&paths[0]).args(&["--listen", paths[1].to_str().unwrap()]).ready();
@@ -225,21 +226,21 @@ fn a_stale_socket_is_replaced() {
 }
 
 #[test]
-fn a_socket_that_somebody_listens_on_is_left_alone() {
+fn a_socket_with_a_listener_is_left_alone() {
     let place = Place::new();
     let path = place.path("own");
     let living = UnixListener::bind(&path).unwrap();
     let (code, _, stderr) = listening(&path).run();
     assert_eq!(code, 71, "{stderr}");
     assert!(stderr.contains("somebody listens there already"), "{stderr}");
-    // The question was asked by connecting; the next connection is ours.
+    // The check for a listener has connected; the next connection is the test's.
     let (mut asked, _) = living.accept().unwrap();
     assert_eq!(asked.read(&mut [0; 8]).unwrap(), 0);
     UnixStream::connect(&path).expect("it is still there, and listens");
 }
 
 #[test]
-fn of_two_that_want_the_same_socket_one_gets_it() {
+fn of_two_processes_that_bind_one_path_one_succeeds() {
     let place = Place::new();
     let path = place.path("own");
     let first = listening(&path).ready();
@@ -250,7 +251,7 @@ fn of_two_that_want_the_same_socket_one_gets_it() {
 }
 
 #[test]
-fn whatever_else_is_in_the_way_is_named_and_left_alone() {
+fn a_file_of_another_kind_at_the_path_is_named_and_left_alone() {
     let place = Place::new();
     fs::write(place.path("file"), "precious").unwrap();
     fs::create_dir(place.path("directory")).unwrap();
@@ -293,7 +294,7 @@ fn a_path_of_107_bytes_is_served_and_one_of_108_is_refused() {
 }
 
 #[test]
-fn every_socket_that_cannot_be_bound_is_named_and_none_is_left_behind() {
+fn every_path_that_cannot_be_bound_is_named_and_none_is_left() {
     let place = Place::new();
     fs::create_dir(place.path("d1")).unwrap();
     fs::create_dir(place.path("d2")).unwrap();
@@ -309,7 +310,7 @@ fn every_socket_that_cannot_be_bound_is_named_and_none_is_left_behind() {
 }
 
 #[test]
-fn a_socket_file_that_somebody_else_put_there_meanwhile_is_not_removed() {
+fn a_socket_file_replaced_meanwhile_is_not_removed() {
     let place = Place::new();
     let path = place.path("own");
     let echod = listening(&path).ready();
@@ -319,9 +320,9 @@ fn a_socket_file_that_somebody_else_put_there_meanwhile_is_not_removed() {
     assert!(path.exists());
 }
 
-/// As the owner of the directory can do, while root starts the service.
+/// The owner of the directory can do so while root starts the service.
 #[test]
-fn a_link_put_in_the_sockets_place_is_not_followed() {
+fn a_symlink_in_place_of_the_socket_is_not_followed() {
     let place = Place::new();
     let secret = place.path("secret");
     fs::write(&secret, "").unwrap();
@@ -339,7 +340,7 @@ fn a_link_put_in_the_sockets_place_is_not_followed() {
 }
 
 #[test]
-fn no_path_is_used_once_the_socket_exists() {
+fn after_bind_no_path_is_used() {
     let place = Place::new();
     let elsewhere = Place::new();
     let trace = elsewhere.path("trace");
@@ -369,9 +370,9 @@ fn the_socket_is_removed_from_the_directory_it_was_made_in() {
     assert!(other.join("own").exists(), "a file was removed by way of a link that came later");
 }
 
-/// Anybody who may read a directory can hold a lock on it, as long as they like.
+/// Any user that may read a directory can lock it, for any length of time.
 #[test]
-fn a_lock_that_another_process_holds_on_the_directory_refuses_nothing() {
+fn a_lock_of_another_process_on_the_directory_refuses_no_start() {
     let place = Place::new();
     let path = place.path("own");
     let directory = fs::File::open(place.path("")).unwrap();
@@ -391,14 +392,14 @@ fn a_lock_that_another_process_holds_on_the_directory_refuses_nothing() {
 }
 
 #[test]
-fn a_configuration_that_is_named_must_be_there() {
+fn a_configuration_file_that_is_named_must_exist() {
     let (code, _, stderr) = Start::bare().args(&["--listen", "/x", "--config", "/no/such/echod.toml"]).run();
     assert_eq!(code, 66, "{stderr}");
     assert!(stderr.contains("/no/such/echod.toml"), "{stderr}");
 }
 
 #[test]
-fn a_faulty_configuration_exits_78_and_names_every_fault_with_its_place() {
+fn a_faulty_configuration_exits_78_and_every_fault_has_its_place() {
     let text = "[limits]\nline-length = \"many\"\n\n[allow.x]\nuser = [\"root\"]\n[allow.y]\nusers = [\"5-3\"]\n";
     let start = Start::serving(text);
     let path = start.place().path("echod.toml");
@@ -410,7 +411,7 @@ fn a_faulty_configuration_exits_78_and_names_every_fault_with_its_place() {
 }
 
 #[test]
-fn a_configuration_that_others_may_write_exits_78() {
+fn a_configuration_file_that_others_may_write_exits_78() {
     for mode in [0o666, 0o646, 0o664] {
         let start = Start::serving(OWNER);
         let path = start.place().path("echod.toml");
@@ -422,7 +423,7 @@ fn a_configuration_that_others_may_write_exits_78() {
 }
 
 #[test]
-fn systemds_configuration_directory_comes_before_the_default_and_need_not_hold_a_file() {
+fn the_configuration_directory_of_systemd_precedes_the_default() {
     let start = Start::bare();
     let place = start.place().clone();
     let listener = place.listener("socket");
@@ -430,7 +431,7 @@ fn systemds_configuration_directory_comes_before_the_default_and_need_not_hold_a
     let directory = place.path("conf").to_str().unwrap().to_owned();
     let echod = start.env("CONFIGURATION_DIRECTORY", &directory).socket("s", listener).ready();
     echod.connect().echo("no file: the owner is admitted");
-    fs::write(place.path("conf/echod.toml"), common::NOBODY).unwrap();
+    fs::write(place.path("conf/echod.toml"), common::DENY_ALL).unwrap();
     echod.signal(Signal::SIGHUP);
     echod.manager.wait_for("READY=1", 2);
     echod.connect().expect_end(common::DENIED);
@@ -438,7 +439,7 @@ fn systemds_configuration_directory_comes_before_the_default_and_need_not_hold_a
 }
 
 #[test]
-fn a_wrong_option_keeps_claps_own_exit_code() {
+fn a_wrong_option_exits_with_the_code_of_clap() {
     assert_eq!(Start::bare().args(&["--no-such-option"]).run().0, 2);
     let (code, stdout, _) = Start::bare().args(&["--version"]).run();
     assert_eq!((code, stdout), (0, format!("echod {}\n", env!("CARGO_PKG_VERSION"))));
@@ -446,7 +447,7 @@ fn a_wrong_option_keeps_claps_own_exit_code() {
 }
 
 #[test]
-fn it_serves_without_any_environment_at_all() {
+fn it_serves_with_an_empty_environment() {
     let place = Place::new();
     let path = place.path("own");
     let config = place.file("echod.toml", OWNER);

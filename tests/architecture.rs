@@ -63,13 +63,13 @@ fn only_sys_is_unsafe() {
 }
 
 #[test]
-fn only_the_peer_module_asks_for_credentials() {
+fn only_peer_reads_credentials() {
     let words = ["PeerCredentials", "PeerPidfd", "peer_groups(", "peer_label("];
     assert_eq!(users_of(&words, &library()), ["identity/peer.rs", "sys.rs"]);
 }
 
 #[test]
-fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
+fn the_policy_uses_no_socket_no_clock_no_log_and_no_file() {
     let is_of_policy = |name: &String| name == "policy.rs" || name.starts_with("policy/");
     let policy: BTreeMap<_, _> = library().into_iter().filter(|(name, _)| is_of_policy(name)).collect();
     assert!(policy.contains_key("policy.rs"));
@@ -84,7 +84,7 @@ fn the_policy_knows_no_socket_no_clock_no_log_and_no_file() {
     }
 }
 
-/// Cargo looks for no tests at the top of the workspace: a file that no manifest names is never compiled.
+/// Cargo does not look for tests at the top of the workspace: a file that no manifest names is never compiled.
 #[test]
 fn each_test_file_is_named_in_a_manifest() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();

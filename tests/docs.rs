@@ -1,5 +1,5 @@
-//! What is written about the program is what the program does: manual pages, completions, journal catalog, the
-//! shipped configuration and the package's papers, each held against its source.
+//! What is written about the program matches it: manual pages, completions, journal catalog, shipped configuration and
+//! packaging, each compared with its source.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,7 +21,7 @@ fn read(path: &str) -> String {
 }
 
 #[test]
-fn completions_and_option_lists_follow_the_command_lines_definition() {
+fn completions_and_option_lists_match_the_command_line() {
     for (path, wanted) in generate::files(root()).unwrap() {
         let found = fs::read(root().join(&path)).unwrap();
         assert!(
@@ -45,13 +45,13 @@ fn catalog() -> BTreeMap<String, (Vec<String>, String)> {
     entries
 }
 
-/// What stands between double quotes in a source file, for whoever looks for names.
+/// The string literals of a source file, among them the names sought.
 fn literals(path: &str) -> BTreeSet<String> {
     read(path).split('"').skip(1).step_by(2).map(str::to_owned).collect()
 }
 
 #[test]
-fn every_message_id_has_an_entry_in_the_catalog_and_every_entry_an_id() {
+fn each_message_id_has_a_catalog_entry_and_each_entry_an_id() {
     let is_id = |text: &String| text.len() == 32 && text.chars().all(|c| c.is_ascii_hexdigit());
     let ids: BTreeSet<String> = literals("src/peergate/audit.rs").into_iter().filter(is_id).collect();
     assert!(ids.contains("72261db9963c465c8c6121daadeb1cbc"), "src/peergate/audit.rs no longer holds the ids");
@@ -59,7 +59,7 @@ fn every_message_id_has_an_entry_in_the_catalog_and_every_entry_an_id() {
 }
 
 #[test]
-fn an_entry_of_the_catalog_has_a_subject_who_wrote_it_and_where_to_read_on() {
+fn a_catalog_entry_has_subject_author_and_documentation() {
     for (id, (header, body)) in catalog() {
         for key in ["Subject: ", "Defined-By: echod", "Documentation: man:"] {
             assert!(header.iter().any(|line| line.starts_with(key)), "{id} lacks {key:?}");
@@ -71,7 +71,7 @@ fn an_entry_of_the_catalog_has_a_subject_who_wrote_it_and_where_to_read_on() {
 }
 
 #[test]
-fn an_entry_of_the_catalog_says_what_happened_then_what_it_means_then_what_to_do() {
+fn a_catalog_entry_tells_event_then_meaning_then_remedy() {
     for (id, (_, body)) in catalog() {
         let starts = |word: &str| body.match_indices(word).map(|(at, _)| at).collect::<Vec<_>>();
         let (meaning, to_do) = (starts("\n\nMeaning:"), starts("\n\nTo do:"));
@@ -80,9 +80,9 @@ fn an_entry_of_the_catalog_says_what_happened_then_what_it_means_then_what_to_do
 }
 
 #[test]
-fn an_entry_of_the_catalog_says_that_fields_may_be_absent_and_puts_none_into_a_command() {
+fn a_catalog_entry_warns_of_absent_fields_and_no_command_has_one() {
     for (id, (_, body)) in catalog() {
-        // journalctl puts the bare name where a record has no such field; of a peer about everything may be unknown.
+        // journalctl shows the bare field name if a record has no such field. About a peer any field may be missing.
         if body.contains("@PEER_") {
             assert_eq!(body.matches("the record has no").count(), 1, "{id} does not say what a bare name means");
         }
@@ -106,7 +106,7 @@ const WITH_ID: [Event; 9] = [
 ];
 
 #[test]
-fn the_manual_page_lists_the_message_ids_with_their_verdicts_and_priorities() {
+fn the_manual_page_lists_each_message_id_verdict_and_priority() {
     let page = read("packaging/man/echod.8");
     let listed: BTreeSet<String> = page
         .lines()
@@ -133,7 +133,7 @@ fn the_manual_page_lists_the_message_ids_with_their_verdicts_and_priorities() {
     assert_eq!(written.len(), catalog().len(), "an event is missing from WITH_ID");
 }
 
-/// Fields of a record that are the product's own, as far as `text` names them.
+/// The program's own record fields that `text` names.
 fn fields(text: &str) -> BTreeSet<String> {
     text.split(|c: char| !c.is_ascii_uppercase() && c != '_')
         .filter(|word| word.starts_with("GATE_") || word.starts_with("PEER_"))
@@ -142,7 +142,7 @@ fn fields(text: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_manual_page_and_the_catalog_name_the_fields_that_are_written_and_no_others() {
+fn manual_page_and_catalog_name_exactly_the_fields_written() {
     // `PEER_UID = …` in the list of fields of an event.
     let named = |line: &str| line.trim().split_once(" = ").map(|(name, _)| fields(name));
     let written: BTreeSet<String> = read("src/peergate/journal.rs").lines().filter_map(named).flatten().collect();
@@ -152,7 +152,7 @@ fn the_manual_page_and_the_catalog_name_the_fields_that_are_written_and_no_other
     assert_eq!(unknown, [] as [String; 0]);
 }
 
-/// Runs `echod check` on `text`, in a file that only its owner may write: what it prints, or what is wrong.
+/// Runs `echod check` on `text`, in a file that only its owner may write: its output, or its errors.
 fn check(name: &str, text: &str) -> Result<String, String> {
     let directory = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("docs-{name}"));
     fs::create_dir_all(&directory).unwrap();
@@ -177,7 +177,7 @@ fn uncommented(text: &str) -> String {
 }
 
 #[test]
-fn the_shipped_configuration_is_accepted_and_the_settings_in_its_comments_are_the_defaults() {
+fn the_shipped_configurations_comments_are_the_defaults() {
     let text = read("packaging/echod.toml");
     let spelled_out = uncommented(&text);
     assert_ne!(spelled_out, text);
@@ -186,7 +186,7 @@ fn the_shipped_configuration_is_accepted_and_the_settings_in_its_comments_are_th
 }
 
 #[test]
-fn a_configuration_with_a_fault_would_be_noticed_here() {
+fn a_fault_in_the_shipped_configuration_would_be_noticed() {
     let said = check("faulty", "[limits]\nconections = 1\n").unwrap_err();
     assert!(said.contains("conections"), "{said}");
 }
@@ -207,7 +207,7 @@ fn settings(toml: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn manual_page_and_shipped_configuration_know_the_same_settings() {
+fn manual_page_and_shipped_configuration_list_the_same_settings() {
     let mut section = String::new();
     let mut documented = BTreeSet::new();
     for line in read("packaging/man/echod.toml.5").lines() {
@@ -233,7 +233,7 @@ fn manual_page_and_shipped_configuration_show_every_key_of_a_rule() {
 }
 
 #[test]
-fn a_default_is_the_same_in_the_manual_page_as_in_the_shipped_configuration() {
+fn manual_page_and_shipped_configuration_state_the_same_defaults() {
     let page = read("packaging/man/echod.toml.5").replace(".Li ", "").replace("\\(dq", "\"").replace("\\-", "-");
     for line in uncommented(&read("packaging/echod.toml")).lines().skip_while(|line| *line != "[limits]") {
         let Some((key, value)) = line.split_once(" = ") else { continue };
@@ -256,7 +256,7 @@ fn the_examples_of_the_manual_pages_are_accepted() {
 }
 
 #[test]
-fn every_crate_of_the_lock_file_has_its_licence_in_the_packages_copyright() {
+fn debian_copyright_has_the_licence_of_each_locked_crate() {
     let copyright = read("debian/copyright");
     let listed: BTreeSet<String> = copyright
         .lines()
@@ -278,7 +278,7 @@ fn every_crate_of_the_lock_file_has_its_licence_in_the_packages_copyright() {
 }
 
 #[test]
-fn the_packages_version_is_the_programs() {
+fn the_package_has_the_programs_version() {
     // An entry that packaging/build-deb adds for another version stands above the release's own.
     let release = format!("\npeergate ({}-", env!("CARGO_PKG_VERSION"));
     assert!(format!("\n{}", read("debian/changelog")).contains(&release));

@@ -1,5 +1,5 @@
-//! Each example as its reader would run it: a process that gets its socket as systemd passes it, clients who really are
-//! other users. Needs root (to become them), nc and setpriv.
+//! Each example as its reader would run it: a process with its socket passed as systemd does, and clients that are
+//! other users. Needs root (to change users), nc and setpriv.
 
 use std::fs;
 use std::io::{IoSlice, Read, Write};
@@ -18,17 +18,17 @@ use nix::unistd::Pid;
 
 const EXAMPLES: [&str; 3] = ["whoami", "view_update", "tokio_echo"];
 
-/// An ordinary user, by number: nobody needs an account to connect.
+/// An ordinary user, by number: a peer needs no account.
 const ALICE: u32 = 61_001;
 
-/// Where nothing happens for so long, something is wrong for good.
+/// The longest wait for an event.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 fn source(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples").join(file)
 }
 
-/// The program of an example, built as it stands.
+/// The program of an example, built from the tree.
 fn program(example: &str) -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let directory = BUILT.get_or_init(|| {
@@ -59,7 +59,7 @@ impl Server {
         Self::start_after(test, example, arguments, |_| ()).0
     }
 
-    /// Has somebody come before the service is there, to the socket of this path.
+    /// Connects to the socket at this path before the service starts.
     fn start_after<R>(test: &str, example: &str, arguments: &[&Path], comes: impl FnOnce(&Path) -> R) -> (Self, R) {
         assert!(nix::unistd::geteuid().is_root(), "run as root: the clients become other users");
         let directory = std::env::temp_dir().join(format!("peergate-{test}-{}", std::process::id()));
@@ -71,7 +71,7 @@ impl Server {
         let notify = UnixDatagram::bind(directory.join("notify")).unwrap();
         notify.set_read_timeout(Some(PATIENCE)).unwrap();
         let came = comes(&socket);
-        // What systemd does before it calls exec.
+        // As systemd does before it calls execve(2).
         let pass = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
         let child = Command::new("sh")
             .args(["-c", pass, "sh"])
@@ -90,12 +90,12 @@ impl Server {
         self.directory.join("socket")
     }
 
-    /// Waits until the service says that it is ready, or ready again.
+    /// Waits until the service has sent READY=1.
     fn ready(&self) {
         self.says("READY=1");
     }
 
-    /// Waits until the service tells its manager this.
+    /// Waits until the service has sent this to its manager.
     fn says(&self, expected: &str) {
         let mut message = [0; 4096];
         loop {
@@ -110,7 +110,7 @@ impl Server {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }
 
-    /// What the service answers a client that says this and no more, and the client's pid.
+    /// The answer to a client that sends `input` and half-closes, and the client's pid.
     fn answers(&self, ids: &[&str], input: &[u8]) -> (String, u32) {
         let mut client = Command::new("setpriv")
             .args(ids)
@@ -123,7 +123,7 @@ impl Server {
         let (mut stdin, mut stdout) = (client.stdin.take().unwrap(), client.stdout.take().unwrap());
         let mut answer = String::new();
         std::thread::scope(|scope| {
-            // A denied client may be gone before it has taken all of it.
+            // A denied connection may be closed before all of it is sent.
             scope.spawn(move || stdin.write_all(input));
             stdout.read_to_string(&mut answer).unwrap();
         });
@@ -136,7 +136,7 @@ impl Server {
         self.answers(&[&uid, &gid, "--clear-groups"], input.as_bytes()).0
     }
 
-    /// An orderly stop.
+    /// Stops it with SIGTERM.
     fn stop(mut self) {
         self.signal(Signal::SIGTERM);
         assert_eq!(self.child.wait().unwrap().code(), Some(0));
@@ -152,21 +152,21 @@ impl Drop for Server {
 }
 
 #[test]
-fn whoami_tells_each_client_what_the_kernel_says_of_it() {
+fn whoami_tells_each_client_its_credentials() {
     let server = Server::start("whoami", "whoami", &[]);
     let (said, pid) = server.answers(&["--reuid=61001", "--regid=61002", "--groups=61003,4"], b"");
     let (ids, process) = said.split_once('\n').unwrap();
     assert_eq!(ids, "uid 61001, gid 61002, groups 4 61003");
     assert!(process.starts_with(&format!("pid {pid}, command nc, unit ")), "{process}");
-    // There is nothing to reload, and no reason to end.
+    // It has nothing to reload, and does not exit.
     server.signal(Signal::SIGHUP);
     assert!(server.answers_user(0, "").starts_with("uid 0, gid 0, groups \n"));
     server.stop();
 }
 
-/// What comes with peergate::serve, which does all that whoami does not.
+/// peergate::serve does all that whoami leaves out.
 #[test]
-fn a_service_of_one_call_tells_its_manager_what_that_wants_to_hear() {
+fn serve_notifies_the_service_manager() {
     let server = Server::start("manager", "whoami", &[]);
     server.ready();
     server.says("WATCHDOG=1");
@@ -180,7 +180,7 @@ fn a_service_of_one_call_tells_its_manager_what_that_wants_to_hear() {
 }
 
 #[test]
-fn whoami_turns_away_whom_the_kernel_cannot_name() {
+fn whoami_denies_the_overflow_uid() {
     let server = Server::start("whoami-nobody", "whoami", &[]);
     assert_eq!(server.answers_user(65_534, ""), "Unauthorized access\n");
     server.stop();
@@ -194,7 +194,7 @@ fn policy(directory: &str, text: &str) -> PathBuf {
 }
 
 #[test]
-fn view_update_lets_some_view_and_others_also_update() {
+fn view_update_gives_each_user_the_rights_of_its_rule() {
     let file = policy("view-update", &fs::read_to_string(source("view_update.toml")).unwrap());
     let server = Server::start("view-update", "view_update", &[&file]);
     let me = nix::unistd::geteuid().as_raw();
@@ -203,14 +203,14 @@ fn view_update_lets_some_view_and_others_also_update() {
     assert_eq!(server.answers_user(guest, "update At two\nview\n"), "You may view, not update\nLunch is at one\n");
     let (editors, _) = server.answers(&["--reuid=1002", "--regid=1002", "--groups=adm"], b"update At three\nview\n");
     assert_eq!(editors, "updated\nAt three\n");
-    // 2 is neither us nor one of the people.
+    // User 2 is neither the service's user nor in the rule.
     assert_eq!(server.answers_user(2, "view\n"), "Unauthorized access\n");
     server.stop();
     fs::remove_file(file).unwrap();
 }
 
 #[test]
-fn view_update_puts_a_changed_policy_into_force_and_keeps_the_old_one_where_the_new_is_faulty() {
+fn view_update_reloads_a_policy_and_keeps_the_old_one_on_a_fault() {
     let file = policy("reload", "[allow.guest]\nusers = [61001]\n");
     let server = Server::start("reload", "view_update", &[&file]);
     server.ready();
@@ -230,7 +230,7 @@ fn view_update_puts_a_changed_policy_into_force_and_keeps_the_old_one_where_the_
 }
 
 #[test]
-fn view_update_does_not_start_with_a_faulty_policy_and_says_where_the_fault_is() {
+fn view_update_names_the_place_of_a_fault_and_does_not_start() {
     let file = policy("faulty", "[allow.guest]\nusers = [61001]\nmay = \"destroy\"\n");
     let directory = std::env::temp_dir().join(format!("peergate-faulty-{}", std::process::id()));
     fs::create_dir(&directory).unwrap();
@@ -251,7 +251,7 @@ fn view_update_does_not_start_with_a_faulty_policy_and_says_where_the_fault_is()
 }
 
 #[test]
-fn tokio_echo_gives_its_owner_every_byte_back_and_a_stranger_none() {
+fn tokio_echo_echoes_to_its_owner_and_denies_another_user() {
     let server = Server::start("tokio", "tokio_echo", &[]);
     let text = "0123456789\n".repeat(30_000);
     assert!(server.answers_user(nix::unistd::geteuid().as_raw(), &text) == text, "not the bytes that were sent");
@@ -260,7 +260,7 @@ fn tokio_echo_gives_its_owner_every_byte_back_and_a_stranger_none() {
     server.stop();
 }
 
-/// A TCP connection whose close takes hours (SO_LINGER with unsent data), and what it takes to keep it so.
+/// A TCP connection that blocks in close(2) for hours (SO_LINGER with unsent data), and its other end.
 fn slow_to_close() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -273,16 +273,16 @@ fn slow_to_close() -> (TcpStream, TcpStream) {
     (one, other)
 }
 
-/// Sends `what` along with a word, and keeps no copy of it. Whether it was taken is the kernel's business.
+/// Sends a word with `what` as a descriptor, and keeps no copy. The kernel may refuse it.
 fn send_along(through: &UnixStream, what: TcpStream) {
     let fds = [what.as_raw_fd()];
     let control = [ControlMessage::ScmRights(&fds)];
     let _ = sendmsg::<()>(through.as_raw_fd(), &[IoSlice::new(b"hi")], &control, MsgFlags::empty(), None);
 }
 
-/// As any client at the start of a service is: earlier than the service itself.
+/// This client connects before the service starts.
 #[test]
-fn nobody_waits_for_what_an_early_guest_sends_along() {
+fn a_blocking_descriptor_of_an_early_client_delays_no_other() {
     for example in ["whoami", "tokio_echo", "view_update"] {
         let file = policy(&format!("early-{example}"), "[allow.all]\nusers = [\"any\"]\n");
         let (server, (_bomber, _other_end)) =
@@ -292,18 +292,18 @@ fn nobody_waits_for_what_an_early_guest_sends_along() {
                 send_along(&bomber, bomb);
                 (bomber, other_end)
             });
-        hears_something(&server);
+        expect_an_answer(&server);
         server.stop();
         fs::remove_file(file).unwrap();
     }
 }
 
-/// And as a stranger may do at any time, before Linux 6.16 or where nothing refuses it.
+/// A denied client can do so at any time, before Linux 6.16 or where the service does not refuse descriptors.
 #[test]
-fn nobody_waits_for_what_a_stranger_sends_along() {
+fn a_blocking_descriptor_of_a_denied_client_delays_no_other() {
     let server = Server::start("stranger-bomb", "tokio_echo", &[]);
     server.ready();
-    // Meanwhile the stranger lets go of it, so that the service would be the one to close it.
+    // Meanwhile the client closes its own copy, so that the last close(2) would be the service's.
     server.signal(Signal::SIGSTOP);
     let mut stranger = Command::new(program("peer"))
         .args(["--as", "61001:61001", "bomb"])
@@ -313,16 +313,16 @@ fn nobody_waits_for_what_a_stranger_sends_along() {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    // Whether the kernel took it is its own business.
+    // The kernel may have refused it.
     stranger.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
     server.signal(Signal::SIGCONT);
-    hears_something(&server);
+    expect_an_answer(&server);
     server.stop();
     assert!(stranger.wait().unwrap().success());
 }
 
-/// That a client gets an answer at all; else this takes longer than anybody's patience.
-fn hears_something(server: &Server) {
+/// A client gets an answer before the timeout.
+fn expect_an_answer(server: &Server) {
     let mut client = UnixStream::connect(server.socket()).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
     client.write_all(b"view\n").unwrap();
@@ -330,7 +330,7 @@ fn hears_something(server: &Server) {
 }
 
 #[test]
-fn tokio_echo_refuses_one_connection_too_many_of_a_user() {
+fn tokio_echo_refuses_a_users_connection_over_the_limit() {
     let server = Server::start("tokio-limit", "tokio_echo", &[]);
     let connect = || {
         let client = UnixStream::connect(server.socket()).unwrap();
@@ -353,7 +353,7 @@ fn tokio_echo_refuses_one_connection_too_many_of_a_user() {
 }
 
 #[test]
-fn an_example_that_gets_no_socket_says_so_and_ends() {
+fn an_example_without_a_socket_says_so_and_exits() {
     for example in EXAMPLES {
         let file = policy(&format!("none-{example}"), "[allow.owner]\nusers = [\"self\"]\n");
         let ended = Command::new(program(example)).arg(&file).stdin(Stdio::null()).output().unwrap();
@@ -364,7 +364,7 @@ fn an_example_that_gets_no_socket_says_so_and_ends() {
     }
 }
 
-/// systemd-analyze resolves nothing but what it is given, so that the result does not depend on this machine.
+/// systemd-analyze gets an environment without anything of this machine, so that the result does not depend on it.
 #[test]
 fn the_examples_units_are_sound() {
     let directory = std::env::temp_dir().join(format!("peergate-units-{}", std::process::id()));

@@ -79,7 +79,7 @@ line-length = '4K'
 ";
 
 #[test]
-fn explain_begins_with_the_verdict_and_exits_with_it() {
+fn explain_prints_the_verdict_first_and_exits_with_it() {
     let configuration = Configuration::new("verdict", POLICY);
     let verdict = |arguments: &[&str]| {
         let outcome = configuration.run(&[&["explain"], arguments].concat());
@@ -93,7 +93,7 @@ fn explain_begins_with_the_verdict_and_exits_with_it() {
     assert_eq!(verdict(&["--uid", "5"]), by_default);
     assert_eq!(verdict(&["--user", "root"]), admitted("allow.root"));
 
-    // Without --gid the group has the user's number; --group adds others.
+    // Without --gid the group has the user's number; --group adds groups.
     assert_eq!(verdict(&["--uid", "4"]), admitted("allow.operators"));
     assert_eq!(verdict(&["--uid", "4", "--gid", "5"]), by_default);
     assert_eq!(verdict(&["--uid", "5", "--gid", "4"]), admitted("allow.operators"));
@@ -114,7 +114,7 @@ fn explain_begins_with_the_verdict_and_exits_with_it() {
 }
 
 #[test]
-fn explain_tells_why_and_where_the_rule_is_written() {
+fn explain_gives_the_reason_and_the_place_of_the_rule() {
     let configuration = Configuration::new("why", POLICY);
     let outcome = configuration.run(&["explain", "--uid", "34"]);
     let file = configuration.file.display();
@@ -140,7 +140,7 @@ fn explain_tells_why_and_where_the_rule_is_written() {
 }
 
 #[test]
-fn explain_asks_the_kernel_about_a_live_process() {
+fn explain_reads_the_credentials_of_a_live_process() {
     let uid = fs::metadata("/proc/self").map(|status| std::os::unix::fs::MetadataExt::uid(&status)).unwrap();
     let configuration = Configuration::new("pid", &format!("[allow.tester]\nusers = [{uid}]\n"));
     let pid = std::process::id().to_string();
@@ -154,7 +154,7 @@ fn explain_asks_the_kernel_about_a_live_process() {
 }
 
 #[test]
-fn of_more_groups_than_can_be_told_explain_admits_by_none() {
+fn explain_admits_by_no_group_where_the_list_is_incomplete() {
     let policy = "[deny.d]\ngroups = [7]\nusers = [5]\n[allow.a]\ngroups = [4, 9]\n";
     let configuration = Configuration::new("groups", policy);
     let explain = |uid: &str, gid: &str, group: &str, count: usize| {
@@ -169,12 +169,12 @@ fn of_more_groups_than_can_be_told_explain_admits_by_none() {
     assert_eq!(explain("6", "6", "4", 1025), verdict("denied by default", true));
     assert_eq!(explain("5", "4", "8", 1024), verdict("admitted by allow.a", false));
     assert_eq!(explain("5", "4", "8", 1025), verdict("denied by deny.d", true));
-    // The effective group is not in that list, and is known.
+    // The effective group is not part of that list, and is known.
     assert_eq!(explain("6", "9", "4", 1025), verdict("admitted by allow.a", true));
 }
 
 #[test]
-fn explain_judges_nobody_whom_it_cannot_find() {
+fn explain_decides_nothing_about_an_unknown_user_or_process() {
     let configuration = Configuration::new("nobody", POLICY);
     for (arguments, message) in [
         (["--user", "no such user"].as_slice(), "no user \"no such user\""),
@@ -185,7 +185,7 @@ fn explain_judges_nobody_whom_it_cannot_find() {
         assert_eq!((outcome.code, outcome.stdout.as_str()), (64, ""), "{arguments:?}");
         assert!(outcome.stderr.contains(message) && outcome.stderr.contains("; expected"), "{}", outcome.stderr);
     }
-    // clap's own.
+    // The exit code of clap.
     assert_eq!(configuration.run(&["explain"]).code, 2);
     assert_eq!(configuration.run(&["explain", "--uid", "5", "--pid", "6"]).code, 2);
 }
@@ -217,7 +217,7 @@ fn check_prints_the_policy_and_the_settings_in_force() {
 }
 
 #[test]
-fn check_shows_as_much_of_a_long_list_as_fits_and_how_many_there_are() {
+fn check_shortens_a_long_list_and_prints_its_length() {
     // No two of these ranges touch. Together they are longer than any width that std's formatting takes.
     let ranges: Vec<String> = (0..5000).map(|n| format!("{}-{}", 100_000 + 10 * n, 100_005 + 10 * n)).collect();
     let units: Vec<String> = (0..5000).map(|n| format!("a-rather-long-name-{n}.service")).collect();
@@ -244,7 +244,7 @@ fn check_warns_on_standard_error_and_still_succeeds() {
 }
 
 #[test]
-fn check_warns_where_a_user_namespace_hides_who_others_are() {
+fn check_warns_where_a_user_namespace_leaves_users_unmapped() {
     let configuration = Configuration::new("namespace", POLICY);
     let check = ["--user", "--map-root-user", env!("CARGO_BIN_EXE_echod"), "check", "--config"];
     let outcome = run(Command::new("unshare").args(check).arg(&configuration.file));
@@ -267,7 +267,7 @@ fn check_prints_every_fault_and_exits_78() {
 }
 
 #[test]
-fn a_named_file_that_is_missing_exits_66() {
+fn a_named_configuration_file_that_is_missing_exits_66() {
     let missing = ["--config", "/nonexistent/echod.toml"];
     for arguments in [&["check"][..], &["explain", "--uid", "5"]] {
         let outcome = run(Command::new(env!("CARGO_BIN_EXE_echod")).args(arguments).args(missing));
@@ -279,7 +279,7 @@ fn a_named_file_that_is_missing_exits_66() {
 }
 
 #[test]
-fn without_any_file_the_owner_alone_is_admitted() {
+fn without_any_file_explain_admits_only_the_owner() {
     let configuration = Configuration::new("default", "");
     fs::remove_file(&configuration.file).unwrap();
     let uid = fs::metadata("/proc/self").map(|status| std::os::unix::fs::MetadataExt::uid(&status)).unwrap();
@@ -293,7 +293,7 @@ fn without_any_file_the_owner_alone_is_admitted() {
 }
 
 #[test]
-fn groups_go_with_a_bare_uid_only() {
+fn groups_may_be_given_only_with_a_uid() {
     for arguments in
         [["--user", "root", "--gid", "5"], ["--user", "root", "--group", "5"], ["--pid", "1", "--gid", "5"]]
     {

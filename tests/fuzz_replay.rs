@@ -1,5 +1,5 @@
-//! The fuzzers' corpora (fuzz/corpus), replayed through the same functions on any compiler: what the fuzzers once
-//! reached or found stays tested where there is no fuzzer. Also runs the included modules' own tests once more.
+//! Replays the fuzzers' corpora (fuzz/corpus) through the same functions with any compiler, so that what the fuzzers
+//! found stays tested without a fuzzer. The included modules' own tests run once more.
 
 use std::fs;
 use std::path::Path;
@@ -8,14 +8,14 @@ use std::path::Path;
 mod targets;
 
 #[test]
-fn every_input_that_a_fuzzer_found_worth_keeping_holds_every_claim() {
+fn every_input_of_the_fuzz_corpora_holds_every_claim() {
     for (name, target) in targets::ALL {
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus").join(name);
         let inputs = fs::read_dir(&corpus).unwrap_or_else(|error| panic!("{}: {error}", corpus.display()));
         let mut replayed = 0;
         for input in inputs {
             let path = input.unwrap().path();
-            // Shown only where the test fails, and then it is the last one.
+            // Shown only if the test fails: the last one printed is the input that failed.
             println!("{}", path.display());
             target(&fs::read(&path).unwrap());
             replayed += 1;
@@ -25,7 +25,7 @@ fn every_input_that_a_fuzzer_found_worth_keeping_holds_every_claim() {
 }
 
 #[test]
-fn every_target_takes_nothing_and_anything() {
+fn every_fuzz_target_takes_empty_and_arbitrary_input() {
     let mut seed = 0x2545_f491_4f6c_dd1d_u64;
     for (_, target) in targets::ALL {
         target(b"");

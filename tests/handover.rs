@@ -1,6 +1,5 @@
-//! A restart that nobody notices: connections in every state of rest go through the manager's descriptor store to the
-//! next process, and every byte is compared. And every way in which that can go wrong. The manager is the test's
-//! own; some of the clients are other users.
+//! Restarts: connections in every state pass through the file descriptor store to the next process, and every byte is
+//! compared. Then each way in which this can fail. The service manager is the test's own; some clients are other users.
 
 mod common;
 
@@ -12,13 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use common::{Client, DENIED, Echod, End, Journald, Manager, NOBODY, OWNER, Start, TOO_LONG, needs_root, show};
+use common::{Client, DENIED, DENY_ALL, Echod, End, Journald, Manager, OWNER, Start, TOO_LONG, needs_root, show};
 use nix::sys::signal::Signal;
 
-/// A service whose manager has room for so many descriptors.
+/// A service with a manager that can store so many descriptors.
 fn serve_with_room(config: &str, capacity: usize) -> Echod {
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = capacity);
+    manager.received.change(|received| received.capacity = capacity);
     Start::serving(config).env("FDSTORE", &capacity.to_string()).ready_with(manager)
 }
 
@@ -30,8 +29,7 @@ fn restart(echod: Echod) -> Echod {
     echod.restart(|start, _| start)
 }
 
-/// Sends as much as is taken while nothing is read: the connection's echo waits in every buffer there is.
-/// Returns what was sent.
+/// Sends as much as the socket takes without reading, so that all buffers are full of echo. Returns what was sent.
 fn clog(client: &Client, line: &[u8]) -> Vec<u8> {
     client.0.set_nonblocking(true).unwrap();
     let mut sent = 0;
@@ -57,7 +55,7 @@ fn answer(input: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_live_connection_goes_on_as_if_nothing_had_happened() {
+fn a_live_connection_continues_over_a_restart() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -71,7 +69,7 @@ fn a_live_connection_goes_on_as_if_nothing_had_happened() {
 }
 
 #[test]
-fn half_a_line_before_the_restart_and_half_after_it_make_one_line() {
+fn half_a_line_before_a_restart_and_half_after_it_make_one_line() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.send("whole\nhal");
@@ -87,7 +85,7 @@ fn half_a_line_before_the_restart_and_half_after_it_make_one_line() {
 }
 
 #[test]
-fn a_client_that_does_not_read_gets_every_byte_after_the_restart() {
+fn a_client_that_does_not_read_gets_every_byte_after_a_restart() {
     let echod = serve(OWNER);
     let client = echod.connect();
     let sent = clog(&client, &[vec![b'a'; 5000], b"\n".to_vec(), vec![b'b'; 77], b"\n".to_vec()].concat());
@@ -100,7 +98,7 @@ fn a_client_that_does_not_read_gets_every_byte_after_the_restart() {
 }
 
 #[test]
-fn a_client_that_has_half_closed_and_does_not_read_gets_every_byte_and_its_end() {
+fn a_half_closed_client_that_does_not_read_gets_every_byte() {
     let echod = serve(OWNER);
     let client = echod.connect();
     let mut sent = clog(&client, &[vec![b'a'; 5000], b"\n".to_vec()].concat());
@@ -112,7 +110,7 @@ fn a_client_that_has_half_closed_and_does_not_read_gets_every_byte_and_its_end()
 }
 
 #[test]
-fn what_is_sent_while_nobody_serves_is_answered_by_the_next() {
+fn data_sent_between_two_processes_is_answered_by_the_next() {
     let echod = serve(OWNER);
     let (sends, half_closes, connects) = (echod.connect(), echod.connect(), echod.socket());
     sends.echo("before");
@@ -134,7 +132,7 @@ fn what_is_sent_while_nobody_serves_is_answered_by_the_next() {
 }
 
 #[test]
-fn a_client_that_leaves_while_nobody_serves_disturbs_nobody() {
+fn a_client_that_closes_between_two_processes_disturbs_no_other() {
     let echod = serve(OWNER);
     let (leaves, stays) = (echod.connect(), echod.connect());
     leaves.echo("bye");
@@ -149,14 +147,14 @@ fn a_client_that_leaves_while_nobody_serves_disturbs_nobody() {
 }
 
 #[test]
-fn too_long_a_line_is_too_long_over_a_restart() {
+fn a_line_too_long_over_a_restart_is_refused() {
     let echod = serve(&format!("[limits]\nline-length = 10\n{OWNER}"));
     let client = echod.connect();
     client.send("a\n123456");
     client.expect("> a\n");
     let echod = restart(echod);
     client.send("7890");
-    // Ten bytes without a newline are no line yet, and not too long.
+    // Ten bytes without a newline are within the limit.
     let echod = restart(echod);
     client.send("1");
     client.expect_end(TOO_LONG);
@@ -164,15 +162,15 @@ fn too_long_a_line_is_too_long_over_a_restart() {
 }
 
 #[test]
-fn a_lower_limit_after_a_restart_does_not_cut_off_a_line_whose_echo_is_half_out() {
+fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_restart() {
     let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
     let echod = serve(&config("1M"));
     let (client, ended) = (echod.connect(), echod.connect());
-    // More than fits into the socket.
+    // More than a socket's buffer holds.
     let line = [vec![b'x'; 900_000], b"\n".to_vec()].concat();
     client.send(&line);
     client.expect("> xxx");
-    // Without a newline it is a line only because nothing follows.
+    // Without a newline it is a line only because of the half-close.
     ended.send(&line[..900_000]);
     ended.half_close();
     ended.expect("> xxx");
@@ -187,17 +185,17 @@ fn a_lower_limit_after_a_restart_does_not_cut_off_a_line_whose_echo_is_half_out(
 }
 
 #[test]
-fn hundreds_of_connections_in_every_state_come_through_ten_restarts() {
-    come_through(300, 10);
+fn hundreds_of_connections_in_every_state_survive_ten_restarts() {
+    expect_to_survive(300, 10);
 }
 
 #[test]
-fn four_thousand_connections_half_of_them_mid_line_come_through_a_restart() {
-    come_through(4000, 1);
+fn four_thousand_connections_half_mid_line_survive_a_restart() {
+    expect_to_survive(4000, 1);
 }
 
-/// Connections at rest, mid-line, with several lines at once and with nothing to say, over so many restarts.
-fn come_through(connections: usize, restarts: usize) {
+/// Connections at rest, mid-line, with several lines at once and without any data, over so many restarts.
+fn expect_to_survive(connections: usize, restarts: usize) {
     let config = format!("[limits]\nconnections = 4000\nconnections-per-user = 4000\n{OWNER}");
     let mut echod = serve(&config);
     let clients: Vec<Client> = (0..connections).map(|_| echod.connect()).collect();
@@ -223,9 +221,9 @@ fn come_through(connections: usize, restarts: usize) {
     echod.stop();
 }
 
-/// More of them than the door accepts in one turn, so that it would be at it before they are all taken over.
+/// More than the gate accepts in one turn: it could accept some of them before all carried connections are taken over.
 #[test]
-fn who_waits_over_a_restart_gets_no_place_of_those_who_live_through_it() {
+fn a_waiting_connection_gets_no_permit_of_a_carried_one() {
     let limit = 100;
     let mut echod = serve(&format!("[limits]\nconnections-per-user = {limit}\n{OWNER}"));
     let inside: Vec<Client> = (0..limit).map(|_| echod.connect()).collect();
@@ -245,7 +243,7 @@ fn who_waits_over_a_restart_gets_no_place_of_those_who_live_through_it() {
 }
 
 #[test]
-fn a_stream_of_numbered_lines_loses_and_doubles_nothing_over_a_restart_storm() {
+fn many_restarts_lose_and_double_no_line_of_a_stream() {
     let mut echod = serve(OWNER);
     let stop = AtomicBool::new(false);
     let streams: Vec<Client> = (0..4).map(|_| echod.connect()).collect();
@@ -290,26 +288,26 @@ fn a_stream_of_numbered_lines_loses_and_doubles_nothing_over_a_restart_storm() {
 }
 
 #[test]
-fn the_store_is_empty_again_once_the_next_process_serves() {
+fn the_store_is_empty_once_the_next_process_serves() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("hello");
     let echod = restart(echod);
-    assert_eq!(echod.manager.told.lock().store.len(), 0, "what was taken back is forgotten");
-    // So the end of a connection is its end: no copy is left anywhere.
+    assert_eq!(echod.manager.received.lock().store.len(), 0, "what was taken back is forgotten");
+    // The client sees an end of file, so no copy of the connection is left anywhere.
     client.half_close();
     client.expect_end(b"");
     drop(echod);
 }
 
 #[test]
-fn nothing_is_stored_where_nobody_is_connected() {
+fn without_connections_nothing_is_stored() {
     let echod = serve(OWNER);
     echod.connect().echo("gone before the stop");
     let manager = Arc::clone(&echod.manager);
     common::eventually("the connection has ended", || {
         manager
-            .told
+            .received
             .lock()
             .messages
             .iter()
@@ -318,11 +316,11 @@ fn nothing_is_stored_where_nobody_is_connected() {
             .then_some(())
     });
     echod.stop();
-    assert!(!manager.told.lock().has("FDSTORE=1"));
+    assert!(!manager.received.lock().has("FDSTORE=1"));
 }
 
 #[test]
-fn without_a_store_everything_received_is_echoed_and_then_comes_the_end() {
+fn without_a_store_all_received_lines_are_echoed_before_the_end() {
     for fdstore in ["(unset)", "0", "nonsense"] {
         let echod = Start::serving(OWNER).env("FDSTORE", fdstore).ready();
         let client = echod.connect();
@@ -342,12 +340,12 @@ fn without_a_store_everything_received_is_echoed_and_then_comes_the_end() {
         client.expect_end("> and a fragment");
         assert_eq!((show(&output), end), (show(&answer(&sent)), common::End::Eof), "FDSTORE={fdstore}");
         assert!(stderr.contains("0 connections left to the next process, 2 ended"), "{stderr}");
-        assert!(!manager.told.lock().has("FDSTORE=1"));
+        assert!(!manager.received.lock().has("FDSTORE=1"));
     }
 }
 
 #[test]
-fn without_a_store_whoever_does_not_read_cannot_hold_up_the_end_and_still_sees_a_clean_one() {
+fn without_a_store_a_client_that_does_not_read_delays_no_stop() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     let sent = clog(&client, b"a line of no great length\n");
@@ -358,9 +356,9 @@ fn without_a_store_whoever_does_not_read_cannot_hold_up_the_end_and_still_sees_a
 }
 
 #[test]
-fn the_capacity_may_come_from_the_units_own_variable_on_an_older_systemd() {
+fn the_store_capacity_may_come_from_the_units_own_variable() {
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 100);
+    manager.received.change(|received| received.capacity = 100);
     let echod = Start::serving(OWNER).env("ECHOD_FDSTORE_MAX", "100").ready_with(manager);
     let client = echod.connect();
     client.echo("before");
@@ -370,7 +368,7 @@ fn the_capacity_may_come_from_the_units_own_variable_on_an_older_systemd() {
 }
 
 #[test]
-fn what_finds_no_room_in_the_store_ends_in_order_and_the_rest_goes_on() {
+fn a_connection_beyond_the_store_capacity_is_closed_in_order() {
     let capacity = 4;
     let echod = serve_with_room(OWNER, capacity);
     let clients: Vec<Client> = (0..6).map(|_| echod.connect()).collect();
@@ -379,7 +377,7 @@ fn what_finds_no_room_in_the_store_ends_in_order_and_the_rest_goes_on() {
         client.send("half");
     }
     let echod = restart(echod);
-    // One place is the state's, one is for the look whether everything found one.
+    // One descriptor is the state, one tests whether the store took everything.
     let mut carried = 0;
     for client in &clients {
         let _ = client.try_send(" line\n");
@@ -397,9 +395,9 @@ fn what_finds_no_room_in_the_store_ends_in_order_and_the_rest_goes_on() {
 }
 
 #[test]
-fn a_manager_that_holds_fewer_than_it_said_gets_none_and_all_end_in_order() {
+fn with_a_smaller_store_than_declared_all_close_in_order() {
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 3);
+    manager.received.change(|received| received.capacity = 3);
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready_with(Arc::clone(&manager));
     let clients: Vec<Client> = (0..6).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
@@ -409,20 +407,20 @@ fn a_manager_that_holds_fewer_than_it_said_gets_none_and_all_end_in_order() {
         assert_eq!(stored.len(), 0, "what was stored is taken out again");
         start
     });
-    // It would not say which it has: none is left to it, and each sees a clean end.
+    // The process cannot tell which descriptors the store took, so it stores none, and every client sees a clean end.
     clients.iter().for_each(|client| client.expect_end(""));
     echod.stop();
 }
 
-/// Restarts with the stored descriptors changed by `change`; the connection that was live must end in order, with
-/// everything it had been owed by the next process, and the next process must serve and say why.
+/// Restarts with the stored descriptors changed by `change`. The live connection must get all echo owed to it and a
+/// clean end, and the next process must serve and log why.
 #[track_caller]
 fn expect_ended_in_order(why: &str, change: impl FnOnce(&mut Vec<(String, OwnedFd)>)) {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
     let echod = echod.restart(|start, stored| {
-        // On its way while nobody serves: received, so echoed.
+        // Sent between the two processes: it was received, so it must be echoed.
         client.send("meanwhile\nfrag");
         change(stored);
         start
@@ -437,7 +435,7 @@ fn state_of(stored: &mut [(String, OwnedFd)]) -> &mut OwnedFd {
     &mut stored.iter_mut().find(|(name, _)| name == "echod-s").expect("a state was stored").1
 }
 
-/// A memfd is sealed: what is to be changed goes into another.
+/// A memfd is sealed, so the changed state goes into a new one.
 fn rewrite(stored: &mut [(String, OwnedFd)], change: impl FnOnce(&mut Vec<u8>)) {
     let state = state_of(stored);
     let mut file = File::from(state.try_clone().unwrap());
@@ -451,19 +449,19 @@ fn rewrite(stored: &mut [(String, OwnedFd)], change: impl FnOnce(&mut Vec<u8>)) 
 }
 
 #[test]
-fn without_their_state_connections_end_in_order() {
+fn without_a_state_connections_are_closed_in_order() {
     expect_ended_in_order("no state came with them", |stored| stored.retain(|(name, _)| name != "echod-s"));
 }
 
 #[test]
-fn a_state_cut_off_ends_connections_in_order() {
+fn with_a_truncated_state_connections_are_closed_in_order() {
     for keep in [0, 1, 14, 33, 34, 60] {
         expect_ended_in_order("cut off or corrupted", |stored| rewrite(stored, |bytes| bytes.truncate(keep)));
     }
 }
 
 #[test]
-fn a_corrupted_state_ends_connections_in_order() {
+fn with_a_corrupted_state_connections_are_closed_in_order() {
     for place in [0, 20, 30, 40, 50, 60, 70] {
         expect_ended_in_order("cut off or corrupted", |stored| rewrite(stored, |bytes| bytes[place] ^= 0x40));
     }
@@ -471,12 +469,12 @@ fn a_corrupted_state_ends_connections_in_order() {
 }
 
 #[test]
-fn a_state_of_a_future_version_ends_connections_in_order_and_names_the_version() {
+fn a_state_of_an_unknown_version_is_named_and_not_used() {
     expect_ended_in_order("version 7, this program knows 2", |stored| rewrite(stored, |bytes| bytes[14] = 7));
 }
 
 #[test]
-fn a_state_that_is_no_file_ends_connections_in_order() {
+fn with_a_state_that_is_no_file_connections_are_closed_in_order() {
     expect_ended_in_order("cut off or corrupted", |stored| {
         *state_of(stored) = UnixStream::pair().unwrap().0.into();
     });
@@ -486,7 +484,7 @@ fn a_state_that_is_no_file_ends_connections_in_order() {
 }
 
 #[test]
-fn the_state_is_sealed_so_that_nobody_can_change_it() {
+fn the_state_is_sealed_against_change() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -502,7 +500,7 @@ fn the_state_is_sealed_so_that_nobody_can_change_it() {
 }
 
 #[test]
-fn descriptors_in_the_store_that_are_not_ours_are_closed_and_counted() {
+fn foreign_descriptors_in_the_store_are_closed_and_counted() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -519,7 +517,7 @@ fn descriptors_in_the_store_that_are_not_ours_are_closed_and_counted() {
 }
 
 #[test]
-fn a_stored_socket_that_the_state_does_not_know_is_ended_and_the_others_go_on() {
+fn a_stored_connection_missing_in_the_state_is_closed_alone() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -539,7 +537,7 @@ fn a_stored_socket_that_the_state_does_not_know_is_ended_and_the_others_go_on() 
 }
 
 #[test]
-fn stored_things_that_are_no_sockets_do_no_harm() {
+fn stored_descriptors_that_are_no_sockets_do_no_harm() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -554,13 +552,13 @@ fn stored_things_that_are_no_sockets_do_no_harm() {
 }
 
 #[test]
-fn the_next_process_judges_by_its_own_policy() {
+fn the_next_process_decides_by_its_own_policy() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
     client.send("half a li");
     let echod = echod.restart(|start, _| {
-        start.place().file("echod.toml", NOBODY);
+        start.place().file("echod.toml", DENY_ALL);
         start
     });
     client.expect_end(DENIED);
@@ -570,7 +568,7 @@ fn the_next_process_judges_by_its_own_policy() {
 }
 
 #[test]
-fn connections_carried_count_against_the_limits_of_the_next_process() {
+fn carried_connections_count_against_the_limits() {
     let config = |limit: usize| format!("[limits]\nconnections-per-user = {limit}\n{OWNER}");
     let echod = serve(&config(5));
     let clients: Vec<Client> = (0..5).map(|_| echod.connect()).collect();
@@ -591,14 +589,14 @@ fn connections_carried_count_against_the_limits_of_the_next_process() {
 }
 
 #[test]
-fn the_manager_has_time_for_each_batch_however_many_there_are() {
+fn the_manager_gets_time_for_each_batch_of_descriptors() {
     let config = format!("[limits]\nconnections-per-user = 600\n{OWNER}");
     let echod = serve(&config);
     let clients: Vec<Client> = (0..600).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
-    let before = echod.manager.told.lock().messages.len();
+    let before = echod.manager.received.lock().messages.len();
     let echod = restart(echod);
-    let said = echod.manager.told.lock().messages[before..].to_vec();
+    let said = echod.manager.received.lock().messages[before..].to_vec();
     let batches: Vec<usize> = (0..said.len())
         .filter(|&at| said[at].iter().any(|field| field == "FDNAME=echod-c"))
         .filter(|&at| said[at].iter().any(|field| field == "FDSTORE=1"))
@@ -611,9 +609,9 @@ fn the_manager_has_time_for_each_batch_however_many_there_are() {
 }
 
 #[test]
-fn a_manager_that_never_answers_costs_no_client_a_byte() {
+fn a_manager_that_never_answers_loses_no_byte() {
     let echod = serve(OWNER);
-    echod.manager.told.change(|told| told.unsettled = Some(Vec::new()));
+    echod.manager.received.change(|received| received.unsettled = Some(Vec::new()));
     let client = echod.connect();
     client.echo("before");
     client.send("half");
@@ -625,7 +623,7 @@ fn a_manager_that_never_answers_costs_no_client_a_byte() {
 }
 
 #[test]
-fn after_a_crash_those_who_wait_are_served_and_nothing_is_left_over() {
+fn after_a_crash_waiting_connections_are_served() {
     let echod = serve(OWNER);
     let live = echod.connect();
     live.echo("before");
@@ -646,7 +644,7 @@ fn after_a_crash_those_who_wait_are_served_and_nothing_is_left_over() {
 }
 
 #[test]
-fn a_crash_after_a_restart_ends_the_connections_that_were_carried() {
+fn a_crash_after_a_restart_ends_the_carried_connections() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -662,7 +660,7 @@ fn a_crash_after_a_restart_ends_the_connections_that_were_carried() {
 }
 
 #[test]
-fn connection_numbers_and_counts_go_on_over_a_restart() {
+fn connection_numbers_and_counts_continue_over_a_restart() {
     let config = format!("[audit]\nrecord = \"connections\"\n{OWNER}");
     let echod = serve(&config);
     let first = echod.connect();
@@ -678,13 +676,13 @@ fn connection_numbers_and_counts_go_on_over_a_restart() {
 }
 
 #[test]
-fn the_names_in_the_store_are_short_so_that_thousands_fit_into_the_environment() {
+fn stored_names_are_short_enough_for_thousands_in_listen_fdnames() {
     let echod = serve(OWNER);
     let clients: Vec<Client> = (0..20).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
     let echod = echod.restart(|start, stored| {
         let names: usize = stored.iter().map(|(name, _)| name.len() + 1).sum();
-        // 128 KiB is the longest string that execve(2) takes; the unit's store holds at most 16384.
+        // execve(2) takes a string of 128 KiB at most; the unit's store holds at most 16384 descriptors.
         assert!(names * 16_384 / stored.len() <= 128 * 1024, "{names} bytes for {} descriptors", stored.len());
         assert_eq!(stored.len(), 21);
         assert!(stored.iter().all(|(_, fd)| fd.as_raw_fd() > 2));
@@ -695,7 +693,7 @@ fn the_names_in_the_store_are_short_so_that_thousands_fit_into_the_environment()
 }
 
 #[test]
-fn a_carried_connection_ends_also_where_the_manager_has_not_let_go_of_its_copy() {
+fn a_carried_connection_ends_though_the_manager_keeps_a_copy() {
     let echod = serve(OWNER);
     let (leaving, ended) = (echod.connect(), echod.connect());
     leaving.echo("hello");
@@ -708,13 +706,13 @@ fn a_carried_connection_ends_also_where_the_manager_has_not_let_go_of_its_copy()
     assert!(copies.len() >= 2);
     leaving.half_close();
     leaving.expect_end("");
-    echod.reload_with(common::NOBODY);
+    echod.reload_with(common::DENY_ALL);
     ended.expect_end(DENIED);
     echod.stop();
 }
 
 #[test]
-fn sigint_ends_for_good_with_all_that_everybody_is_owed() {
+fn sigint_sends_every_owed_byte_and_stores_nothing() {
     let echod = serve(OWNER);
     let (idle, midline, clogged, streams) = (echod.connect(), echod.connect(), echod.connect(), echod.connect());
     idle.echo("hello");
@@ -742,16 +740,16 @@ fn sigint_ends_for_good_with_all_that_everybody_is_owed() {
     idle.expect_end("");
     midline.expect_end("> half");
     assert!(stderr.contains("0 connections left to the next process, 4 ended"), "{stderr}");
-    assert!(!manager.told.lock().has("FDSTORE=1"), "nothing is kept");
+    assert!(!manager.received.lock().has("FDSTORE=1"), "nothing is kept");
 }
 
 #[test]
-fn a_sigterm_by_kill_leaves_nothing_to_a_process_that_never_comes() {
+fn sigterm_without_sigcont_stores_no_connection() {
     let echod = serve(OWNER);
     let (idle, midline) = (echod.connect(), echod.connect());
     idle.echo("hello");
     midline.send("half");
-    // Sent and read before: it says nothing of the SIGTERM after it.
+    // This SIGCONT has been handled before the SIGTERM, so it must not count for it.
     echod.kill(Signal::SIGCONT);
     echod.reload_with(OWNER);
     let manager = Arc::clone(&echod.manager);
@@ -761,15 +759,15 @@ fn a_sigterm_by_kill_leaves_nothing_to_a_process_that_never_comes() {
     idle.expect_end("");
     midline.expect_end("> half");
     assert!(stderr.contains("0 connections left to the next process, 2 ended"), "{stderr}");
-    assert!(!manager.told.lock().has("FDSTORE=1"), "nothing is kept");
+    assert!(!manager.received.lock().has("FDSTORE=1"), "nothing is kept");
 }
 
-/// A next process that reads its configuration until the user database answers: never. Returns once it is asked.
+/// Starts a next process that waits for the user database, which never answers. Returns when the lookup has begun.
 fn begin_slowly(echod: Echod, place: &common::Place) -> Echod {
     let wrapper = common::hung_user_database(place);
     echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
     let echod = echod.begin_again(|start, _| start.wrapper(&wrapper));
-    // The thread waits in openat(2), as no file but the user database makes it do.
+    // The thread blocks in openat(2); only the file of the user database makes it do so.
     let opening = format!("{} ", nix::libc::SYS_openat);
     common::eventually("the look-up has begun", || {
         let mut tasks = std::fs::read_dir(format!("/proc/{}/task", echod.pid())).ok()?.flatten();
@@ -783,7 +781,7 @@ fn begin_slowly(echod: Echod, place: &common::Place) -> Echod {
 }
 
 #[test]
-fn a_stop_while_the_next_process_reads_its_configuration_is_in_order() {
+fn a_stop_during_a_slow_start_closes_connections_in_order() {
     common::needs_root();
     let echod = serve(OWNER);
     let (idle, midline) = (echod.connect(), echod.connect());
@@ -801,11 +799,11 @@ fn a_stop_while_the_next_process_reads_its_configuration_is_in_order() {
     idle.expect_end("");
     midline.expect_end("> half and more");
     assert!(stderr.contains("2 connections of an earlier process ended: this one was told to stop"), "{stderr}");
-    assert!(manager.told.lock().store.is_empty(), "the manager was told to forget them");
+    assert!(manager.received.lock().store.is_empty(), "the manager was told to forget them");
 }
 
 #[test]
-fn a_restart_while_the_next_process_reads_its_configuration_loses_nothing() {
+fn a_restart_during_a_slow_start_loses_no_byte() {
     common::needs_root();
     let echod = serve(OWNER);
     let client = echod.connect();
@@ -824,7 +822,7 @@ fn a_restart_while_the_next_process_reads_its_configuration_loses_nothing() {
 }
 
 #[test]
-fn a_restart_onto_a_faulty_configuration_ends_everybody_in_order_and_says_how_many() {
+fn a_restart_with_a_faulty_configuration_closes_all_in_order() {
     let echod = serve(OWNER);
     let (idle, midline, clogged) = (echod.connect(), echod.connect(), echod.connect());
     idle.echo("hello");
@@ -853,11 +851,11 @@ fn a_restart_onto_a_faulty_configuration_ends_everybody_in_order_and_says_how_ma
     idle.expect_end("");
     midline.expect_end("> half");
     assert!(stderr.contains("3 connections of an earlier process ended"), "{stderr}");
-    assert_eq!(manager.told.lock().store.len(), 0, "nothing is left in the store");
+    assert_eq!(manager.received.lock().store.len(), 0, "nothing is left in the store");
 }
 
 #[test]
-fn a_store_that_is_not_there_is_noticed_and_everybody_ends_in_order() {
+fn without_the_declared_store_connections_are_closed_in_order() {
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready();
     let clients: Vec<Client> = (0..3).map(|_| echod.connect()).collect();
     clients.iter().for_each(|client| client.echo("in"));
@@ -869,7 +867,7 @@ fn a_store_that_is_not_there_is_noticed_and_everybody_ends_in_order() {
 }
 
 #[test]
-fn without_state_whoever_was_in_the_middle_of_a_line_is_echoed_nothing_wrong() {
+fn without_a_state_a_connection_mid_line_gets_no_wrong_echo() {
     let echod = serve(OWNER);
     let (midline, at_rest, owed) = (echod.connect(), echod.connect(), echod.connect());
     midline.echo("before");
@@ -891,7 +889,7 @@ fn without_state_whoever_was_in_the_middle_of_a_line_is_echoed_nothing_wrong() {
 }
 
 #[test]
-fn stored_under_a_name_of_ours_that_this_program_does_not_know_it_is_closed_forgotten_and_named() {
+fn an_unknown_echod_name_in_the_store_is_closed_and_reported() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -900,7 +898,7 @@ fn stored_under_a_name_of_ours_that_this_program_does_not_know_it_is_closed_forg
         stored.push(("echod-future".to_owned(), theirs.into()));
         start
     });
-    assert!(echod.manager.told.lock().has("FDNAME=echod-future"), "it is taken out of the store");
+    assert!(echod.manager.received.lock().has("FDNAME=echod-future"), "it is taken out of the store");
     client.echo("after");
     Client::of(ours).expect_end("");
     let stderr = echod.stop();
@@ -908,7 +906,7 @@ fn stored_under_a_name_of_ours_that_this_program_does_not_know_it_is_closed_forg
 }
 
 #[test]
-fn a_listener_is_served_whatever_it_is_called() {
+fn a_listener_is_served_under_any_name() {
     let start = Start::bare().config(OWNER);
     let listener = start.place().listener("socket");
     let echod = start.socket("echod-c", listener).ready();
@@ -916,18 +914,18 @@ fn a_listener_is_served_whatever_it_is_called() {
 }
 
 #[test]
-fn what_is_taken_back_is_taken_out_of_the_store_also_where_no_capacity_is_told() {
+fn received_descriptors_leave_the_store_without_a_capacity_too() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
     let echod = echod.restart(|start, _| start.env("FDSTORE", "(unset)"));
     client.echo("after");
-    assert_eq!(echod.manager.told.lock().store.len(), 0);
+    assert_eq!(echod.manager.received.lock().store.len(), 0);
 }
 
-/// An older state may be left over where a process has failed in between.
+/// An older state may be left in the store if a process has failed in between.
 #[test]
-fn of_several_states_the_newest_is_believed_in_whatever_order_they_come() {
+fn of_several_states_the_newest_is_used_in_any_order() {
     for oldest_first in [false, true] {
         let echod = serve(OWNER);
         let client = echod.connect();
@@ -950,7 +948,7 @@ fn of_several_states_the_newest_is_believed_in_whatever_order_they_come() {
 }
 
 #[test]
-fn a_state_of_absurd_size_is_not_read_to_the_end() {
+fn a_state_of_absurd_size_is_not_read_whole() {
     let echod = serve(OWNER);
     let client = echod.connect();
     client.echo("before");
@@ -973,7 +971,7 @@ fn a_state_of_absurd_size_is_not_read_to_the_end() {
 }
 
 #[test]
-fn a_connection_that_was_made_blocking_meanwhile_holds_nobody_up() {
+fn a_carried_connection_made_blocking_delays_no_other() {
     let echod = serve(OWNER);
     let (client, other) = (echod.connect(), echod.connect());
     client.echo("before");
@@ -985,7 +983,7 @@ fn a_connection_that_was_made_blocking_meanwhile_holds_nobody_up() {
         }
         start
     });
-    // More than fits: a blocking socket would stop the worker until this is read.
+    // More than the buffers hold: a blocking socket would stop the worker until this is read.
     client.0.set_nonblocking(true).unwrap();
     while (&client.0).write(&[b'\n'; 4096]).is_ok() {}
     other.echo("after");
@@ -993,17 +991,17 @@ fn a_connection_that_was_made_blocking_meanwhile_holds_nobody_up() {
 }
 
 #[test]
-fn who_is_revoked_at_a_restart_is_not_counted_as_carried_and_has_both_records() {
+fn a_connection_revoked_at_a_restart_is_not_counted_as_carried() {
     needs_root();
     let journald = Journald::new();
     let config = |rules: &str| format!("{rules}[audit]\nrecord = \"connections\"\n");
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 100);
+    manager.received.change(|received| received.capacity = 100);
     let echod = Start::serving(&config("[allow.any]\nusers = [\"any\"]\n"))
         .env("FDSTORE", "100")
         .journal(&journald)
         .ready_with(manager);
-    let (client, other) = (echod.connect(), common::Other::user(common::ALICE, &echod.socket()));
+    let (client, other) = (echod.connect(), common::PeerProcess::user(common::ALICE, &echod.socket()));
     client.echo("one");
     other.client().echo("one");
     let echod = echod.restart(|start, _| {
@@ -1030,12 +1028,12 @@ fn who_is_revoked_at_a_restart_is_not_counted_as_carried_and_has_both_records() 
 }
 
 #[test]
-fn a_connections_number_is_its_own_over_restarts_and_without_state_too() {
+fn connection_numbers_stay_unique_over_restarts_without_a_state() {
     needs_root();
     let journald = Journald::new();
     let config = format!("[audit]\nrecord = \"connections\"\n{OWNER}");
     let manager = Arc::new(Manager::new());
-    manager.told.change(|told| told.capacity = 100);
+    manager.received.change(|received| received.capacity = 100);
     let echod = Start::serving(&config).env("FDSTORE", "100").journal(&journald).ready_with(manager);
     let (first, second, third) = (echod.connect(), echod.connect(), echod.connect());
     [&first, &second, &third].iter().for_each(|client| client.echo("in"));
@@ -1056,7 +1054,7 @@ fn a_connections_number_is_its_own_over_restarts_and_without_state_too() {
     };
     let numbers: Vec<String> = journald.entries().iter().filter_map(admitted).collect();
     assert_eq!(numbers, ["1", "2", "3", "4"], "admitted once each, and the numbers go on");
-    // Three without a state: nothing says which they were, and still each has a number.
+    // Three connections without a state: their old numbers are unknown, and each still gets a number of its own.
     let echod = echod.restart(|start, stored| {
         stored.retain(|(name, _)| name != "echod-s");
         start.journal(&journald)
@@ -1075,13 +1073,13 @@ fn a_connections_number_is_its_own_over_restarts_and_without_state_too() {
 }
 
 #[test]
-fn an_idle_timeout_goes_on_over_restarts() {
+fn an_idle_timeout_continues_over_restarts() {
     let config = format!("[limits]\nidle-timeout = \"500ms\"\n{OWNER}");
     let mut echod = serve(&config);
     let client = echod.connect();
     client.echo("hello");
     client.0.set_nonblocking(true).unwrap();
-    // Far more restarts than half a second has room for, each of them sooner than it.
+    // The restarts follow each other faster than the timeout, and together take far longer.
     let restarts = (0..500).take_while(|_| match (&client.0).read(&mut [0]) {
         Ok(0) => false,
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => true,

@@ -1,5 +1,5 @@
-//! Who is it really? Units, namespaces, connections that change hands, processes that are gone. Needs root, for users,
-//! control groups and namespaces.
+//! The identity of a peer: units, namespaces, connections passed to another process, processes that have exited. Needs
+//! root, for users, control groups and namespaces.
 
 mod common;
 
@@ -10,15 +10,15 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
+use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, PeerProcess, Start, needs_root, show};
 
-const ANYBODY: &str = "[allow.any]\nusers = [\"any\"]\n";
+const ADMIT_ALL: &str = "[allow.any]\nusers = [\"any\"]\n";
 
 fn verifying(policy: &str) -> String {
     format!("[service]\nverify = \"line\"\n{policy}")
 }
 
-/// A control group as systemd would make it, with a slice of the test's own at the root; removed when dropped.
+/// A control group as systemd makes it, with a slice of the test's own at the root. Removed when dropped.
 struct Groups {
     root: PathBuf,
     made: Vec<PathBuf>,
@@ -37,7 +37,7 @@ impl Groups {
         Self { root: root.into(), made: Vec::new(), slice }
     }
 
-    /// The file that takes a process in; `path` is below our slice.
+    /// The file that moves a process into the group; `path` is below the test's slice.
     fn group(&mut self, path: &str) -> String {
         let mut group = self.root.clone();
         for component in [self.slice.as_str()].into_iter().chain(path.split('/')) {
@@ -50,7 +50,7 @@ impl Groups {
         group.join("cgroup.procs").to_str().unwrap().to_owned()
     }
 
-    /// As [`group`](Self::group), from the root on: where units of users live.
+    /// As [`group`](Self::group), but below the root, where the units of users are.
     fn group_at_root(&mut self, path: &str) -> String {
         let slice = std::mem::take(&mut self.slice);
         let mut group = self.root.clone();
@@ -69,7 +69,7 @@ impl Groups {
 impl Drop for Groups {
     fn drop(&mut self) {
         for group in self.made.iter().rev() {
-            // The last process may just be leaving.
+            // The last process may still be exiting.
             for _ in 0..1000 {
                 if fs::remove_dir(group).is_ok() || !group.exists() {
                     break;
@@ -81,7 +81,7 @@ impl Drop for Groups {
 }
 
 #[track_caller]
-fn is_admitted(other: &Other) -> bool {
+fn is_admitted(other: &PeerProcess) -> bool {
     let client = other.client();
     let _ = client.try_send("in?\n");
     let _ = client.0.shutdown(std::net::Shutdown::Write);
@@ -93,8 +93,8 @@ fn is_admitted(other: &Other) -> bool {
 }
 
 /// A process in this control group connects.
-fn from_group(group: &str, who: &str, echod: &Echod) -> Other {
-    Other::with(&["--cgroup", group, "--as", who], &echod.socket())
+fn from_group(group: &str, ids: &str, echod: &Echod) -> PeerProcess {
+    PeerProcess::with(&["--cgroup", group, "--as", ids], &echod.socket())
 }
 
 fn explain(echod: &Echod, pid: u32) -> String {
@@ -107,7 +107,7 @@ fn explain(echod: &Echod, pid: u32) -> String {
 }
 
 #[test]
-fn of_two_units_of_one_user_the_one_that_is_named_gets_in() {
+fn of_two_units_of_one_user_only_the_named_one_is_admitted() {
     let mut groups = Groups::new();
     let slice = groups.slice.clone();
     for (units, good, bad) in [
@@ -124,15 +124,15 @@ fn of_two_units_of_one_user_the_one_that_is_named_gets_in() {
             let verdict = explain(&echod, other.pid());
             assert_eq!(is_admitted(&other), admitted, "{name} by units = [{units}]");
             assert_eq!(verdict, if admitted { "admitted by allow.u" } else { "denied by default" });
-            // The unit alone is not enough.
+            // The unit alone does not match the rule.
             assert!(!is_admitted(&from_group(&group, "64002:64002", &echod)));
         }
-        assert!(!is_admitted(&Other::user(64001, &echod.socket())), "from no unit at all");
+        assert!(!is_admitted(&PeerProcess::user(64001, &echod.socket())), "from no unit at all");
     }
 }
 
 #[test]
-fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
+fn out_of_descriptors_a_peer_of_an_allowed_unit_is_refused() {
     let mut groups = Groups::new();
     let good = groups.group("good.service");
     let stranger = groups.group("other.service");
@@ -151,7 +151,7 @@ fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
                 refused += 1;
             }
         }
-        // Of somebody else it is known just as well that they may not.
+        // For another user the answer does not depend on the unit: denied.
         from_group(&stranger, "64002:64002", &echod).client().expect_end(DENIED);
     }
     figure!("{} got in, {refused} were refused", inside.len());
@@ -160,39 +160,39 @@ fn out_of_descriptors_one_whose_unit_may_in_is_refused_and_not_denied() {
     let stderr = echod.stop();
     let denied: Vec<_> = stderr.lines().filter(|line| line.contains("no rule allows it")).collect();
     assert_eq!(denied.len(), 40, "{stderr}");
-    // Also at the limit the record tells all.
+    // Also at the limit the record has every field.
     assert!(denied.iter().all(|line| line.contains(" uid 64002 ") && line.contains("in other.service")), "{stderr}");
 }
 
 #[test]
-fn out_of_descriptors_a_reload_that_first_asks_for_units_revokes_nobody_whom_it_admits() {
+fn out_of_descriptors_a_reload_to_units_revokes_no_allowed_peer() {
     let mut groups = Groups::new();
     let good = groups.group("good.service");
     let limits = "[limits]\nconnections-per-user = 100\n";
     for policy in
-        ["[allow.u]\nunits = [\"good.service\"]\n".to_owned(), format!("[deny.u]\nunits = [\"bad.*\"]\n{ANYBODY}")]
+        ["[allow.u]\nunits = [\"good.service\"]\n".to_owned(), format!("[deny.u]\nunits = [\"bad.*\"]\n{ADMIT_ALL}")]
     {
         let few = ["prlimit", "--nofile=40:40"];
-        let echod = Start::serving(&format!("{limits}{ANYBODY}")).wrapper(&few).ready();
-        let alice = Other::wrapped(&[], &["--cgroup", &good, "--as", "64001:64001"], 40, &echod.socket());
+        let echod = Start::serving(&format!("{limits}{ADMIT_ALL}")).wrapper(&few).ready();
+        let alice = PeerProcess::wrapped(&[], &["--cgroup", &good, "--as", "64001:64001"], 40, &echod.socket());
         alice.connections.iter().for_each(|client| drop(client.try_send("in?\n")));
         let mut inside: Vec<_> = alice.connections.iter().filter(|client| client.read(1) == b">").collect();
         assert!((5..38).contains(&inside.len()), "{} in", inside.len());
         inside.iter().for_each(|client| client.expect(" in?\n"));
-        // One descriptor to read the file with.
+        // Leaves one descriptor, for reading the control group.
         let leaves = inside.pop().unwrap();
         leaves.half_close();
         leaves.expect_end(b"");
         echod.reload_with(&format!("{limits}{policy}"));
         inside.iter().for_each(|client| client.echo("still in"));
-        // It was asked, not taken for granted.
+        // The unit was read, not assumed.
         echod.reload_with(&format!("{limits}[allow.u]\nunits = [\"bad.service\"]\n"));
         inside.iter().for_each(|client| client.expect_end(DENIED));
     }
 }
 
 #[test]
-fn a_group_that_calls_itself_by_a_units_name_inside_another_unit_does_not_get_in() {
+fn a_nested_control_group_named_like_a_unit_is_not_that_unit() {
     let mut groups = Groups::new();
     let echod = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").ready();
     for (path, admitted) in [
@@ -208,11 +208,11 @@ fn a_group_that_calls_itself_by_a_units_name_inside_another_unit_does_not_get_in
 }
 
 #[test]
-fn a_delegated_group_that_is_called_like_a_slice_holds_no_unit_of_the_systems() {
+fn a_delegated_control_group_named_like_a_slice_holds_no_unit() {
     let mut groups = Groups::new();
     let stem = groups.slice.strip_suffix(".slice").unwrap().to_owned();
     let echod = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").ready();
-    let deny = Start::serving(&format!("[deny.u]\nunits = [\"good.service\"]\n{ANYBODY}")).ready();
+    let deny = Start::serving(&format!("[deny.u]\nunits = [\"good.service\"]\n{ADMIT_ALL}")).ready();
     for (path, is_systems) in [
         ("system.slice/good.service", false),
         ("user.slice/user-64001.slice/user@64001.service/good.service", false),
@@ -231,11 +231,11 @@ fn a_delegated_group_that_is_called_like_a_slice_holds_no_unit_of_the_systems() 
 }
 
 #[test]
-fn a_users_own_units_count_under_user_units_for_that_user_alone() {
+fn a_unit_of_a_user_manager_matches_user_units_of_that_user() {
     let mut groups = Groups::new();
     let mail = groups.group_at_root("user.slice/user-64001.slice/user@64001.service/app.slice/mail.service");
     let system = groups.group("mail.service");
-    // Only the system's own mail.service is meant, whatever users are named.
+    // Only the system's mail.service is meant, whatever users the rule names.
     for users in ["", "users = [64001]\n"] {
         let systems = Start::serving(&format!("[allow.u]\n{users}units = [\"mail.service\"]\n")).ready();
         assert!(!is_admitted(&from_group(&mail, "64001:64001", &systems)));
@@ -245,7 +245,7 @@ fn a_users_own_units_count_under_user_units_for_that_user_alone() {
     let other = from_group(&mail, "64001:64001", &own);
     assert_eq!(explain(&own, other.pid()), "admitted by allow.u");
     assert!(is_admitted(&other));
-    // Somebody else's process, put into that user's unit.
+    // A process of another user, moved into that user's unit.
     assert!(!is_admitted(&from_group(&mail, "64002:64002", &own)));
     assert!(!is_admitted(&from_group(&system, "64001:64001", &own)));
 }
@@ -253,26 +253,26 @@ fn a_users_own_units_count_under_user_units_for_that_user_alone() {
 const BY_GROUPS: &str = "[deny.d]\nusers = [64003]\ngroups = [7]\n[allow.g]\ngroups = [4, 64009]\n";
 
 #[test]
-fn a_list_of_more_groups_than_can_be_told_fails_closed_and_is_counted() {
+fn more_than_1024_groups_match_no_allow_rule_and_are_counted() {
     needs_root();
     let journald = Journald::new();
     let echod = Start::serving(BY_GROUPS).journal(&journald).ready();
-    for (who, verdict, count) in [
+    for (ids, verdict, count) in [
         ("64001:64001:4x1024", "admitted by allow.g", None),
         ("64001:64001:4x1025", "denied by default", Some("1025")),
         ("64002:64002:4x65536", "denied by default", Some("65536")),
-        // The effective group is told apart from the list.
+        // The effective group is known apart from the list.
         ("64002:64009:5x65536", "admitted by allow.g", None),
         ("64003:4:8x1024", "admitted by allow.g", None),
         ("64003:4:8x65535", "denied by deny.d", Some("65535")),
     ] {
-        let other = Other::with(&["--as", who], &echod.socket());
-        assert_eq!(explain(&echod, other.pid()), verdict, "{who}");
-        assert_eq!(is_admitted(&other), verdict.starts_with("admitted"), "{who}");
+        let other = PeerProcess::with(&["--as", ids], &echod.socket());
+        assert_eq!(explain(&echod, other.pid()), verdict, "{ids}");
+        assert_eq!(is_admitted(&other), verdict.starts_with("admitted"), "{ids}");
         let Some(count) = count else { continue };
         let said = format!(" ({count} supplementary groups, of which none can be told; at most 1024 can)");
         let entry = journald.wait_for("the denial", |entry| entry["MESSAGE"].ends_with(&said));
-        assert_eq!(entry.get("PEER_GROUPS"), None, "{who}");
+        assert_eq!(entry.get("PEER_GROUPS"), None, "{ids}");
     }
 }
 
@@ -280,23 +280,23 @@ fn a_list_of_more_groups_than_can_be_told_fails_closed_and_is_counted() {
 fn an_admitted_peer_costs_no_memory_for_its_groups() {
     needs_root();
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1000\n{BY_GROUPS}")).ready();
-    for who in ["64001:64009:100000-165535", "64002:64009:100000-101023", "64004:4"] {
+    for ids in ["64001:64009:100000-165535", "64002:64009:100000-101023", "64004:4"] {
         let before = common::memory(&echod, "VmRSS");
-        let other = Other::wrapped(&[], &["--as", who, "--say", "x\\n"], 400, &echod.socket());
+        let other = PeerProcess::wrapped(&[], &["--as", ids, "--say", "x\\n"], 400, &echod.socket());
         other.connections.iter().for_each(|client| client.expect("> x\n"));
         let grown = common::memory(&echod, "VmRSS").saturating_sub(before);
-        figure!("{grown} KiB for 400 connections of {who}");
-        assert!(grown < 1500, "{grown} KiB for 400 connections of {who}");
+        figure!("{grown} KiB for 400 connections of {ids}");
+        assert!(grown < 1500, "{grown} KiB for 400 connections of {ids}");
     }
 }
 
-/// A denied user's process that connects and closes, again and again, until dropped.
+/// A process of a denied user that connects and closes, again and again, until dropped.
 struct Rush(Child);
 
 impl Rush {
-    fn begin(who: &str, socket: &Path) -> Self {
+    fn begin(ids: &str, socket: &Path) -> Self {
         let mut command = Command::new(common::peer_program());
-        command.args(["--as", who, "rush"]).arg(socket).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command.args(["--as", ids, "rush"]).arg(socket).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut rush = Self(command.spawn().unwrap());
         let begun = rush.0.stdout.as_mut().unwrap().read(&mut [0; 2]).unwrap();
         assert_eq!(begun, 2, "the helper failed");
@@ -311,10 +311,9 @@ impl Drop for Rush {
     }
 }
 
-/// How long a connection, a line and its echo take beside two such processes, which keep the queue of the socket full. More
-/// of them, for the figures: make flood.
+/// Measures a connection, a line and its echo while two such processes keep the backlog full. More rounds: make flood.
 #[test]
-fn a_flood_of_peers_with_many_groups_leaves_others_their_echo() {
+fn a_flood_of_peers_with_many_groups_stops_no_other_client() {
     needs_root();
     const ROUNDS: usize = 3;
     let visits = common::setting("ECHOD_TEST_VISITS", 2);
@@ -326,10 +325,10 @@ fn a_flood_of_peers_with_many_groups_leaves_others_their_echo() {
         ("a flood with 65,536 groups", Some("64002:64002:4x65536")),
     ];
     let mut times = floods.map(|_| Vec::new());
-    // In turn, so that each meets the same machine.
+    // In turn, so that the load of the machine is the same for each.
     for _ in 0..ROUNDS {
-        for ((_, who), times) in floods.iter().zip(&mut times) {
-            let _flood = who.map(|who| [(); 2].map(|()| Rush::begin(who, &echod.socket())));
+        for ((_, ids), times) in floods.iter().zip(&mut times) {
+            let _flood = ids.map(|ids| [(); 2].map(|()| Rush::begin(ids, &echod.socket())));
             times.extend((0..visits).map(|_| {
                 let begun = Instant::now();
                 echod.connect().echo("hello");
@@ -346,22 +345,22 @@ fn a_flood_of_peers_with_many_groups_leaves_others_their_echo() {
 }
 
 #[test]
-fn a_deny_rule_by_unit_denies_that_unit_and_whoever_has_none_to_show() {
+fn a_deny_rule_by_unit_denies_that_unit_and_peers_without_one() {
     let mut groups = Groups::new();
-    let echod = Start::serving(&format!("[deny.u]\nunits = [\"bad.service\"]\n{ANYBODY}")).ready();
+    let echod = Start::serving(&format!("[deny.u]\nunits = [\"bad.service\"]\n{ADMIT_ALL}")).ready();
     let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
     assert!(is_admitted(&from_group(&good, "64001:64001", &echod)));
     assert!(!is_admitted(&from_group(&bad, "64001:64001", &echod)));
-    assert!(!is_admitted(&Other::user(64001, &echod.socket())), "no unit can be told: it might be that one");
+    assert!(!is_admitted(&PeerProcess::user(64001, &echod.socket())), "no unit can be told: it might be that one");
 }
 
 #[test]
-fn a_denials_record_names_the_unit() {
+fn the_record_of_a_denial_names_the_unit() {
     let mut groups = Groups::new();
     let journald = Journald::new();
     let echod = Start::serving(OWNER).journal(&journald).ready();
     let bad = groups.group("bad.service");
-    let other = Other::with(&["--cgroup", &bad, "--comm", "nc", "--as", "64001:64001"], &echod.socket());
+    let other = PeerProcess::with(&["--cgroup", &bad, "--comm", "nc", "--as", "64001:64001"], &echod.socket());
     other.client().expect_end(DENIED);
     let entry = journald.wait_for("the denial", |entry| entry.contains_key("PEER_UNIT"));
     assert_eq!(entry["PEER_UNIT"], "bad.service");
@@ -372,7 +371,7 @@ fn a_denials_record_names_the_unit() {
 }
 
 #[test]
-fn a_process_that_moves_to_another_unit_keeps_what_it_was_at_connect() {
+fn a_peer_that_moves_to_another_unit_keeps_its_unit_at_connect() {
     let mut groups = Groups::new();
     let policy = "[allow.u]\nunits = [\"good.service\"]\n";
     let echod = Start::serving(policy).ready();
@@ -387,10 +386,10 @@ fn a_process_that_moves_to_another_unit_keeps_what_it_was_at_connect() {
 }
 
 #[test]
-fn a_unit_is_remembered_over_a_restart_when_its_process_has_ended() {
+fn a_peers_unit_survives_a_restart_after_its_process_ended() {
     let mut groups = Groups::new();
     let manager = std::sync::Arc::new(common::Manager::new());
-    manager.told.change(|told| told.capacity = 10);
+    manager.received.change(|received| received.capacity = 10);
     let start = Start::serving("[allow.u]\nunits = [\"good.service\"]\n").env("FDSTORE", "10");
     let echod = start.ready_with(manager);
     let good = groups.group("good.service");
@@ -403,7 +402,7 @@ fn a_unit_is_remembered_over_a_restart_when_its_process_has_ended() {
 }
 
 #[test]
-fn one_who_has_ended_before_accept_is_judged_by_their_ids_and_has_no_unit() {
+fn a_peer_that_exited_before_accept_has_ids_and_no_unit() {
     needs_root();
     let mut groups = Groups::new();
     for (policy, admitted) in [
@@ -414,7 +413,7 @@ fn one_who_has_ended_before_accept_is_judged_by_their_ids_and_has_no_unit() {
         let start = Start::serving(policy);
         let good = groups.group("good.service");
         let socket = start.place().path("socket");
-        let other = Other::with(&["--cgroup", &good, "--as", "64001:64001", "--gone"], &socket);
+        let other = PeerProcess::with(&["--cgroup", &good, "--as", "64001:64001", "--gone"], &socket);
         let client = other.end().pop().unwrap();
         let _ = client.try_send("in?\n");
         let _ = client.0.shutdown(std::net::Shutdown::Write);
@@ -426,13 +425,13 @@ fn one_who_has_ended_before_accept_is_judged_by_their_ids_and_has_no_unit() {
 }
 
 #[test]
-fn a_connection_handed_to_another_user_is_cut_off_with_a_record() {
+fn a_connection_passed_to_another_user_is_cut_off_with_a_record() {
     needs_root();
     let journald = Journald::new();
     let echod = Start::serving(&verifying("[allow.alice]\nusers = [64001]\n")).journal(&journald).ready();
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
-    // We, root, hold it now.
+    // The test, which runs as root, has the connection now.
     alice.client().send("not hers\n");
     alice.client().expect_end(DENIED);
     let entry = journald.wait_for("revoked", |entry| entry.get("GATE_VERDICT").is_some_and(|it| it == "revoked"));
@@ -444,29 +443,29 @@ fn a_connection_handed_to_another_user_is_cut_off_with_a_record() {
 }
 
 #[test]
-fn one_who_becomes_another_user_after_connecting_is_cut_off_at_the_first_byte() {
+fn a_peer_that_changes_its_user_is_cut_off_at_the_first_byte() {
     needs_root();
     let echod = Start::serving(&verifying("[allow.root]\nusers = [0]\n")).ready();
     let other =
-        Other::with(&["--say", "as root\\n", "--then", "64001", "--say-after", "as another\\n"], &echod.socket());
+        PeerProcess::with(&["--say", "as root\\n", "--then", "64001", "--say-after", "as another\\n"], &echod.socket());
     other.client().expect_end([b"> as root\n", DENIED].concat());
     let stderr = echod.stop();
     assert!(stderr.contains("its data came from another user (uid 64001)"), "{stderr}");
 }
 
 #[test]
-fn without_verify_a_connection_is_its_openers_whoever_holds_it() {
+fn without_verify_a_passed_connection_keeps_its_peer() {
     needs_root();
     let echod = Start::serving("[allow.alice]\nusers = [64001]\n").ready();
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
     alice.client().echo("handed over");
 }
 
 #[test]
-fn verify_finds_no_fault_with_those_who_are_who_they_were() {
+fn verify_cuts_off_no_peer_that_keeps_its_user() {
     needs_root();
-    let echod = Start::serving(&verifying(ANYBODY)).ready();
+    let echod = Start::serving(&verifying(ADMIT_ALL)).ready();
     let client = echod.connect();
     for number in 0..100 {
         client.echo(&format!("line {number}"));
@@ -474,7 +473,7 @@ fn verify_finds_no_fault_with_those_who_are_who_they_were() {
     client.send("a fragment");
     client.half_close();
     client.expect_end("> a fragment");
-    let bob = Other::with(&["--as", "64002:64002", "--say", "one\\ntwo\\nfragment"], &echod.socket());
+    let bob = PeerProcess::with(&["--as", "64002:64002", "--say", "one\\ntwo\\nfragment"], &echod.socket());
     bob.client().expect("> one\n> two\n");
     bob.client().half_close();
     bob.client().expect_end("> fragment");
@@ -485,8 +484,8 @@ fn data_sent_before_accept_is_verified_too() {
     needs_root();
     let start = Start::serving(&verifying("[allow.alice]\nusers = [64001]\n"));
     let socket = start.place().path("socket");
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &socket);
-    let other = Other::with(&["--as", "64001:64001"], &socket);
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &socket);
+    let other = PeerProcess::with(&["--as", "64001:64001"], &socket);
     other.client().send("not hers\n");
     let echod = start.ready();
     alice.client().expect("> mine\n");
@@ -494,12 +493,12 @@ fn data_sent_before_accept_is_verified_too() {
     drop(echod);
 }
 
-/// From Linux 6.16 on, who connected before the listener had SO_PASSCRED gets it only after accept(2). strace(1) makes the
-/// moment in between a long one, so that something comes in it.
+/// From Linux 6.16 on, a connection made before the listener had SO_PASSCRED gets it only after accept(2). strace(1)
+/// delays that call, so that data arrives in between.
 #[test]
-fn what_comes_before_the_kernel_attaches_credentials_is_not_taken_for_a_strangers() {
+fn data_without_credentials_is_not_taken_for_another_users() {
     needs_root();
-    let start = Start::serving(&verifying(ANYBODY));
+    let start = Start::serving(&verifying(ADMIT_ALL));
     let socket = start.place().path("socket");
     let client = Client::connect(&socket);
     let delay = ["trace=setsockopt", "inject=setsockopt:delay_enter=400000"];
@@ -521,7 +520,7 @@ fn what_comes_before_the_kernel_attaches_credentials_is_not_taken_for_a_stranger
     assert!(stderr.contains("its data came from another user (uid 64001)"), "{stderr}");
 }
 
-/// Whether anybody at this socket is: /proc/net/unix shows no inode for who waits.
+/// Whether a connection at this socket has been accepted: in /proc/net/unix one that waits in the backlog has no inode.
 fn is_accepted(socket: &Path) -> bool {
     fs::read_to_string("/proc/net/unix").unwrap().lines().any(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
@@ -530,14 +529,14 @@ fn is_accepted(socket: &Path) -> bool {
 }
 
 #[test]
-fn verify_goes_on_over_a_restart_and_begins_with_a_reload() {
+fn verify_continues_over_a_restart_and_begins_with_a_reload() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let manager = std::sync::Arc::new(common::Manager::new());
-    manager.told.change(|told| told.capacity = 10);
+    manager.received.change(|received| received.capacity = 10);
     let echod = Start::serving(policy).env("FDSTORE", "10").ready_with(manager);
     echod.reload_with(&verifying(policy));
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
     let echod = echod.restart(|start, _| start);
     alice.client().send("not hers\n");
@@ -545,12 +544,12 @@ fn verify_goes_on_over_a_restart_and_begins_with_a_reload() {
     drop(echod);
 }
 
-/// How many bytes wait to be read on this end.
+/// The number of unread bytes on this end.
 fn unread(client: &Client) -> usize {
     rustix::io::ioctl_fionread(&client.0).unwrap() as usize
 }
 
-/// Sends lines until nothing more is taken; nothing is read. What was sent.
+/// Sends lines until the socket takes no more, without reading. Returns what was sent.
 fn pile_up(client: &Client) -> Vec<u8> {
     let line = b"not hers\n";
     client.0.set_nonblocking(true).unwrap();
@@ -569,12 +568,12 @@ fn pile_up(client: &Client) -> Vec<u8> {
 }
 
 #[test]
-fn at_a_reload_to_verify_no_byte_that_piled_up_before_is_echoed_after() {
+fn a_reload_to_verify_echoes_no_byte_received_before_it() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let journald = Journald::new();
     let echod = Start::serving(policy).journal(&journald).ready();
-    let alice = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     alice.client().expect("> mine\n");
     pile_up(alice.client());
     echod.reload_with(&verifying(policy));
@@ -589,18 +588,18 @@ fn at_a_reload_to_verify_no_byte_that_piled_up_before_is_echoed_after() {
 }
 
 #[test]
-fn at_a_reload_to_verify_a_line_begun_before_it_is_cut_off() {
+fn a_reload_to_verify_cuts_off_a_line_begun_before_it() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let echod = Start::serving(policy).ready();
-    let alice = Other::with(&["--as", "64001:64001"], &echod.socket());
+    let alice = PeerProcess::with(&["--as", "64001:64001"], &echod.socket());
     alice.client().send("not hers\nnor th");
     alice.client().expect("> not hers\n");
-    let idle = Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let idle = PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     idle.client().expect("> mine\n");
     echod.reload_with(&verifying(policy));
     alice.client().expect_end(DENIED);
-    // And no other connection: what comes on it next is looked at.
+    // No other connection was cut off yet; the next data on it is checked.
     idle.client().send("not hers\n");
     idle.client().expect_end(DENIED);
     let stderr = echod.stop();
@@ -609,14 +608,14 @@ fn at_a_reload_to_verify_a_line_begun_before_it_is_cut_off() {
 }
 
 #[test]
-fn at_a_restart_to_verify_unattested_bytes_are_cut_off_wherever_they_wait() {
+fn a_restart_to_verify_cuts_off_bytes_without_credentials() {
     needs_root();
     let policy = "[allow.alice]\nusers = [64001]\n";
     let manager = std::sync::Arc::new(common::Manager::new());
-    manager.told.change(|told| told.capacity = 10);
+    manager.received.change(|received| received.capacity = 10);
     let echod = Start::serving(policy).env("FDSTORE", "10").ready_with(manager);
     let [held, clogged, queued, idle] =
-        [(); 4].map(|()| Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket()));
+        [(); 4].map(|()| PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket()));
     for other in [&held, &clogged, &queued, &idle] {
         other.client().expect("> mine\n");
     }
@@ -640,18 +639,18 @@ fn at_a_restart_to_verify_unattested_bytes_are_cut_off_wherever_they_wait() {
 }
 
 #[test]
-fn a_set_uid_program_is_its_effective_user_at_connect_and_its_real_user_when_it_sends() {
+fn a_set_uid_peer_connects_as_effective_and_sends_as_real_user() {
     needs_root();
     let root_only = "[allow.root]\nusers = [0]\n";
     for (config, answer) in [(root_only.to_owned(), &b"> hello\n"[..]), (verifying(root_only), DENIED)] {
         let echod = Start::serving(&config).ready();
-        let other = Other::with(&["--real", "64001", "--say", "hello\\n"], &echod.socket());
+        let other = PeerProcess::with(&["--real", "64001", "--say", "hello\\n"], &echod.socket());
         other.client().half_close();
         other.client().expect_end(answer);
     }
 }
 
-/// A copy of the helper that every user may run.
+/// A copy of the helper program that every user may run.
 fn helper_for_all(place: &Path) -> PathBuf {
     let copy = place.join("peer");
     fs::copy(common::peer_program(), &copy).unwrap();
@@ -659,63 +658,63 @@ fn helper_for_all(place: &Path) -> PathBuf {
 }
 
 #[test]
-fn root_of_a_user_namespace_is_the_user_who_made_it() {
+fn root_of_a_user_namespace_is_the_user_outside() {
     needs_root();
     let echod = Start::serving("[allow.root]\nusers = [0]\n[allow.bob]\nusers = [64002]\n").ready();
     let helper = helper_for_all(&echod.place.path(""));
     for (uid, admitted) in [("64001", false), ("64002", true)] {
-        // Inside, both are uid 0.
+        // Inside the namespace both are uid 0.
         let wrapper = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "unshare", "-U", "-r"];
-        let other = Other::of_program(&helper, &wrapper, &[], 1, &echod.socket());
+        let other = PeerProcess::of_program(&helper, &wrapper, &[], 1, &echod.socket());
         assert_eq!(is_admitted(&other), admitted, "{uid}");
     }
 }
 
 #[test]
-fn a_user_namespace_without_a_mapping_hides_nobody() {
+fn a_peer_in_an_unmapped_user_namespace_keeps_its_user() {
     needs_root();
     let echod = Start::serving("[allow.bob]\nusers = [64002]\n").ready();
     let helper = helper_for_all(&echod.place.path(""));
     for (uid, admitted) in [("64001", false), ("64002", true)] {
-        // Inside, both are 65534.
+        // Inside the namespace both are uid 65534.
         let wrapper = ["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups", "unshare", "-U"];
-        let other = Other::of_program(&helper, &wrapper, &[], 1, &echod.socket());
+        let other = PeerProcess::of_program(&helper, &wrapper, &[], 1, &echod.socket());
         assert_eq!(is_admitted(&other), admitted, "{uid}");
     }
 }
 
 #[test]
-fn in_a_namespace_that_maps_only_root_all_others_are_unmapped_and_denied_whatever_the_rule() {
+fn in_a_namespace_that_maps_only_root_other_peers_are_denied() {
     needs_root();
     let policy = "[allow.any]\nusers = [\"any\"]\n[allow.groups]\ngroups = [\"any\"]\n[allow.range]\nusers = [\"0-4294967294\"]\n";
     let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
     echod.connect().echo("root is mapped");
-    for who in ["64001:64001", "64002:0", "64003:0:64003"] {
-        assert!(!is_admitted(&Other::with(&["--as", who], &echod.socket())), "{who}");
+    for ids in ["64001:64001", "64002:0", "64003:0:64003"] {
+        assert!(!is_admitted(&PeerProcess::with(&["--as", ids], &echod.socket())), "{ids}");
     }
-    // Root with a group that is not mapped: the uid is known, and that decides.
-    assert!(is_admitted(&Other::with(&["--as", "0:64001:64002"], &echod.socket())));
+    // Root with an unmapped group: the uid is known and decides.
+    assert!(is_admitted(&PeerProcess::with(&["--as", "0:64001:64002"], &echod.socket())));
     let stderr = echod.stop();
     assert!(stderr.contains("this user namespace maps 1 user ids and 1 group ids"), "{stderr}");
     assert!(stderr.contains("Denied unmapped (uid 65534)"), "{stderr}");
 }
 
 #[test]
-fn a_deny_rule_catches_whoever_is_unmapped() {
+fn a_deny_rule_matches_an_unmapped_user() {
     needs_root();
     let policy = "[deny.x]\nusers = [64001]\n[allow.root]\nusers = [0]\n[allow.g]\ngroups = [0]\n";
     let echod = Start::serving(policy).wrapper(&["unshare", "-U", "-r"]).ready();
-    assert!(!is_admitted(&Other::with(&["--as", "64002:0"], &echod.socket())));
+    assert!(!is_admitted(&PeerProcess::with(&["--as", "64002:0"], &echod.socket())));
     echod.connect().echo("root is known not to be");
     let stderr = echod.stop();
     assert!(stderr.contains("deny.x denies it"), "{stderr}");
 }
 
 #[test]
-fn check_says_when_this_namespace_does_not_map_everybody() {
+fn check_warns_when_this_namespace_leaves_users_unmapped() {
     needs_root();
     let place = common::Place::new();
-    let config = place.file("echod.toml", ANYBODY);
+    let config = place.file("echod.toml", ADMIT_ALL);
     let output = Command::new("unshare")
         .args(["-U", "-r", env!("CARGO_BIN_EXE_echod"), "check", "--config"])
         .arg(config)
@@ -730,8 +729,8 @@ fn in_another_pid_namespace_a_peer_has_no_pid_and_no_unit() {
     let mut groups = Groups::new();
     let inner = ["unshare", "--pid", "--fork", "--kill-child"];
     let by_uid = Start::serving("[allow.a]\nusers = [64001]\n").wrapper(&inner).ready();
-    assert!(is_admitted(&Other::user(64001, &by_uid.socket())));
-    Other::user(64002, &by_uid.socket()).client().expect_end(DENIED);
+    assert!(is_admitted(&PeerProcess::user(64001, &by_uid.socket())));
+    PeerProcess::user(64002, &by_uid.socket()).client().expect_end(DENIED);
     by_uid.wait_for_stderr("Denied uid 64002 gid 64002: no rule allows it\n");
 
     let by_unit = Start::serving("[allow.a]\nusers = [64001]\nunits = [\"*\"]\n").wrapper(&inner).ready();
@@ -740,12 +739,12 @@ fn in_another_pid_namespace_a_peer_has_no_pid_and_no_unit() {
 }
 
 #[test]
-fn a_peer_in_a_pid_namespace_of_its_own_has_the_pid_that_we_know_it_by() {
+fn a_peer_in_a_pid_namespace_has_its_pid_in_our_namespace() {
     needs_root();
     let echod = Start::serving(OWNER).ready();
-    // Seen from inside, it is process 1.
+    // In its own namespace it is process 1.
     let wrapper = ["unshare", "--pid", "--fork", "--kill-child"];
-    let other = Other::wrapped(&wrapper, &["--as", "64001:64001"], 1, &echod.socket());
+    let other = PeerProcess::wrapped(&wrapper, &["--as", "64001:64001"], 1, &echod.socket());
     other.client().expect_end(DENIED);
     let children = format!("/proc/{0}/task/{0}/children", other.pid());
     let pid = fs::read_to_string(children).unwrap();
@@ -753,13 +752,13 @@ fn a_peer_in_a_pid_namespace_of_its_own_has_the_pid_that_we_know_it_by() {
 }
 
 #[test]
-fn a_pid_that_has_passed_on_to_another_process_lends_neither_unit_nor_name() {
+fn a_reused_pid_gives_a_peer_neither_unit_nor_name() {
     let mut groups = Groups::new();
     let (good, bad) = (groups.group("good.service"), groups.group("bad.service"));
     let start = Start::serving("[allow.u]\nunits = [\"good.service\"]\n");
     let socket = start.place().path("socket");
-    // In a pid namespace where nobody else takes numbers: somebody connects from bad.service and ends, and the next
-    // process with that number runs in good.service. Only then the service starts and accepts.
+    // In a pid namespace where no other process takes numbers: a process connects from bad.service and exits, and the
+    // next process with the same pid runs in good.service. Only then the service starts and accepts.
     let script = "mount -t proc proc /proc
         \"$0\" --cgroup \"$2\" --as 64001:64001 connect \"$3\" </dev/null 2>/dev/null &
         pid=$!
@@ -782,7 +781,7 @@ fn a_pid_that_has_passed_on_to_another_process_lends_neither_unit_nor_name() {
 }
 
 #[test]
-fn where_proc_hides_other_users_processes_units_and_names_are_unknown_and_it_fails_closed() {
+fn with_hidepid_units_and_names_are_unknown_and_it_fails_closed() {
     let mut groups = Groups::new();
     let good = groups.group("good.service");
     let script = "mount -t proc -o hidepid=2 proc /proc && exec \"$@\"";
@@ -797,7 +796,7 @@ fn where_proc_hides_other_users_processes_units_and_names_are_unknown_and_it_fai
 }
 
 #[test]
-fn explain_of_a_process_that_is_not_there_says_so() {
+fn explain_of_a_missing_process_says_so() {
     needs_root();
     let place = common::Place::new();
     let config = place.file("echod.toml", OWNER);

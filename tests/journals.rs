@@ -1,7 +1,7 @@
-//! `echod report` on real journal files, read by the real journalctl: damaged ones, absent ones, ones that the caller may
-//! not read, and those of several machines. Needs root, to read as another user.
+//! `echod report` on real journal files, read by the real journalctl: damaged, absent and unreadable ones, and files
+//! of several machines. Needs root, to read as another user.
 //!
-//! systemd-journal-remote(8) makes the files from entries in the export format, as it does with those it receives.
+//! systemd-journal-remote(8) makes the files from entries in the export format, as it does with entries it receives.
 
 use std::fs;
 use std::io::Write;
@@ -14,10 +14,11 @@ use serde_json::{Value, json};
 const REMOTE: &str = "/usr/lib/systemd/systemd-journal-remote";
 const ALPHA: &str = "3d1219c7c4c5404aaa1f6d2a48adfda4";
 const BETA: &str = "4e1219c7c4c5404aaa1f6d2a48adfda4";
-/// A user of no group that may read journals.
+/// A user in no group that may read journals.
 const STRANGER: u32 = 61_001;
 
-/// A directory of journal files, removed at the end. Outside the build directory, which other users may not reach.
+/// A directory of journal files, removed at the end. It is outside the build directory, which other users may not
+/// enter.
 struct Files(PathBuf);
 
 impl Files {
@@ -29,7 +30,7 @@ impl Files {
         Self(directory)
     }
 
-    /// A file with so many denials of the user 1002 on this machine, one a second.
+    /// A file with `count` denials of the user 1002 on this machine, one a second.
     fn denials(&self, file: &str, machine: &str, host: &str, count: u64) -> PathBuf {
         let path = self.0.join(file);
         let mut remote = Command::new(REMOTE);
@@ -79,7 +80,7 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn the_rows_of_several_machines_name_each_its_machine() {
+fn with_several_machines_each_row_names_its_machine() {
     let files = Files::new("machines");
     files.denials("a.journal", ALPHA, "alpha", 3);
     let (json, code) = files.json();
@@ -98,7 +99,7 @@ fn the_rows_of_several_machines_name_each_its_machine() {
 }
 
 #[test]
-fn machines_of_the_same_name_are_told_apart_by_their_ids() {
+fn machines_of_the_same_name_are_separated_by_their_ids() {
     let files = Files::new("namesakes");
     files.denials("a.journal", ALPHA, "web", 2);
     files.denials("b.journal", BETA, "web", 1);
@@ -107,14 +108,14 @@ fn machines_of_the_same_name_are_told_apart_by_their_ids() {
 }
 
 #[test]
-fn a_file_that_was_cut_off_makes_the_report_incomplete() {
+fn a_truncated_journal_file_makes_the_report_incomplete() {
     let files = Files::new("cut");
     files.denials("a.journal", ALPHA, "alpha", 3);
     let cut = files.denials("b.journal", ALPHA, "alpha", 3);
     fs::OpenOptions::new().write(true).open(cut).unwrap().set_len(100).unwrap();
     let (json, code) = files.json();
     assert_eq!((&json["complete"], &json["denied"]["total"], code), (&false.into(), &3.into(), Some(74)));
-    // Whatever the caller wants to hear of systemd's programs otherwise.
+    // Whatever the caller has set for systemd's programs.
     let mut command = Command::new(env!("CARGO_BIN_EXE_echod"));
     command.args(["report", "--system", "--directory"]).arg(&files.0);
     let output = command.env("SYSTEMD_LOG_LEVEL", "emerg").env("SYSTEMD_LOG_TARGET", "null").output().unwrap();
@@ -122,8 +123,8 @@ fn a_file_that_was_cut_off_makes_the_report_incomplete() {
     assert!(stdout(&output).contains("\nNot complete: "), "{}", stdout(&output));
 }
 
-/// Where the entry objects of a journal file begin (systemd's JOURNAL_FILE_FORMAT: header, then objects with type and
-/// size in front).
+/// The offsets of the entry objects in a journal file (systemd's JOURNAL_FILE_FORMAT: a header, then objects that begin
+/// with type and size).
 fn entry_objects(file: &[u8]) -> Vec<usize> {
     let number = |at: usize| u64::from_le_bytes(file[at..at + 8].try_into().unwrap()) as usize;
     let mut at = number(88);
@@ -138,7 +139,7 @@ fn entry_objects(file: &[u8]) -> Vec<usize> {
 }
 
 #[test]
-fn a_file_that_journalctl_gives_up_in_silence_makes_the_report_incomplete() {
+fn a_file_skipped_without_a_message_makes_the_report_incomplete() {
     let files = Files::new("damaged");
     let path = files.denials("a.journal", ALPHA, "alpha", 3);
     let mut bytes = fs::read(&path).unwrap();
@@ -150,7 +151,7 @@ fn a_file_that_journalctl_gives_up_in_silence_makes_the_report_incomplete() {
 }
 
 #[test]
-fn where_there_is_no_journal_file_nothing_is_said_about_denials() {
+fn without_a_journal_file_no_number_of_denials_is_reported() {
     let files = Files::new("none");
     let output = files.report(&[]);
     assert_eq!(output.status.code(), Some(74));
@@ -163,7 +164,7 @@ fn where_there_is_no_journal_file_nothing_is_said_about_denials() {
 }
 
 #[test]
-fn a_journal_without_denials_is_told_from_one_that_was_not_read() {
+fn no_denials_in_a_journal_differs_from_an_unread_journal() {
     let files = Files::new("quiet");
     files.denials("a.journal", ALPHA, "alpha", 1);
     let output = files.report(&["--since", "2030-01-01"]);
@@ -180,7 +181,7 @@ fn as_stranger(program: &Path, directory: &Path) -> Output {
 }
 
 #[test]
-fn what_the_caller_may_not_read_is_named_and_the_report_is_incomplete() {
+fn an_unreadable_journal_file_is_named_in_an_incomplete_report() {
     let files = Files::new("unreadable");
     let program = files.0.join("echod");
     fs::copy(env!("CARGO_BIN_EXE_echod"), &program).unwrap();

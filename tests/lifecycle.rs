@@ -1,5 +1,5 @@
 //! From READY=1 to the last record: reload, watchdog, idle exit and stop, with a service manager of the test's own.
-//! Some of it needs mounts of its own, and so root.
+//! Some tests need root, for mounts.
 
 mod common;
 
@@ -10,20 +10,20 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{BUSY, Client, DENIED, Echod, Manager, NOBODY, OWNER, Start, TOO_LONG, eventually, needs_root};
+use common::{BUSY, Client, DENIED, DENY_ALL, Echod, Manager, OWNER, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
 fn messages(manager: &Manager) -> Vec<Vec<String>> {
-    manager.told.lock().messages.clone()
+    manager.received.lock().messages.clone()
 }
 
 #[test]
-fn ready_is_told_once_it_accepts_and_stopping_before_it_ends() {
+fn ready_is_sent_when_it_accepts_and_stopping_before_it_exits() {
     let echod = Start::serving(OWNER).ready();
-    // No second look: what was told as ready accepts.
+    // Without another wait: a service that is ready accepts.
     echod.connect().echo("hello");
     let manager = Arc::clone(&echod.manager);
     echod.stop();
@@ -31,11 +31,11 @@ fn ready_is_told_once_it_accepts_and_stopping_before_it_ends() {
     assert_eq!(told[0], ["READY=1", "STATUS=0 connected, 0 admitted, 0 denied; policy of 1 rule"]);
     let stopping = told.iter().position(|message| message.contains(&"STOPPING=1".to_owned())).unwrap();
     assert!(told[stopping + 1..].iter().flatten().all(|field| !field.starts_with("READY")));
-    assert_eq!(manager.told.lock().count("READY=1"), 1);
+    assert_eq!(manager.received.lock().count("READY=1"), 1);
 }
 
 #[test]
-fn a_start_that_fails_never_says_ready() {
+fn a_failed_start_never_sends_ready() {
     let echod = Start::serving("[allow.x]\nuser = [0]\n").spawn();
     let manager = Arc::clone(&echod.manager);
     let (status, _, _) = echod.wait();
@@ -44,7 +44,7 @@ fn a_start_that_fails_never_says_ready() {
 }
 
 #[test]
-fn sigterm_and_sigint_end_it_with_0_and_its_clients_with_an_end_of_file() {
+fn sigterm_and_sigint_exit_0_and_give_clients_an_end_of_file() {
     for signal in [Signal::SIGTERM, Signal::SIGINT] {
         let echod = Start::serving(OWNER).ready();
         let (idle, midline) = (echod.connect(), echod.connect());
@@ -72,7 +72,7 @@ fn a_second_sigterm_changes_nothing() {
 }
 
 #[test]
-fn those_who_connect_during_a_stop_wait_for_the_next_process() {
+fn a_connection_made_during_a_stop_waits_for_the_next_process() {
     let echod = Start::serving(OWNER).ready();
     let socket = echod.socket();
     echod.signal(Signal::SIGTERM);
@@ -91,7 +91,7 @@ fn those_who_connect_during_a_stop_wait_for_the_next_process() {
 }
 
 #[test]
-fn without_a_manager_it_serves_and_stops_all_the_same() {
+fn without_a_manager_it_serves_and_stops() {
     let place = common::Place::new();
     let gone = place.path("gone");
     for notify in ["(unset)", "", "/no/such/socket", gone.to_str().unwrap(), "@no-such-abstract-socket", "relative"] {
@@ -105,7 +105,7 @@ fn without_a_manager_it_serves_and_stops_all_the_same() {
 }
 
 #[test]
-fn a_manager_in_the_abstract_namespace_is_told_too() {
+fn a_manager_socket_in_the_abstract_namespace_is_notified() {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::net::{SocketAddr, UnixDatagram};
     let name = format!("echod-notify-{}", std::process::id());
@@ -119,7 +119,7 @@ fn a_manager_in_the_abstract_namespace_is_told_too() {
 }
 
 #[test]
-fn a_manager_that_dies_is_no_reason_to_die() {
+fn a_manager_that_exits_does_not_end_the_service() {
     let echod = Start::serving(OWNER).ready();
     fs::remove_file(echod.manager.socket()).unwrap();
     let client = echod.connect();
@@ -130,7 +130,7 @@ fn a_manager_that_dies_is_no_reason_to_die() {
 }
 
 #[test]
-fn a_reload_is_told_in_one_datagram_with_the_clock_and_ends_with_ready() {
+fn a_reload_sends_one_datagram_with_the_clock_and_then_ready() {
     let echod = Start::serving(OWNER).ready();
     echod.reload_with(&format!("{OWNER}[deny.x]\nusers = [1]\n"));
     let told = messages(&echod.manager);
@@ -143,9 +143,9 @@ fn a_reload_is_told_in_one_datagram_with_the_clock_and_ends_with_ready() {
 }
 
 #[test]
-fn sighup_reloads_and_ends_with_ready_too() {
+fn sighup_reloads_and_sends_ready() {
     let echod = Start::serving(OWNER).ready();
-    echod.place.file("echod.toml", NOBODY);
+    echod.place.file("echod.toml", DENY_ALL);
     echod.signal(Signal::SIGHUP);
     echod.manager.wait_for("READY=1", 2);
     echod.connect().expect_end(DENIED);
@@ -153,10 +153,10 @@ fn sighup_reloads_and_ends_with_ready_too() {
 }
 
 #[test]
-fn the_new_policy_judges_the_very_next_connection() {
+fn the_new_policy_decides_on_the_next_connection() {
     let echod = Start::serving(OWNER).ready();
     for _ in 0..50 {
-        echod.reload_with(NOBODY);
+        echod.reload_with(DENY_ALL);
         echod.connect().expect_end(DENIED);
         echod.reload_with(OWNER);
         echod.connect().echo("in");
@@ -164,7 +164,7 @@ fn the_new_policy_judges_the_very_next_connection() {
 }
 
 #[test]
-fn a_reload_revokes_those_now_denied_and_nobody_else_notices() {
+fn a_reload_revokes_only_connections_that_are_now_denied() {
     let config = |rule: &str| format!("{rule}[limits]\nconnections-per-user = 1000\n[service]\nworkers = 3\n");
     let echod = Start::serving(&config(OWNER)).ready();
     let clients: Vec<Client> = (0..60).map(|_| echod.connect()).collect();
@@ -179,12 +179,12 @@ fn a_reload_revokes_those_now_denied_and_nobody_else_notices() {
         client.send(" a line\n");
         client.expect(if number % 3 == 0 { "> half a line\n" } else { ">  a line\n" });
     }
-    echod.reload_with(NOBODY);
+    echod.reload_with(DENY_ALL);
     for client in &clients {
-        // What was not a line yet is not echoed to somebody who may not be here.
+        // The unfinished line is not echoed: the peer is now denied.
         client.expect_end(DENIED);
     }
-    eventually("nobody is connected", || {
+    eventually("no client is connected", || {
         messages(&echod.manager)
             .iter()
             .flatten()
@@ -194,19 +194,19 @@ fn a_reload_revokes_those_now_denied_and_nobody_else_notices() {
 }
 
 #[test]
-fn somebody_revoked_who_keeps_sending_and_never_reads_is_out_without_a_reset() {
+fn a_revoked_peer_that_keeps_sending_is_closed_without_a_reset() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     client.echo("in");
     client.send("no line yet");
-    echod.reload_with(NOBODY);
-    // Until the other side has let go.
+    echod.reload_with(DENY_ALL);
+    // Until the service has closed the connection.
     while client.try_send(vec![b'x'; 4000]).is_ok() {}
     client.expect_end(DENIED);
 }
 
 #[test]
-fn new_limits_hold_for_those_who_stay() {
+fn new_limits_hold_for_live_connections() {
     let config = |length: usize, users: usize| {
         format!("[limits]\nline-length = {length}\nconnections-per-user = {users}\n{OWNER}")
     };
@@ -222,17 +222,17 @@ fn new_limits_hold_for_those_who_stay() {
     echod.reload_with(&config(5, 2));
     clients[0].send("12345\n");
     clients[0].expect_end(TOO_LONG);
-    // Nobody is thrown out to meet a limit; nobody comes in while it is exceeded.
+    // No connection is closed to meet a lower limit; none is admitted while it is exceeded.
     clients[1].echo("1234");
     echod.connect().expect_end(BUSY);
 }
 
 #[test]
-fn a_lower_limit_does_not_cut_off_a_line_whose_echo_is_half_out() {
+fn a_lower_line_limit_cuts_off_no_half_sent_echo_at_a_reload() {
     let config = |length: &str| format!("[limits]\nline-length = \"{length}\"\n{OWNER}");
     let echod = Start::serving(&config("1M")).ready();
     let client = echod.connect();
-    // More than fits into the socket.
+    // More than a socket's buffer holds.
     let line = [vec![b'x'; 900_000], b"\n".to_vec()].concat();
     client.send(&line);
     client.expect("> xxx");
@@ -243,13 +243,13 @@ fn a_lower_limit_does_not_cut_off_a_line_whose_echo_is_half_out() {
     client.echo("123456789");
     client.send("1234567890\n");
     client.expect_end(TOO_LONG);
-    // Of a line that is not whole yet nothing was accepted.
+    // An unfinished line has not been accepted yet, so the new limit holds for it.
     let _ = waits.try_send("\n");
     waits.expect_end(TOO_LONG);
 }
 
 #[test]
-fn an_idle_timeout_that_a_reload_brings_holds_for_those_who_are_in() {
+fn an_idle_timeout_set_by_a_reload_holds_for_live_connections() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     client.echo("hello");
@@ -258,7 +258,7 @@ fn an_idle_timeout_that_a_reload_brings_holds_for_those_who_are_in() {
 }
 
 #[test]
-fn a_rules_terms_follow_the_rule_that_admits_after_the_reload() {
+fn after_a_reload_a_connection_has_the_limits_of_its_new_rule() {
     let echod = Start::serving("[allow.a]\nusers = [\"self\"]\nline-length = 10\n").ready();
     let client = echod.connect();
     client.echo("123456789");
@@ -268,9 +268,9 @@ fn a_rules_terms_follow_the_rule_that_admits_after_the_reload() {
     client.expect_end(TOO_LONG);
 }
 
-/// Each must leave everything as it was.
+/// Each of these reloads must leave everything as it was.
 #[test]
-fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
+fn a_reload_of_a_bad_file_is_refused_and_the_old_policy_stays() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     let path = echod.place.path("echod.toml");
@@ -280,7 +280,7 @@ fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
         ("not TOML", Box::new(|| drop(echod.place.file("echod.toml", "\0[[[")))),
         (
             "half good",
-            Box::new(|| drop(echod.place.file("echod.toml", &format!("{NOBODY}[limits]\nconnections = 0\n")))),
+            Box::new(|| drop(echod.place.file("echod.toml", &format!("{DENY_ALL}[limits]\nconnections = 0\n")))),
         ),
         ("missing", Box::new(|| fs::remove_file(&path).unwrap())),
         ("a directory", Box::new(|| fs::create_dir(&path).unwrap())),
@@ -288,7 +288,7 @@ fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
             "others may write",
             Box::new(|| {
                 fs::remove_dir(&path).unwrap();
-                echod.place.file("echod.toml", NOBODY);
+                echod.place.file("echod.toml", DENY_ALL);
                 fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
             }),
         ),
@@ -301,15 +301,15 @@ fn a_faulty_unreadable_or_missing_file_is_refused_and_the_old_policy_stays() {
         client.echo(name);
         echod.connect().echo("by the old policy");
     }
-    assert_eq!(echod.manager.told.lock().count("RELOADING=1"), spoils.len());
-    // Each ended with ready again: systemd would wait for it.
-    assert_eq!(echod.manager.told.lock().count("READY=1"), spoils.len() + 1);
-    echod.reload_with(NOBODY);
+    assert_eq!(echod.manager.received.lock().count("RELOADING=1"), spoils.len());
+    // Each reload ended with READY=1, for which systemd waits.
+    assert_eq!(echod.manager.received.lock().count("READY=1"), spoils.len() + 1);
+    echod.reload_with(DENY_ALL);
     client.expect_end(DENIED);
 }
 
 #[test]
-fn ten_reloads_at_once_all_succeed_and_the_last_file_is_in_force() {
+fn ten_reloads_at_once_succeed_and_the_last_file_is_in_force() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     echod.place.file("echod.toml", &format!("[limits]\nline-length = 10\n{OWNER}"));
@@ -325,7 +325,7 @@ fn ten_reloads_at_once_all_succeed_and_the_last_file_is_in_force() {
 }
 
 #[test]
-fn reloads_under_load_cost_nobody_a_byte() {
+fn reloads_under_load_lose_no_byte() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     thread::scope(|scope| {
@@ -348,8 +348,8 @@ fn reloads_under_load_cost_nobody_a_byte() {
 }
 
 #[test]
-fn a_reload_during_a_flood_of_denials_does_not_let_one_in() {
-    let echod = Start::serving(NOBODY).ready();
+fn a_reload_during_a_flood_admits_no_denied_peer() {
+    let echod = Start::serving(DENY_ALL).ready();
     thread::scope(|scope| {
         let flood = scope.spawn(|| {
             for _ in 0..500 {
@@ -364,7 +364,7 @@ fn a_reload_during_a_flood_of_denials_does_not_let_one_in() {
 }
 
 #[test]
-fn sigterm_during_reloads_ends_in_order() {
+fn sigterm_during_reloads_stops_in_order() {
     for _ in 0..10 {
         let echod = Start::serving(OWNER).ready();
         let client = echod.connect();
@@ -380,7 +380,7 @@ fn sigterm_during_reloads_ends_in_order() {
 }
 
 #[test]
-fn asking_a_process_that_is_not_there_to_reload_fails_and_says_so() {
+fn reload_of_a_missing_process_fails_and_says_so() {
     let mut gone = std::process::Command::new("true").spawn().unwrap();
     gone.wait().unwrap();
     for pid in [gone.id().to_string(), "0".into(), "1000000000".into()] {
@@ -391,7 +391,7 @@ fn asking_a_process_that_is_not_there_to_reload_fails_and_says_so() {
 }
 
 #[test]
-fn asking_another_program_to_reload_does_it_no_harm() {
+fn reload_of_another_program_does_it_no_harm() {
     let mut other = std::process::Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     let pid = other.id().to_string();
     let asked = std::process::Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &pid]).output().unwrap();
@@ -414,7 +414,7 @@ fn thread_of(echod: &Echod, name: &str) -> Pid {
 }
 
 #[test]
-fn the_watchdog_is_fed_while_every_thread_makes_progress() {
+fn the_watchdog_is_notified_while_every_thread_makes_progress() {
     let echod = Start::serving(OWNER).env("WATCHDOG_USEC", "200000").ready();
     echod.manager.wait_for("WATCHDOG=1", 5);
     let client = echod.connect();
@@ -424,25 +424,25 @@ fn the_watchdog_is_fed_while_every_thread_makes_progress() {
 }
 
 #[test]
-fn the_watchdog_starves_when_any_one_thread_hangs_and_is_fed_again_when_it_goes_on() {
+fn a_thread_that_hangs_stops_the_watchdog_until_it_continues() {
     for name in ["worker-0", "gate", "journal"] {
         let echod = Start::serving(&format!("[service]\nworkers = 2\n{OWNER}")).env("WATCHDOG_USEC", "100000").ready();
         echod.manager.wait_for("WATCHDOG=1", 2);
-        // Stops this one thread; the others go on.
+        // Stops this thread alone.
         let hung = thread_of(&echod, name);
         ptrace::seize(hung, ptrace::Options::empty()).unwrap();
         ptrace::interrupt(hung).unwrap();
         waitpid(hung, Some(WaitPidFlag::__WALL)).unwrap();
-        // The next note says so; while the journal's own thread hangs nobody can.
+        // The next log line names the thread; while the journal's own thread hangs, no line is written.
         if name != "journal" {
             echod.wait_for_stderr(&format!("no sign of life from: {}", name.replace('-', " ")));
         }
-        // What was under way when it stopped has been told by now: three looks fit into the timeout.
+        // Messages already on their way have arrived by now: three checks fit into the timeout.
         let pause = std::time::Duration::from_millis(100);
         thread::sleep(pause);
-        let fed = echod.manager.told.lock().count("WATCHDOG=1");
+        let fed = echod.manager.received.lock().count("WATCHDOG=1");
         thread::sleep(pause * 3);
-        assert_eq!(echod.manager.told.lock().count("WATCHDOG=1"), fed, "{name} hangs and the watchdog is fed");
+        assert_eq!(echod.manager.received.lock().count("WATCHDOG=1"), fed, "{name} hangs and the watchdog is fed");
         ptrace::detach(hung, None).unwrap();
         echod.manager.wait_for("WATCHDOG=1", fed + 3);
         echod.stop();
@@ -450,7 +450,7 @@ fn the_watchdog_starves_when_any_one_thread_hangs_and_is_fed_again_when_it_goes_
 }
 
 #[test]
-fn the_watchdog_is_fed_while_a_reload_waits_for_the_user_database() {
+fn the_watchdog_is_notified_while_a_reload_waits_for_a_lookup() {
     needs_root();
     let place = common::Place::new();
     let wrapper = common::hung_user_database(&place);
@@ -459,16 +459,16 @@ fn the_watchdog_is_fed_while_a_reload_waits_for_the_user_database() {
     echod.place.file("echod.toml", "[allow.slow]\nusers = [\"self\", \"somebody\"]\n");
     echod.signal(Signal::SIGHUP);
     echod.manager.wait_for("RELOADING=1", 1);
-    let fed = echod.manager.told.lock().count("WATCHDOG=1");
+    let fed = echod.manager.received.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", fed + 5);
-    // As often as it is asked.
+    // The user database answers each lookup.
     std::thread::spawn(move || while std::fs::write(&passwd, "somebody:x:0:0::/:/bin/sh\n").is_ok() {});
     echod.manager.wait_for("READY=1", 2);
     echod.connect().echo("in");
 }
 
 #[test]
-fn an_absurd_watchdog_setting_is_no_reason_not_to_serve() {
+fn an_absurd_watchdog_setting_does_not_prevent_serving() {
     for usec in ["0", "-1", "nonsense", "", "18446744073709551615", "99999999999999999999999", "1"] {
         let echod = Start::serving(OWNER).env("WATCHDOG_USEC", usec).ready();
         echod.connect().echo(usec);
@@ -477,16 +477,16 @@ fn an_absurd_watchdog_setting_is_no_reason_not_to_serve() {
 }
 
 #[test]
-fn a_watchdog_for_another_process_is_not_ours() {
+fn a_watchdog_of_another_process_is_ignored() {
     let echod = Start::serving(OWNER).env("WATCHDOG_USEC", "1000").env("WATCHDOG_PID", "1").ready();
     echod.connect().echo("hello");
     let manager = Arc::clone(&echod.manager);
     echod.stop();
-    assert!(!manager.told.lock().has("WATCHDOG=1"));
+    assert!(!manager.received.lock().has("WATCHDOG=1"));
 }
 
 #[test]
-fn it_exits_when_idle_and_says_stopping_before() {
+fn it_exits_when_idle_and_sends_stopping_before() {
     let echod = Start::serving(&format!("[service]\nidle-exit = \"50ms\"\n{OWNER}")).ready();
     let manager = Arc::clone(&echod.manager);
     let (status, _, stderr) = echod.wait();
@@ -495,12 +495,12 @@ fn it_exits_when_idle_and_says_stopping_before() {
 }
 
 #[test]
-fn it_does_not_exit_while_anybody_is_connected() {
+fn it_does_not_exit_while_a_client_is_connected() {
     let config = format!("[service]\nidle-exit = \"20ms\"\n{OWNER}");
     let echod = Start::serving(&config).spawn();
     let client = echod.connect();
     client.echo("I stay");
-    // A second service with nobody there ends; ours, idle for longer, does not.
+    // A second service without clients exits; this one, idle for longer, does not.
     let other = Start::serving(&config).ready();
     assert!(other.wait().0.success());
     client.echo("still here");
@@ -510,25 +510,29 @@ fn it_does_not_exit_while_anybody_is_connected() {
 }
 
 #[test]
-fn nobody_who_connects_as_it_exits_is_lost() {
-    // More of them, for as long as you like: ECHOD_TEST_EXITS=3000 cargo test --test lifecycle nobody_who
+fn a_connection_made_during_an_idle_exit_is_served() {
+    // More of them, for as long as you like: ECHOD_TEST_EXITS=3000 cargo test --test lifecycle during_an_idle_exit
     let exits = common::setting("ECHOD_TEST_EXITS", 150);
     let config = format!("[service]\nidle-exit = \"1ms\"\n{OWNER}");
     let first = Start::serving(&config).ready();
     let (socket, manager) = (first.socket(), Arc::clone(&first.manager));
     let mut echod = Some(first);
     for round in 0..exits {
-        // Aimed at the exit: at once, at its first word, and after its last.
-        let exits = manager.told.lock().count("STOPPING=1");
+        // At different moments of the exit: before it, at its first message, and after its last.
+        let exits = manager.received.lock().count("STOPPING=1");
         match round % 3 {
             0 => {}
-            1 => drop(manager.told.try_wait(|told| (told.count("STOPPING=1") > exits || told.is_over()).then_some(()))),
-            _ => drop(manager.told.try_wait(|told| told.is_over().then_some(()))),
+            1 => drop(
+                manager
+                    .received
+                    .try_wait(|received| (received.count("STOPPING=1") > exits || received.is_over()).then_some(())),
+            ),
+            _ => drop(manager.received.try_wait(|received| received.is_over().then_some(()))),
         }
         let client = Client::connect(&socket);
         client.send(format!("round {round}\n"));
         client.half_close();
-        // As the manager does: somebody waits at the socket of a service that has ended.
+        // As the manager does: a connection in the backlog of an exited service starts it again.
         let answer = thread::scope(|scope| {
             let answer = scope.spawn(|| client.rest());
             echod = echod.take().map(|ended| ended.start_again(|start, _| start));
@@ -539,7 +543,7 @@ fn nobody_who_connects_as_it_exits_is_lost() {
 }
 
 #[test]
-fn spans_beyond_what_a_clock_can_tell_are_as_good_as_for_ever() {
+fn time_spans_beyond_the_clock_mean_for_ever() {
     let longest = i64::MAX;
     for config in [
         format!("[limits]\nidle-timeout = {longest}\n{OWNER}"),
@@ -560,12 +564,12 @@ fn spans_beyond_what_a_clock_can_tell_are_as_good_as_for_ever() {
 }
 
 #[test]
-fn the_time_until_an_idle_exit_begins_when_the_last_connection_ends() {
+fn the_idle_time_begins_when_the_last_connection_ends() {
     let span = Duration::from_millis(400);
     let echod = Start::serving(&format!("[service]\nidle-exit = \"400ms\"\n{OWNER}")).ready();
     let client = echod.connect();
     client.echo("hello");
-    // Longer than the span: whoever counts from their coming exits at once when they go.
+    // Longer than the time span: counted from the connect, it would be over when the connection ends.
     thread::sleep(2 * span);
     client.half_close();
     let left = Instant::now();
@@ -583,7 +587,7 @@ fn reloads_do_not_keep_an_idle_connection_alive() {
     client.echo("hello");
     thread::scope(|scope| {
         let ended = scope.spawn(|| client.expect_end(""));
-        // Far more reloads than half a second has room for, each of them sooner than it.
+        // The reloads follow each other faster than the timeout, and together take far longer.
         for _ in 0..1000 {
             if ended.is_finished() {
                 break;
@@ -595,14 +599,14 @@ fn reloads_do_not_keep_an_idle_connection_alive() {
 }
 
 #[test]
-fn what_moved_on_a_connection_counts_also_where_a_reload_comes_in_between() {
+fn traffic_before_a_reload_restarts_the_idle_timeout() {
     let config = |span: &str| format!("[limits]\nidle-timeout = \"{span}\"\n{OWNER}");
     let echod = Start::serving(&config("1h")).ready();
     let client = echod.connect();
     client.echo("hello");
     thread::sleep(Duration::from_millis(100));
     client.echo("hello again");
-    // Were it the time of its coming that counts, or the other's, it would be over at once.
+    // Counted from the connect or from the other reload, the time would be over at once.
     echod.reload_with(&config("59min"));
     client.echo("still here");
     echod.reload_with(&config("1ms"));
@@ -610,35 +614,35 @@ fn what_moved_on_a_connection_counts_also_where_a_reload_comes_in_between() {
 }
 
 #[test]
-fn verify_that_a_reload_brings_or_takes_away_holds_for_those_who_are_in() {
+fn a_reload_switches_verify_for_live_connections() {
     needs_root();
     let alice = "[allow.alice]\nusers = [64001]\n";
     let verifying = format!("[service]\nverify = \"line\"\n{alice}");
     let echod = Start::serving(alice).ready();
-    let connect = || common::Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
+    let connect = || common::PeerProcess::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
     let (first, second, halfway) = (connect(), connect(), connect());
     for one in [&first, &second, &halfway] {
         one.client().expect("> mine\n");
-        // We, root, hold it now.
+        // The test, which runs as root, has the connection now.
         one.client().echo("handed over");
     }
-    // Nothing tells any more who sent it.
+    // It was received before the reload, without credentials.
     halfway.client().send("half a line");
     echod.reload_with(&verifying);
     halfway.client().expect_end(DENIED);
     first.client().send("not hers\n");
     first.client().expect_end(DENIED);
     echod.reload_with(alice);
-    second.client().echo("nobody asks any more");
+    second.client().echo("the sender is not checked");
     let third = connect();
     third.client().expect("> mine\n");
     echod.reload_with(&verifying);
     echod.reload_with(alice);
-    third.client().echo("nobody asks");
+    third.client().echo("not checked either");
 }
 
 #[test]
-fn a_reload_that_finds_the_default_file_gone_is_refused() {
+fn a_reload_with_the_default_file_removed_is_refused() {
     let start = Start::bare();
     let listener = start.place().listener("socket");
     let directory = start.place().path("").to_str().unwrap().to_owned();
@@ -652,10 +656,10 @@ fn a_reload_that_finds_the_default_file_gone_is_refused() {
     client.echo("still in");
     echod.connect().expect_end(BUSY);
     echod.wait_for_stderr("echod.toml: is gone");
-    // Back again, it is read again.
+    // The file is back, so it is read again.
     echod.reload_with(&format!("[limits]\nconnections-per-user = 2\n{OWNER}"));
     echod.connect().echo("the second");
-    // Where there was none from the start there need be none at a reload.
+    // A default file that was missing at the start may also be missing at a reload.
     let start = Start::bare();
     let listener = start.place().listener("socket");
     let directory = start.place().path("").to_str().unwrap().to_owned();
@@ -665,7 +669,7 @@ fn a_reload_that_finds_the_default_file_gone_is_refused() {
 }
 
 #[test]
-fn a_reload_of_a_file_that_it_may_not_read_is_refused() {
+fn a_reload_of_an_unreadable_file_is_refused() {
     needs_root();
     let policy = "[allow.any]\nusers = [\"any\"]\n";
     for default in [false, true] {
@@ -679,7 +683,7 @@ fn a_reload_of_a_file_that_it_may_not_read_is_refused() {
         };
         let echod = start.run_as("64001:64001").socket("echo.socket", listener).ready();
         echod.connect().echo("in");
-        echod.place.file("echod.toml", NOBODY);
+        echod.place.file("echod.toml", DENY_ALL);
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         echod.signal(Signal::SIGHUP);
         echod.manager.wait_for("READY=1", 2);
@@ -711,7 +715,7 @@ fn a_name_unknown_at_the_start_is_found_by_a_reload() {
     echod.connect().echo("known now");
 }
 
-/// A service that reads its configuration for as long as the user database takes: for ever.
+/// A service with a reload that waits for the user database, which never answers.
 fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
     needs_root();
     let place = common::Place::new();
@@ -722,10 +726,10 @@ fn slow_reload(manager: Arc<Manager>) -> (Echod, common::Place) {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
+fn a_stop_does_not_wait_for_a_reload_that_waits_for_a_lookup() {
     for keep in [true, false] {
         let manager = Arc::new(Manager::new());
-        manager.told.change(|told| told.capacity = 100);
+        manager.received.change(|received| received.capacity = 100);
         let (echod, _place) = slow_reload(manager);
         let client = echod.connect();
         client.echo("in");
@@ -737,7 +741,7 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
         };
         let first = ask();
         echod.manager.wait_for("RELOADING=1", 1);
-        // In line behind the first, or about to be; and one that surely is.
+        // Queued behind the first reload, or about to be; and SIGHUP, which surely is.
         let second = ask();
         echod.signal(Signal::SIGHUP);
         echod.signal(if keep { Signal::SIGTERM } else { Signal::SIGINT });
@@ -747,7 +751,7 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
         let manager = Arc::clone(&echod.manager);
         let (status, _, stderr) = echod.wait();
         assert!(status.success(), "{stderr}");
-        let stored = std::mem::take(&mut manager.told.lock().store);
+        let stored = std::mem::take(&mut manager.received.lock().store);
         if keep {
             assert_eq!(stored.len(), 2, "the connection and its state: {stderr}");
         } else {
@@ -758,7 +762,7 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_the_user_database() {
 }
 
 #[test]
-fn one_whom_the_service_could_not_answer_is_told_so_at_once() {
+fn a_reload_that_the_service_cannot_answer_fails_at_once() {
     needs_root();
     let echod = Start::serving("[allow.any]\nusers = [\"any\"]\n").run_as("64001:64001").ready();
     let asked = Instant::now();
@@ -766,7 +770,7 @@ fn one_whom_the_service_could_not_answer_is_told_so_at_once() {
     assert_eq!(code, 71, "{said}");
     assert!(said.contains("it runs as uid 64001 and could not answer uid 0"), "{said}");
     assert!(asked.elapsed() < Duration::from_secs(50), "it waited for an answer");
-    assert!(!echod.manager.told.lock().has("RELOADING=1"), "it was asked all the same");
+    assert!(!echod.manager.received.lock().has("RELOADING=1"), "it was asked all the same");
     let pid = echod.pid().to_string();
     let program = echod.place.path("echod");
     let asked = std::process::Command::new("setpriv")
@@ -779,7 +783,7 @@ fn one_whom_the_service_could_not_answer_is_told_so_at_once() {
 }
 
 #[test]
-fn the_status_is_told_no_more_than_once_a_second_however_many_come() {
+fn the_status_is_sent_at_most_once_a_second() {
     let echod = Start::serving(OWNER).ready();
     let begin = Instant::now();
     let mut came = 0;
@@ -787,11 +791,12 @@ fn the_status_is_told_no_more_than_once_a_second_however_many_come() {
         echod.connect().echo("hello");
         came += 1;
     }
-    let count = |told: &mut common::Told| told.messages.iter().filter(|told| told[0].starts_with("STATUS=")).count();
-    let told = echod.manager.wait("the last status", |told| {
+    let count =
+        |received: &common::Received| received.messages.iter().filter(|one| one[0].starts_with("STATUS=")).count();
+    let sent = echod.manager.wait("the last status", |received| {
         let last = format!("STATUS=0 connected, {came} admitted, 0 denied; policy of 1 rule");
-        told.has(&last).then(|| count(told))
+        received.has(&last).then(|| count(received))
     });
     let most = begin.elapsed().as_secs() as usize + 1;
-    assert!((1..=most).contains(&told), "{told} times in {:?} while {came} came", begin.elapsed());
+    assert!((1..=most).contains(&sent), "{sent} times in {:?} while {came} came", begin.elapsed());
 }

@@ -1,5 +1,5 @@
-//! Names of users and groups that the user database does not know yet, answers late, or answers at length. The program
-//! sees an /etc of the test's own. Needs root, to mount it and to be other users.
+//! Names of users and groups that the user database does not have yet, answers late or answers at length. The program
+//! sees an /etc of the test's own. Needs root, for mounts and other users.
 
 mod common;
 
@@ -7,10 +7,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{ALICE, DENIED, Echod, Journald, Other, Place, Start, TOO_LONG, eventually, needs_root};
+use common::{ALICE, DENIED, Echod, Journald, PeerProcess, Place, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::signal::Signal;
 
-/// A user database of files, which the test may change while the program runs.
+/// A user database of files that the test can change while the program runs.
 struct Database(Place);
 
 impl Database {
@@ -28,13 +28,13 @@ impl Database {
         self.0.file(file, text);
     }
 
-    /// As useradd(8) does it: the new file by another name first.
+    /// As useradd(8) does it: writes a new file and renames it.
     fn add(&self, file: &str, line: &str) {
         let text = fs::read_to_string(self.0.path(file)).unwrap();
         self.put(file, &format!("{text}{line}\n"));
     }
 
-    /// Puts a pipe in place of a file: to read it waits until somebody writes.
+    /// Replaces a file by a pipe: reading it blocks until the test writes.
     fn hang(&self, file: &str) -> PathBuf {
         let pipe = self.0.path("pipe");
         nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
@@ -42,14 +42,14 @@ impl Database {
         self.0.path(file)
     }
 
-    /// A command that runs a program where this is /etc.
+    /// A wrapper with a mount namespace in which this is /etc.
     fn wrapper(&self) -> Vec<String> {
         let script = "mount --bind \"$0\" /etc && exec \"$@\"";
         let place = self.0.path("").to_string_lossy().into_owned();
         ["unshare", "-m", "--propagation", "private", "sh", "-c", script, &place].map(str::to_owned).to_vec()
     }
 
-    /// `echod ARGUMENTS --config FILE` there: its exit code, and what it said.
+    /// Runs `echod ARGUMENTS --config FILE` with it: exit code, standard output, standard error.
     fn echod(&self, arguments: &[&str], config: &Path) -> (i32, String, String) {
         let wrapper = self.wrapper();
         let mut command = Command::new(&wrapper[0]);
@@ -60,23 +60,23 @@ impl Database {
     }
 }
 
-/// How many threads of this name there are.
+/// The number of threads of this name.
 fn threads(echod: &Echod, name: &str) -> usize {
     let tasks = fs::read_dir(format!("/proc/{}/task", echod.pid())).unwrap();
     let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
     names.filter(|comm| comm.trim() == name).count()
 }
 
-fn denied(echod: &Echod, who: &str) {
-    Other::with(&["--as", who], &echod.socket()).client().expect_end(DENIED);
+fn denied(echod: &Echod, ids: &str) {
+    PeerProcess::with(&["--as", ids], &echod.socket()).client().expect_end(DENIED);
 }
 
-fn echoes(echod: &Echod, who: &str) {
-    Other::with(&["--as", who], &echod.socket()).client().echo("in");
+fn echoes(echod: &Echod, ids: &str) {
+    PeerProcess::with(&["--as", ids], &echod.socket()).client().echo("in");
 }
 
 #[test]
-fn a_user_and_a_group_that_appear_later_are_admitted_without_a_reload() {
+fn a_user_and_a_group_added_later_are_admitted_without_a_reload() {
     needs_root();
     let (database, journald) = (Database::new(), Journald::new());
     let policy = "[allow.new]\nusers = [\"newcomer\"]\n[allow.club]\ngroups = [\"club\"]\n";
@@ -95,21 +95,21 @@ fn a_user_and_a_group_that_appear_later_are_admitted_without_a_reload() {
     assert_eq!(record["PRIORITY"], "5");
     echoes(&echod, "64001:64001");
     denied(&echod, "64002:64100");
-    // It looks for the other one all the same.
+    // The other name is still looked up.
     database.add("group", "club:x:64100:");
     found("group \"club\" (64100)");
     echoes(&echod, "64002:64100");
-    assert!(!echod.manager.told.lock().has("RELOADING=1"));
+    assert!(!echod.manager.received.lock().has("RELOADING=1"));
     echod.stop();
 }
 
 #[test]
-fn a_name_that_is_found_holds_for_live_connections_too() {
+fn a_name_found_later_holds_for_live_connections_too() {
     needs_root();
     let database = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\"]\nline-length = 10\n[allow.any]\nusers = [\"any\"]\n";
     let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("longer than ten bytes");
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
     echod.wait_for_stderr("Names found");
@@ -119,7 +119,7 @@ fn a_name_that_is_found_holds_for_live_connections_too() {
 }
 
 #[test]
-fn a_file_that_changes_meanwhile_is_not_put_into_force_by_a_name_that_is_found() {
+fn a_name_found_later_does_not_load_a_changed_file() {
     needs_root();
     let database = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\"]\n";
@@ -132,7 +132,7 @@ fn a_file_that_changes_meanwhile_is_not_put_into_force_by_a_name_that_is_found()
 }
 
 #[test]
-fn a_database_that_never_answers_holds_up_one_thread_and_nothing_else() {
+fn a_database_that_never_answers_blocks_only_one_thread() {
     needs_root();
     let database = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\", \"self\"]\n";
@@ -141,13 +141,13 @@ fn a_database_that_never_answers_holds_up_one_thread_and_nothing_else() {
     let pipe = database.hang("passwd");
     eventually("a look for the name", || (threads(&echod, "names") > 0).then_some(()));
     client.echo("served");
-    // A reload takes the place of what is under way, and begins no second one.
+    // A reload replaces the lookup in progress, and starts no second one.
     echod.reload_with("[allow.me]\nusers = [\"self\"]\n[allow.club]\ngroups = [\"club\"]\n");
-    let fed = echod.manager.told.lock().count("WATCHDOG=1");
+    let fed = echod.manager.received.lock().count("WATCHDOG=1");
     echod.manager.wait_for("WATCHDOG=1", fed + 80);
     client.echo("still served");
     assert_eq!(threads(&echod, "names"), 1);
-    // An answer at last. It is not used, and the search goes on for the name that is unknown now.
+    // The late answer is not used, and the lookup of the name that is unknown now goes on.
     database.add("group", "club:x:64100:");
     fs::write(&pipe, "newcomer:x:64001:64001::/:/bin/sh\n").unwrap();
     echod.wait_for_stderr("Names found and in force: group \"club\" (64100)");
@@ -157,7 +157,7 @@ fn a_database_that_never_answers_holds_up_one_thread_and_nothing_else() {
 }
 
 #[test]
-fn a_stop_does_not_wait_for_a_look_that_waits_for_the_user_database() {
+fn a_stop_does_not_wait_for_a_lookup() {
     needs_root();
     let database = Database::new();
     let echod = Start::serving("[allow.new]\nusers = [\"newcomer\", \"self\"]\n").wrapper(&database.wrapper()).ready();
@@ -172,14 +172,14 @@ fn a_stop_does_not_wait_for_a_look_that_waits_for_the_user_database() {
 }
 
 #[test]
-fn nothing_is_looked_up_where_every_name_is_known() {
+fn where_every_name_is_known_nothing_is_looked_up() {
     needs_root();
     let database = Database::new();
     let text = "[allow.known]\nusers = [\"root\"]\n[deny.known]\ngroups = [\"adm\"]\n";
     let echod = Start::serving(text).wrapper(&database.wrapper()).ready();
     database.hang("passwd");
     database.hang("group");
-    // Another service is past its first look when this one would be.
+    // Another service finishes its first lookup in the time this one would take.
     let other = Database::new();
     let policy = "[allow.new]\nusers = [\"newcomer\", \"self\"]\n";
     let looking = Start::serving(policy).wrapper(&other.wrapper()).ready();
@@ -190,28 +190,28 @@ fn nothing_is_looked_up_where_every_name_is_known() {
 }
 
 #[test]
-fn a_name_keeps_its_id_over_a_reload_while_the_database_gives_no_answer() {
+fn a_name_keeps_its_id_over_a_reload_without_an_answer() {
     needs_root();
     let database = Database::new();
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
     let policy = "[allow.new]\nusers = [\"newcomer\"]\n";
     let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
-    let alice = Other::user(ALICE, &echod.socket());
+    let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("in");
-    // A link to itself cannot be opened: ELOOP.
+    // A symlink to itself cannot be opened: ELOOP.
     fs::remove_file(database.0.path("passwd")).unwrap();
     std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
     echod.reload_with(&format!("{policy}[allow.root]\nusers = [0]\n"));
     echod.wait_for_stderr("the user database did not answer; as before: user \"newcomer\" (64001)");
     alice.client().echo("not cut off");
     echod.connect().echo("the new rule is in force");
-    // A denial must not be lost.
+    // A deny rule must not be lost.
     echod.place.file("echod.toml", "[allow.any]\nusers = [\"any\"]\n[deny.new]\nusers = [\"newcomer\"]\n");
     assert_eq!(echod.reload().0, 78);
     alice.client().echo("by the old policy");
 }
 
-/// A group of so many members that its entry is longer than 1 MiB, one of whom is `newcomer`.
+/// A group of so many members that its entry is longer than 1 MiB. `newcomer` is one of them.
 fn large_group(database: &Database) {
     let members: Vec<String> = (0..70_000).map(|number| format!("member-{number:010}")).collect();
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
@@ -241,9 +241,9 @@ fn a_group_whose_entry_is_longer_than_a_mebibyte_is_found() {
     }
 }
 
-/// More than the kernel takes: read as a whole, and judged as the peer would be.
+/// 66,000 groups are more than the kernel takes.
 #[test]
-fn explain_counts_all_groups_of_a_user_and_judges_as_the_service() {
+fn explain_counts_all_groups_and_decides_as_the_service() {
     needs_root();
     let place = Place::new();
     for (count, verdict) in [(1_000, "admitted by allow.last\n"), (66_000, "denied by default\n")] {
@@ -254,14 +254,14 @@ fn explain_counts_all_groups_of_a_user_and_judges_as_the_service() {
         let config = place.file("echod.toml", &format!("[allow.last]\ngroups = [{}]\n", 99_999 + count));
         let (code, shown, said) = database.echod(&["explain", "--user", "newcomer"], &config);
         assert!(shown.starts_with(verdict), "{code} {shown} {said}");
-        // The user's own group is one of them.
+        // The user's primary group counts too.
         let told = format!("({} supplementary groups; of more than 1024 none can be told)", count + 1);
         assert_eq!(shown.contains(&told), count > 1024, "{shown}");
     }
 }
 
 #[test]
-fn a_database_that_fails_at_the_start_costs_names_in_allow_rules_until_it_answers() {
+fn names_in_allow_rules_wait_for_a_failing_database() {
     needs_root();
     let database = Database::new();
     fs::remove_file(database.0.path("passwd")).unwrap();

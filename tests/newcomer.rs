@@ -1,5 +1,5 @@
-//! The way from README.md to a service of one's own, walked as it stands there: a package outside this tree, the code
-//! of the README in it, built, run by systemd-socket-activate, talked to. Needs root, to be two users.
+//! The way from README.md to a service of one's own, as it is written there: a package outside this tree with the
+//! README's code, built, run by systemd-socket-activate, and connected to. Needs root, for two users.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-/// Who runs the service.
+/// The user that runs the service.
 const ALICE: u32 = 61_011;
 
 /// A directory outside the tree, removed at the end.
@@ -30,7 +30,7 @@ fn client(socket: &Path, uid: u32) -> String {
 }
 
 #[test]
-fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
+fn the_readmes_service_builds_alone_and_admits_only_its_owner() {
     assert!(nix::unistd::geteuid().is_root(), "this test makes other users' processes: run it as root");
     let root = &Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let readme = fs::read_to_string(root.join("README.md")).unwrap();
@@ -56,12 +56,12 @@ fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
         // This test needs no network.
         cargo.env("CARGO_NET_OFFLINE", "true").env("RUSTFLAGS", "--deny warnings").status().unwrap().success()
     };
-    // A newcomer gets the versions of the day. Where none can be chosen offline, those of the tree are here.
+    // A new package gets the newest versions of its dependencies. Offline that may fail; then it gets the tree's.
     if !build() {
         fs::copy(root.join("Cargo.lock"), package.join("Cargo.lock")).unwrap();
         assert!(build());
     }
-    // What only the program needs stays out.
+    // Dependencies of the program alone are not among them.
     let lock = fs::read_to_string(package.join("Cargo.lock")).unwrap();
     assert!(lock.contains("name = \"peergate\""));
     let tree = Command::new(env!("CARGO")).args(["tree", "--offline", "--edges=normal"]).current_dir(package).output();
@@ -71,7 +71,7 @@ fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
         assert!(!tree.contains(&format!(" {unwanted} v")), "{unwanted} comes with the library:\n{tree}");
     }
 
-    // Alice's own directory, so that she can bind in it; the way there is open to all.
+    // A directory of Alice's own, in which she can bind. Every user may enter it.
     let home = directory.0.join("home");
     fs::create_dir(&home).unwrap();
     chown(&home, Some(ALICE), Some(ALICE)).unwrap();
@@ -87,11 +87,11 @@ fn the_readmes_service_builds_outside_the_tree_and_admits_its_owner_alone() {
         .unwrap();
     let mut stderr = BufReader::new(service.stderr.take().unwrap()).lines().map_while(Result::ok);
     assert!(stderr.any(|line| line.contains("Listening on")), "systemd-socket-activate, of systemd");
-    // The rest of it must not fill the pipe.
+    // Read to the end, so that the pipe does not fill.
     let reader = std::thread::spawn(move || stderr.for_each(drop));
 
     assert_eq!(client(&socket, ALICE), format!("Hello, uid {ALICE}, by allow.owner\n"));
-    // Root passes the file's mode, but not the gate.
+    // Root gets past the socket's mode, but not past the gate.
     assert_eq!(client(&socket, 0), "Unauthorized access\n");
     kill(Pid::from_raw(service.id() as i32), Signal::SIGTERM).unwrap();
     assert_eq!(service.wait().unwrap().code(), Some(0));

@@ -1,5 +1,5 @@
-//! What the program writes to may be full, closed, or not read for as long as it likes: a descriptor that it was given,
-//! the service manager's socket, a terminal. None of them decides how it ends, nor holds up what it serves.
+//! Outputs of the program that are full, closed or not read for any length of time: a descriptor it was given, the
+//! service manager's socket, a terminal. None of them changes an exit code or delays the service.
 
 mod common;
 
@@ -10,22 +10,22 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 
-use common::{Client, DENIED, Echod, NOBODY, OWNER, Place, Start, eventually, needs_root};
+use common::{Client, DENIED, DENY_ALL, Echod, OWNER, Place, Start, eventually, needs_root};
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 
-/// Intervals as long as the test; standard error hears of what is in full, and of the rest at the stop.
+/// Intervals as long as the test: records up to the burst go to standard error at once, the summaries at the stop.
 const LONG: &str = "[audit]\ninterval = \"1h\"\n";
 
-/// A pipe that takes a page, and no more until it is read.
+/// A pipe that takes one page until it is read.
 fn small_pipe() -> (OwnedFd, OwnedFd) {
     let (reader, writer) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
     fcntl(&writer, FcntlArg::F_SETPIPE_SZ(4096)).unwrap();
     (reader, writer)
 }
 
-/// A terminal: its other side, and itself.
+/// A terminal: the controlling side, and the terminal itself.
 fn terminal() -> (OwnedFd, File) {
     let controller = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&controller).unwrap();
@@ -37,7 +37,8 @@ fn terminal() -> (OwnedFd, File) {
     (controller, terminal)
 }
 
-/// Writes until nothing more is taken. Only for what no other process writes to meanwhile: all processes share the flag.
+/// Writes until the descriptor takes no more. For descriptors that no other process writes to meanwhile, since
+/// O_NONBLOCK is shared by all of them.
 fn fill(fd: &OwnedFd) {
     let flags = OFlag::from_bits_retain(fcntl(fd, FcntlArg::F_GETFL).unwrap());
     fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).unwrap();
@@ -47,7 +48,7 @@ fn fill(fd: &OwnedFd) {
     fcntl(fd, FcntlArg::F_SETFL(flags)).unwrap();
 }
 
-/// A process that the test started: it does not outlive it.
+/// A process that the test started. It is killed when dropped.
 struct Running(Child);
 
 impl Running {
@@ -63,7 +64,7 @@ impl Drop for Running {
     }
 }
 
-/// Waits for its end.
+/// Waits until the process exits.
 fn ended(mut process: Running, what: &str) -> ExitStatus {
     eventually(what, || process.0.try_wait().unwrap())
 }
@@ -72,7 +73,7 @@ fn wait(child: Child, what: &str) -> ExitStatus {
     ended(Running(child), what)
 }
 
-/// Everything that the program can be asked for, and the code it ends with.
+/// Every command of the program, and its exit code.
 fn everything(place: &Place) -> Vec<(Vec<String>, i32)> {
     let good = place.file("good.toml", "[allow.root]\nusers = [0]\n[allow.missing]\nusers = [\"no-such-user\"]\n");
     let bad = place.file("bad.toml", "[allow.x]\nusers = [\"9-1\"]\nwho = 1\n");
@@ -102,7 +103,7 @@ fn everything(place: &Place) -> Vec<(Vec<String>, i32)> {
     all.iter().map(|(args, code)| (args.iter().map(|arg| (*arg).to_owned()).collect(), *code)).collect()
 }
 
-/// A journal for `echod report`, of one file, which complains of a time that it does not know.
+/// A journal of one file for `echod report`, with a time out of range, about which it complains.
 fn journalctl(place: &Place) {
     use std::os::unix::fs::PermissionsExt;
     let script = "#!/bin/sh\ncase $* in\n*never*) echo 'Failed to parse timestamp' >&2; exit 1 ;;\n\
@@ -113,7 +114,7 @@ fn journalctl(place: &Place) {
 
 type Sink = Box<dyn Fn() -> (Stdio, Stdio, Vec<OwnedFd>)>;
 
-/// What becomes of standard output and standard error, and what has to stay open for it.
+/// What standard output and standard error may be, and the descriptors to keep open for it.
 fn sinks() -> Vec<(&'static str, Sink)> {
     let both = |make: fn() -> (OwnedFd, Vec<OwnedFd>)| -> Sink {
         Box::new(move || {
@@ -155,7 +156,7 @@ fn sinks() -> Vec<(&'static str, Sink)> {
 }
 
 #[test]
-fn exit_codes_hold_whatever_becomes_of_the_output() {
+fn exit_codes_do_not_depend_on_the_output() {
     let place = Place::new();
     journalctl(&place);
     let path = format!("{}:{}", place.path("").display(), std::env::var("PATH").unwrap());
@@ -175,7 +176,7 @@ fn exit_codes_hold_whatever_becomes_of_the_output() {
             let child = command(echod, &args).stdout(stdout).stderr(stderr).spawn().unwrap();
             running.push((format!("{args:?}, {name}"), code, child, others));
         }
-        // As the shell closes them, and where files may not grow any more.
+        // Closed by the shell, and with a limit of 0 on file sizes.
         for (name, script) in [
             ("closed", "exec \"$0\" \"$@\" >&- 2>&-".to_owned()),
             (
@@ -195,8 +196,8 @@ fn exit_codes_hold_whatever_becomes_of_the_output() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Denials that text accounts for.
-fn told(stderr: &str) -> usize {
+/// The number of denials in the text.
+fn denials_in_text(stderr: &str) -> usize {
     stderr.matches(": no rule allows it\n").count() + common::summed(stderr)
 }
 
@@ -213,7 +214,7 @@ fn read_all(mut from: impl Read + Send + 'static) -> thread::JoinHandle<String> 
     })
 }
 
-/// Something that takes a few kilobytes and no more until it is read: its other end, and standard error.
+/// An output that takes a few kilobytes until it is read: its other end, and the standard error.
 fn unread(kind: &str) -> (File, OwnedFd) {
     match kind {
         "pipe" => {
@@ -235,45 +236,45 @@ fn unread(kind: &str) -> (File, OwnedFd) {
 const UNREAD: [&str; 3] = ["pipe", "terminal", "socket"];
 
 #[test]
-fn standard_error_that_is_not_read_keeps_no_sign_of_life_back() {
+fn unread_standard_error_stops_no_watchdog_message() {
     for kind in UNREAD {
         let (reader, stderr) = unread(kind);
-        let config = format!("{LONG}burst = 200\n{NOBODY}");
+        let config = format!("{LONG}burst = 200\n{DENY_ALL}");
         let echod = Start::serving(&config).env("WATCHDOG_USEC", "200000").stderr(stderr).ready();
-        // More than the journal's thread gets rid of.
+        // More than the journal's thread can write.
         be_denied(&echod, 300);
-        let fed = echod.manager.told.lock().count("WATCHDOG=1");
+        let fed = echod.manager.received.lock().count("WATCHDOG=1");
         echod.manager.wait_for("WATCHDOG=1", fed + 5);
         be_denied(&echod, 10);
-        // Read after all, it has been told everything.
+        // When it is read after all, everything has been written.
         let text = read_all(reader);
         echod.stop();
         let text = text.join().unwrap();
-        assert_eq!(told(&text), 310, "{kind}: {text}");
+        assert_eq!(denials_in_text(&text), 310, "{kind}: {text}");
     }
 }
 
 #[test]
-fn a_stop_does_not_wait_for_standard_error_that_is_never_read() {
+fn a_stop_does_not_wait_for_unread_standard_error() {
     for kind in UNREAD {
         let (mut reader, stderr) = unread(kind);
-        let echod = Start::serving(&format!("{LONG}burst = 200\n{NOBODY}")).stderr(stderr).ready();
+        let echod = Start::serving(&format!("{LONG}burst = 200\n{DENY_ALL}")).stderr(stderr).ready();
         be_denied(&echod, 300);
         echod.signal(Signal::SIGTERM);
         let (status, ..) = echod.wait();
         assert!(status.success(), "{kind}: {status}");
         let mut text = vec![0; 65536];
         let count = reader.read(&mut text).unwrap();
-        let told = told(&String::from_utf8_lossy(&text[..count]).replace('\r', ""));
+        let told = denials_in_text(&String::from_utf8_lossy(&text[..count]).replace('\r', ""));
         assert!(told > 0 && told < 200, "{kind}: {told} of them were told, nothing was tested");
     }
 }
 
 #[test]
-fn what_finds_no_room_on_a_full_disk_is_counted_and_told_later() {
+fn records_lost_on_a_full_disk_are_counted_and_summed_up_later() {
     needs_root();
     for frees in [true, false] {
-        let start = Start::serving(&format!("[audit]\ninterval = \"50ms\"\nburst = 20\n{NOBODY}"));
+        let start = Start::serving(&format!("[audit]\ninterval = \"50ms\"\nburst = 20\n{DENY_ALL}"));
         let disk = start.place().path("disk");
         fs::create_dir(&disk).unwrap();
         let script = "mount -t tmpfs -o size=64k tmpfs \"$0\" && exec 2>>\"$0/log\" && \
@@ -283,25 +284,25 @@ fn what_finds_no_room_on_a_full_disk_is_counted_and_told_later() {
         let inside = format!("/proc/{}/root{}", echod.pid(), disk.display());
         let log = || fs::read_to_string(format!("{inside}/log")).unwrap();
         be_denied(&echod, 40);
-        assert_eq!(told(&log()), 0, "the disk has room");
+        assert_eq!(denials_in_text(&log()), 0, "the disk has room");
         if frees {
             fs::remove_file(format!("{inside}/filler")).unwrap();
-            // Also when no further peer comes.
-            eventually("all of them", || (told(&log()) >= 40).then_some(()));
+            // Without a further peer too.
+            eventually("all of them", || (denials_in_text(&log()) >= 40).then_some(()));
             be_denied(&echod, 5);
-            eventually("those after them", || (told(&log()) >= 45).then_some(()));
-            assert_eq!(told(&log()), 45);
+            eventually("the later denials", || (denials_in_text(&log()) >= 45).then_some(()));
+            assert_eq!(denials_in_text(&log()), 45);
         }
         echod.stop();
     }
 }
 
 #[test]
-fn a_journal_that_comes_back_is_told_while_standard_error_is_not_read() {
+fn a_journal_that_returns_gets_records_while_stderr_is_unread() {
     needs_root();
     let journald = common::Journald::new();
     let (_reader, stderr) = unread("pipe");
-    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 1000\n{NOBODY}");
+    let config = format!("[audit]\ninterval = \"50ms\"\nburst = 1000\n{DENY_ALL}");
     let echod = Start::serving(&config).journal(&journald).stderr(stderr).ready();
     be_denied(&echod, 1);
     journald.wait_for_sum("denied", &["policy"], 1);
@@ -313,7 +314,7 @@ fn a_journal_that_comes_back_is_told_while_standard_error_is_not_read() {
     assert_eq!(common::stands_for(&journald.entries(), "denied", &["policy"]), 101);
 }
 
-/// The manager's queue, full.
+/// Fills the manager's queue.
 fn fill_queue(echod: &Echod) {
     let sender = UnixDatagram::unbound().unwrap();
     sender.set_nonblocking(true).unwrap();
@@ -327,25 +328,25 @@ fn reload(echod: &Echod) -> Option<i32> {
 }
 
 #[test]
-fn a_manager_that_does_not_read_holds_up_no_reload_and_no_stop() {
+fn a_manager_that_does_not_read_delays_no_reload_and_no_stop() {
     let echod = Start::serving(OWNER).ready();
     let manager = std::sync::Arc::clone(&echod.manager);
     let client = echod.connect();
     client.echo("before");
-    // Its thread waits for this after the next datagram.
-    let asleep = manager.told.lock();
+    // Its thread waits for this lock after the next datagram.
+    let asleep = manager.received.lock();
     fill_queue(&echod);
     echod.place.file("echod.toml", &format!("{OWNER}[deny.x]\nusers = [1]\n"));
     assert_eq!(reload(&echod), Some(0), "a reload");
     assert_eq!(reload(&echod), Some(0), "one more");
     client.echo("still served");
     drop(asleep);
-    // Both were told, in order, once it could hear it; or the last of them alone.
-    manager.wait("the end of the reload", |told| {
-        let last = |field: &str| told.messages.iter().rposition(|message| message.iter().any(|one| one == field));
+    // Both messages arrived in order as soon as the manager read again; or only the last one.
+    manager.wait("the end of the reload", |received| {
+        let last = |field: &str| received.messages.iter().rposition(|message| message.iter().any(|one| one == field));
         (last("READY=1")? > last("RELOADING=1")?).then_some(())
     });
-    let asleep = manager.told.lock();
+    let asleep = manager.received.lock();
     fill_queue(&echod);
     echod.signal(Signal::SIGTERM);
     client.expect_end(b"");
@@ -358,7 +359,7 @@ fn a_manager_that_does_not_read_holds_up_no_reload_and_no_stop() {
 }
 
 #[test]
-fn a_manager_that_does_not_read_at_the_start_is_told_that_it_is_ready_later() {
+fn ready_is_sent_later_to_a_manager_that_does_not_read() {
     let start = Start::serving(OWNER);
     let path = start.place().path("notify");
     let socket = UnixDatagram::bind(&path).unwrap();
@@ -387,18 +388,18 @@ fn a_manager_that_does_not_read_at_the_start_is_told_that_it_is_ready_later() {
 }
 
 #[test]
-fn what_is_stored_is_sent_again_to_a_manager_that_did_not_read() {
+fn stored_descriptors_are_sent_again_to_a_manager_not_reading() {
     let manager = std::sync::Arc::new(common::Manager::new());
-    manager.told.change(|told| told.capacity = 100);
+    manager.received.change(|received| received.capacity = 100);
     let echod = Start::serving(OWNER).env("FDSTORE", "100").ready_with(manager);
     let manager = std::sync::Arc::clone(&echod.manager);
     let client = echod.connect();
     client.echo("before");
-    let asleep = manager.told.lock();
+    let asleep = manager.received.lock();
     fill_queue(&echod);
     echod.signal(Signal::SIGTERM);
     let pid = echod.pid();
-    // It waits for room in the manager's queue, in a call that sleeps: every worker has ended.
+    // It waits in sendmsg(2) for room in the manager's queue: every worker has exited.
     eventually("the workers' end", || {
         let mut names = fs::read_dir(format!("/proc/{pid}/task"))
             .unwrap()
@@ -411,7 +412,7 @@ fn what_is_stored_is_sent_again_to_a_manager_that_did_not_read() {
     echod.stop();
 }
 
-/// echod in the foreground of a terminal of its own: the terminal's other side, the process, and its socket.
+/// echod in the foreground of a new terminal: the controlling side, the process, and the path of its socket.
 fn in_a_terminal(place: &Place) -> (OwnedFd, Running, std::path::PathBuf) {
     let (controller, terminal) = terminal();
     let socket = place.path("foreground");
@@ -430,7 +431,7 @@ fn in_a_terminal(place: &Place) -> (OwnedFd, Running, std::path::PathBuf) {
 }
 
 #[test]
-fn in_a_terminal_it_ends_when_the_terminal_closes() {
+fn in_a_terminal_it_exits_when_the_terminal_closes() {
     let place = Place::new();
     let (controller, child, socket) = in_a_terminal(&place);
     let client = Client::of(eventually("it serves", || UnixStream::connect(&socket).ok()));
@@ -443,14 +444,14 @@ fn in_a_terminal_it_ends_when_the_terminal_closes() {
 }
 
 #[test]
-fn a_terminal_that_is_stopped_holds_up_neither_service_nor_stop() {
+fn a_stopped_terminal_delays_neither_service_nor_stop() {
     let place = Place::new();
     let (controller, child, socket) = in_a_terminal(&place);
     let client = Client::of(eventually("it serves", || UnixStream::connect(&socket).ok()));
     client.echo("hello");
-    // ^S: what is written to it waits.
+    // ^S: output to the terminal blocks.
     nix::unistd::write(&controller, b"\x13").unwrap();
-    place.file("echod.toml", NOBODY);
+    place.file("echod.toml", DENY_ALL);
     assert_eq!(
         wait(
             Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &child.pid().to_string()]).spawn().unwrap(),
@@ -466,9 +467,9 @@ fn a_terminal_that_is_stopped_holds_up_neither_service_nor_stop() {
 }
 
 #[test]
-fn without_a_terminal_a_hangup_reloads() {
+fn without_a_terminal_sighup_reloads() {
     let place = Place::new();
-    let config = place.file("echod.toml", NOBODY);
+    let config = place.file("echod.toml", DENY_ALL);
     let socket = place.path("background");
     let (reader, stderr) = nix::unistd::pipe2(OFlag::O_CLOEXEC).unwrap();
     let child = Command::new(env!("CARGO_BIN_EXE_echod"))

@@ -1,6 +1,6 @@
 //! The manual pages as they are read: rendered by man(1) for a terminal of 80 columns.
 //!
-//! Apart from tests/docs.rs, because that one also runs where the package is built, without man.
+//! Apart from tests/docs.rs, which also runs in the package's build, without man.
 
 use std::fs;
 use std::path::Path;
@@ -9,9 +9,9 @@ use std::process::Command;
 const WIDTH: usize = 80;
 /// A column narrower than this cannot hold a sentence.
 const NARROWEST: usize = 20;
-/// So many lines in a column as narrow as that are a few words, not a sentence.
+/// So many lines in so narrow a column have a word or two each.
 const MOST_NARROW_LINES: usize = 2;
-/// Text that begins farther left than this has room; it is short by itself.
+/// Text that begins to the left of this column has room, and is short by itself.
 const DEEPEST_INDENT: usize = 24;
 
 /// The page as text without overstrikes, and what troff complains of.
@@ -33,12 +33,12 @@ fn render(page: &Path) -> (String, String) {
     (text, String::from_utf8(output.stderr).unwrap())
 }
 
-/// What a reader at 80 columns would trip over.
+/// The places that are hard to read at 80 columns.
 fn faults(text: &str) -> Vec<String> {
     let mut faults: Vec<_> = text.lines().filter(|line| line.chars().count() > WIDTH).map(too_long).collect();
     let indent = |line: &str| line.chars().take_while(|c| *c == ' ').count();
     let lines: Vec<_> = text.lines().collect();
-    // Lines of one cell of a table, below its first: they begin where the cell does, far to the right, and are short.
+    // The lines of a table cell below its first: they begin far to the right, and are short.
     let narrow = |line: &&str| {
         !line.trim().is_empty() && indent(line) > DEEPEST_INDENT && line.trim().chars().count() < NARROWEST
     };
@@ -47,7 +47,7 @@ fn faults(text: &str) -> Vec<String> {
             faults.push(format!("a column of {} lines, one or a few words each:\n{}", cell.len(), cell.join("\n")));
         }
     }
-    // Only words of a language may be hyphenated: the reader of a path or a setting would take the hyphen for its own.
+    // Only words of a language may be hyphenated; in a path or a setting a reader would take the hyphen as part of it.
     for pair in lines.windows(2) {
         let Some(begin) = pair[0].strip_suffix('\u{2010}') else { continue };
         let [begin, end] = [begin.split_whitespace().next_back(), pair[1].split_whitespace().next()];
@@ -65,7 +65,7 @@ fn too_long(line: &str) -> String {
 }
 
 #[test]
-fn every_manual_page_reads_well_at_80_columns() {
+fn every_manual_page_is_readable_at_80_columns() {
     let pages: Vec<_> = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/man"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -79,7 +79,7 @@ fn every_manual_page_reads_well_at_80_columns() {
 }
 
 #[test]
-fn a_table_with_a_word_a_line_would_be_noticed() {
+fn a_table_column_with_one_word_a_line_would_be_noticed() {
     let page = Path::new(env!("CARGO_TARGET_TMPDIR")).join("pages-narrow.8");
     let table = ".Dd November 23, 2026\n.Dt NARROW 8\n.Os\n.Sh NAME\n.Nm narrow\n.Nd too narrow\n.Sh TABLE\n\
                  .Bl -column \"72261db9963c465c8c6121daadeb1cbc\" \"GATE_VERDICT\" \"PRIORITY\" \"what happened\"\n\

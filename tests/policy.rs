@@ -1,6 +1,6 @@
-//! What a policy decides, against a slow and obvious model of it, and what a wrong file is told.
+//! The decisions of a policy, compared with a slow and obvious model, and the messages about a faulty file.
 
-// The lint's exception for tests does not reach their helpers.
+// The lint's exception for tests does not cover their helpers.
 #![allow(clippy::unwrap_used)]
 
 use std::cell::Cell;
@@ -13,9 +13,9 @@ use peergate::policy::{self, Group, Kind, Name, Policy, Rule, User, Verdict};
 use peergate::policy_file::{self, Fault, Loaded, Names, Source};
 use peergate::unit::Units;
 
-/// A subject that counts how often it is asked for its units.
+/// A subject that counts how often its units are read.
 #[derive(Debug)]
-struct Somebody {
+struct TestSubject {
     uid: u32,
     gids: Vec<Gid>,
     complete: bool,
@@ -23,7 +23,7 @@ struct Somebody {
     asked: Cell<u32>,
 }
 
-impl Somebody {
+impl TestSubject {
     fn new(uid: u32, gids: &[u32], unit: Option<&str>) -> Self {
         let gids = gids.iter().copied().map(Gid::new).collect();
         let units = unit.map(|path| Units::from_path(path).unwrap());
@@ -31,7 +31,7 @@ impl Somebody {
     }
 }
 
-impl Subject for Somebody {
+impl Subject for TestSubject {
     fn uid(&self) -> Uid {
         Uid::new(self.uid)
     }
@@ -51,11 +51,11 @@ impl Subject for Somebody {
 }
 
 /// The name of the deciding rule, or `default`.
-fn decide<T>(policy: &Policy<T>, who: &Somebody) -> String {
-    policy.decide(who).rule().map_or("default".to_owned(), |rule| rule.name().to_string())
+fn decide<T>(policy: &Policy<T>, subject: &TestSubject) -> String {
+    policy.decide(subject).rule().map_or("default".to_owned(), |rule| rule.name().to_string())
 }
 
-/// The model: the contract's sentences, written down one by one, rule by rule.
+/// The model: the sentences of the contract, one by one, rule by rule.
 mod model {
     use super::*;
 
@@ -88,20 +88,20 @@ mod model {
         }
     }
 
-    /// Some(true): holds; Some(false): does not; None: cannot be told.
-    fn user(entry: &Entry, who: &Somebody) -> Option<bool> {
+    /// Some(true): holds; Some(false): does not hold; None: unknown.
+    fn user(entry: &Entry, subject: &TestSubject) -> Option<bool> {
         let Some(users) = &entry.users else {
-            // Whoever names nobody is admitted by no rule, whatever it asks for.
-            return if entry.kind == Kind::Allow && !known(who.uid) { None } else { Some(true) };
+            // An unmapped user is admitted by no rule, whatever its keys.
+            return if entry.kind == Kind::Allow && !known(subject.uid) { None } else { Some(true) };
         };
-        if known(who.uid) { Some(within(users, who.uid)) } else { None }
+        if known(subject.uid) { Some(within(users, subject.uid)) } else { None }
     }
 
-    fn group(entry: &Entry, who: &Somebody) -> Option<bool> {
+    fn group(entry: &Entry, subject: &TestSubject) -> Option<bool> {
         let Some(groups) = &entry.groups else { return Some(true) };
-        if who.gids.iter().any(|gid| within(groups, gid.raw())) {
+        if subject.gids.iter().any(|gid| within(groups, gid.raw())) {
             Some(true)
-        } else if !who.complete || who.gids.iter().any(|gid| !known(gid.raw())) {
+        } else if !subject.complete || subject.gids.iter().any(|gid| !known(gid.raw())) {
             None
         } else {
             Some(false)
@@ -113,25 +113,25 @@ mod model {
     }
 
     /// The system manager's units, whatever other keys there are.
-    fn unit(entry: &Entry, who: &Somebody) -> Option<bool> {
+    fn unit(entry: &Entry, subject: &TestSubject) -> Option<bool> {
         let Some(patterns) = &entry.units else { return Some(true) };
-        who.units.as_ref().map(|units| any_fits(patterns, units.system()))
+        subject.units.as_ref().map(|units| any_fits(patterns, units.system()))
     }
 
     /// The units of the user's own manager.
-    fn user_unit(entry: &Entry, who: &Somebody) -> Option<bool> {
+    fn user_unit(entry: &Entry, subject: &TestSubject) -> Option<bool> {
         let Some(patterns) = &entry.user_units else { return Some(true) };
-        let Some((owner, names)) = who.units.as_ref()?.user() else { return Some(false) };
+        let Some((owner, names)) = subject.units.as_ref()?.user() else { return Some(false) };
         if !any_fits(patterns, names) {
             Some(false)
-        } else if known(who.uid) {
-            Some(owner.raw() == who.uid)
+        } else if known(subject.uid) {
+            Some(owner.raw() == subject.uid)
         } else {
             None
         }
     }
 
-    /// Whether the rule decides, if its keys came out like this.
+    /// Whether the rule decides, given the answers of its keys.
     fn decides(entry: &Entry, keys: &[Option<bool>]) -> bool {
         match entry.kind {
             Kind::Allow => keys.iter().all(|key| *key == Some(true)),
@@ -139,17 +139,17 @@ mod model {
         }
     }
 
-    /// The deciding rule's name, and whether the units had to be known for that.
-    pub fn decide(entries: &[Entry], who: &Somebody) -> (String, bool) {
+    /// The name of the deciding rule, and whether the units were needed.
+    pub fn decide(entries: &[Entry], subject: &TestSubject) -> (String, bool) {
         let mut asked = false;
         for kind in [Kind::Deny, Kind::Allow] {
             for entry in entries.iter().filter(|entry| entry.kind == kind) {
-                let (user, group) = (user(entry, who), group(entry, who));
+                let (user, group) = (user(entry, subject), group(entry, subject));
                 if !decides(entry, &[user, group]) {
                     continue;
                 }
                 asked |= entry.units.is_some() || entry.user_units.is_some();
-                if decides(entry, &[user, group, unit(entry, who), user_unit(entry, who)]) {
+                if decides(entry, &[user, group, unit(entry, subject), user_unit(entry, subject)]) {
                     return (format!("{}.{}", kind.as_str(), entry.name), asked);
                 }
             }
@@ -177,7 +177,7 @@ impl Random {
         &from[self.below(from.len())]
     }
 
-    /// Few ids, so that rules and subjects meet; those at the edges among them.
+    /// Few ids, so that rules and subjects meet; the ids at the edges are among them.
     fn id(&mut self) -> u32 {
         *self.pick(&[0, 1, 2, 3, 4, 5, 6, 1000, 65_533, 65_534, 65_535, u32::MAX - 2, u32::MAX - 1])
     }
@@ -214,7 +214,7 @@ impl Random {
         entry
     }
 
-    fn somebody(&mut self) -> Somebody {
+    fn subject(&mut self) -> TestSubject {
         const UNITS: [&str; 10] = [
             "a.service",
             "system.slice/a.service",
@@ -230,9 +230,9 @@ impl Random {
         let uid = if self.one_in(12) { u32::MAX } else { self.id() };
         let gids: Vec<u32> = (0..1 + self.below(4)).map(|_| self.id()).collect();
         let unit = (!self.one_in(4)).then(|| *self.pick(&UNITS));
-        let mut somebody = Somebody::new(uid, &gids, unit);
-        somebody.complete = !self.one_in(10);
-        somebody
+        let mut subject = TestSubject::new(uid, &gids, unit);
+        subject.complete = !self.one_in(10);
+        subject
     }
 }
 
@@ -276,9 +276,9 @@ fn toml(entries: &[model::Entry]) -> String {
 }
 
 /// A user database without users.
-struct Nobody;
+struct NoUsers;
 
-impl Names for Nobody {
+impl Names for NoUsers {
     fn uid(&self, _: &str) -> io::Result<Option<Uid>> {
         Ok(None)
     }
@@ -289,7 +289,7 @@ impl Names for Nobody {
 }
 
 #[test]
-fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and_subjects() {
+fn decisions_and_explanations_agree_with_the_model() {
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
     let (mut by_default, mut admitted, mut unknown, mut left_out) = (0, 0, 0, 0);
     let mut keys = BTreeSet::new();
@@ -300,39 +300,39 @@ fn decisions_and_explanations_agree_with_the_model_for_thousands_of_policies_and
         let policy = Policy::new(entries.iter().map(rule), Uid::new(me)).unwrap();
         keys.extend(policy.rules().flat_map(|rule| rule.keys(ME)).map(|(key, _)| key));
         let text = toml(&entries);
-        let read = policy_file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Nobody).unwrap();
+        let read = policy_file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &NoUsers).unwrap();
         for _ in 0..20 {
-            let somebody = random.somebody();
-            let (expected, needs_units) = model::decide(&entries, &somebody);
-            assert_eq!(decide(&policy, &somebody), expected, "{somebody:?}\n{text}");
-            assert_eq!(somebody.asked.get(), u32::from(needs_units), "{somebody:?}\n{text}");
-            assert_eq!(decide(&read.policy, &somebody), expected, "read from a file\n{text}");
+            let subject = random.subject();
+            let (expected, needs_units) = model::decide(&entries, &subject);
+            assert_eq!(decide(&policy, &subject), expected, "{subject:?}\n{text}");
+            assert_eq!(subject.asked.get(), u32::from(needs_units), "{subject:?}\n{text}");
+            assert_eq!(decide(&read.policy, &subject), expected, "read from a file\n{text}");
 
-            let explanation = policy.explain(&somebody);
+            let explanation = policy.explain(&subject);
             assert_eq!(explanation.rule().map_or("default", |rule| rule.as_str()), expected);
             assert_eq!(explanation.is_admitted(), expected.starts_with("allow."));
             let matched = explanation.to_string().lines().filter(|line| line.ends_with(" matches:")).count();
             assert_eq!(matched, usize::from(expected != "default"), "only the deciding rule matches");
 
-            // Who is asked only for what the decision depends on is judged alike.
-            let needs = policy.needs_of(Uid::new(somebody.uid));
-            let mut asked_for_less = Somebody::new(somebody.uid, &[], None);
+            // With only the facts that the decision depends on, the decision is the same.
+            let needs = policy.needs_of(Uid::new(subject.uid));
+            let mut asked_for_less = TestSubject::new(subject.uid, &[], None);
             if needs.groups {
-                (asked_for_less.gids, asked_for_less.complete) = (somebody.gids, somebody.complete);
+                (asked_for_less.gids, asked_for_less.complete) = (subject.gids, subject.complete);
             } else {
                 asked_for_less.complete = false;
             }
-            asked_for_less.units = somebody.units.filter(|_| needs.process);
+            asked_for_less.units = subject.units.filter(|_| needs.process);
             assert_eq!(decide(&policy, &asked_for_less), expected, "with {needs:?} alone\n{text}");
 
             left_out += u32::from(policy.depends_on_units() && !needs.process);
             by_default += u32::from(expected == "default");
             admitted += u32::from(explanation.is_admitted());
-            unknown += u32::from(!somebody.complete || !Uid::new(somebody.uid).is_known());
+            unknown += u32::from(!subject.complete || !Uid::new(subject.uid).is_known());
         }
     }
     assert_eq!(keys, policy::keys().collect(), "the keys that the model knows");
-    // The cases are of all sorts, or the agreement would mean little.
+    // All kinds of cases occurred; otherwise the agreement would mean little.
     for count in [by_default, admitted, unknown, left_out] {
         assert!(
             count > 5_000,
@@ -356,12 +356,12 @@ fn ten_thousand_rules_decide_as_the_model_does() {
     let policy = Policy::new(entries.iter().map(rule), Uid::new(1)).unwrap();
     for _ in 0..500 {
         let ids = [random.below(12_000) as u32, random.below(12_000) as u32, random.below(12_000) as u32];
-        let somebody = Somebody::new(ids[0], &ids[1..], None);
-        assert_eq!(decide(&policy, &somebody), model::decide(&entries, &somebody).0, "{ids:?}");
+        let subject = TestSubject::new(ids[0], &ids[1..], None);
+        assert_eq!(decide(&policy, &subject), model::decide(&entries, &subject).0, "{ids:?}");
     }
 }
 
-/// A user database of alice, nobody and the group adm, which fails on one name.
+/// A user database with alice, nobody and the group adm. Looking up one name fails.
 struct Database;
 
 impl Names for Database {
@@ -388,7 +388,7 @@ fn load(text: &str) -> Result<Loaded<(), ()>, String> {
 }
 
 /// The faults of a file, or its warnings.
-fn told(text: &str) -> Vec<String> {
+fn messages_of(text: &str) -> Vec<String> {
     match load(text) {
         Ok(loaded) => loaded.warnings.iter().map(Fault::to_string).collect(),
         Err(faults) => faults.lines().map(str::to_owned).collect(),
@@ -396,49 +396,49 @@ fn told(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn without_rules_of_its_own_a_policy_admits_the_owner_and_not_root() {
+fn a_policy_without_rules_admits_the_owner_and_not_root() {
     let policy: Policy<()> = Policy::owner_only(ME);
-    assert_eq!(decide(&policy, &Somebody::new(1000, &[1000], None)), "allow.owner");
-    assert_eq!(decide(&policy, &Somebody::new(0, &[0], None)), "default");
+    assert_eq!(decide(&policy, &TestSubject::new(1000, &[1000], None)), "allow.owner");
+    assert_eq!(decide(&policy, &TestSubject::new(0, &[0], None)), "default");
 }
 
 #[test]
-fn a_deny_rule_comes_before_every_allow_rule_wherever_it_is_written() {
+fn a_deny_rule_precedes_every_allow_rule() {
     let loaded = load("[allow.all]\nusers = ['any']\n[deny.alice]\nusers = ['alice']\n").unwrap();
-    assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "deny.alice");
-    assert_eq!(decide(&loaded.policy, &Somebody::new(1002, &[1001], None)), "allow.all");
+    assert_eq!(decide(&loaded.policy, &TestSubject::new(1001, &[1001], None)), "deny.alice");
+    assert_eq!(decide(&loaded.policy, &TestSubject::new(1002, &[1001], None)), "allow.all");
 }
 
 #[test]
-fn allow_rules_are_consulted_in_the_order_of_the_file_not_of_their_names() {
+fn allow_rules_apply_in_the_order_of_the_file() {
     let loaded = load("[allow.z]\nusers = ['1-9']\n[allow.a]\nusers = ['1-99']\n").unwrap();
-    assert_eq!(decide(&loaded.policy, &Somebody::new(5, &[5], None)), "allow.z");
-    assert_eq!(decide(&loaded.policy, &Somebody::new(50, &[5], None)), "allow.a");
+    assert_eq!(decide(&loaded.policy, &TestSubject::new(5, &[5], None)), "allow.z");
+    assert_eq!(decide(&loaded.policy, &TestSubject::new(50, &[5], None)), "allow.a");
     let places: Vec<_> = loaded.policy.rules().map(|rule| rule.place().unwrap().to_string()).collect();
     assert_eq!(places, ["f:1", "f:3"]);
 }
 
 #[test]
-fn an_id_that_names_nobody_is_admitted_by_no_rule_on_users_and_caught_by_every_deny_rule_on_them() {
-    let unmapped = Somebody::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
+fn the_overflow_uid_matches_no_allow_rule_and_each_deny_rule() {
+    let unmapped = TestSubject::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
     let any = load("[allow.any]\nusers = ['any', '0-4294967294', 65534]\n").unwrap();
     assert_eq!(decide(&any.policy, &unmapped), "default");
     let denied = load("[deny.alice]\nusers = ['alice']\n[allow.any]\nusers = ['any']\n").unwrap();
     assert_eq!(decide(&denied.policy, &unmapped), "deny.alice");
     let groups = load("[deny.adm]\ngroups = ['adm']\n[allow.any]\nusers = ['any']\n").unwrap();
-    assert_eq!(decide(&groups.policy, &Somebody::new(5, &[5, OVERFLOW_ID], None)), "deny.adm");
-    assert_eq!(decide(&groups.policy, &Somebody::new(5, &[5], None)), "allow.any");
+    assert_eq!(decide(&groups.policy, &TestSubject::new(5, &[5, OVERFLOW_ID], None)), "deny.adm");
+    assert_eq!(decide(&groups.policy, &TestSubject::new(5, &[5], None)), "allow.any");
 }
 
 #[test]
-fn a_unit_that_cannot_be_told_admits_nobody_and_denies_whom_a_deny_rule_is_for() {
+fn an_unknown_unit_matches_no_allow_rule_and_each_deny_rule() {
     let loaded = load(concat!(
         "[deny.scopes]\nusers = [5]\nunits = ['session-*.scope']\n",
         "[allow.backup]\nusers = [6]\nunits = ['backup.service']\n",
         "[allow.rest]\nusers = [5]\n",
     ))
     .unwrap();
-    let verdict = |uid, unit| decide(&loaded.policy, &Somebody::new(uid, &[uid], unit));
+    let verdict = |uid, unit| decide(&loaded.policy, &TestSubject::new(uid, &[uid], unit));
     assert_eq!(verdict(5, None), "deny.scopes");
     assert_eq!(verdict(5, Some("session-1.scope")), "deny.scopes");
     assert_eq!(verdict(5, Some("system.slice/a.service")), "allow.rest");
@@ -449,7 +449,7 @@ fn a_unit_that_cannot_be_told_admits_nobody_and_denies_whom_a_deny_rule_is_for()
 const OWN: &str = "user@1001.service/app.slice/backup.service";
 
 #[test]
-fn units_means_the_systems_whatever_other_keys_a_rule_has() {
+fn units_means_system_units_whatever_other_keys_a_rule_has() {
     const SYSTEMS: &str = "system.slice/backup.service";
     for users in ["", "users = ['any']\n", "users = ['alice', 1000, 0]\n", "users = ['self', 'alice']\n"] {
         let allow = load(&format!("[allow.backup]\n{users}units = ['backup.service']\n")).unwrap().policy;
@@ -459,20 +459,20 @@ fn units_means_the_systems_whatever_other_keys_a_rule_has() {
             (1001, SYSTEMS, true),
             (1001, OWN, false),
             (0, OWN, false),
-            // Nor is the owner of the service an exception.
+            // The owner of the service is no exception.
             (1000, SYSTEMS, true),
             (1000, "user@1000.service/app.slice/backup.service", false),
         ] {
-            let somebody = Somebody::new(uid, &[uid], Some(unit));
-            assert_eq!(decide(&allow, &somebody) == "allow.backup", is_meant, "{users} {uid} {unit}");
-            assert_eq!(decide(&deny, &somebody) == "deny.backup", is_meant, "{users} {uid} {unit}");
+            let subject = TestSubject::new(uid, &[uid], Some(unit));
+            assert_eq!(decide(&allow, &subject) == "allow.backup", is_meant, "{users} {uid} {unit}");
+            assert_eq!(decide(&deny, &subject) == "deny.backup", is_meant, "{users} {uid} {unit}");
         }
     }
 }
 
 #[test]
-fn user_units_means_the_users_own_and_nobody_elses() {
-    let verdict = |text: &str, uid, unit| decide(&load(text).unwrap().policy, &Somebody::new(uid, &[uid], unit));
+fn user_units_means_units_of_the_peers_own_user_manager() {
+    let verdict = |text: &str, uid, unit| decide(&load(text).unwrap().policy, &TestSubject::new(uid, &[uid], unit));
     let rule = "[allow.x]\nusers = [0, 1001, 1002]\nuser-units = ['backup.*']\n";
     assert_eq!(verdict(rule, 1001, Some(OWN)), "allow.x");
     assert_eq!(verdict(rule, 1002, Some(OWN)), "default", "another user's process in alice's unit");
@@ -481,12 +481,12 @@ fn user_units_means_the_users_own_and_nobody_elses() {
     assert_eq!(verdict(rule, 1001, Some("user@1001.service/init.scope")), "default");
     assert_eq!(verdict(rule, 1001, None), "default");
 
-    // In a user's own service too they are a key of their own.
+    // In a service of the user's own, user-units is a key of its own too.
     let mine = "[allow.x]\nusers = ['self']\nuser-units = ['mail.service']\n";
     assert_eq!(verdict(mine, 1000, Some("user@1000.service/app.slice/mail.service")), "allow.x");
     assert_eq!(verdict(mine, 1001, Some("user@1001.service/app.slice/mail.service")), "default");
 
-    // What cannot be told counts as matched by a deny rule, and what can be told does not.
+    // An unknown unit counts as matched by a deny rule; a known other unit does not.
     let deny = "[deny.x]\nusers = [1001]\nuser-units = ['backup.service']\n[allow.any]\nusers = ['any']\n";
     assert_eq!(verdict(deny, 1001, Some(OWN)), "deny.x");
     assert_eq!(verdict(deny, 1001, None), "deny.x");
@@ -494,7 +494,7 @@ fn user_units_means_the_users_own_and_nobody_elses() {
     assert_eq!(verdict(deny, 1001, Some("system.slice/backup.service")), "allow.any");
     assert_eq!(verdict(deny, OVERFLOW_ID, Some(OWN)), "deny.x");
 
-    // Beside `units` both must hold.
+    // Beside `units` both keys must match.
     let both = "[allow.x]\nusers = ['any']\nunits = ['user.slice']\nuser-units = ['backup.service']\n";
     assert_eq!(verdict(both, 1001, Some(OWN)), "allow.x");
     let both = both.replace("user.slice", "a.slice");
@@ -502,28 +502,29 @@ fn user_units_means_the_users_own_and_nobody_elses() {
 }
 
 #[test]
-fn user_units_without_users_is_a_fault_wherever_the_rule_comes_from() {
+fn user_units_without_users_is_a_fault() {
     const WHY: &str = "`user-units` without `users`, where any user can call a unit of their own by that name; \
                        expected `users` beside it, to say whose units are meant";
     for (others, line) in [("", 2), ("groups = ['adm']\n", 3), ("units = ['a.service']\n", 3)] {
         for kind in ["allow", "deny"] {
             let text = format!("[{kind}.x]\n{others}user-units = ['mail.service']\n");
-            assert_eq!(told(&text), [format!("f:{line}:1: {WHY}")]);
+            assert_eq!(messages_of(&text), [format!("f:{line}:1: {WHY}")]);
         }
     }
     let rule = Rule::allow("x", ()).groups([Gid::new(4)]).user_units(["mail.service"]);
     assert_eq!(Policy::new([rule], ME).unwrap_err().to_string(), format!("allow.x: {WHY}"));
     let empty = Rule::allow("x", ()).users([User::Me]).user_units(Vec::<String>::new());
     assert!(Policy::new([empty], ME).unwrap_err().to_string().contains("`user-units` is empty"));
-    let wrong =
-        told("[allow.x]\nusers = ['self']\nuser-units = ['', 5]\n[allow.y]\nusers = ['self']\nuser-units = 'a'\n");
+    let wrong = messages_of(
+        "[allow.x]\nusers = ['self']\nuser-units = ['', 5]\n[allow.y]\nusers = ['self']\nuser-units = 'a'\n",
+    );
     assert!(wrong[0].starts_with("f:3:15: an empty unit name; expected"), "{wrong:#?}");
     assert_eq!(wrong[1], "f:3:19: an integer in `user-units`; expected a unit's name such as \"backup.service\"");
     assert!(wrong[2].starts_with("f:6:14: `user-units` is a string; expected an array"), "{wrong:#?}");
 }
 
 #[test]
-fn no_key_of_a_rule_widens_what_another_admits() {
+fn a_further_key_never_widens_an_allow_rule() {
     let mut random = Random(11);
     let mut narrowed = 0;
     for _ in 0..3000 {
@@ -538,11 +539,11 @@ fn no_key_of_a_rule_widens_what_another_admits() {
         ];
         for wide in without.iter().filter_map(policy) {
             for _ in 0..10 {
-                let somebody = random.somebody();
-                let (narrow, wide) = (narrow.decide(&somebody), wide.decide(&somebody));
+                let subject = random.subject();
+                let (narrow, wide) = (narrow.decide(&subject), wide.decide(&subject));
                 assert!(
                     wide.is_admitted() || !narrow.is_admitted(),
-                    "{somebody:?}\n{}",
+                    "{subject:?}\n{}",
                     toml(std::slice::from_ref(&whole))
                 );
                 narrowed += u32::from(wide.is_admitted() && !narrow.is_admitted());
@@ -553,7 +554,7 @@ fn no_key_of_a_rule_widens_what_another_admits() {
 }
 
 #[test]
-fn the_units_are_asked_for_only_where_a_rule_depends_on_them() {
+fn units_are_read_only_where_a_rule_depends_on_them() {
     let loaded = load(concat!(
         "[deny.first]\nusers = [7]\n",
         "[allow.alice]\nusers = ['alice']\nunits = ['a.service']\n",
@@ -562,16 +563,16 @@ fn the_units_are_asked_for_only_where_a_rule_depends_on_them() {
     ))
     .unwrap();
     for (uid, times) in [(7, 0), (6, 0), (8, 0), (1001, 1), (OVERFLOW_ID, 0)] {
-        let somebody = Somebody::new(uid, &[uid], Some("b.service"));
-        let _ = loaded.policy.decide(&somebody);
-        assert_eq!(somebody.asked.get(), times, "uid {uid}");
+        let subject = TestSubject::new(uid, &[uid], Some("b.service"));
+        let _ = loaded.policy.decide(&subject);
+        assert_eq!(subject.asked.get(), times, "uid {uid}");
     }
     assert!(loaded.policy.depends_on_units());
     assert!(!load(OWNER).unwrap().policy.depends_on_units());
 }
 
 #[test]
-fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
+fn an_explanation_gives_the_verdict_and_then_each_key() {
     let loaded = load(concat!(
         "[deny.contractors]\nusers = ['2000-2999']\n",
         "[allow.owner]\nusers = ['self']\n",
@@ -579,7 +580,7 @@ fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
         "[allow.mail]\nusers = ['alice', 5]\nuser-units = ['backup.service']\n",
     ))
     .unwrap();
-    let explain = |uid, gids: &[u32], unit| loaded.policy.explain(&Somebody::new(uid, gids, unit)).to_string();
+    let explain = |uid, gids: &[u32], unit| loaded.policy.explain(&TestSubject::new(uid, gids, unit)).to_string();
     assert_eq!(
         explain(1001, &[1001, 4], Some("system.slice/backup.service")),
         "admitted by allow.backup\n\
@@ -615,7 +616,7 @@ fn an_explanation_begins_with_the_verdict_and_tells_why_key_by_key() {
 }
 
 #[test]
-fn a_name_that_could_forge_an_explanation_is_no_units() {
+fn a_unit_name_that_could_forge_an_explanation_is_ignored() {
     for name in ["x\nadmitted by allow.a\u{1b}[2J.service", "a b.service", "a;b.service", "\u{202e}a.service"] {
         assert!(Units::from_path(name).is_none(), "{name:?}");
         assert!(Units::from_path(&format!("user@1.service/{name}")).unwrap().user().is_none(), "{name:?}");
@@ -638,12 +639,12 @@ fn a_rule_built_in_code_is_checked_like_one_from_a_file() {
     }
     let twice = [owner().users([User::Me]), owner().users([User::Any])];
     assert!(Policy::new(twice, ME).unwrap_err().to_string().contains("a second rule of this name"));
-    // A deny rule and an allow rule may share a name: their full names differ.
+    // A deny rule and an allow rule may have the same name: their full names differ.
     assert!(Policy::new([owner().users([User::Me]), Rule::deny("owner").users([User::Any])], ME).is_ok());
 }
 
 #[test]
-fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() {
+fn all_faults_of_a_file_are_reported_with_place_and_expectation() {
     const USERS: &str = "expected a user's name, an id, a range such as \"2000-2999\", \"self\" or \"any\"";
     const GROUPS: &str = "expected a group's name, an id, a range such as \"2000-2999\", or \"any\"";
     const UNIT: &str = "expected a unit's name such as \"backup.service\", or a pattern such as \"backup@*.service\"";
@@ -690,20 +691,20 @@ fn every_fault_of_a_file_is_told_at_once_with_its_place_and_what_was_expected() 
         "f:16:1: `allow.wrong` is not a table; expected a rule under a header such as [allow.NAME]",
         "f:17:2: unknown key `limits`; expected one of `deny`, `allow`",
     ];
-    assert_eq!(told(text), expected);
+    assert_eq!(messages_of(text), expected);
 }
 
 #[test]
 fn rules_that_are_no_tables_are_faults() {
-    let fault = |text| told(text).join("\n");
+    let fault = |text| messages_of(text).join("\n");
     let expected = "f:1:9: `allow` is not a table; expected rules, each under a header such as [allow.NAME]";
     assert_eq!(fault("allow = 5\n"), expected);
     assert!(fault("[[deny]]\nusers = ['self']\n").contains("`deny` is not a table; expected rules"));
 }
 
 #[test]
-fn text_that_is_no_toml_is_told_with_its_place_and_does_not_hide_other_faults() {
-    let told = told(concat!(
+fn a_toml_error_has_its_place_and_hides_no_other_fault() {
+    let told = messages_of(concat!(
         "[allow.owner\nusers = ['self']\n",
         "[deny.x]\nusers = [alice]\n",
         "[deny.y]\nuser = ['alice']\na = 1\na = 2\n",
@@ -716,49 +717,49 @@ fn text_that_is_no_toml_is_told_with_its_place_and_does_not_hide_other_faults() 
 }
 
 #[test]
-fn an_allow_rule_for_an_account_that_is_gone_is_a_warning_and_stops_nothing() {
+fn an_allow_rule_for_a_missing_account_is_a_warning() {
     let text = "[allow.staff]\nusers = ['mallory', 'alice']\ngroups = ['gone', 'adm']\n";
     assert_eq!(
-        told(text),
+        messages_of(text),
         [
             "f:2:10: the user \"mallory\" does not exist, so this value matches no peer until it is found; expected a user the system knows",
             "f:3:11: the group \"gone\" does not exist, so this value matches no peer until it is found; expected a group the system knows",
         ]
     );
-    assert_eq!(decide(&load(text).unwrap().policy, &Somebody::new(1001, &[4], None)), "allow.staff");
+    assert_eq!(decide(&load(text).unwrap().policy, &TestSubject::new(1001, &[4], None)), "allow.staff");
     assert_eq!(
-        told("[allow.old]\nusers = ['mallory']\n")[0],
+        messages_of("[allow.old]\nusers = ['mallory']\n")[0],
         "f:1:8: allow.old can match no peer as it stands; expected a user or group that exists here"
     );
 }
 
 #[test]
-fn a_name_that_cannot_be_looked_up_costs_that_name_in_an_allow_rule_and_the_file_in_a_deny_rule() {
+fn a_failed_lookup_is_a_warning_in_allow_and_a_fault_in_deny() {
     let allow = "[allow.staff]\nusers = ['ldap', 'alice']\n";
     assert_eq!(
-        told(allow),
+        messages_of(allow),
         [
             "f:2:10: the user \"ldap\" could not be looked up (timed out), so this value matches no peer until it is found; \
           expected the user database to answer"
         ]
     );
     let loaded = load(allow).unwrap();
-    assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "allow.staff");
+    assert_eq!(decide(&loaded.policy, &TestSubject::new(1001, &[1001], None)), "allow.staff");
     assert_eq!(loaded.unknown, [Name::User("ldap".into())]);
     assert_eq!(loaded.unanswered, [Name::User("ldap".into())]);
-    let deny = told(&format!("{OWNER}[deny.x]\nusers = ['ldap']\n"));
+    let deny = messages_of(&format!("{OWNER}[deny.x]\nusers = ['ldap']\n"));
     assert!(deny[0].contains("could not be looked up (timed out), and a denial must not be lost"), "{deny:?}");
 }
 
 #[test]
-fn an_id_that_names_nobody_costs_the_name_that_has_it() {
+fn a_name_with_the_overflow_id_stays_unknown() {
     let loaded = load("[allow.staff]\nusers = ['broken', 'alice']\n").unwrap();
     assert_eq!(loaded.unknown, [Name::User("broken".into())]);
-    assert_eq!(decide(&loaded.policy, &Somebody::new(1001, &[1001], None)), "allow.staff");
+    assert_eq!(decide(&loaded.policy, &TestSubject::new(1001, &[1001], None)), "allow.staff");
     assert_eq!(policy_file::look_up(&loaded.unknown, &Database), []);
 }
 
-/// The database of [`Database`] some time later.
+/// What [`Database`] answers later.
 struct Later;
 
 impl Names for Later {
@@ -786,38 +787,41 @@ fn names_found_later_take_effect_and_nothing_else_changes() {
         Name::Group("later".into()),
     ];
     assert_eq!((&unknown[..], unanswered), (&names[..], Vec::new()));
-    assert_eq!(decide(&policy, &Somebody::new(7, &[7], None)), "default");
+    assert_eq!(decide(&policy, &TestSubject::new(7, &[7], None)), "default");
 
     let found = policy_file::look_up(&unknown, &Later);
     assert_eq!(found, [(names[0].clone(), 7), (names[2].clone(), 70)]);
     let later = policy.with_ids(&found).unwrap();
     assert_eq!(later.unknown_names(), [names[1].clone(), names[3].clone()]);
     assert_eq!(later.known_names().get(&names[0]), Some(&7));
-    assert_eq!(decide(&later, &Somebody::new(7, &[7], None)), "allow.a");
-    assert_eq!(decide(&later, &Somebody::new(8, &[70], Some("a.service"))), "allow.b");
-    assert_eq!(decide(&later, &Somebody::new(8, &[70], None)), "default");
-    // An id that is known stays, and the rules keep their names, places and order.
+    assert_eq!(decide(&later, &TestSubject::new(7, &[7], None)), "allow.a");
+    assert_eq!(decide(&later, &TestSubject::new(8, &[70], Some("a.service"))), "allow.b");
+    assert_eq!(decide(&later, &TestSubject::new(8, &[70], None)), "default");
+    // A known id stays, and the rules keep their names, places and order.
     assert_eq!(later.known_names().get(&Name::User("alice".into())), Some(&1001));
     let rules = |policy: &Policy<()>| -> Vec<_> {
         policy.rules().map(|rule| (rule.name().clone(), rule.place().cloned())).collect()
     };
     assert_eq!(rules(&later), rules(&policy));
-    // The policy that it was made from is as it was.
-    assert_eq!(decide(&policy, &Somebody::new(7, &[7], None)), "default");
+    // The policy from which the new one was made is unchanged.
+    assert_eq!(decide(&policy, &TestSubject::new(7, &[7], None)), "default");
 }
 
 #[test]
 fn naming_the_overflow_id_is_a_warning() {
     for value in ["65534", "'65534'", "'nobody'"] {
-        let told = told(&format!("{OWNER}[allow.x]\nusers = [{value}]\n"));
+        let told = messages_of(&format!("{OWNER}[allow.x]\nusers = [{value}]\n"));
         assert!(told[1].starts_with("f:4:10: the id 65534 stands for every user"), "{value}: {told:#?}");
     }
 }
 
 #[test]
-fn a_file_that_admits_nobody_is_a_warning() {
+fn a_file_that_admits_no_peer_is_a_warning() {
     for text in ["", "# nothing\n", "[deny.x]\nusers = ['alice']\n"] {
-        assert_eq!(told(text), ["f:1:1: no allow rule, so every peer is denied; expected one such as [allow.owner]"]);
+        assert_eq!(
+            messages_of(text),
+            ["f:1:1: no allow rule, so every peer is denied; expected one such as [allow.owner]"]
+        );
     }
 }
 
@@ -825,7 +829,7 @@ fn a_file_that_admits_nobody_is_a_warning() {
 fn a_rule_that_an_earlier_one_hides_is_a_warning() {
     let hidden = |text: &str| -> Vec<String> {
         let found = |warning: &String| warning.split(';').next().unwrap().to_owned();
-        told(text).iter().filter(|warning| warning.contains("never decides")).map(found).collect()
+        messages_of(text).iter().filter(|warning| warning.contains("never decides")).map(found).collect()
     };
     assert_eq!(
         hidden("[allow.range]\nusers = ['2100-2199']\n[deny.contractors]\nusers = ['2000-2999']\n"),
@@ -835,7 +839,7 @@ fn a_rule_that_an_earlier_one_hides_is_a_warning() {
         hidden("[allow.any]\nusers = ['any']\n[allow.adm]\ngroups = ['adm']\n"),
         ["f:3:8: allow.adm never decides: allow.any (line 1) comes first for every peer it is for"]
     );
-    // Two rules together may hide a third; one with a condition of its own hides nothing.
+    // Two rules together may hide a third. A rule with another condition hides none.
     assert_eq!(hidden("[allow.a]\nusers = ['1-5']\n[allow.b]\nusers = ['6-9']\n[allow.c]\nusers = ['4-8']\n").len(), 1);
     assert_eq!(hidden("[allow.a]\nusers = ['any']\nunits = ['a.service']\n[allow.b]\nusers = ['4-8']\n").len(), 0);
     assert_eq!(hidden("[allow.a]\ngroups = [1, 2]\n[allow.b]\ngroups = [2]\nusers = [5]\n").len(), 1);
@@ -843,20 +847,20 @@ fn a_rule_that_an_earlier_one_hides_is_a_warning() {
 }
 
 #[test]
-fn what_is_called_hidden_never_decides() {
+fn a_rule_reported_as_hidden_never_decides() {
     let mut random = Random(42);
     let mut hidden = 0;
     for _ in 0..2000 {
         let entries: Vec<_> = (0..random.below(10)).map(|number| random.entry(number)).collect();
-        let loaded = policy_file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &Nobody).unwrap();
+        let loaded = policy_file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &NoUsers).unwrap();
         let told = loaded.warnings.iter().filter(|warning| warning.message().contains("never decides"));
         let names: Vec<_> = told.map(|warning| warning.message().split(' ').next().unwrap()).collect();
         hidden += names.len();
         for _ in 0..50 {
-            let mut somebody = random.somebody();
-            somebody.complete = true;
-            if Uid::new(somebody.uid).is_known() && somebody.gids.iter().all(|gid| gid.is_known()) {
-                let decided = decide(&loaded.policy, &somebody);
+            let mut subject = random.subject();
+            subject.complete = true;
+            if Uid::new(subject.uid).is_known() && subject.gids.iter().all(|gid| gid.is_known()) {
+                let decided = decide(&loaded.policy, &subject);
                 assert!(!names.contains(&decided.as_str()), "{decided}\n{}", toml(&entries));
             }
         }
@@ -864,13 +868,13 @@ fn what_is_called_hidden_never_decides() {
     assert!(hidden > 500, "{hidden}");
 }
 
-/// Parses; checks that what comes of it is sound, whatever the text.
+/// Parses any text, and checks that the result is sound.
 fn check_any(text: &str) {
     match policy_file::parse::<(), ()>(&Source::new("f", text), ME, &Database) {
         Ok(loaded) => {
-            // Whatever the rules on users say, whom nobody can name is not admitted by them.
+            // Whatever the rules on users say, they do not admit an unmapped user.
             let by_users = loaded.policy.rules().all(|rule| rule.keys(ME).any(|(key, _)| key == "users"));
-            let unmapped = Somebody::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
+            let unmapped = TestSubject::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
             assert!(!by_users || matches!(loaded.policy.decide(&unmapped), Verdict::Denied(_)), "{text:?}");
         }
         Err(faults) => {

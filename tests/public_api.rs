@@ -1,16 +1,16 @@
-//! The library's public surface is what tests/public-api.txt lists, item by item: nothing is added to it, changed or
-//! lost unseen. After a change that is meant, write the list anew and look at the difference:
+//! The library's public items are the ones listed in tests/public-api.txt. None is added, changed or removed without
+//! the list. After an intended change, write the list again and read the difference:
 //!
 //! ```console
 //! $ UPDATE_PUBLIC_API=1 cargo test --test public_api
 //! ```
 //!
-//! The list is made from rustdoc's JSON, which the installed stable toolchain gives where it is asked through
+//! The list is made from rustdoc's JSON. The installed stable toolchain writes it when called through
 //! tools/rustdoc-unstable.
 //!
-//! How it is to be read: each item is listed once, below the module that is its home; what else it is called is a line
-//! `pub use`. Every type is Debug, Send and Sync, as far as its parameters are, unless it says otherwise; the line `is`
-//! tells which traits without anything to name of their own (Clone, Eq, Display and the like) it implements besides.
+//! Reading the list: each item is listed once, below the module that is its home; a line `pub use` is another name of
+//! it. Every type is Debug, Send and Sync as far as its parameters are, unless the list says otherwise. The line `is`
+//! lists the other traits that it implements and that have no items to name (Clone, Eq, Display and the like).
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -22,7 +22,7 @@ use std::process::Command;
 use serde_json::Value;
 
 #[test]
-fn the_public_surface_is_the_listed_one() {
+fn the_public_items_are_the_listed_ones() {
     let root = &Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let listed = root.join("tests/public-api.txt");
     let found = Surface::of(&rustdoc_json(root)).text();
@@ -54,25 +54,25 @@ fn rustdoc_json(root: &Path) -> Value {
     serde_json::from_slice(&json).unwrap()
 }
 
-/// The lines that are in one text only.
+/// The lines that are in only one of the texts.
 fn difference(wanted: &str, found: &str) -> String {
     let (old, new): (BTreeSet<&str>, BTreeSet<&str>) = (wanted.lines().collect(), found.lines().collect());
     let lost = old.difference(&new).map(|line| format!("- {line}\n"));
     lost.chain(new.difference(&old).map(|line| format!("+ {line}\n"))).collect()
 }
 
-/// The formats of rustdoc's JSON that this reads: from Rust 1.85's to the newest that was tried.
+/// The versions of rustdoc's JSON that can be read: from Rust 1.85's to the newest that was tried.
 const FORMATS: RangeInclusive<u64> = 37..=57;
 
-/// What every type is, unless it says otherwise.
+/// Traits that every type has, unless it says otherwise.
 const USUAL: [&str; 3] = ["Debug", "Send", "Sync"];
 
-/// What rustdoc tells of a crate.
+/// A crate as rustdoc describes it.
 struct Surface<'j> {
     index: &'j Value,
     root: &'j Value,
-    /// The items that have a home, by id: a public module that holds them or, where they live in a private one, the first
-    /// that gives them a public name.
+    /// The items with a home, by id: the public module that holds them or, for an item of a private module, the first
+    /// that re-exports it.
     at_home: RefCell<BTreeSet<String>>,
 }
 
@@ -99,11 +99,11 @@ impl<'j> Surface<'j> {
         ids.as_array().into_iter().flatten().map(|id| self.item(id)).filter(|item| !item.is_null())
     }
 
-    /// Each item of a module is one entry; what belongs to it is indented below it.
+    /// Each item of a module is one entry, with what belongs to it indented below.
     fn module(&self, module: &'j Value, path: &str, entries: &mut BTreeSet<String>) {
         let ids = &module["inner"]["module"]["items"];
         let kind = |item: &Value| only(&item["inner"]).0.to_owned();
-        // Modules come first: it is in the innermost that an item of a private one is at home.
+        // Modules first, so that the innermost one is the home of an item of a private module.
         for item in self.items(ids).filter(|item| kind(item) == "module") {
             let path = format!("{path}::{}", text(&item["name"]));
             entries.insert(format!("pub mod {path}"));
@@ -201,7 +201,7 @@ impl<'j> Surface<'j> {
                 let provided = |item: &Value| item["inner"]["function"]["has_body"] == true;
                 let of_trait =
                     |item| if provided(item) { declare(item) + ", provided" } else { declare(item) + ", required" };
-                // Types of this crate say so themselves.
+                // Types of this crate list it themselves.
                 let is_foreign = |item: &&Value| {
                     let id = &item["inner"]["impl"]["for"]["resolved_path"]["id"];
                     id.is_null() || self.item(id).is_null()
@@ -214,13 +214,13 @@ impl<'j> Surface<'j> {
         }
     }
 
-    /// The impl blocks of the type with this id; those of traits with nothing to name in one line.
+    /// The impl blocks of the type with this id. Impls of traits without items become one line.
     fn impls(&self, inner: &'j Value, id: &Value) -> Vec<String> {
         let (mut is, mut blocks) = (BTreeSet::new(), Vec::new());
         for item in self.items(&inner["impls"]) {
             let block = &item["inner"]["impl"];
-            // What makes another type of this crate out of this one is told by the other. Of the auto traits Send and Sync
-            // are those that users depend on.
+            // A conversion into another type of this crate is listed with that type. Of the auto traits only Send and
+            // Sync matter to users.
             let other = &block["for"]["resolved_path"]["id"];
             let is_auto = block["is_synthetic"] == true && !["Send", "Sync"].contains(&trait_name(&block["trait"]));
             if is_auto || other != id && !other.is_null() && !self.item(other).is_null() {
@@ -232,7 +232,7 @@ impl<'j> Surface<'j> {
             }
         }
         for usual in USUAL {
-            // Where it is so on conditions, these are told.
+            // Conditions are listed.
             if !is.remove(usual) && !is.iter().any(|one: &String| one.trim_start_matches('!').starts_with(usual)) {
                 is.insert(format!("!{usual}"));
             }
@@ -243,8 +243,8 @@ impl<'j> Surface<'j> {
         blocks
     }
 
-    /// The name of the trait, if all there is to say of this impl is that it is there; and the conditions, if they are not
-    /// that each parameter implements the trait too.
+    /// The name of the trait, if the impl has nothing else to list; and its conditions, unless they are only that each
+    /// parameter implements the trait too.
     fn bare(&self, block: &Value) -> Option<String> {
         let of_trait = &block["trait"];
         let names_types = self.items_of(&block["items"]).any(|item| item["inner"].get("assoc_type").is_some());
@@ -279,7 +279,7 @@ impl<'j> Surface<'j> {
         ids.as_array().into_iter().flatten().map(|id| &index[id.to_string()])
     }
 
-    /// An impl block; those that every type has are left out.
+    /// An impl block, unless every type has it.
     fn implementation(&self, item: &'j Value) -> Option<String> {
         let inner = &item["inner"]["impl"];
         if !inner["blanket_impl"].is_null() || inner["is_synthetic"] == true {
@@ -288,7 +288,7 @@ impl<'j> Surface<'j> {
         let (parameters, bounds) = generics(&inner["generics"]);
         let of_trait = if inner["trait"].is_null() { String::new() } else { format!("{} for ", path(&inner["trait"])) };
         let head = format!("impl{parameters} {of_trait}{}{bounds}", ty(&inner["for"]));
-        // A trait's items are known from the trait; what a type adds is its types.
+        // The items of a trait are listed with the trait. A type adds only its associated types.
         let types_only = !inner["trait"].is_null();
         let mut parts: Vec<_> = self
             .items(&inner["items"])
@@ -296,7 +296,7 @@ impl<'j> Surface<'j> {
             .map(|item| self.declaration(item, text(&item["name"])))
             .collect();
         parts.sort();
-        // A type's own functions need no heading, unless there are conditions.
+        // The functions of a type need no heading, unless they have conditions.
         let plain = !types_only && ["", "<T>", "<'p, T>", "<T, A>"].contains(&parameters.as_str()) && bounds.is_empty();
         if plain {
             return (!parts.is_empty()).then(|| parts.join("\n"));
@@ -318,7 +318,7 @@ fn list(values: &Value, each: impl Fn(&Value) -> String, separator: &str) -> Str
     values.as_array().into_iter().flatten().map(each).collect::<Vec<_>>().join(separator)
 }
 
-/// Of the attributes those that bind users.
+/// The attributes that matter to users.
 fn attribute(attribute: &Value) -> Option<String> {
     let told = attribute.to_string();
     ["must_use", "non_exhaustive"].into_iter().find(|name| told.contains(name)).map(|name| format!("#[{name}] "))
@@ -373,12 +373,12 @@ fn bound(bound: &Value) -> String {
     }
 }
 
-/// A path as the source has it, with its arguments.
+/// A path as in the source, with its arguments.
 fn path(path: &Value) -> String {
     format!("{}{}", trait_name(path), arguments(&path["args"]))
 }
 
-/// Until Rust 1.86 it had another key.
+/// Until Rust 1.86 it had another name.
 fn trait_name(path: &Value) -> &str {
     path["path"].as_str().unwrap_or(text(&path["name"]))
 }
@@ -430,7 +430,7 @@ fn ty(value: &Value) -> String {
             format!("dyn {}{lifetime}", list(&inner["traits"], |bound| path(&bound["trait"]), " + "))
         }
         ("qualified_path", inner) => format!("<{}>::{}", ty(&inner["self_type"]), text(&inner["name"])),
-        // Whatever else there is: told as it came, so that a change of it is seen.
+        // Any other form is printed as it is, so that a change of it is noticed.
         _ => value.to_string(),
     }
 }

@@ -1,6 +1,6 @@
-//! `echod report`, from outside: what it asks journalctl for, what it makes of the answer, and what it makes of none.
+//! `echod report` from outside: how it calls journalctl, and what it prints for each answer.
 //!
-//! journalctl is a script here that plays back lines; their form is that of systemd's own. Real journals are read in
+//! journalctl is a script here that prints recorded lines in systemd's format. Real journals are read in
 //! tests/journals.rs.
 
 use std::fs;
@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde_json::Value;
 
-/// A directory of its own for each test, with a journalctl in it that notes how it was called, prints `lines` and
-/// `errors`, and exits with `code`. Asked for the headers of its files, it tells of one.
+/// A directory for each test, with a journalctl that notes its arguments, prints `lines` and `errors`, and exits with
+/// `code`. Asked for the headers of its files, it lists one.
 struct Journal {
     directory: PathBuf,
 }
@@ -64,7 +64,7 @@ impl Journal {
         command
     }
 
-    /// With a directory of journal files, so that it does not matter which files of this machine the caller may read.
+    /// With a directory of journal files, so that the result does not depend on the machine's own.
     fn report_command(&self) -> Command {
         let mut command = self.command(env!("CARGO_BIN_EXE_echod"));
         command.arg("report").arg("--directory").arg(&self.directory);
@@ -81,7 +81,7 @@ impl Journal {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// What is printed, where some of the journal could not be read.
+    /// The output when a part of the journal could not be read.
     fn incomplete(&self, arguments: &[&str]) -> String {
         let output = self.report(arguments);
         assert_eq!(output.status.code(), Some(74), "{output:?}");
@@ -94,7 +94,7 @@ impl Journal {
         serde_json::from_str(&text).unwrap()
     }
 
-    /// The report on a terminal: script(1), of util-linux, makes one.
+    /// The report on a terminal, which script(1) of util-linux makes.
     fn on_terminal(&self, before: &str) -> Child {
         let here = self.directory.display();
         let shell = format!("{before} '{}' report --system --directory '{here}'", env!("CARGO_BIN_EXE_echod"));
@@ -120,7 +120,7 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// As journald and journalctl 252 wrote it.
+/// As journald and journalctl 252 write it.
 const DENIED_ROOT: &str = r#"{"_SYSTEMD_UNIT":"echo.service","_EXE":"/usr/bin/echod","__CURSOR":"s=45a5dd2d5d24465980c96b0cd631903f;i=15b;b=3b828a83a0bb413a983f0afdc02f3259;m=d89987cb;t=660f73ce93109;x=657dbc86b7793100","_MACHINE_ID":"3d1219c7c4c5404aaa1f6d2a48adfda4","_UID":"61234","PEER_COMM":"python3","_COMM":"echod","CODE_LINE":"215","_PID":"30503","__REALTIME_TIMESTAMP":"1795464855367945","PEER_USER":"root","_GID":"61234","GATE_VERDICT":"denied","_RUNTIME_SCOPE":"system","CODE_FILE":"src/journal.rs","GATE_RULE":"default","TARGET":"peergate","GATE_SOCKET":"/run/echo.sock","MESSAGE":"Denied root (uid 0) gid 0 pid 30505 (python3): no rule allows it","_CAP_EFFECTIVE":"0","PEER_PID":"30505","__MONOTONIC_TIMESTAMP":"3633940427","_BOOT_ID":"3b828a83a0bb413a983f0afdc02f3259","_SOURCE_REALTIME_TIMESTAMP":"1795464855367875","_CMDLINE":"/usr/bin/echod","GATE_REASON":"policy","_HOSTNAME":"vm","PEER_UID":"0","MESSAGE_ID":"72261db9963c465c8c6121daadeb1cbc","PRIORITY":"4","SYSLOG_IDENTIFIER":"echod","_TRANSPORT":"journal","PEER_GID":"0"}"#;
 
 /// A line of the system's echod with these fields.
@@ -128,7 +128,7 @@ fn ours(fields: &str) -> String {
     format!(r#"{{"_SYSTEMD_UNIT":"echo.service","_UID":"61234","SYSLOG_IDENTIFIER":"echod",{fields}}}"#)
 }
 
-/// What a small day looks like.
+/// An example of a day.
 fn day() -> Journal {
     let lines = [
         DENIED_ROOT.to_owned(),
@@ -152,7 +152,7 @@ fn day() -> Journal {
 }
 
 #[test]
-fn a_table_tells_who_was_turned_away_why_how_often_when_and_from_where() {
+fn the_table_lists_user_reason_count_times_and_unit() {
     let expected = "\
 Turned away by the system's echod, Mon 2026-11-23 20:14:15 UTC to Mon 2026-11-23 20:14:28 UTC
 
@@ -178,7 +178,7 @@ Read: 1 journal file in /var/log/journal/m, from Mon 2026-11-23 20:14:15 UTC on.
 }
 
 #[test]
-fn who_was_cut_off_is_neither_denied_nor_refused() {
+fn a_connection_cut_off_counts_as_neither_denied_nor_refused() {
     let lines = [
         ours(r#""GATE_VERDICT":"revoked","GATE_REASON":"policy","GATE_RULE":"default","PEER_UID":"1000""#),
         ours(r#""GATE_VERDICT":"revoked","GATE_REASON":"sender","GATE_RULE":"allow.operators","PEER_UID":"1000""#),
@@ -218,7 +218,7 @@ fn json_holds_the_same_numbers_as_the_table() {
 }
 
 #[test]
-fn journalctl_is_asked_for_these_records_and_nothing_else() {
+fn journalctl_is_asked_only_for_the_programs_records() {
     let journal = day();
     journal.text(&["--system", "--since", "-1h", "--until", "-5min"]);
     let asked = journal.asked();
@@ -243,7 +243,7 @@ fn journalctl_is_asked_for_these_records_and_nothing_else() {
 }
 
 #[test]
-fn what_others_say_in_our_name_is_left_aside_and_mentioned() {
+fn records_of_other_senders_are_left_out_and_mentioned() {
     let forged = r#"{"_UID":"1000","_COMM":"echod","_EXE":"/usr/bin/echod","_SYSTEMD_UNIT":"user@1000.service","SYSLOG_IDENTIFIER":"echod","GATE_VERDICT":"summary","GATE_REASON":"policy","GATE_COUNT":"1000000","PEER_UID":"0"}"#;
     let journal = Journal::of(&[DENIED_ROOT, forged, forged]);
     let json = journal.json(&["--system"]);
@@ -254,7 +254,7 @@ fn what_others_say_in_our_name_is_left_aside_and_mentioned() {
 }
 
 #[test]
-fn damaged_lines_and_fields_of_any_form_stop_nothing() {
+fn damaged_lines_and_fields_do_not_stop_the_report() {
     let lines = [
         "-- Boot 3b828a83a0bb413a983f0afdc02f3259 --".to_owned(),
         r#"{"_SYSTEMD_UNIT":"echo.service","GATE_VERDICT":"den"#.to_owned(),
@@ -282,7 +282,7 @@ fn damaged_lines_and_fields_of_any_form_stop_nothing() {
 }
 
 #[test]
-fn a_program_cannot_call_itself_what_reads_as_more_than_a_name() {
+fn a_program_name_cannot_look_like_more_than_a_name() {
     let named = |comm: &str| {
         ours(&format!(
             r#""GATE_VERDICT":"denied","GATE_REASON":"policy","PEER_UID":"5","PEER_COMM":"{comm}","PEER_UNIT":"a{:45}1,000,000  root (0).service""#,
@@ -298,7 +298,7 @@ fn a_program_cannot_call_itself_what_reads_as_more_than_a_name() {
 }
 
 #[test]
-fn times_are_those_of_the_place_as_journalctl_shows_them() {
+fn times_are_local_as_in_journalctl() {
     let journal = Journal::of(&[DENIED_ROOT]);
     for (zone, full, short) in [
         ("UTC", "Mon 2026-11-23 20:14:15 UTC", "Nov 23 20:14:15"),
@@ -313,7 +313,7 @@ fn times_are_those_of_the_place_as_journalctl_shows_them() {
 }
 
 #[test]
-fn a_span_over_new_year_shows_the_year() {
+fn a_time_span_over_new_year_shows_the_year() {
     let earlier = ours(
         r#""GATE_VERDICT":"denied","GATE_REASON":"policy","PEER_UID":"5","__REALTIME_TIMESTAMP":"1735689599000000""#,
     );
@@ -328,7 +328,7 @@ fn the_table_fits_the_width_it_is_given() {
         let mut command = journal.report_command();
         let output = command.arg("--system").env("COLUMNS", width.to_string()).output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
-        // The heading is a sentence, not a table.
+        // The heading is a sentence, not part of the table.
         let widest = text.lines().skip(1).map(|line| line.chars().count()).max().unwrap();
         assert!(widest <= width, "{widest} of {width}:\n{text}");
         assert_eq!(text.contains('█'), width >= 80, "{width}:\n{text}");
@@ -346,7 +346,7 @@ fn without_utf_8_everything_is_ascii() {
 }
 
 #[test]
-fn colours_are_for_terminals_and_for_those_who_want_them() {
+fn colours_are_used_on_a_terminal_and_on_request() {
     let journal = Journal::of(&[DENIED_ROOT]);
     assert!(!journal.text(&["--system"]).contains('\u{1b}'));
     assert!(journal.text_on_terminal("").contains("\u{1b}[31m"));
@@ -357,11 +357,11 @@ fn colours_are_for_terminals_and_for_those_who_want_them() {
 }
 
 #[test]
-fn a_terminal_is_told_how_far_a_long_journal_has_been_read_and_then_left_clean() {
+fn a_terminal_shows_the_progress_and_is_then_clean() {
     let journal = Journal::of(&[DENIED_ROOT]);
     let here = journal.directory.display().to_string();
     assert!(Command::new("mkfifo").arg(journal.directory.join("gate")).status().unwrap().success());
-    // The rest of the journal comes only after the count was seen.
+    // The rest of the journal comes only after the count was shown.
     journal.script(&format!("cat '{here}/lines'\nread x <'{here}/gate'\ncat '{here}/lines'\n"));
     let mut terminal = journal.on_terminal("");
     let mut stdout = terminal.stdout.take().unwrap();
@@ -390,7 +390,7 @@ fn without_journalctl_it_says_so_and_exits_69() {
 }
 
 #[test]
-fn what_journalctl_complains_of_is_said_and_the_exit_code_is_74() {
+fn an_error_of_journalctl_is_repeated_and_exits_74() {
     let output = Journal::new("", "Failed to parse timestamp: \u{1b}[31mnever\n", 1).report(&["--since", "never"]);
     assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(74), &b""[..]));
     let said = stderr(&output);
@@ -398,7 +398,7 @@ fn what_journalctl_complains_of_is_said_and_the_exit_code_is_74() {
 }
 
 #[test]
-fn what_journalctl_complains_of_makes_a_report_incomplete_though_it_exits_with_0() {
+fn an_error_of_journalctl_with_exit_0_makes_a_report_incomplete() {
     let said = "Journal file /var/log/journal/m/system.journal is truncated, ignoring file.";
     let journal = Journal::new(&format!("{DENIED_ROOT}\n"), &format!("<28>{said}\n<31>File x added.\n"), 0);
     let output = journal.report(&["--system", "--json"]);
@@ -410,7 +410,7 @@ fn what_journalctl_complains_of_makes_a_report_incomplete_though_it_exits_with_0
 }
 
 #[test]
-fn a_journalctl_that_is_killed_or_ends_in_the_middle_of_a_line_makes_a_report_incomplete() {
+fn a_journalctl_that_is_cut_off_makes_a_report_incomplete() {
     for (end, complaint) in [("kill -9 $$", "signal: 9"), ("printf '{\"_SYSTEMD_UNIT\"'", "1 entries of the journal")] {
         let journal = Journal::of(&[DENIED_ROOT]);
         journal.script(&format!("cat '{}/lines'\n{end}\n", journal.directory.display()));
@@ -423,7 +423,7 @@ fn a_journalctl_that_is_killed_or_ends_in_the_middle_of_a_line_makes_a_report_in
 }
 
 #[test]
-fn what_journald_has_dropped_makes_a_report_incomplete() {
+fn entries_dropped_by_journald_make_a_report_incomplete() {
     let note = r#"{"_TRANSPORT":"driver","SYSLOG_IDENTIFIER":"systemd-journald","N_DROPPED":"40","MESSAGE":"Suppressed 40 messages from echo.service"}"#;
     let json: Value =
         serde_json::from_str(&Journal::of(&[DENIED_ROOT, note]).incomplete(&["--system", "--json"])).unwrap();
@@ -432,7 +432,7 @@ fn what_journald_has_dropped_makes_a_report_incomplete() {
 }
 
 #[test]
-fn which_journal_to_read_is_handed_to_journalctl_as_it_is() {
+fn options_for_the_journal_are_passed_to_journalctl() {
     let journal = day();
     for (given, asked) in [
         (&["--namespace", "*"][..], &["--namespace=*"][..]),
@@ -449,7 +449,7 @@ fn which_journal_to_read_is_handed_to_journalctl_as_it_is() {
 }
 
 #[test]
-fn what_was_read_before_journalctl_failed_is_reported_as_incomplete() {
+fn entries_read_before_journalctl_fails_are_reported() {
     let journal = Journal::new(&format!("{DENIED_ROOT}\n"), "Bad message\n", 1);
     let output = journal.report(&["--system", "--json"]);
     assert_eq!(output.status.code(), Some(74));
@@ -469,7 +469,7 @@ fn a_journal_without_records_gives_a_report_that_says_so() {
 }
 
 #[test]
-fn a_reader_who_has_seen_enough_is_no_fault() {
+fn a_closed_output_pipe_is_no_error() {
     let (reader, writer) = nix::unistd::pipe().unwrap();
     drop(reader);
     let journal = day();

@@ -1,14 +1,14 @@
-//! The wire: which bytes come back, and how a connection ends (echod(8), PROTOCOL). Needs no rights: whoever runs the
-//! tests is the owner, and the owner's policy admits or denies them as the test wants.
+//! The protocol: which bytes come back, and how a connection ends (echod(8), PROTOCOL). Needs no privileges: the owner
+//! of the service is the user that runs the tests, admitted or denied by the policy of each test.
 
 mod common;
 
 use std::io::Write;
 use std::thread;
 
-use common::{BUSY, Client, DENIED, End, NOBODY, OWNER, Start, TOO_LONG, show};
+use common::{BUSY, Client, DENIED, DENY_ALL, End, OWNER, Start, TOO_LONG, show};
 
-/// The whole answer to `input`, as slowly and plainly as it can be said.
+/// The whole answer to `input`, computed in the plainest way.
 fn answer(input: &[u8], limit: usize) -> Vec<u8> {
     let mut out = Vec::new();
     for line in input.split_inclusive(|byte| *byte == b'\n') {
@@ -22,11 +22,11 @@ fn answer(input: &[u8], limit: usize) -> Vec<u8> {
     out
 }
 
-/// Sends all of it from another thread while everything that comes back is read.
+/// Sends `input` from another thread while it reads the answer.
 fn exchange(client: &Client, input: &[u8]) -> (Vec<u8>, End) {
     thread::scope(|scope| {
         scope.spawn(|| {
-            // Cut off in the middle is one of the answers.
+            // The service may close the connection in the middle of it.
             let _ = client.try_send(input);
             let _ = client.0.shutdown(std::net::Shutdown::Write);
         });
@@ -45,7 +45,7 @@ fn random(seed: u64) -> impl FnMut(usize) -> usize {
 }
 
 #[test]
-fn each_line_comes_back_at_once_with_its_prompt() {
+fn each_line_is_echoed_at_once_with_its_prompt() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     for line in ["hello", "", "a line with spaces ", "> not a prompt"] {
@@ -57,7 +57,7 @@ fn each_line_comes_back_at_once_with_its_prompt() {
 }
 
 #[test]
-fn bytes_that_are_no_text_come_back_as_they_were_sent() {
+fn bytes_that_are_no_text_are_echoed_unchanged() {
     let echod = Start::serving(OWNER).ready();
     let every_byte: Vec<u8> = (0..=255).collect();
     for line in [&b"\0\0\n"[..], b"a\r\n", b"\xff\xfe\xc3\x28\n", b"\n", b"\r\r\r\n", b"> \x1b[2J\n"] {
@@ -72,7 +72,7 @@ fn bytes_that_are_no_text_come_back_as_they_were_sent() {
 }
 
 #[test]
-fn a_fragment_without_newline_comes_back_when_the_client_half_closes() {
+fn a_fragment_without_newline_is_echoed_at_the_half_close() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     client.send("one\ntw");
@@ -94,7 +94,7 @@ fn one_byte_at_a_time_makes_the_same_lines() {
 }
 
 #[test]
-fn ten_thousand_lines_in_one_write_come_back_in_order() {
+fn ten_thousand_lines_in_one_write_are_echoed_in_order() {
     let echod = Start::serving(OWNER).ready();
     let input: String = (0..10_000).map(|number| format!("line {number}\n")).collect();
     let (output, end) = exchange(&echod.connect(), input.as_bytes());
@@ -133,7 +133,7 @@ fn any_bytes_in_any_chunks_give_the_echo_of_the_whole() {
 }
 
 #[test]
-fn a_line_of_exactly_the_limit_passes_and_one_byte_more_ends_the_connection() {
+fn a_line_of_the_limit_passes_and_one_byte_more_is_refused() {
     for (setting, limit) in [("1", 1), ("16", 16), ("\"64K\"", 65_536), ("\"1M\"", 1 << 20)] {
         let echod = Start::serving(&format!("[limits]\nline-length = {setting}\n{OWNER}")).ready();
         let fits = [vec![b'x'; limit - 1], b"\n".to_vec()].concat();
@@ -159,7 +159,7 @@ fn a_line_is_too_long_before_its_newline_comes() {
 }
 
 #[test]
-fn a_fragment_of_exactly_the_limit_comes_back_at_half_close() {
+fn a_fragment_of_the_limit_is_echoed_at_the_half_close() {
     let echod = Start::serving(&format!("[limits]\nline-length = 16\n{OWNER}")).ready();
     let client = echod.connect();
     client.send([b'x'; 16]);
@@ -168,7 +168,7 @@ fn a_fragment_of_exactly_the_limit_comes_back_at_half_close() {
 }
 
 #[test]
-fn whoever_goes_on_sending_after_too_long_a_line_sees_the_message_and_a_clean_end() {
+fn a_client_that_sends_on_after_too_long_a_line_gets_the_message() {
     let echod = Start::serving(&format!("[limits]\nline-length = 1024\n{OWNER}")).ready();
     for _ in 0..20 {
         let client = echod.connect();
@@ -184,7 +184,7 @@ fn whoever_goes_on_sending_after_too_long_a_line_sees_the_message_and_a_clean_en
 
 #[test]
 fn a_denied_peer_gets_the_message_and_not_one_byte_of_echo() {
-    let echod = Start::serving(NOBODY).ready();
+    let echod = Start::serving(DENY_ALL).ready();
     let client = echod.connect();
     client.expect_end(DENIED);
 
@@ -194,13 +194,13 @@ fn a_denied_peer_gets_the_message_and_not_one_byte_of_echo() {
 }
 
 #[test]
-fn a_denied_peer_that_has_sent_data_sees_the_message_and_no_reset() {
-    let echod = Start::serving(NOBODY).ready();
+fn a_denied_peer_that_has_sent_data_gets_the_message_and_no_reset() {
+    let echod = Start::serving(DENY_ALL).ready();
     for size in [1, 100, 5_000, 100_000] {
         for _ in 0..20 {
             let client = echod.connect();
             client.0.set_nonblocking(true).unwrap();
-            // As much as fits; it may have been turned away by now.
+            // As much as the socket takes; the connection may be closed by now.
             let _ = client.try_send(vec![b'\n'; size]);
             client.0.set_nonblocking(false).unwrap();
             client.expect_end(DENIED);
@@ -209,8 +209,8 @@ fn a_denied_peer_that_has_sent_data_sees_the_message_and_no_reset() {
 }
 
 #[test]
-fn a_denied_peer_that_keeps_sending_sees_the_message_and_no_reset() {
-    let echod = Start::serving(NOBODY).ready();
+fn a_denied_peer_that_keeps_sending_gets_the_message_and_no_reset() {
+    let echod = Start::serving(DENY_ALL).ready();
     for _ in 0..20 {
         let client = echod.connect();
         let (output, end) = thread::scope(|scope| {
@@ -222,10 +222,10 @@ fn a_denied_peer_that_keeps_sending_sees_the_message_and_no_reset() {
 }
 
 #[test]
-fn a_denied_peer_that_never_reads_is_let_go_and_finds_the_message_later() {
-    let echod = Start::serving(NOBODY).ready();
+fn a_denied_peer_that_never_reads_finds_the_message_later() {
+    let echod = Start::serving(DENY_ALL).ready();
     let client = echod.connect();
-    // Writes until the other side has let go: no event but this one tells.
+    // Writes until the connection is closed: no other event tells.
     while client.try_send([b'z'; 1000]).is_ok() {}
     client.expect_end(DENIED);
 }
@@ -242,12 +242,12 @@ fn data_sent_before_the_service_starts_is_answered() {
 }
 
 #[test]
-fn a_client_that_does_not_read_is_not_read_from_and_loses_nothing() {
+fn a_client_that_does_not_read_stops_sending_and_loses_no_byte() {
     let echod = Start::serving(OWNER).ready();
     let client = echod.connect();
     let line = [vec![b'a'; 8191], b"\n".to_vec()].concat();
     client.0.set_nonblocking(true).unwrap();
-    // Until nothing more fits: then everyone holds what they may hold, and no more.
+    // Until the socket takes no more: then all buffers are full, and bounded.
     let mut sent = 0_usize;
     let mut stalls = 0;
     while stalls < 20 {
@@ -256,7 +256,7 @@ fn a_client_that_does_not_read_is_not_read_from_and_loses_nothing() {
                 sent += count;
                 stalls = 0;
             }
-            // Somebody else may be waited for; nobody tells when it is over.
+            // The service may still be running: wait and try again.
             Err(_) => {
                 stalls += 1;
                 thread::sleep(std::time::Duration::from_millis(5));
@@ -274,7 +274,7 @@ fn a_client_that_does_not_read_is_not_read_from_and_loses_nothing() {
 }
 
 #[test]
-fn clients_that_leave_in_the_middle_disturb_nobody() {
+fn clients_that_close_mid_line_disturb_no_other() {
     let echod = Start::serving(OWNER).ready();
     let steady = echod.connect();
     for round in 0..100 {
@@ -285,7 +285,7 @@ fn clients_that_leave_in_the_middle_disturb_nobody() {
             2 => client.send("never read\n"),
             _ => {}
         }
-        // With unread data on our side this is a reset for the service.
+        // With unread data this close is a reset for the service.
         drop(client);
         steady.echo(&format!("still here {round}"));
     }
@@ -295,7 +295,7 @@ fn clients_that_leave_in_the_middle_disturb_nobody() {
 }
 
 #[test]
-fn a_client_that_says_nothing_may_stay() {
+fn a_client_that_sends_nothing_may_stay() {
     let echod = Start::serving(OWNER).ready();
     let silent: Vec<Client> = (0..10).map(|_| echod.connect()).collect();
     echod.connect().echo("others talk");
@@ -305,7 +305,7 @@ fn a_client_that_says_nothing_may_stay() {
 }
 
 #[test]
-fn an_admitted_peer_over_a_limit_gets_its_message_and_a_clean_end_even_with_data_sent() {
+fn a_peer_over_a_limit_gets_its_message_and_a_clean_end() {
     let echod = Start::serving(&format!("[limits]\nconnections-per-user = 1\n{OWNER}")).ready();
     let first = echod.connect();
     first.echo("in");

@@ -1,15 +1,15 @@
 # Runs inside a booted test system, as root: puts claims about the product to it, one after another.
 #
-#   bash claims.sh all [WORD]       every claim of cases/*.sh, or those whose file or name contains WORD
+#   bash claims.sh all [WORD]       every claim of cases/*.sh, or each with WORD in its file or name
 #   bash claims.sh one FILE CLAIM   one claim; what `all` starts for each, with a time limit
 #
-# A file of cases defines functions. Each is a claim, and its name says it, except those that begin with an underscore.
-# A claim starts with the service as just installed (see `reset`), may do what it likes to the system's echo units and
-# to those of alice and bob, and fails with the first command that fails. Below, from "Vocabulary" on, is what it may use.
+# A file of cases defines functions. Each is a claim, and its name says it, unless it begins with an underscore.
+# A claim starts with the service as just installed (see `reset`), may change the system's echo units and the
+# units of alice and bob, and fails with the first command that fails. The commands for it are below "Vocabulary".
 set -Eeuo pipefail
 here=$(dirname "$(realpath "$0")")
 export PATH=$PATH:$here/bin
-# For what hangs: far above what any claim takes, on a slow machine too.
+# The time limit: far more than any claim takes, on a slow machine too.
 time_limit=600
 
 put_all() {
@@ -111,7 +111,7 @@ drop_in() {
     systemctl daemon-reload
 }
 
-# As USER COMMAND…: with the user's ids and groups, and nothing else of theirs.
+# As USER COMMAND…: with the user's ids and groups, and an environment without anything else of that user.
 as() {
     local user=$1
     shift
@@ -143,8 +143,8 @@ property() { # echo.service MainPID
     systemctl show --property="$2" --value "$1"
 }
 
-# Waits until a property has a value: await_property echo.service ActiveState inactive. Looks again with every change
-# that systemd tells of on the bus; and each second, for the one that came before anybody listened.
+# Waits until a property has a value: await_property echo.service ActiveState inactive. Looks again at every change that
+# systemd signals on the bus, and each second, since a change may have come before the subscription.
 await_property() {
     local changes pid value deadline=$((SECONDS + 30))
     exec {changes}< <(exec busctl --system --json=short monitor org.freedesktop.systemd1 2>&1)
@@ -157,7 +157,7 @@ await_property() {
     expect "$2 of $1 after waiting for it" "$3" "$value"
 }
 
-# What the journal gets from here on counts as the claim's own. A time, not a cursor: with matches, --after-cursor of
+# Journal entries from here on count as the claim's own. A time, not a cursor: with matches, --after-cursor of
 # systemd 252 leaves out the first entry too many.
 begin_records() {
     journalctl --sync
@@ -177,8 +177,8 @@ id_of() {
     jq --exit-status --raw-output --arg kind "$1" '.[$kind]' <<<"$ids"
 }
 
-# records KIND [MATCH…]: those of the claim so far, as JSON, one a line, only our own fields; KIND as in `ids`, or all.
-# MATCH and options as journalctl takes them. What the service still has in hand isn't waited for.
+# records KIND [MATCH…]: the claim's records so far, as JSON, one a line, only the program's own fields; KIND as in `ids`,
+# or all. MATCH and options are journalctl's. Records that the service has not written yet are not waited for.
 records() {
     local kind=$1
     shift
@@ -210,8 +210,8 @@ await_records() {
     printf '%s\n' "${lines[@]}" | _own_fields
 }
 
-# expect_record RECORD JSON: RECORD is exactly JSON, in which a value of null stands for one that is there whatever it
-# says, and a value of "~RE" for one that matches a regular expression.
+# expect_record RECORD JSON: RECORD is exactly JSON. In JSON a value of null matches any value, and "~RE" a value that
+# matches the regular expression.
 expect_record() {
     jq --null-input --exit-status --argjson found "$1" --argjson expected "$2" '
         ($found | keys) == ($expected | keys) and

@@ -5,12 +5,12 @@
 //! stream SOCKET CONNECTIONS [pace=MILLISECONDS] [deaf=N] [torrents=N] < PIPE
 //! ```
 //!
-//! Every connection sends numbered lines in pieces that rarely end where a line ends, so that at any moment about all
-//! of them are in the middle of one, and waits for the echo of the complete ones before it goes on, `pace` (20) later.
-//! Two other kinds are among them where asked for: `deaf` ones send and read nothing until the end, so that they soon
-//! can't send either; `torrents` send without a pause and read meanwhile. It says `ready` once each has had its first
-//! echo, or could send no more. At the end of its standard input it completes the lines, half-closes, and expects the
-//! rest and a clean end of file. The last line printed is for a script to compare:
+//! Every connection sends numbered lines in pieces that rarely end where a line ends, so that most connections are
+//! mid-line at any moment. It waits for the echo of the complete lines before it continues, `pace` (20) later. Two
+//! other kinds are used on request: `deaf` connections send and read nothing until the end, so that soon they cannot
+//! send either; `torrents` send without a pause and read meanwhile. The client prints `ready` once each connection has
+//! had its first echo, or could send no more. At the end of its standard input it completes the lines, half-closes, and
+//! expects the rest and a clean end of file. The last line of output is for a script to compare:
 //!
 //! ```text
 //! connections=64 cut=0 lost=0 doubled=0 wrong=0 lines=53211 bytes=6012843 longest-pause-ms=143
@@ -19,7 +19,7 @@
 //! `cut` counts connections; `lost`, `doubled` and `wrong` count bytes. The pause is the time from a send to its echo;
 //! with a torrent, that between two reads.
 //!
-//! The package's tests (debian/tests) compile this file by itself, with Debian 12's rustc at the oldest: nothing but
+//! The package's tests (debian/tests) compile this file by itself, with Debian 12's rustc or a newer one: it uses only
 //! std, and nothing newer than Rust 1.63.
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -30,16 +30,16 @@ use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Many connections share a thread: where there is a thread for each of thousands, it is the client that is measured.
+/// Many connections share a thread: with a thread for each of thousands, the client itself would be measured.
 const MOST_THREADS: usize = 64;
-/// The longest piece. Lines have some 20 to 120 bytes.
+/// The longest piece. A line has some 20 to 120 bytes.
 const PIECE: u64 = 300;
-/// What a torrent sends at once.
+/// The number of bytes a torrent sends at once.
 const GULP: usize = 4096;
-/// Who waits longer than that for an echo has lost it: counted as cut, instead of waiting for ever.
+/// The longest wait for an echo. After it the connection counts as cut.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What all connections share.
+/// The state that all connections share.
 struct Run {
     pace: Duration,
     over: AtomicBool,
@@ -51,7 +51,7 @@ impl Run {
     }
 }
 
-/// Says once that a connection has had what it needs to be under way.
+/// Reports once that a connection is under way.
 struct Started(Option<Sender<()>>);
 
 impl Started {
@@ -62,7 +62,7 @@ impl Started {
     }
 }
 
-/// The arguments in words, or nothing where they can't be understood.
+/// The arguments parsed, or `None` if they are not understood.
 struct Arguments {
     path: String,
     count: usize,
@@ -123,7 +123,7 @@ fn main() -> io::Result<()> {
             threads.push(scope.spawn(move || pour(torrent, run)));
         }
         threads.push(scope.spawn(move || ignore(deaf, run)));
-        // A connection that was cut before it was under way says so too, and is counted at the end.
+        // A connection that was cut before it was under way reports so too, and is counted at the end.
         starts.iter().take(arguments.count).for_each(drop);
         println!("ready");
         let input = io::copy(&mut io::stdin(), &mut io::sink());
@@ -144,7 +144,7 @@ fn main() -> io::Result<()> {
     Ok(())
 }
 
-/// Those of one thread: all send, then all wait for their echo.
+/// The connections of one thread: all send, then all wait for their echo.
 fn converse(mut share: Vec<Connection>, run: &Run) -> Vec<Tally> {
     loop {
         let last = run.is_over();
@@ -168,7 +168,7 @@ fn converse(mut share: Vec<Connection>, run: &Run) -> Vec<Tally> {
     share.into_iter().map(Connection::sum).collect()
 }
 
-/// One that sends without a pause and reads meanwhile.
+/// A connection that sends without a pause and reads meanwhile.
 fn pour(mut torrent: Connection, run: &Run) -> Vec<Tally> {
     torrent.attempt(|torrent| {
         torrent.listen_while(|text, socket| {
@@ -181,7 +181,7 @@ fn pour(mut torrent: Connection, run: &Run) -> Vec<Tally> {
     vec![torrent.sum()]
 }
 
-/// Those that send what fits, and read only when all is over.
+/// Connections that send what fits, and read only at the end.
 fn ignore(mut deaf: Vec<Connection>, run: &Run) -> Vec<Tally> {
     let mut unsent = vec![Vec::new(); deaf.len()];
     while !run.is_over() {
@@ -204,13 +204,13 @@ fn ignore(mut deaf: Vec<Connection>, run: &Run) -> Vec<Tally> {
 
 #[derive(Default)]
 struct Tally {
-    /// Connections that ended before their time.
+    /// Connections that ended early.
     cut: u64,
-    /// Bytes of the echo to lines sent in full that never came.
+    /// Bytes of the echo to complete lines that never came.
     lost: u64,
-    /// Bytes of lines that came once more.
+    /// Bytes of lines that came twice.
     doubled: u64,
-    /// Bytes of what is the echo to nothing that was sent.
+    /// Bytes that are the echo to no line that was sent.
     wrong: u64,
     lines: u64,
     bytes: u64,
@@ -233,7 +233,7 @@ struct Connection {
     socket: UnixStream,
     text: Text,
     check: Check,
-    /// When the echo that is awaited was asked for.
+    /// The time of the send that awaits its echo.
     asked: Instant,
     started: Started,
 }
@@ -244,7 +244,7 @@ impl Connection {
         Self { socket, text: Text::new(number), check, asked: Instant::now(), started }
     }
 
-    /// Does it, unless the connection has been cut; that it was is counted, and is no reason to stop the others.
+    /// Runs `what` unless the connection has been cut. A cut is counted and does not stop the other connections.
     fn attempt(&mut self, what: impl FnOnce(&mut Self) -> io::Result<()>) {
         if self.check.tally.cut == 0 && what(self).is_err() {
             self.check.tally.cut = 1;
@@ -258,7 +258,7 @@ impl Connection {
         self.socket.write_all(&piece)
     }
 
-    /// Waits for the echo of each line sent in full.
+    /// Waits for the echo of each complete line.
     fn await_echo(&mut self) -> io::Result<()> {
         let mut buffer = [0; GULP];
         while self.check.awaited < self.text.line {
@@ -305,7 +305,7 @@ impl Connection {
                 (sent, text)
             });
             let listened = self.listen_to_the_end(|_| started.say());
-            // Who was cut must not leave the sender writing for ever.
+            // After a cut the sender must not go on.
             let _ = self.socket.shutdown(Shutdown::Both);
             let (sent, text) = sender.join().expect("a sender panicked");
             (sent, listened, text)
@@ -335,10 +335,10 @@ impl Connection {
     }
 }
 
-/// The endless text of a connection, as far as it has been sent.
+/// The endless text of a connection, and how far it has been sent.
 struct Text {
     number: u64,
-    /// The line that is being sent, and how much of it has been.
+    /// The line being sent, and how much of it has been.
     line: u64,
     written: usize,
     random: u64,
@@ -346,7 +346,7 @@ struct Text {
 
 impl Text {
     fn new(number: u64) -> Self {
-        // Any odd number will do for xorshift; a different one for each connection, the same in every run.
+        // xorshift takes any odd number: a different one for each connection, the same in every run.
         let random = (number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         Self { number, line: 0, written: 0, random }
     }
@@ -380,10 +380,10 @@ impl Text {
     }
 }
 
-/// Holds what comes back against what was sent.
+/// Compares what comes back with what was sent.
 struct Check {
     number: u64,
-    /// The number of the line whose echo comes next.
+    /// The number of the line that is expected next.
     awaited: u64,
     /// The beginning of a line.
     received: Vec<u8>,
@@ -412,7 +412,7 @@ impl Check {
             self.awaited += 1;
             return;
         }
-        // Which one is it, if it is one of ours at all?
+        // Which line is it, if it is one at all?
         let which = std::str::from_utf8(found).ok().and_then(|found| found.split(' ').nth(2)?.parse::<u64>().ok());
         match which {
             Some(which) if found == self.echo(which) => {
@@ -434,7 +434,7 @@ impl Check {
         format!("> {}", line(self.number, line_number)).into_bytes()
     }
 
-    /// What was awaited before this line did not come.
+    /// The lines awaited before this one did not come.
     fn lose(&mut self, before: u64) {
         self.tally.lost += (self.awaited..before).map(|line| self.echo(line).len() as u64).sum::<u64>();
     }
@@ -446,7 +446,7 @@ impl Check {
     }
 }
 
-/// A line of a connection: both in words a script can find, then filling of a length of its own.
+/// A line of a connection: two words that a script can find, then filling of varying length.
 fn line(number: u64, line: u64) -> String {
     let filling = "=".repeat((line % 97) as usize);
     format!("connection-{number} {line} {filling}\n")

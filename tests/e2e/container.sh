@@ -6,7 +6,7 @@
 #   container_run COMMAND…            runs it inside as a service named container-run.service, and passes its exit status on
 #   container_stop                    shuts down and removes everything; for a trap on EXIT, any number of times
 #
-# It needs neither a systemd on this machine nor a terminal.
+# Needs neither a systemd on this machine nor a terminal.
 
 container_dir= container_name= container_nspawn= container_leader= container_base=
 container_here=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
@@ -87,10 +87,10 @@ container_run() {
 
 container_stop() {
     local hierarchy
-    # Nothing stops the cleaning up halfway: neither another signal nor a reader of our output who has gone.
+    # Neither another signal nor a closed output pipe stops the cleaning up halfway.
     trap '' INT TERM HUP PIPE
     if [[ -n $container_nspawn ]]; then
-        # To systemd as PID 1: halt. What is still there after that is killed.
+        # To systemd as PID 1: halt. Processes that are left after that are killed.
         [[ -z $container_leader ]] || kill -s RTMIN+4 "$container_leader" 2>/dev/null || true
         timeout 30 tail --pid="$container_nspawn" --follow /dev/null || kill -s KILL "$container_nspawn" || true
         wait "$container_nspawn" 2>/dev/null || true

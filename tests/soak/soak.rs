@@ -1,11 +1,10 @@
-//! The soak's program: one echod, many kinds of clients, a journal that stops now and then. Started by tests/soak/run
-//! in a mount namespace of its own, as root, with the number of seconds as its argument.
+//! The soak test: one echod, many kinds of clients, and a journal that stops now and then. Started by tests/soak/run in
+//! a mount namespace of its own, as root; the argument is the number of seconds.
 //!
-//! It starts itself once more for each kind of client (see [`ROLES`]), as the user of that kind. In the end it holds
-//! what the clients saw against what the journal was told, and memory and descriptors early on against those at the
-//! end.
+//! It starts itself again for each kind of client (see [`ROLES`]), as the user of that kind. At the end it compares
+//! what the clients saw with the records in the journal, and memory and descriptors early on with the figures at the end.
 
-// A program for testers: where something is not as it must be, it stops and says so.
+// A program for testers: on a failure it stops and says so.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -30,10 +29,10 @@ const CONFIG: &str = "/run/soak/echod.toml";
 const NOTIFY: &str = "/run/soak/notify";
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
-/// A client that hears nothing for so long gives up: the service has stalled.
+/// A client that gets no answer for so long gives up: the service has stalled.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Whom a kind of client runs as, and what it does.
+/// A kind of client: its user, and what it does.
 struct Role {
     name: &'static str,
     uid: u32,
@@ -58,7 +57,7 @@ const ROLES: [Role; 8] = [
     Role { name: "greed", uid: GREEDY, run: greed },
 ];
 
-/// The policy; `n` makes each reload's another one.
+/// The policy. `n` makes the policy of each reload another one.
 fn configuration(n: u64) -> String {
     format!(
         "# Reload {n}\n\
@@ -83,7 +82,7 @@ fn main() -> ExitCode {
 
 // --- Clients ---
 
-/// What a client tells of itself in the end, as lines `NAME NUMBER`.
+/// The figures that a client reports at the end, as lines `NAME NUMBER`.
 #[derive(Default)]
 struct Figures(Mutex<BTreeMap<&'static str, u64>>);
 
@@ -101,7 +100,7 @@ impl Figures {
 
 /// Runs until standard input ends, then prints the figures.
 fn be_client(role: &Role) -> ExitCode {
-    // What one thread finds ends them all, and so the soak.
+    // A failure of one thread ends the client, and so the soak test.
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         print(panic);
@@ -154,12 +153,12 @@ impl Random {
     }
 }
 
-/// The contract's echo.
+/// The echo by the contract.
 fn echo_of(sent: &[u8]) -> Vec<u8> {
     sent.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [b"> ", line].concat()).collect()
 }
 
-/// Four at once, each one connection after the other: every byte is checked.
+/// Four threads, each with one connection after the other. Every byte is checked.
 fn talk(stop: &AtomicBool, figures: &Figures) {
     let mut latencies: Vec<u32> = thread::scope(|threads| {
         let talk = |seed| {
@@ -213,7 +212,7 @@ fn conversation(random: &mut Random, latencies: &mut Vec<u32>, figures: &Figures
     figures.add("bytes-checked", answer.len() as u64);
 }
 
-/// Thirty-two that send until nothing more is taken, never read, and go after a while.
+/// Thirty-two clients that send until the socket takes no more, never read, and close after a while.
 fn mute(stop: &AtomicBool, figures: &Figures) {
     let burst = vec![b'\n'; 32 << 10];
     while !stop.load(Ordering::Relaxed) {
@@ -233,7 +232,7 @@ fn mute(stop: &AtomicBool, figures: &Figures) {
     }
 }
 
-/// Thirty-two that send a byte now and then and never end their line.
+/// Thirty-two clients that send a byte now and then, and never end their line.
 fn loris(stop: &AtomicBool, figures: &Figures) {
     while !stop.load(Ordering::Relaxed) {
         let mut sockets: Vec<_> = (0..32).map(|_| connect()).collect();
@@ -247,13 +246,13 @@ fn loris(stop: &AtomicBool, figures: &Figures) {
     }
 }
 
-/// Writes zeros and never a newline, until told that the line is too long.
+/// Sends zeros and never a newline, until it gets the message that the line is too long.
 fn nul(stop: &AtomicBool, figures: &Figures) {
     while !stop.load(Ordering::Relaxed) {
         let mut socket = connect();
         let mut writing = socket.try_clone().unwrap();
         let answer = thread::scope(|threads| {
-            // Until the service closes.
+            // Until the service closes the connection.
             threads.spawn(move || while writing.write_all(&[0; 16 << 10]).is_ok() {});
             let mut answer = Vec::new();
             socket.read_to_end(&mut answer).unwrap();
@@ -265,20 +264,20 @@ fn nul(stop: &AtomicBool, figures: &Figures) {
     }
 }
 
-/// What a slow client's slowness consists of; ends early when it is time to stop.
+/// The pause of a slow client. It ends early when the client is to stop.
 fn pace(stop: &AtomicBool, pause: Duration) {
     if !stop.load(Ordering::Relaxed) {
         thread::sleep(pause);
     }
 }
 
-/// Denied, again and again, as fast as it goes; every other one sends something first.
+/// Connects and is denied, again and again at full rate. Every other connection sends something first.
 fn flood(stop: &AtomicBool, figures: &Figures) {
     while !stop.load(Ordering::Relaxed) {
         for eager in [false, true] {
             let mut socket = connect();
             if eager {
-                // The service may be done with us before this arrives.
+                // The service may have closed the connection before this arrives.
                 let _ = socket.write_all(b"let me in\n");
             }
             let mut answer = Vec::new();
@@ -289,17 +288,17 @@ fn flood(stop: &AtomicBool, figures: &Figures) {
     }
 }
 
-/// Denied too, but gone before it can be told.
+/// Is denied too, but closes before the message.
 fn vanish(stop: &AtomicBool, figures: &Figures) {
     while !stop.load(Ordering::Relaxed) {
         drop(connect());
         figures.add("connections", 1);
-        // One flood among many; without this it would fill the listener's queue all by itself.
+        // Slowed down: otherwise this flood alone would fill the backlog.
         pace(stop, Duration::from_millis(1));
     }
 }
 
-/// Holds as many connections as it may, and asks for as many again.
+/// Holds as many connections as the limit allows, and tries as many again.
 fn greed(stop: &AtomicBool, figures: &Figures) {
     while !stop.load(Ordering::Relaxed) {
         let mut sockets: Vec<_> = (0..8).map(|_| connect()).collect();
@@ -308,7 +307,7 @@ fn greed(stop: &AtomicBool, figures: &Figures) {
             let _ = socket.write_all(b"hello\n");
             let mut answer = [0; 21];
             let mut length = 0;
-            // Whoever is admitted hears "> hello" and nothing more.
+            // An admitted client gets "> hello" and nothing more.
             while length < 8 || (!answer.starts_with(b"> hello\n") && length < 21) {
                 match socket.read(&mut answer[length..]) {
                     Ok(0) => break,
@@ -331,19 +330,19 @@ fn greed(stop: &AtomicBool, figures: &Figures) {
 
 // --- The journal ---
 
-/// What the journal was told of one user.
+/// The journal's records about one user.
 #[derive(Clone, Copy, Debug, Default)]
 struct Told {
     records: u64,
     counted: u64,
 }
 
-/// A journald: takes records, and stops and goes on when told to.
+/// A journald that receives records, and stops and continues reading on request.
 struct Journal {
     socket: UnixDatagram,
     stopped: AtomicBool,
     ended: AtomicBool,
-    /// By GATE_VERDICT (that of a summary's reason) and PEER_UID.
+    /// By GATE_VERDICT (of a summary: the verdict its reason belongs to) and PEER_UID.
     told: Mutex<BTreeMap<(String, u32), Told>>,
     entries: AtomicU64,
 }
@@ -373,7 +372,7 @@ impl Journal {
             match self.socket.recv(&mut datagram) {
                 Ok(length) => self.take(&datagram[..length]),
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                    // Nothing is left of what the ended service sent.
+                    // The service has exited, and its last entry has been read.
                     if self.ended.load(Ordering::Relaxed) {
                         return;
                     }
@@ -448,7 +447,7 @@ fn start_client(role: &Role) -> Child {
     command.spawn().unwrap()
 }
 
-/// Ends with whoever started it, also where that is because a claim did not hold.
+/// The service, killed when this is dropped, also when a claim has failed.
 struct Service(Child);
 
 impl Drop for Service {
@@ -457,7 +456,7 @@ impl Drop for Service {
     }
 }
 
-/// Waits until it is ready. The service's standard error must stay empty, since a journal is always there.
+/// Waits until the service is ready. Its standard error must stay empty, since there is a journal all the time.
 fn start_service(journal: &Journal) -> Service {
     let manager = UnixDatagram::bind(NOTIFY).unwrap();
     let (is_ready, ready) = mpsc::channel();
@@ -465,7 +464,7 @@ fn start_service(journal: &Journal) -> Service {
         let mut message = [0; 4096];
         while let Ok(length) = manager.recv(&mut message) {
             if message[..length].starts_with(b"READY=1\n") {
-                // Told at each reload too, when nobody waits any more.
+                // Sent at each reload too, when it is not awaited any more.
                 let _ = is_ready.send(());
             }
         }
@@ -475,7 +474,7 @@ fn start_service(journal: &Journal) -> Service {
     service.args(["--listen", SOCKET, "--config", CONFIG]).env("NOTIFY_SOCKET", NOTIFY).stderr(Stdio::piped());
     let service = Service(service.spawn().unwrap());
     ready.recv_timeout(PATIENCE).expect("the service does not start");
-    // By its first record it has opened what it writes to.
+    // With its first record the service has opened all that it writes to.
     let patience = Instant::now() + PATIENCE;
     while journal.entries.load(Ordering::Relaxed) == 0 {
         assert!(Instant::now() < patience, "the service writes nothing");
@@ -508,7 +507,7 @@ fn conduct(length: Duration) -> ExitCode {
             break;
         }
         samples.push(sample(pid));
-        // Three seconds in ten the journal takes nothing.
+        // For three seconds in ten the journal does not read.
         journal.stopped.store(matches!(second % 10, 5..=7), Ordering::Relaxed);
         receiving.thread().unpark();
         if second % 2 == 0 {
@@ -524,7 +523,7 @@ fn conduct(length: Duration) -> ExitCode {
     journal.stopped.store(false, Ordering::Relaxed);
     receiving.thread().unpark();
 
-    // The clients end, then the service, which writes what it has counted, then the journal.
+    // First the clients end, then the service, which writes its summaries, then the journal.
     let mut seen: BTreeMap<(&str, String), u64> = BTreeMap::new();
     for (_, client) in &mut clients {
         drop(client.stdin.take());
@@ -538,7 +537,7 @@ fn conduct(length: Duration) -> ExitCode {
             seen.insert((role.name, name.to_owned()), number.parse().unwrap());
         }
     }
-    // Nobody is connected any more: what is still open now is lost for good.
+    // No client is connected any more: a descriptor that stays open now is lost.
     let patience = Instant::now() + PATIENCE;
     let mut left = sample(pid);
     while left.descriptors > idle.descriptors && Instant::now() < patience {
@@ -577,7 +576,7 @@ fn conduct(length: Duration) -> ExitCode {
     ExitCode::from(u8::from(verdict.failed))
 }
 
-/// Seconds of a run before whose end buffers and tables may still be growing to their usual size.
+/// In a shorter run, buffers and tables may still be growing to their usual size.
 const SHORTEST_TO_JUDGE: usize = 120;
 
 struct Verdict {
@@ -598,7 +597,7 @@ impl Verdict {
         self.holds(&claim, difference == 0 && seen > 0);
     }
 
-    /// The second minute against the last; in a shorter run the second tenth against the last.
+    /// Compares the second minute with the last; in a shorter run, the second tenth with the last.
     fn growth(&mut self, samples: &[Sample]) {
         let part = 60.min(samples.len() / 10).max(1);
         let early = samples.get(part..2 * part).unwrap_or(samples);
@@ -614,11 +613,11 @@ impl Verdict {
             if samples.len() < SHORTEST_TO_JUDGE {
                 println!("-      {claim} (too short a run to judge)");
             } else {
-                // Clients come and go, so that neither is constant; what leaks grows with time.
+                // Connections come and go, so neither figure is constant; a leak grows with time.
                 self.holds(&claim, late <= early + early / 10 + allowance);
             }
         }
-        // Whether it rises or has settled is seen only in between.
+        // The tenths in between show whether it rises or has settled.
         let tenths = samples.chunks(samples.len().div_ceil(10).max(1));
         let tenths: Vec<_> = tenths.map(|some| median(some.iter().map(|one| one.memory)).to_string()).collect();
         println!("       RssAnon in KiB, tenth by tenth: {}; peak {peak}", tenths.join(" "));

@@ -1,5 +1,5 @@
-//! An allocator that counts what one thread allocates: for the claim that echoing allocates nothing.
-//! Included by the program's unit tests (src/echod/lib.rs), and by nobody else.
+//! An allocator that counts the allocations of one thread, for the claim that echoing allocates nothing. Only the
+//! program's unit tests include it (src/echod/lib.rs).
 
 #![allow(unsafe_code)]
 
@@ -21,7 +21,7 @@ impl Counting {
     }
 }
 
-// SAFETY: every call goes to the system's allocator as it came; counting touches two atomics and no memory.
+// SAFETY: each call is passed on to the system's allocator unchanged; counting touches two atomics and no memory.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         self.count();

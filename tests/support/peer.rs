@@ -1,29 +1,29 @@
-//! A process that the tests send ahead: somebody else who connects, and the last step of a service manager, who
-//! passes sockets. For tests/common alone.
+//! A helper process of the tests: a peer that connects as another user, and the last step of a service manager, which
+//! passes sockets. Only tests/common uses it.
 //!
 //! ```text
-//! peer [OPTION]... connect SOCKET          connect, hand the connection to whoever holds the other end of stdin
+//! peer [OPTION]... connect SOCKET          connect, and pass the connection over stdin
 //! peer [OPTION]... activate N PROGRAM...   take N descriptors from stdin, become PROGRAM with them at 3, 4, ...
 //! peer [OPTION]... flood SOCKET N          connect N times, one after the other; print what came back, counted
-//! peer [OPTION]... rush SOCKET             connect and close until stdin ends; print how often, at the first time and in
-//!                                         the end
-//! peer [OPTION]... bomb SOCKET N           connect N times, each time send a descriptor that takes hours to close;
+//! peer [OPTION]... rush SOCKET             connect and close until stdin ends; print the number after the first time
+//!                                         and at the end
+//! peer [OPTION]... bomb SOCKET N           connect N times, each time send a descriptor that blocks in close(2);
 //!                                         print how many the kernel took
-//! peer [OPTION]... listen SOCKET           bind a datagram socket, hand it over
+//! peer [OPTION]... listen SOCKET           bind a datagram socket, and pass it over stdin
 //!
 //! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers, ranges LO-HI, or NxTIMES for the
 //!                        same one so many times, separated by commas
-//! --cgroup FILE          write our pid into FILE first
+//! --cgroup FILE          write its own pid into FILE first
 //! --comm NAME            be called so; \n and \e stand for themselves
 //! --say TEXT             send TEXT on each connection
 //! --then UID             after that, become that user ...
 //! --say-after TEXT       ... and send TEXT
 //! --real UID             become that real user, the effective one staying as it is: a set-uid program
 //! --times N              make N connections
-//! --gone                 end at once, instead of staying until stdin ends
+//! --gone                 exit at once, instead of waiting for the end of stdin
 //! ```
 //!
-//! stdin is a socket. What has been handed over stays alive with whoever got it.
+//! stdin is a socket. The connections passed over it stay open with their receiver.
 
 use std::error::Error;
 use std::ffi::CString;
@@ -143,8 +143,8 @@ fn hand_over(socket: &impl AsRawFd) -> Outcome<()> {
     Ok(())
 }
 
-/// TCP connections with data that nobody takes: whoever closes one last waits for hours (SO_LINGER). That is to be
-/// others: our end goes to them, and we end.
+/// TCP connections with unsent data and SO_LINGER of hours: the last close(2) of one blocks for that long. The
+/// descriptors go to the service, and this process exits.
 fn bomb(path: &str, times: usize) -> Outcome<()> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let mut taken = 0;
@@ -164,19 +164,20 @@ fn bomb(path: &str, times: usize) -> Outcome<()> {
                 taken += 1;
                 std::mem::forget(connection);
             }
-            // Refused, or turned away before that: the bomb is ours, and must not go off here.
+            // The service refused it or closed the connection before: this process has the last descriptor, and closing
+            // it must not block.
             Err(_) => setsockopt(&bomb, sockopt::Linger, &nix::libc::linger { l_onoff: 0, l_linger: 0 })?,
         }
-        // Whether it was the last, and went off here, where the service was quicker than we: then it is for nothing.
+        // If the service has already closed it, this was the last descriptor: then it has no effect.
         std::thread::spawn(move || drop(bomb));
     }
     println!("{taken}");
     io::stdin().read_to_end(&mut Vec::new())?;
-    // Also where a thread still waits for its bomb.
+    // Although a thread may still wait in close(2).
     std::process::exit(0)
 }
 
-/// What each connection brought, counted: one line of text for each kind.
+/// The answers of all connections, counted: one line of text for each.
 fn flood(path: &str, times: usize, say: Option<&str>) -> Outcome<()> {
     let mut counts = std::collections::BTreeMap::<String, usize>::new();
     for _ in 0..times {
@@ -187,7 +188,7 @@ fn flood(path: &str, times: usize, say: Option<&str>) -> Outcome<()> {
             }
         };
         if let Some(text) = say {
-            // It may have been turned away before this arrives.
+            // The connection may be closed before this arrives.
             let _ = connection.write_all(text.as_bytes());
         }
         let mut answer = Vec::new();
@@ -203,7 +204,7 @@ fn flood(path: &str, times: usize, say: Option<&str>) -> Outcome<()> {
     Ok(())
 }
 
-/// Reads nothing, so that the service alone sets the pace.
+/// Connects and closes without reading, so that the service alone sets the pace.
 fn rush(path: &str) -> Outcome<()> {
     let over = Arc::new(AtomicBool::new(false));
     let is_over = Arc::clone(&over);
@@ -223,10 +224,10 @@ fn rush(path: &str) -> Outcome<()> {
     Ok(())
 }
 
-/// The descriptors arrive at the lowest free numbers, in order: 3, 4, ...
+/// Received descriptors get the lowest free numbers, in order: 3, 4, ...
 fn activate(count: usize, program: &str, args: impl Iterator<Item = String>) -> Outcome<()> {
     for inherited in 3..1024 {
-        // Most are not open.
+        // Most of these numbers are not open.
         let _ = nix::unistd::close(inherited);
     }
     let mut next: RawFd = 3;

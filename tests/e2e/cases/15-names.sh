@@ -1,7 +1,7 @@
 # Names in the policy that the user database doesn't know when the service starts, as at boot, before a directory
 # service is up: they are looked up again, and take effect without a reload.
 
-# _as_uid UID COMMAND…: as a user who may have no name.
+# _as_uid UID COMMAND…: as a user that may have no name.
 _as_uid() {
     setpriv --reuid "$1" --regid "$1" --clear-groups "${@:2}"
 }
@@ -12,7 +12,7 @@ _denied_so_far() {
     expect_bytes "before the name is known" 'Unauthorized access\n' /tmp/claim/answer
 }
 
-# _found NAMES RULES: waits for the record of it, the second about the configuration: nobody has reloaded.
+# _found NAMES RULES: waits for the record that names were found, the second about the configuration: no reload wrote one.
 _found() {
     local record
     record=$(await_records 2 loaded | tail --lines=1)
@@ -20,7 +20,7 @@ _found() {
         "$(jq --raw-output '"\(.PRIORITY) \(.MESSAGE)"' <<<"$record")"
 }
 
-a_user_who_is_made_later_is_admitted_without_a_reload() {
+a_user_added_later_is_admitted_without_a_reload() {
     configure <<<'[allow.late]
 users = ["carol"]'
     _denied_so_far 1010
@@ -32,7 +32,7 @@ users = ["carol"]'
     expect "denials" 1 "$(records denied | wc -l)"
 }
 
-a_user_and_a_group_of_another_database_that_come_later_are_admitted_without_a_reload() {
+names_added_later_to_another_database_take_effect() {
     configure <<<'[allow.late]
 users = ["dave"]
 groups = ["divers"]'
@@ -49,7 +49,7 @@ groups = ["divers"]'
     expect_bytes "afterwards" '> hello\n' /tmp/claim/answer
 }
 
-a_name_that_is_found_holds_for_connections_that_are_there_already() {
+a_name_found_later_holds_for_live_connections() {
     configure <<<'[allow.late]
 users = ["carol"]
 line-length = 10

@@ -1,4 +1,4 @@
-# Starts that come to nothing, while a client waits: what they cost, and that service comes back by itself.
+# Starts that fail while a client waits: what they cost, and that the service comes back by itself.
 
 _policy() {
     configure <<<$'[allow.staff]\nusers = ["alice"]'
@@ -19,7 +19,7 @@ _ticks_of_pid_1() { # as clock ticks, 100 in a second
     awk '{ print $14 + $15 }' /proc/1/stat
 }
 
-# A drop-in keeps echo.service from starting. A client that nobody serves waits from then on.
+# A drop-in keeps echo.service from starting. From then on a client waits in the backlog.
 _nothing_comes_of_a_start() { # DROP-IN
     local client since ticks lines
     _policy
@@ -28,7 +28,7 @@ _nothing_comes_of_a_start() { # DROP-IN
     client=$!
     await_property echo-pause.service ActiveState activating
     since=$EPOCHREALTIME ticks=$(_ticks_of_pid_1)
-    # A span of time is what is asked about here: a pause and the next try are in it.
+    # The claim is about a time span: it covers a pause and the next try.
     sleep 7
     ticks=$(($(_ticks_of_pid_1) - ticks)) lines=$(_lines_since "$since")
     figure "in 7 s: PID 1 $((ticks * 10)) ms, $lines lines of the journal"
@@ -39,34 +39,34 @@ _nothing_comes_of_a_start() { # DROP-IN
     wait "$client"
     expect_bytes "the client that waited" '> hello\n' /tmp/claim/answer
     expect "the next" "> x" "$(talk alice 'x\n')"
-    # The helpers hold the socket too: whatever they do to it, the service must notice the stop.
+    # The helper units have the socket too; whatever they do to it, the service must notice the stop.
     systemctl stop echo.service
     expect "result of the stop" success "$(property echo.service Result)"
 }
 
-a_start_skipped_by_a_condition_is_tried_seldom_and_loses_no_client() {
+a_start_skipped_by_a_condition_is_tried_seldom() {
     _nothing_comes_of_a_start $'[Unit]\nConditionPathExists=/nonexistent'
 }
 
-a_start_refused_by_an_assertion_is_tried_seldom_and_loses_no_client() {
+a_start_refused_by_an_assertion_is_tried_seldom() {
     _nothing_comes_of_a_start $'[Unit]\nAssertPathExists=/nonexistent'
 }
 
-a_start_skipped_by_a_command_is_tried_seldom_and_loses_no_client() {
+a_start_skipped_by_a_command_is_tried_seldom() {
     _nothing_comes_of_a_start $'[Service]\nExecCondition=/bin/false'
 }
 
-a_start_whose_dependency_fails_is_tried_seldom_and_loses_no_client() {
+a_start_with_a_failed_dependency_is_tried_seldom() {
     _broken_dependency
     _nothing_comes_of_a_start $'[Unit]\nRequires=peer-broken.service\nAfter=peer-broken.service'
 }
 
-a_start_whose_dependency_is_not_active_is_tried_seldom_and_loses_no_client() {
+a_start_with_an_inactive_dependency_is_tried_seldom() {
     _broken_dependency
     _nothing_comes_of_a_start $'[Unit]\nRequisite=peer-broken.service\nAfter=peer-broken.service'
 }
 
-a_start_that_takes_too_long_as_a_job_is_tried_seldom_and_loses_no_client() {
+a_start_job_that_times_out_is_tried_seldom() {
     printf '[Service]\nType=oneshot\nExecStart=/bin/sleep infinity\n' >/run/systemd/system/peer-slow.service
     _nothing_comes_of_a_start $'[Unit]\nWants=peer-slow.service\nAfter=peer-slow.service\nJobTimeoutSec=200ms'
 }
@@ -97,20 +97,20 @@ _the_socket_fails() { # COMMAND-THAT-MENDS…
     expect "a client after that" "> x" "$(talk alice 'x\n')"
 }
 
-a_socket_that_failed_over_a_masked_service_opens_again_by_itself() {
+a_socket_failed_by_a_masked_service_reopens() {
     _policy
     systemctl --quiet mask --runtime echo.service
     _the_socket_fails systemctl --quiet unmask --runtime echo.service
 }
 
-a_socket_that_failed_over_a_faulty_drop_in_opens_again_by_itself() {
+a_socket_failed_by_a_faulty_drop_in_reopens() {
     _policy
     drop_in echo.service <<<$'[Service]\nExecStart='
     _mend() { rm /run/systemd/system/echo.service.d/claim.conf; systemctl daemon-reload; }
     _the_socket_fails _mend
 }
 
-a_socket_that_failed_over_a_missing_dependency_opens_again_by_itself() {
+a_socket_failed_by_a_missing_dependency_reopens() {
     _policy
     drop_in echo.service <<<$'[Unit]\nRequires=peer-missing.service'
     _mend() { rm /run/systemd/system/echo.service.d/claim.conf; systemctl daemon-reload; }
@@ -143,10 +143,10 @@ a_crash_at_the_start_pauses_and_one_while_serving_does_not() {
     _policy
     drop_in echo.service <<<$'[Service]\nSystemCallFilter=~epoll_create1'
     since=$EPOCHREALTIME
-    # The client has gone before the first start has ended: what tries again is Restart=.
+    # The client has closed before the first start has failed: only Restart= tries again.
     socat -u OPEN:/dev/null UNIX-CONNECT:/run/echo.sock
     await_property echo.service Result signal
-    # A span of time is what is asked about here.
+    # The claim is about a time span.
     sleep 4
     starts=$(_lines_since "$since" UNIT=echo.service MESSAGE_ID=7d4958e842da4a758f6c1cdc7b36dcc5)
     ((starts <= 2)) || fail "starts in 4 s:" "  expected: at most 2" "  found: $starts"
@@ -187,7 +187,7 @@ UNIT
     expect_bytes "the client that waited" '> hello\n' /tmp/claim/answer
 }
 
-groups_and_users_named_like_the_program_are_in_nobodys_way() {
+groups_and_users_named_like_the_program_do_no_harm() {
     _policy
     groupadd echod
     expect "with a group echod" "> x" "$(talk alice 'x\n')"
@@ -230,11 +230,11 @@ _nothing_comes_of_a_users_start() { # DROP-IN
     expect_bytes "the client that waited" '> hello\n' /tmp/claim/answer
 }
 
-a_users_start_skipped_by_a_condition_is_tried_seldom_and_loses_no_client() {
+a_users_start_skipped_by_a_condition_is_tried_seldom() {
     _nothing_comes_of_a_users_start $'[Unit]\nConditionPathExists=/nonexistent'
 }
 
-a_users_start_whose_dependency_fails_is_tried_seldom_and_loses_no_client() {
+a_users_start_with_a_failed_dependency_is_tried_seldom() {
     printf '[Service]\nType=oneshot\nExecStart=/bin/false\n' >/run/systemd/user/peer-broken.service
     _nothing_comes_of_a_users_start $'[Unit]\nRequires=peer-broken.service\nAfter=peer-broken.service'
 }

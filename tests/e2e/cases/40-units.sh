@@ -1,4 +1,4 @@
-# Rules by unit: the same user, from one unit of systemd's and from another.
+# Rules by unit: the same user from different units.
 
 _from() { # UNIT USER 'what to say'
     printf "$3" | systemd-run --quiet --pipe --wait --collect --unit="$1" --uid="$2" nc -N -U /run/echo.sock
@@ -38,7 +38,7 @@ a_unit_of_the_users_own_is_recorded_as_the_users() {
 }
 
 a_user_cannot_pass_a_unit_of_their_own_for_one_of_the_systems() {
-    # Anyone may call a unit of their own what they like.
+    # A user may give any name to a unit of their own.
     configure <<<$'[allow.backup]\nunits = ["peer-backup.service"]'
     of alice systemd-run --user --quiet --wait --collect --unit=peer-backup.service \
         sh -c 'echo x | nc -N -U /run/echo.sock >/tmp/claim/answer'
@@ -72,8 +72,8 @@ a_slice_of_the_users_own_counts_like_its_units() {
     expect_bytes "answer" '> x\n' /tmp/claim/answer
 }
 
-what_a_delegated_control_group_holds_is_not_the_systems() {
-    # As a container manager beside systemd does: a control group of its own, called like a slice.
+units_in_a_delegated_control_group_are_not_the_systems() {
+    # As a container manager beside systemd does: a control group of its own, named like a slice.
     configure <<<$'[allow.backup]\nunits = ["peer-backup.service"]'
     local root group
     root=/sys/fs/cgroup

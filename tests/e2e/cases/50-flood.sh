@@ -1,6 +1,6 @@
-# Floods of strangers: the record stays exact, and those who are admitted are served all the while.
+# Floods of denied connections: the record stays exact, and admitted clients are served all the while.
 
-# What denied clients saw against what the journal holds: expect_equation FILE… of `peer flood`.
+# Compares the denials that clients saw with the records in the journal: expect_equation FILE… of `peer flood`.
 _expect_equation() {
     local seen written counted
     seen=$(awk '/^[0-9]+ Unauthorized access\\n$/ { sum += $1 } END { print sum + 0 }' "$@")
@@ -13,7 +13,7 @@ _expect_equation() {
     expect "denials in the report" "$seen" "$(echod report --system --json "$(since)" | jq .denied.total)"
 }
 
-# What the running service has needed at the most.
+# The peak memory of the running service.
 _peak() {
     figure "peak memory of the service: $(awk '/^VmHWM:/ { print $2, $3 }' "/proc/$(property echo.service MainPID)/status")"
 }
@@ -43,7 +43,7 @@ no_denial_of_a_flood_escapes_the_record() {
     _expect_equation /tmp/claim/{one,two,three}
 }
 
-no_denial_escapes_while_the_journal_stands_still_or_is_restarted_nor_when_the_service_is() {
+no_denial_is_lost_while_the_journal_or_the_service_restarts() {
     _policy
     expect "an admitted user" "> x" "$(talk alice 'x\n')"
     systemctl kill --signal=STOP systemd-journald.service
@@ -70,7 +70,7 @@ users = ["alice"]
 [audit]
 burst = 1000000
 TOML
-    # So low a limit for whoever has none of their own, however much room the disk has: it is raised up to six times.
+    # A low rate limit for every unit without one of its own. journald raises it up to six times with free disk space.
     mkdir -p /run/systemd/journald.conf.d
     printf '[Journal]\nRateLimitIntervalSec=30s\nRateLimitBurst=50\n' >/run/systemd/journald.conf.d/claim.conf
     systemctl restart systemd-journald.service
@@ -95,14 +95,14 @@ a_flood_leaves_the_socket_alive() {
     _expect_equation /tmp/claim/round-*
 }
 
-descriptors_that_take_hours_to_close_wedge_nothing() {
+descriptors_that_block_in_close_delay_no_client() {
     _policy
     local who until taken bombers=()
     mkfifo /tmp/claim/{until,taken}
     exec {until}<>/tmp/claim/until
     for who in bob alice; do
-        # The first of them starts the service: it is not there yet to have the kernel refuse what they send. On a new
-        # socket: the old one would remember.
+        # The first connection starts the service, so descriptors can be sent before the service refuses them. The socket
+        # is made anew: the old one would still have the option that refuses them.
         systemctl stop echo.service
         systemctl restart echo.socket
         as "$who" peer bomb /run/echo.sock 30 </tmp/claim/until {until}>&- >/tmp/claim/taken &

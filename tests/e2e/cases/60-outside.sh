@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# What the service writes to, where that takes nothing.
+# Outputs of the service that take no data.
 
-a_start_that_cannot_say_why_it_fails_is_followed_by_the_pause_all_the_same() {
+a_failed_start_that_cannot_write_a_reason_also_pauses() {
     mkdir -p /run/full
     mount -t tmpfs -o size=4k tmpfs /run/full
     head -c 64k /dev/zero >/run/full/filler 2>/dev/null || true
@@ -10,7 +10,7 @@ a_start_that_cannot_say_why_it_fails_is_followed_by_the_pause_all_the_same() {
 [Service]
 StandardError=append:/run/full/log
 EOF
-    # A peer that waits to be accepted starts the service again as soon as systemd lets it.
+    # A connection in the backlog starts the service again as soon as systemd allows it.
     as alice timeout 60 nc -U /run/echo.sock >/dev/null &
     await_property echo-pause.service ActiveState activating
     local exits

@@ -1,4 +1,4 @@
-# What `echod report` makes of real journals: a namespace, damaged files, files that the caller may not read, and the
+# `echod report` on real journals: a namespace, damaged files, files that the caller may not read, and the
 # journals of several machines.
 
 _deny() { # USER TIMES
@@ -8,7 +8,7 @@ _deny() { # USER TIMES
     done
 }
 
-# The report as JSON, into the variable `report`; its exit status into `status`, what it says into `said`.
+# The report as JSON, into the variable `report`; its exit status into `status`, its standard error into `said`.
 _report() { # COMMAND…
     status=0
     report=$("$@" echod report --json "$(since)" "${options[@]}" 2>/tmp/claim/said) || status=$?
@@ -18,7 +18,7 @@ _in_report() { # FILTER
     jq --raw-output "$1" <<<"$report"
 }
 
-a_namespace_is_reported_on_and_where_nothing_is_found_the_report_says_where_it_looked() {
+a_report_covers_a_namespace_and_names_what_was_read() {
     local options status report said text
     drop_in echo.service <<<'[Service]
 LogNamespace=audit'
@@ -61,7 +61,7 @@ a_user_who_may_not_read_the_systems_journal_is_told_so() {
     expect "alice's report on her own" '0 true 0' "$(_in_report '"\(.denied.total) \(.complete)"') $status" || fail "$said"
 }
 
-on_volatile_storage_a_user_is_told_that_their_records_cannot_be_read() {
+on_volatile_storage_a_user_learns_that_no_record_is_readable() {
     local options=(--user) status report said
     mkdir -p /run/systemd/journald.conf.d
     printf '[Journal]\nStorage=volatile\n' >/run/systemd/journald.conf.d/claim.conf
@@ -96,7 +96,7 @@ LogRateLimitBurst=5'
 users = ["alice"]
 [audit]
 burst = 1000'
-    # journald tells what it has dropped with the first message that it takes again.
+    # journald reports dropped messages with the first message that it takes again.
     as bob peer --say 'x\n' flood /run/echo.sock 3000 >/tmp/claim/flood 2>&1
     until _report env; (($(_in_report .suppressed) > 0)) || ((SECONDS > 60)); do
         _deny bob 1
@@ -105,7 +105,7 @@ burst = 1000'
     [[ $said == *'journald has dropped '*' messages of the service'* ]] || fail "said:" "$said"
 }
 
-# What the journal of this machine holds of the claim, in the form in which machines send it.
+# The claim's entries in the journal of this machine, in the export format.
 _send() {
     journalctl --sync
     journalctl --quiet --output=export "$(since)"

@@ -1,9 +1,9 @@
-# What the package's postinst does at an upgrade: what it believes of the new program's check of the configuration, and
-# what becomes of the live connections. The package itself is upgraded in debian/tests/upgrade.
+# The package's postinst at an upgrade: how it takes the new program's check of the configuration, and that live
+# connections continue. The package itself is upgraded in debian/tests/upgrade.
 
 . "$here/cases/30-lifetime.sh"
 
-# A user database that the process asks over the network itself: glibc's hesiod, and a name server that knows one user.
+# A user database that the process itself reads over the network: glibc's hesiod, and a name server with one user.
 # The sandbox of echo.service has no network.
 _database_over_the_network() {
     cat >/tmp/claim/names <<'PERL'
@@ -41,7 +41,7 @@ PERL
     expect "carol, outside of the sandbox" 4242 "$(id --user carol)"
 }
 
-# What dpkg runs once the new program and the new units are there.
+# As dpkg does when the new program and units are installed.
 _upgrade() {
     DPKG_MAINTSCRIPT_PACKAGE=echod DPKG_MAINTSCRIPT_NAME=postinst sh /opt/e2e/echod.postinst configure 0.0 \
         >/tmp/claim/said 2>&1 || fail "the postinst failed:" "$(cat /tmp/claim/said)"
@@ -50,7 +50,7 @@ _says() {
     grep --quiet --fixed-strings -- "$1" /tmp/claim/said || fail "the postinst does not say \"$1\":" "$(cat /tmp/claim/said)"
 }
 
-# Another program in place of the installed one, from standard input, until the claim is over.
+# Replaces the installed program by a script from standard input, until the end of the claim.
 _new_program() {
     mv /usr/bin/echod /usr/bin/echod.real
     trap 'mv /usr/bin/echod.real /usr/bin/echod; kill "$client" "$answers" 2>/dev/null || true' EXIT
@@ -75,13 +75,13 @@ an_upgrade_checks_the_configuration_as_the_service_reads_it() {
     pid=$(_pid)
     _database_over_the_network
     _policy $'[deny.carol]\nusers = ["carol"]'
-    # Here it is sound, and the check says for what it does not speak.
+    # In this sandbox the configuration is valid, and the check says what it could not check.
     echod check >/tmp/claim/check 2>&1 || fail "echod check:" "$(cat /tmp/claim/check)"
     grep --quiet --fixed-strings "outside of the service's sandbox" /tmp/claim/check || fail "check:" "$(cat /tmp/claim/check)"
     echod explain --user carol >/tmp/claim/explain 2>&1 || true
     grep --quiet --fixed-strings "outside of the service's sandbox" /tmp/claim/explain ||
         fail "explain:" "$(cat /tmp/claim/explain)"
-    # There it is not.
+    # In the other it is not.
     if systemctl reload echo.service 2>/dev/null; then fail "systemctl reload succeeded"; fi
     _upgrade
     _talk_on two
@@ -103,7 +103,7 @@ an_upgrade_checks_a_users_configuration_as_their_service_reads_it() {
     _talk_on two
     expect "the process" "$pid" "$(of alice systemctl --user show --property=MainPID --value echo.service)"
     _says "user 1001 was not restarted"
-    # And where it is sound, the service goes on with the new program.
+    # With a valid configuration the service continues with the new program.
     configure_user alice <<<$'[allow.me]\nusers = ["self"]'
     _upgrade
     _talk_on three

@@ -1,0 +1,105 @@
+//! A client: what it sends, what it receives, and how its connection ends.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use super::PATIENCE;
+
+/// How a connection ended, as the client sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// A clean end of file.
+    Eof,
+    /// ECONNRESET.
+    Reset,
+}
+
+/// A connection to the program.
+#[derive(Debug)]
+pub struct Client(pub UnixStream);
+
+impl Client {
+    pub fn connect(path: impl AsRef<Path>) -> Self {
+        Self::of(UnixStream::connect(path).unwrap())
+    }
+
+    pub fn of(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_write_timeout(Some(PATIENCE)).unwrap();
+        Self(stream)
+    }
+
+    pub fn send(&self, bytes: impl AsRef<[u8]>) {
+        (&self.0).write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// Sends to a service that may close the connection meanwhile.
+    pub fn try_send(&self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+        (&self.0).write_all(bytes.as_ref())
+    }
+
+    pub fn half_close(&self) {
+        self.0.shutdown(std::net::Shutdown::Write).unwrap();
+    }
+
+    /// Reads exactly `count` bytes.
+    pub fn read(&self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        (&self.0).read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
+    /// Reads as many bytes as these and compares them.
+    #[track_caller]
+    pub fn expect(&self, bytes: impl AsRef<[u8]>) {
+        let bytes = bytes.as_ref();
+        let mut got = vec![0; bytes.len()];
+        let mut count = 0;
+        while count < got.len() {
+            match (&self.0).read(&mut got[count..]) {
+                Ok(0) => break,
+                Ok(more) => count += more,
+                Err(error) => panic!("after {:?}: {error}", show(&got[..count])),
+            }
+        }
+        assert_eq!(show(&got[..count]), show(bytes));
+    }
+
+    /// Sends a line and reads its echo.
+    #[track_caller]
+    pub fn echo(&self, line: &str) {
+        self.send(format!("{line}\n"));
+        self.expect(format!("> {line}\n"));
+    }
+
+    /// Reads until the connection ends: the bytes, and how it ended.
+    pub fn rest(&self) -> (Vec<u8>, End) {
+        let mut all = Vec::new();
+        match (&self.0).read_to_end(&mut all) {
+            Ok(_) => (all, End::Eof),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (all, End::Reset),
+            Err(error) => panic!("after {:?}: {error}", show(&all)),
+        }
+    }
+
+    /// Reads until the connection ends, and expects these bytes and a clean end of file.
+    #[track_caller]
+    pub fn expect_end(&self, bytes: impl AsRef<[u8]>) {
+        let (all, end) = self.rest();
+        assert_eq!((show(&all), end), (show(bytes.as_ref()), End::Eof));
+    }
+}
+
+/// Bytes as text for an assertion's message, shortened if long.
+pub fn show(bytes: &[u8]) -> String {
+    let text = bytes.escape_ascii().to_string();
+    if text.len() <= 2000 {
+        return text;
+    }
+    // With a hash, so that different bytes stay different.
+    let sum = bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+    format!("{}...{} ({} bytes, hash {sum:x})", &text[..500], &text[text.len() - 500..], bytes.len())
+}
