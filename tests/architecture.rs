@@ -1,5 +1,5 @@
 //! What crate boundaries do not enforce, read from the sources: the policy is pure; each crate that speaks to systemd, unsafe
-//! code and the credential calls have one module each.
+//! code and the credential calls have one module each; no two modules import each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -89,7 +89,7 @@ fn the_policy_uses_no_socket_no_clock_no_log_and_no_file() {
 fn each_test_file_is_named_in_a_manifest() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
     let manifest = |krate: &str| fs::read_to_string(top.join("src").join(krate).join("Cargo.toml")).unwrap();
-    let manifests = manifest("peergate") + &manifest("echod");
+    let manifests = manifest("peergate") + &manifest("daemon") + &manifest("echod");
     let names = fs::read_dir(top.join("tests")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let files: Vec<_> = names.filter(|name| name.ends_with(".rs")).collect();
     assert!(files.len() > 10, "the tests are to be found elsewhere now");
@@ -102,4 +102,40 @@ fn imports(code: &str) -> BTreeSet<String> {
     let after = code.split("crate::").skip(1);
     let words = after.filter_map(|rest| rest.split(|c: char| !c.is_ascii_alphabetic() && c != '_').next());
     words.filter(|word| !word.is_empty()).map(str::to_owned).collect()
+}
+
+#[test]
+fn no_two_modules_import_each_other() {
+    let library = imports_by_module(library());
+    assert!(library["gate"].contains("identity"), "imports are written otherwise now");
+    expect_no_cycle(&library);
+}
+
+fn imports_by_module(sources: BTreeMap<String, String>) -> BTreeMap<String, BTreeSet<String>> {
+    let mut known: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for (name, code) in sources {
+        let module = name.trim_end_matches(".rs").split('/').next().unwrap().to_owned();
+        if module != "lib" && module != "main" {
+            // The root has short names for these.
+            let is_identity = |name: &String| ["ids", "peer", "unit", "Subject"].contains(&name.as_str());
+            let homes =
+                imports(&code).into_iter().map(|name| if is_identity(&name) { "identity".into() } else { name });
+            known.entry(module).or_default().extend(homes);
+        }
+    }
+    known
+}
+
+fn expect_no_cycle(known: &BTreeMap<String, BTreeSet<String>>) {
+    // The modules reachable from this one. It is among them only if there is a cycle.
+    for start in known.keys() {
+        let mut reached = BTreeSet::new();
+        let mut next: Vec<&String> = known[start].iter().filter(|other| *other != start).collect();
+        while let Some(module) = next.pop() {
+            if reached.insert(module.clone()) {
+                next.extend(known.get(module).into_iter().flatten().filter(|other| *other != module));
+            }
+        }
+        assert!(!reached.contains(start), "{start} imports itself by way of {reached:?}");
+    }
 }

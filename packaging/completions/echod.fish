@@ -29,9 +29,9 @@ complete -c echod -n "__fish_echod_needs_command" -l config -d 'Read this config
 complete -c echod -n "__fish_echod_needs_command" -s h -l help -d 'Print help'
 complete -c echod -n "__fish_echod_needs_command" -s V -l version -d 'Print version'
 complete -c echod -n "__fish_echod_needs_command" -f -a "check" -d 'Check the configuration: print the effective policy, or every fault'
-complete -c echod -n "__fish_echod_needs_command" -f -a "explain" -d 'Tell how the policy judges somebody, and why'
-complete -c echod -n "__fish_echod_needs_command" -f -a "report" -d 'Show who was denied, refused or cut off, from the journal'
-complete -c echod -n "__fish_echod_needs_command" -f -a "reload" -d 'Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)'
+complete -c echod -n "__fish_echod_needs_command" -f -a "explain" -d 'Tell how the policy judges a user or a process, and why'
+complete -c echod -n "__fish_echod_needs_command" -f -a "report" -d 'Show which peers were denied, refused or cut off, from the journal'
+complete -c echod -n "__fish_echod_needs_command" -f -a "reload" -d 'Ask a running service to reload its configuration, and wait for its answer (for ExecReload=)'
 complete -c echod -n "__fish_echod_needs_command" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'
 complete -c echod -n "__fish_echod_using_subcommand check" -l config -d 'Check this file instead of the one that would be served by' -r -F
 complete -c echod -n "__fish_echod_using_subcommand check" -s h -l help -d 'Print help'
@@ -49,14 +49,14 @@ complete -c echod -n "__fish_echod_using_subcommand report" -l namespace -d 'Rea
 complete -c echod -n "__fish_echod_using_subcommand report" -l directory -d 'Read the journal files in this directory, such as /var/log/journal/remote' -r -f -a "(__fish_complete_directories)"
 complete -c echod -n "__fish_echod_using_subcommand report" -l file -d 'Read this journal file, or those that a pattern as of a shell matches; may be repeated' -r -F
 complete -c echod -n "__fish_echod_using_subcommand report" -l machine -d 'Read the journal of this running container' -r
-complete -c echod -n "__fish_echod_using_subcommand report" -l user -d 'Records of this user\'s own echod'
-complete -c echod -n "__fish_echod_using_subcommand report" -l system -d 'Records of the system\'s echod'
+complete -c echod -n "__fish_echod_using_subcommand report" -l user -d 'Records of this user\'s own service'
+complete -c echod -n "__fish_echod_using_subcommand report" -l system -d 'Records of the system\'s service'
 complete -c echod -n "__fish_echod_using_subcommand report" -l json -d 'Print JSON instead of a table'
 complete -c echod -n "__fish_echod_using_subcommand report" -l merge -d 'Read the journals of all machines that are kept here'
 complete -c echod -n "__fish_echod_using_subcommand report" -s h -l help -d 'Print help'
 complete -c echod -n "__fish_echod_using_subcommand reload" -s h -l help -d 'Print help'
 complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "check" -d 'Check the configuration: print the effective policy, or every fault'
-complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "explain" -d 'Tell how the policy judges somebody, and why'
-complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "report" -d 'Show who was denied, refused or cut off, from the journal'
-complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "reload" -d 'Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)'
+complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "explain" -d 'Tell how the policy judges a user or a process, and why'
+complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "report" -d 'Show which peers were denied, refused or cut off, from the journal'
+complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "reload" -d 'Ask a running service to reload its configuration, and wait for its answer (for ExecReload=)'
 complete -c echod -n "__fish_echod_using_subcommand help; and not __fish_seen_subcommand_from check explain report reload help" -f -a "help" -d 'Print this message or the help of the given subcommand(s)'

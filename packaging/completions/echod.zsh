@@ -58,8 +58,8 @@ _arguments "${_arguments_options[@]}" : \
 '--directory=[Read the journal files in this directory, such as /var/log/journal/remote]:D:_files -/' \
 '*--file=[Read this journal file, or those that a pattern as of a shell matches; may be repeated]:F:_files' \
 '--machine=[Read the journal of this running container]:M:_default' \
-'(--system)--user[Records of this user'\''s own echod]' \
-'--system[Records of the system'\''s echod]' \
+'(--system)--user[Records of this user'\''s own service]' \
+'--system[Records of the system'\''s service]' \
 '--json[Print JSON instead of a table]' \
 '--merge[Read the journals of all machines that are kept here]' \
 '-h[Print help]' \
@@ -118,9 +118,9 @@ esac
 _echod_commands() {
     local commands; commands=(
 'check:Check the configuration\: print the effective policy, or every fault' \
-'explain:Tell how the policy judges somebody, and why' \
-'report:Show who was denied, refused or cut off, from the journal' \
-'reload:Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)' \
+'explain:Tell how the policy judges a user or a process, and why' \
+'report:Show which peers were denied, refused or cut off, from the journal' \
+'reload:Ask a running service to reload its configuration, and wait for its answer (for ExecReload=)' \
 'help:Print this message or the help of the given subcommand(s)' \
     )
     _describe -t commands 'echod commands' commands "$@"
@@ -139,9 +139,9 @@ _echod__subcmd__explain_commands() {
 _echod__subcmd__help_commands() {
     local commands; commands=(
 'check:Check the configuration\: print the effective policy, or every fault' \
-'explain:Tell how the policy judges somebody, and why' \
-'report:Show who was denied, refused or cut off, from the journal' \
-'reload:Ask a running echod to reload its configuration, and wait for its answer (for ExecReload=)' \
+'explain:Tell how the policy judges a user or a process, and why' \
+'report:Show which peers were denied, refused or cut off, from the journal' \
+'reload:Ask a running service to reload its configuration, and wait for its answer (for ExecReload=)' \
 'help:Print this message or the help of the given subcommand(s)' \
     )
     _describe -t commands 'echod help commands' commands "$@"
