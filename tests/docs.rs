@@ -221,6 +221,18 @@ fn manual_page_and_shipped_configuration_list_the_same_settings() {
 }
 
 #[test]
+fn manual_page_and_shipped_configuration_show_every_key_of_a_rule() {
+    let page = read("packaging/man/echod.toml.5").replace("\\-", "-");
+    let rules = page.split(".Sh ").find(|section| section.starts_with("RULES\n")).unwrap();
+    let shipped = read("packaging/echod.toml");
+    for key in peergate::policy::keys() {
+        assert!(rules.contains(&format!("\n.It Ic {key}\n")), "the manual page does not list {key}");
+        let is_shown = |line: &str| line.trim_start_matches("# ").starts_with(&format!("{key} = ["));
+        assert!(shipped.lines().any(is_shown), "packaging/echod.toml does not show {key}");
+    }
+}
+
+#[test]
 fn manual_page_and_shipped_configuration_state_the_same_defaults() {
     let page = read("packaging/man/echod.toml.5").replace(".Li ", "").replace("\\(dq", "\"").replace("\\-", "-");
     for line in uncommented(&read("packaging/echod.toml")).lines().skip_while(|line| *line != "[limits]") {

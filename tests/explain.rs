@@ -302,3 +302,26 @@ fn groups_may_be_given_only_with_a_uid() {
         assert!(outcome.stderr.contains("cannot be used with"), "{}", outcome.stderr);
     }
 }
+
+#[test]
+fn check_shows_and_explain_explains_every_key_of_a_rule() {
+    /// A key, its value in a file, and the key that it needs beside it.
+    const EXAMPLES: [(&str, &str, &str); 4] = [
+        ("users", "2000-2999", ""),
+        ("groups", "3000-3999", ""),
+        ("units", "backup.service", ""),
+        ("user-units", "mail.service", "users = [5]\n"),
+    ];
+    for key in peergate::policy::keys() {
+        let example = EXAMPLES.iter().find(|(name, ..)| *name == key);
+        let (_, value, beside) = example.unwrap_or_else(|| panic!("no example of the key {key}"));
+        let text = format!("[allow.example]\n{beside}{key} = ['{value}']\n");
+        let configuration = Configuration::new(&format!("key-{key}"), &text);
+        let checked = configuration.run(&["check"]);
+        let line = checked.stdout.lines().find(|line| line.starts_with("allow.example")).unwrap_or_default();
+        assert!(line.contains(value), "{key}: {line}");
+        let explained = configuration.run(&["explain", "--uid", "5"]).stdout;
+        let finding = format!("\n    {key}: ");
+        assert!(explained.contains(&finding), "{key}: {explained}");
+    }
+}

@@ -195,7 +195,7 @@ impl<'a> ClosingRecord<'a> {
 
     fn revoked(&mut self, audit: &Audit, reason: Reason, rule: &str, text: String) {
         let details = self.peer.details(&self.socket);
-        self.peer.release_process();
+        self.peer.close_pidfd();
         let mut record = self.record(Record::note(Event::Revoked, text), Some(reason), rule);
         record.about = Some(About::peer(self.peer, details));
         audit.write(record);

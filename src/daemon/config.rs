@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use peergate::ids::Uid;
-use peergate::policy::file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 use peergate::policy::{Name, Policy};
+use peergate::policy_file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 
 use self::sections::Sections;
 use crate::exit_code;
@@ -145,7 +145,7 @@ impl<P: Protocol> Config<P> {
     /// Everything that is wrong with the file.
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
         let Loaded { policy, application, warnings, unanswered, .. } =
-            file::parse::<Terms<P>, Sections<P>>(source, me, names)?;
+            policy_file::parse::<Terms<P>, Sections<P>>(source, me, names)?;
         let Sections { limits, audit, service, settings } = application;
         let source = Some(source.path().to_path_buf());
         Ok(Self { policy: Arc::new(policy), limits, audit, service, settings, source, warnings, unanswered })

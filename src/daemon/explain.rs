@@ -8,8 +8,7 @@ use std::fmt;
 use peergate::Subject;
 use peergate::ids::{Gid, Uid};
 use peergate::peer::{MOST_GROUPS, Peer};
-use peergate::policy::User;
-use peergate::policy::file::{Names as _, SystemNames};
+use peergate::policy_file::{Names as _, SystemNames};
 use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
@@ -105,8 +104,9 @@ pub fn run<P: Protocol>(asked: &Explain) -> u8 {
     if asked.who.pid.is_none() && asked.unit.is_none() && config.policy.depends_on_units() {
         text += "  (the policy depends on units; --unit tells from which one the process would connect)\n";
     }
-    if config.policy.rules().filter_map(|rule| rule.listed_users()).any(|users| users.contains(&User::Me)) {
-        let me = config.policy.me();
+    let me = config.policy.me();
+    let by_self = format!("self ({me})");
+    if config.policy.rules().flat_map(|rule| rule.keys(me)).any(|(_, values)| values.contains(&by_self)) {
         text += &format!(
             "  (`self` is the user that asks, uid {me} here; to a service it is the user that the service runs as)\n"
         );

@@ -73,7 +73,7 @@ fn judge<P: Protocol>(
             return Judged::Revoked(one.socket);
         }
     };
-    one.peer.release_process();
+    one.peer.close_pidfd();
     one.peer.forget_groups();
     let permit = permits.resume(one.peer.uid());
     let fate = one.fate;

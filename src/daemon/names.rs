@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use peergate::policy::Name;
-use peergate::policy::file::{self, SystemNames};
+use peergate::policy_file::{self, SystemNames};
 use peergate::service::Activity;
 
 /// The pause before the first look. Each that finds nothing doubles it.
@@ -86,7 +86,7 @@ impl NameSearch {
         let (result, found) = mpsc::channel();
         let (names, activity) = (self.names.clone(), Arc::clone(&self.activity));
         let look = move || {
-            let _ = result.send(file::look_up(&names, &SystemNames));
+            let _ = result.send(policy_file::look_up(&names, &SystemNames));
             activity.stir();
         };
         match thread::Builder::new().name("names".to_owned()).spawn(look) {

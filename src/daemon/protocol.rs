@@ -8,7 +8,7 @@ use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::ids::Uid;
 use peergate::peer::Peer;
 use peergate::policy::RuleName;
-use peergate::policy::file::Table;
+use peergate::policy_file::Table;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 

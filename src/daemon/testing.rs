@@ -10,7 +10,7 @@ use peergate::ids::Uid;
 use peergate::peer::Peer;
 use peergate::permits::Permits;
 use peergate::policy::Policy;
-use peergate::policy::file::Table;
+use peergate::policy_file::Table;
 use peergate::service::Activity;
 use serde::{Deserialize, Serialize};
 

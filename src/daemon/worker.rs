@@ -371,7 +371,7 @@ impl<P: Protocol> Loop<P> {
     /// Judges a connection by the policy in force. `None`: it stays.
     fn judge_again(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
         let verdict = self.context.judge.judge(&mut connection.peer, &connection.socket, &self.config.policy);
-        connection.peer.release_process();
+        connection.peer.close_pidfd();
         connection.peer.forget_groups();
         match verdict {
             Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),

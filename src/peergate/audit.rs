@@ -35,12 +35,12 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::Subject as _;
 use crate::clock::later;
 use crate::ids::{Gid, Uid};
 use crate::peer::{Details, MOST_GROUPS, Peer};
 use crate::permits::LimitExceeded;
 use crate::policy::RuleName;
-use crate::subject::Subject as _;
 
 /// How many supplementary groups a record lists: about as many as are of use to a reader, and no more than what else
 /// the record holds.

@@ -495,7 +495,7 @@ impl<T: Terms> Gate<T> {
         admitted: &mut Vec<Admission<T>>,
     ) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
-        peer.release_process();
+        peer.close_pidfd();
         peer.forget_groups();
         let pass_credentials = self.pass_credentials;
         let unattested = match arrival.unattested {

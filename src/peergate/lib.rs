@@ -49,10 +49,10 @@
 //! use std::thread;
 //!
 //! use peergate::{Admission, Audit, Door, Notifier, Policy, Request, Setup, Signals, Uid, Writer, activation};
-//! use peergate::policy::file;
+//! use peergate::policy_file;
 //!
-//! fn read_policy() -> Result<Policy<()>, file::Faults> {
-//!     file::load::<(), ()>("/etc/hello.toml", Uid::effective()).map(|loaded| loaded.policy)
+//! fn read_policy() -> Result<Policy<()>, policy_file::Faults> {
+//!     policy_file::load::<(), ()>("/etc/hello.toml", Uid::effective()).map(|loaded| loaded.policy)
 //! }
 //!
 //! fn talk(mut guest: Admission<()>) -> io::Result<()> {
@@ -125,23 +125,23 @@ mod clock;
 mod disposal;
 pub mod gate;
 pub mod handover;
-pub mod ids;
+pub mod identity;
 pub mod journal;
 mod outlet;
-pub mod peer;
 pub mod permits;
 pub mod policy;
+pub mod policy_file;
 mod serve;
 pub mod service;
 mod stderr;
-mod subject;
 mod sys;
-pub mod unit;
 
 pub use activation::Listener;
 pub use audit::Audit;
 pub use baggage::Stream;
 pub use gate::{Admission, Door, Gate, GateConfig, Setup};
+pub use identity::subject::Subject;
+pub use identity::{ids, peer, unit};
 pub use ids::{Gid, Uid};
 pub use journal::Writer;
 pub use peer::Peer;
@@ -149,4 +149,3 @@ pub use permits::{Limits, Permit, Permits, Terms};
 pub use policy::{Group, Policy, Rule, User, Verdict};
 pub use serve::serve;
 pub use service::{Notifier, Request, Signals};
-pub use subject::Subject;

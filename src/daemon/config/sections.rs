@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use peergate::policy::file::{FromTable, Table};
+use peergate::policy_file::{FromTable, Table};
 
 use super::values;
 use crate::protocol::{Protocol, Settings as _};

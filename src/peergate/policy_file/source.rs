@@ -1,4 +1,4 @@
-//! A configuration file's text, and faults with their place in it. Used by [`file`](super), which makes these
+//! A configuration file's text, and faults with their place in it. Used by [`policy_file`](super), which makes these
 //! names public.
 
 use std::fmt::{self, Write as _};
@@ -103,7 +103,7 @@ pub enum ReadError {
     Missing,
     /// The system refused to open or read it, or something on the way to it is not what it should be.
     Unreadable(io::Error),
-    /// It is there, but not to be trusted, or not text.
+    /// It exists, but it is not to be trusted, or it is not text.
     Refused(Fault),
 }
 
@@ -128,9 +128,9 @@ impl Source {
         Self { path: path.as_ref().into(), text, lines }
     }
 
-    /// Reads a file of at most 1 MiB of UTF-8 which only its owner may write, and whose owner is root or `me`. The same
-    /// must hold of each directory on the way, or others could put another file in its place; one with the sticky bit,
-    /// as /tmp, may be written by all.
+    /// Reads a file of at most 1 MiB of UTF-8. Its owner must be root or `me`, and only its owner may write it. The same
+    /// must hold of each directory on the way, or another user could replace the file. A directory with the sticky bit,
+    /// such as /tmp, may be writable by all.
     ///
     /// # Errors
     /// See [`ReadError`]. Never waits, whatever the path leads to.
