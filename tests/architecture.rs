@@ -44,8 +44,8 @@ fn users_of(words: &[&str], sources: &BTreeMap<String, String>) -> Vec<String> {
 #[test]
 fn each_crate_that_speaks_to_systemd_has_one_module() {
     let library = library();
-    assert_eq!(users_of(&["listenfd"], &library), ["activation.rs"]);
-    assert_eq!(users_of(&["sd_notify"], &library), ["service.rs"]);
+    assert_eq!(users_of(&["listenfd"], &library), ["systemd/activation.rs"]);
+    assert_eq!(users_of(&["sd_notify"], &library), ["systemd/notify.rs"]);
     assert_eq!(users_of(&["tracing_journald", "tracing_subscriber", "tracing::"], &library), ["journal.rs"]);
     let program = sources("echod");
     let none: [String; 0] = [];

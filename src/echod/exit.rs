@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use peergate::Activity;
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::Closer;
 use peergate::peer::Peer;
-use peergate::service::Activity;
 
 use crate::connection::{Buffers, Connection, Outcome};
 use crate::mailbox::Mailbox;

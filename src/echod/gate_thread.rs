@@ -5,9 +5,10 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use peergate::Activity;
 use peergate::activation::Listener;
 use peergate::gate::{Admission, Closer, Gate, GateConfig};
-use peergate::service::{Activity, Beat, Watched};
+use peergate::systemd::{Beat, Watched};
 
 use crate::config::Terms;
 use crate::threshold::Threshold;

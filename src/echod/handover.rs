@@ -36,7 +36,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use peergate::handover::cookie_of;
 use peergate::peer::Peer;
-use peergate::service::Store;
+use peergate::systemd::Store;
 use peergate::unit::Units;
 
 use crate::connection::Carried;

@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use peergate::permits::Permit;
 use peergate::policy::Rule;
-use peergate::service::Beat;
+use peergate::systemd::Beat;
 
 use crate::config::Terms;
 use crate::connection::{Carried, Connection, Ruling};

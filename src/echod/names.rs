@@ -7,9 +7,9 @@ use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use peergate::Activity;
 use peergate::policy::Name;
 use peergate::policy::file::{self, SystemNames};
-use peergate::service::Activity;
 
 /// The pause before the first look. Each that finds nothing doubles it.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);

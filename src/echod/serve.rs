@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use peergate::Activity;
 use peergate::activation::Listener;
 use peergate::audit::{self, Audit, Event, Reason, Record, Severity, Totals};
 use peergate::gate::{Gate, GateConfig, Judge, Setup};
@@ -22,7 +23,7 @@ use peergate::journal::Writer;
 use peergate::peer::unmapped_ids;
 use peergate::permits::{Limits, Permit, Permits};
 use peergate::policy::{Rule, Verdict};
-use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
+use peergate::systemd::{Notifier, Request, Signals, Store, Watchdog};
 
 use crate::config::{Config, Record as RecordWhat, Terms, Verify};
 use crate::connection::{Carried, Ruling};

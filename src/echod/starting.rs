@@ -13,7 +13,8 @@ use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use peergate::service::{Activity, Request, Signals};
+use peergate::Activity;
+use peergate::systemd::{Request, Signals};
 
 use crate::config::{Config, LoadError};
 

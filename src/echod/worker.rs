@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
+use peergate::Activity;
 use peergate::audit::{Audit, Reason};
 use peergate::gate::{Closer, Judge};
 use peergate::permits::Permit;
 use peergate::policy::{Rule, Verdict};
-use peergate::service::{Activity, Watched};
+use peergate::systemd::Watched;
 
 use crate::config::Terms;
 use crate::connection::{Buffers, Carried, Connection, Outcome, READ, Ruling, State};

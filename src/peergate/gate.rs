@@ -62,13 +62,13 @@ use self::closing::{Closings, Outgoing};
 use self::decision::{Decision, ask};
 use self::over_limit::{OverLimit, Waiting};
 use self::reserve::Reserve;
-use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
 use crate::baggage::Stream;
 use crate::peer::Peer;
 use crate::permits::{LimitExceeded, Permit, Permits, Terms};
 use crate::policy::{Policy, Rule, Verdict};
 use crate::sys;
+use crate::systemd::activation::Listener;
 
 pub use self::closing::Closer;
 pub use self::config::{GateConfig, Replies, Setup};

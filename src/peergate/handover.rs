@@ -1,5 +1,5 @@
 //! What a service needs to hand its live connections to its successor through the service manager's
-//! store ([`service::Store`](crate::service::Store)), besides a way to write down their state.
+//! store ([`systemd::Store`](crate::systemd::Store)), besides a way to write down their state.
 
 use std::io;
 use std::os::fd::AsFd;

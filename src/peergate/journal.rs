@@ -24,8 +24,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use crate::audit::{Audit, Next, Record, Severity};
 use crate::ids::{Gid, Uid};
 use crate::peer::printable;
-use crate::service::{Beat, Watched};
 use crate::stderr::Stderr;
+use crate::systemd::{Beat, Watched};
 
 /// journald's native socket (systemd-journald.service(8)).
 const SOCKET: &str = "/run/systemd/journal/socket";

@@ -18,7 +18,7 @@
 //! In either case the connection is a [`Stream`]: strangers may send file descriptors along with their data, and with a
 //! bare socket it could take hours to read from it or to close it ([`baggage`]).
 //!
-//! [`service`] is the service manager's side: readiness, watchdog, signals, reload, the descriptor store.
+//! [`systemd`] is the service manager's side: readiness, watchdog, signals, reload, the descriptor store.
 //!
 //! The names that most services need are here at the root; the modules hold the rest.
 //!
@@ -118,7 +118,6 @@
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 #![warn(missing_debug_implementations)]
 
-pub mod activation;
 pub mod audit;
 pub mod baggage;
 mod clock;
@@ -127,26 +126,29 @@ pub mod gate;
 pub mod handover;
 pub mod ids;
 pub mod journal;
-mod outlet;
+mod memory;
 pub mod peer;
 pub mod permits;
 pub mod policy;
 mod serve;
-pub mod service;
 mod stderr;
 mod subject;
 mod sys;
+pub mod systemd;
 pub mod unit;
+mod wakeup;
 
-pub use activation::Listener;
 pub use audit::Audit;
 pub use baggage::Stream;
 pub use gate::{Admission, Door, Gate, GateConfig, Setup};
 pub use ids::{Gid, Uid};
 pub use journal::Writer;
+pub use memory::return_memory;
 pub use peer::Peer;
 pub use permits::{Limits, Permit, Permits, Terms};
 pub use policy::{Group, Policy, Rule, User, Verdict};
 pub use serve::serve;
-pub use service::{Notifier, Request, Signals};
 pub use subject::Subject;
+pub use systemd::activation::{self, Listener};
+pub use systemd::{Notifier, Request, Signals};
+pub use wakeup::Activity;

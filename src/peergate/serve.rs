@@ -8,14 +8,13 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::activation;
 use crate::audit::{Audit, Record, Severity};
 use crate::gate::{Admission, Door, Setup};
 use crate::journal::Writer;
 use crate::peer::unmapped_ids;
 use crate::permits::Terms;
 use crate::policy::Policy;
-use crate::service::{Notifier, Request, Signals, Watchdog};
+use crate::systemd::{Notifier, Request, Signals, Watchdog, activation};
 
 /// How long the end waits for a journal that takes nothing.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);

@@ -34,11 +34,11 @@ use std::thread;
 use std::time::Duration;
 
 use super::{Admission, Closer, Gate, GateConfig, Setup};
-use crate::activation::Listener;
 use crate::audit::Severity;
 use crate::permits::Terms;
 use crate::policy::Policy;
-use crate::service::{Beat, Watched};
+use crate::systemd::activation::Listener;
+use crate::systemd::{Beat, Watched};
 
 /// A running gate, for any thread. Dropped, it is [shut](Self::shut).
 ///

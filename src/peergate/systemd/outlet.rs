@@ -24,7 +24,7 @@ const LATE: Duration = Duration::from_millis(500);
 
 /// Cheap to clone; all clones are one.
 #[derive(Clone, Debug)]
-pub(crate) struct Outlet(Arc<Inner>);
+pub(super) struct Outlet(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
@@ -43,7 +43,7 @@ struct Kept {
 
 impl Outlet {
     /// To the socket of this address, as in NOTIFY_SOCKET: `None` where there can be none.
-    pub(crate) fn to(address: &OsStr) -> Option<Self> {
+    pub(super) fn to(address: &OsStr) -> Option<Self> {
         let manager = match address.as_bytes().strip_prefix(b"@") {
             Some(name) => UnixAddr::new_abstract(name),
             None => UnixAddr::new(address),
@@ -53,12 +53,12 @@ impl Outlet {
     }
 
     /// Sends a message of which the next one makes up for the loss. Whether it was taken.
-    pub(crate) fn try_send(&self, message: &str) -> bool {
+    pub(super) fn try_send(&self, message: &str) -> bool {
         self.0.send(message, &[]).is_ok()
     }
 
     /// Sends a message, now or later. Errors end here: there is no manager left to tell.
-    pub(crate) fn send(&self, kind: String, message: String) {
+    pub(super) fn send(&self, kind: String, message: String) {
         let mut kept = self.0.lock();
         self.0.send_kept(&mut kept);
         if kept.messages.is_empty() && self.0.send(&message, &[]) != Err(Errno::EAGAIN) {
@@ -78,7 +78,7 @@ impl Outlet {
     ///
     /// # Errors
     /// TimedOut where it is not taken within `patience`; what sendmsg(2) says.
-    pub(crate) fn send_with(&self, message: &str, fds: &[BorrowedFd<'_>], patience: Duration) -> io::Result<()> {
+    pub(super) fn send_with(&self, message: &str, fds: &[BorrowedFd<'_>], patience: Duration) -> io::Result<()> {
         let until = Instant::now() + patience;
         loop {
             let mut kept = self.0.lock();

@@ -1,0 +1,50 @@
+//! One thread wakes another.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+/// Tells one thread that others have done something worth a look, at most once until it has looked:
+/// threads that are busy pay for one atomic read, and a service that is idle wakes nobody.
+#[derive(Debug)]
+pub struct Activity {
+    awaited: AtomicBool,
+    event: EventFd,
+}
+
+impl Activity {
+    /// Nothing has happened yet, and nobody waits.
+    ///
+    /// # Errors
+    /// What eventfd(2) says.
+    pub fn new() -> io::Result<Self> {
+        let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        Ok(Self { awaited: AtomicBool::new(false), event })
+    }
+
+    /// Something happened.
+    pub fn stir(&self) {
+        if self.awaited.load(Ordering::SeqCst) && self.awaited.swap(false, Ordering::SeqCst) {
+            let _ = self.event.write(1);
+        }
+    }
+
+    /// Asks for the next stir to make the descriptor readable. Look once more after this call: what
+    /// happened before it does not.
+    pub fn watch(&self) {
+        self.awaited.store(true, Ordering::SeqCst);
+    }
+
+    /// Makes the descriptor unreadable again, until the first stir after the next [`watch`](Self::watch).
+    pub fn calm(&self) {
+        let _ = self.event.read();
+    }
+}
+
+impl AsFd for Activity {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
