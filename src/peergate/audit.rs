@@ -27,446 +27,30 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
-use std::borrow::Cow;
-use std::collections::{HashMap, VecDeque};
-use std::fmt::{self, Write as _};
+mod record;
+mod window;
+
+use std::collections::VecDeque;
+use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::clock::later;
-use crate::ids::{Gid, Uid};
-use crate::peer::{Details, MOST_GROUPS, Peer};
+pub use record::{About, At, Event, Reason, Record, Severity};
+
+use record::counted;
+use window::{MOST_TRACKED, Windows};
+
+use crate::ids::Uid;
+use crate::peer::Peer;
 use crate::permits::LimitExceeded;
 use crate::policy::RuleName;
-use crate::subject::Subject as _;
 
-/// How many supplementary groups a record lists: about as many as are of use to a reader, and no more than what else
-/// the record holds.
-const MOST_GROUPS_WRITTEN: usize = 64;
 /// Records that may wait for the journal; what comes on top is counted instead.
 const MOST_WAITING: usize = 4096;
 /// Bytes that waiting records may hold, roughly.
 const MOST_WAITING_BYTES: usize = 4 << 20;
-/// Users and reasons told apart; whoever comes on top shares one count for each reason.
-const MOST_TRACKED: usize = 1024;
-
-/// What happened. Each has a MESSAGE_ID of its own, explained in the journal's catalog.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Event {
-    /// A peer was turned away by the policy.
-    Denied,
-    /// A peer that the policy admits was turned away by a limit.
-    Refused,
-    /// Denials, refusals or cut-offs that were counted, not written one by one.
-    Summary,
-    /// A peer was admitted.
-    Admitted,
-    /// An admitted connection has ended.
-    Closed,
-    /// A line came back to its sender.
-    Line,
-    /// A configuration is in force.
-    ConfigLoaded,
-    /// A configuration was refused; the one before it stays.
-    ConfigRefused,
-    /// An admitted connection was cut off: the policy, or its sender, has changed.
-    Revoked,
-    /// Anything else worth a line, without an id.
-    Note(Severity),
-}
-
-/// How grave it is; syslog(3)'s levels by other names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Severity {
-    /// LOG_ERR, 3.
-    Error,
-    /// LOG_WARNING, 4.
-    Warning,
-    /// LOG_NOTICE, 5.
-    Notice,
-    /// LOG_INFO, 6.
-    Info,
-}
-
-/// A [`Note`](Event::Note).
-impl From<Severity> for Event {
-    fn from(severity: Severity) -> Self {
-        Self::Note(severity)
-    }
-}
-
-impl Event {
-    /// The journal's MESSAGE_ID (systemd.journal-fields(7)): 128 bits in hexadecimal.
-    pub const fn message_id(self) -> Option<&'static str> {
-        Some(match self {
-            Self::Denied => "72261db9963c465c8c6121daadeb1cbc",
-            Self::Refused => "a45920b1da8c42cb8c4acbd02e5140bf",
-            Self::Summary => "e00fb3280d1140dca1192a4f029b14b6",
-            Self::Admitted => "fb07ecd99a40415abb029457009dd51a",
-            Self::Closed => "9aa9a5f08d08409e9e656c48f20bf4f8",
-            Self::Line => "b4a1cf2d2f5c4b0f9d0f5ab96f3f1c27",
-            Self::ConfigLoaded => "b07bc66e288e48eba96896e38dfe1144",
-            Self::ConfigRefused => "00e1479225c6488a9e2fed748c43c786",
-            Self::Revoked => "765ab08f733d46e1a5b6850cc41b9003",
-            Self::Note(_) => return None,
-        })
-    }
-
-    /// The field GATE_VERDICT, for events that are one.
-    pub const fn verdict(self) -> Option<&'static str> {
-        Some(match self {
-            Self::Denied => "denied",
-            Self::Refused => "refused",
-            Self::Summary => "summary",
-            Self::Admitted => "admitted",
-            Self::Closed => "closed",
-            Self::Revoked => "revoked",
-            Self::Line | Self::ConfigLoaded | Self::ConfigRefused | Self::Note(_) => return None,
-        })
-    }
-
-    /// The field PRIORITY.
-    pub const fn severity(self) -> Severity {
-        match self {
-            Self::ConfigRefused => Severity::Error,
-            Self::Denied | Self::Refused | Self::Summary | Self::Revoked => Severity::Warning,
-            Self::ConfigLoaded => Severity::Notice,
-            Self::Admitted | Self::Closed | Self::Line => Severity::Info,
-            Self::Note(severity) => severity,
-        }
-    }
-}
-
-/// Why a peer was turned away or a connection ended: the field GATE_REASON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Reason {
-    /// A deny rule, or no rule at all.
-    Policy,
-    /// The kernel would not say who it is.
-    NoCredentials,
-    /// Data came from another user than the one who was judged, without credentials, or with file descriptors.
-    Sender,
-    /// This user's connections are used up.
-    UserLimit,
-    /// All connections are used up.
-    TotalLimit,
-    /// A line was longer than allowed.
-    LineLength,
-    /// Nothing came for longer than allowed.
-    Idle,
-    /// The service is going down.
-    Stopping,
-}
-
-impl Reason {
-    /// The word in GATE_REASON.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Policy => "policy",
-            Self::NoCredentials => "no-credentials",
-            Self::Sender => "sender",
-            Self::UserLimit => "user-limit",
-            Self::TotalLimit => "total-limit",
-            Self::LineLength => "line-length",
-            Self::Idle => "idle",
-            Self::Stopping => "stopping",
-        }
-    }
-
-    const fn is_denial(self) -> bool {
-        matches!(self, Self::Policy | Self::NoCredentials)
-    }
-}
-
-impl From<LimitExceeded> for Reason {
-    fn from(excess: LimitExceeded) -> Self {
-        match excess {
-            LimitExceeded::User => Self::UserLimit,
-            LimitExceeded::Total => Self::TotalLimit,
-        }
-    }
-}
-
-/// Who a record is about.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct About {
-    /// PEER_UID.
-    pub uid: Uid,
-    /// PEER_GID; a summary has none, it stands for all of the user's.
-    pub gid: Option<Gid>,
-    /// PEER_GROUPS: the effective group and the supplementary ones, of these 64 at most; empty where they cannot
-    /// be told, and where the record is not about a connection's start.
-    pub groups: Box<[Gid]>,
-    /// How many supplementary groups the kernel counted, where they are not all in `groups`.
-    pub groups_left_out: Option<usize>,
-    /// PEER_PID.
-    pub pid: Option<i32>,
-    /// PEER_COMM, PEER_UNIT, PEER_LABEL.
-    pub details: Details,
-}
-
-impl About {
-    /// Everything a record may tell of `peer`, details included.
-    pub fn peer(peer: &Peer, details: Details) -> Self {
-        let (gids, count) = (peer.gids(), peer.supplementary_groups());
-        let listed = if peer.gids_complete() { gids.len().min(1 + MOST_GROUPS_WRITTEN) } else { 0 };
-        let is_cut = count > MOST_GROUPS || 0 < listed && listed < gids.len();
-        let (groups, groups_left_out) = (gids[..listed].into(), is_cut.then_some(count));
-        let (gid, pid) = (Some(peer.gid()), peer.pid());
-        Self { uid: peer.uid(), gid, groups, groups_left_out, pid, details }
-    }
-
-    /// What a summary tells of a user.
-    fn user(uid: Uid) -> Self {
-        let (gid, groups, groups_left_out, pid, details) = (None, Box::default(), None, None, Details::default());
-        Self { uid, gid, groups, groups_left_out, pid, details }
-    }
-
-    /// What is still known of `peer` when its connection ends.
-    pub fn former(peer: &Peer) -> Self {
-        let unit = peer.remembered_units().map(|units| crate::peer::printable(units.name()));
-        let details = Details { unit, ..Details::default() };
-        Self { details, pid: peer.pid(), gid: Some(peer.gid()), ..Self::user(peer.uid()) }
-    }
-}
-
-/// Where a peer connected: the listening socket's address, and the connection's number where it has one.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct At<'a> {
-    /// GATE_SOCKET.
-    pub listener: &'a Arc<str>,
-    /// GATE_CONNECTION.
-    pub connection: Option<u64>,
-}
-
-impl<'a> From<&'a Arc<str>> for At<'a> {
-    fn from(listener: &'a Arc<str>) -> Self {
-        Self { listener, connection: None }
-    }
-}
-
-impl<'a> From<(&'a Arc<str>, u64)> for At<'a> {
-    fn from((listener, connection): (&'a Arc<str>, u64)) -> Self {
-        Self { listener, connection: Some(connection) }
-    }
-}
-
-/// One record, before it is written. Absent fields are left out of the journal.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Record {
-    /// MESSAGE_ID, PRIORITY and GATE_VERDICT follow from it.
-    pub event: Event,
-    /// GATE_REASON.
-    pub reason: Option<Reason>,
-    /// GATE_RULE: the deciding rule's full name, or `default`.
-    pub rule: Option<Arc<str>>,
-    /// GATE_SOCKET: the address of the listening socket.
-    pub socket: Option<Arc<str>>,
-    /// GATE_CONNECTION.
-    pub connection: Option<u64>,
-    /// GATE_COUNT; summaries only.
-    pub count: Option<u64>,
-    /// GATE_LINES.
-    pub lines: Option<u64>,
-    /// GATE_BYTES.
-    pub bytes: Option<u64>,
-    /// GATE_DURATION_USEC.
-    pub duration: Option<Duration>,
-    /// The PEER_ fields.
-    pub about: Option<About>,
-    /// What MESSAGE says beyond the fields, or all it says.
-    pub text: Option<String>,
-    /// How many of those it stands for standard error has told of already.
-    told: u64,
-    /// How many records that were not written it tells of.
-    stands_for_missing: u64,
-}
-
-/// "1 line", "2 lines".
-fn counted(number: u64, what: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {what}{plural}")
-}
-
-/// The name of a program, which whoever starts it may choose, as it can stand in parentheses: none of its own closes them.
-fn closed_by_the_last(comm: &str) -> Cow<'_, str> {
-    match comm.trim_end_matches(')') {
-        head if head.contains(')') => Cow::Owned(head.replace(')', "\\x29") + &comm[head.len()..]),
-        _ => Cow::Borrowed(comm),
-    }
-}
-
-impl Record {
-    /// A record of `event` with no field set.
-    pub fn new(event: Event) -> Self {
-        Self {
-            event,
-            reason: None,
-            rule: None,
-            socket: None,
-            connection: None,
-            count: None,
-            lines: None,
-            bytes: None,
-            duration: None,
-            about: None,
-            text: None,
-            told: 0,
-            stands_for_missing: 0,
-        }
-    }
-
-    fn at(event: Event, at: At<'_>, rule: Option<&RuleName>) -> Self {
-        Self {
-            rule: Some(rule.map_or("default", RuleName::as_str).into()),
-            socket: Some(Arc::clone(at.listener)),
-            connection: at.connection,
-            ..Self::new(event)
-        }
-    }
-
-    /// A record that only says `text`: of an event, or of no more than a [`Severity`].
-    pub fn note(event: impl Into<Event>, text: impl Into<String>) -> Self {
-        Self { text: Some(text.into()), ..Self::new(event.into()) }
-    }
-
-    /// The field MESSAGE. `user` is the name of the user the record is about, where there is one.
-    pub fn message(&self, user: Option<&str>) -> String {
-        let mut out = String::new();
-        // Writing to a String cannot fail.
-        let _ = self.write_message(user, &mut out).and_then(|()| self.write_groups_left_out(&mut out));
-        out
-    }
-
-    fn write_message(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
-        let text = self.text.as_deref();
-        let verb = match self.event {
-            Event::Denied => "Denied",
-            Event::Refused => "Refused",
-            Event::Summary if self.reason.is_some_and(Reason::is_denial) => "Denied",
-            Event::Summary if self.reason == Some(Reason::Sender) => "Revoked",
-            Event::Summary => "Refused",
-            Event::Admitted => "Admitted",
-            Event::Closed => "Closed",
-            Event::Line => "Line of",
-            Event::Revoked => "Revoked",
-            Event::ConfigLoaded | Event::ConfigRefused | Event::Note(_) => {
-                return out.write_str(text.unwrap_or_default());
-            }
-        };
-        out.write_str(verb)?;
-        self.write_who(user, out)?;
-        match self.event {
-            Event::Summary => {
-                let (count, seconds) = (self.count.unwrap_or(0), self.duration.unwrap_or_default().as_secs_f64());
-                let why = if self.reason == Some(Reason::Policy) { "by policy".into() } else { self.why() };
-                write!(out, " {count} more times in {seconds:.1} s: {why}")
-            }
-            Event::Admitted => write!(out, " by {}", self.rule.as_deref().unwrap_or("default")),
-            Event::Closed => {
-                let (lines, bytes) = (self.lines.unwrap_or(0), self.bytes.unwrap_or(0));
-                write!(
-                    out,
-                    ": {}, {} in {:.1} s",
-                    counted(lines, "line"),
-                    counted(bytes, "byte"),
-                    self.duration.unwrap_or_default().as_secs_f64()
-                )?;
-                if self.reason.is_some() { write!(out, "; {}", self.why()) } else { Ok(()) }
-            }
-            Event::Line => write!(out, ": {}", counted(self.bytes.unwrap_or(0), "byte")),
-            _ => match text {
-                Some(text) => write!(out, ": {text}"),
-                None => write!(out, ": {}", self.why()),
-            },
-        }
-    }
-
-    fn write_groups_left_out(&self, out: &mut String) -> std::fmt::Result {
-        match self.about.as_ref().and_then(|about| about.groups_left_out) {
-            Some(count) if count > MOST_GROUPS => {
-                write!(out, " ({count} supplementary groups, of which none can be told; at most {MOST_GROUPS} can)")
-            }
-            Some(count) => {
-                write!(out, " (the first {MOST_GROUPS_WRITTEN} of {count} supplementary groups are in the record)")
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn write_who(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
-        let Some(about) = &self.about else {
-            return out.write_str(if self.event == Event::Summary { " peers" } else { " a peer" });
-        };
-        match user {
-            Some(user) => write!(out, " {user} (uid {})", about.uid)?,
-            None => write!(out, " uid {}", about.uid)?,
-        }
-        if let Some(gid) = about.gid {
-            write!(out, " gid {gid}")?;
-        }
-        if let Some(pid) = about.pid {
-            write!(out, " pid {pid}")?;
-        }
-        if let Some(comm) = &about.details.comm {
-            write!(out, " ({})", closed_by_the_last(comm))?;
-        }
-        if let Some(unit) = &about.details.unit {
-            write!(out, " in {unit}")?;
-        }
-        Ok(())
-    }
-
-    fn why(&self) -> Cow<'static, str> {
-        Cow::Borrowed(match (self.reason, self.rule.as_deref()) {
-            (Some(Reason::Policy), Some(rule)) if rule != "default" => return format!("{rule} denies it").into(),
-            (Some(Reason::Policy), _) => "no rule allows it",
-            (Some(Reason::NoCredentials), _) => "the kernel would not tell its credentials",
-            (Some(Reason::Sender), _) => "its data came from another user, or with file descriptors",
-            (Some(Reason::UserLimit), _) => "too many connections of this user",
-            (Some(Reason::TotalLimit), _) => "too many connections in all",
-            (Some(Reason::LineLength), _) => "a line was too long",
-            (Some(Reason::Idle), _) => "nothing came for too long",
-            (Some(Reason::Stopping), _) => "the service is stopping",
-            (None, _) => "no reason given",
-        })
-    }
-
-    /// Without those whom standard error has told of; `None` where it has of all.
-    pub(crate) fn untold(&self) -> Option<Cow<'_, Self>> {
-        match self.count.map(|count| count.saturating_sub(self.told)) {
-            Some(0) => None,
-            count if count == self.count => Some(Cow::Borrowed(self)),
-            count => Some(Cow::Owned(Self { count, ..self.clone() })),
-        }
-    }
-
-    fn weight(&self) -> usize {
-        let about = self.about.as_ref().map_or(0, |about| {
-            let details = [&about.details.comm, &about.details.unit, &about.details.label];
-            let details: usize = details.into_iter().flatten().map(String::len).sum();
-            about.groups.len() * size_of::<Gid>() + details
-        });
-        size_of::<Self>() + about + self.text.as_ref().map_or(0, String::len)
-    }
-
-    /// How many denials or refusals the record stands for.
-    fn stands_for(&self) -> u64 {
-        match self.event {
-            Event::Denied | Event::Refused => 1,
-            Event::Summary => self.count.unwrap_or(0),
-            _ => 0,
-        }
-    }
-}
 
 /// How much is written in full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -539,15 +123,13 @@ struct Shared {
 }
 
 struct State {
-    settings: Settings,
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
     /// Taken out by the writer, which has not said yet what came of it.
     in_hand: Option<Record>,
     /// How many records the writer has dealt with.
     dealt_with: u64,
-    windows: HashMap<(Option<Uid>, Reason), Window>,
-    next_tick: Option<Instant>,
+    windows: Windows,
     /// Records that no summary stands for and that found no room or no journal, since the last time we said so.
     unwritten: u64,
     /// The last record did not reach the journal, or standard error where there is none.
@@ -555,17 +137,6 @@ struct State {
     sleeping: bool,
     nudged: bool,
     closed: bool,
-}
-
-/// One user's denials, or refusals, for one reason in the interval that runs.
-struct Window {
-    since: Instant,
-    written: u32,
-    counted: u64,
-    /// Of those counted, how many standard error has told of: only the journal is still to hear of them.
-    told: u64,
-    first_counted: Instant,
-    last_counted: Instant,
 }
 
 /// What the writing thread is to do next.
@@ -583,13 +154,11 @@ impl Audit {
     /// An empty one. Nothing is written until a [`journal::Writer`](crate::journal::Writer) takes out.
     pub fn new(settings: Settings) -> Self {
         let state = State {
-            settings,
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             in_hand: None,
             dealt_with: 0,
-            windows: HashMap::new(),
-            next_tick: None,
+            windows: Windows::new(settings.burst, settings.interval),
             unwritten: 0,
             journal_is_away: false,
             sleeping: false,
@@ -612,7 +181,7 @@ impl Audit {
         self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
         let mut state = self.lock();
         // First, because the summary to come is due by the new interval: the old one may have been hours.
-        state.settings = settings;
+        (state.windows.burst, state.windows.interval) = (settings.burst, settings.interval);
         state.summarize(Instant::now(), true);
         self.wake(state);
     }
@@ -689,10 +258,10 @@ impl Audit {
         let now = Instant::now();
         let mut state = self.lock();
         // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
-        let known = state.next_tick.is_some();
+        let known = state.windows.next_tick().is_some();
         state.end_intervals(now);
-        if !state.has_room() || !state.may_write(uid, reason, now) {
-            state.count(uid, reason, 1, now);
+        if !state.has_room() || !state.windows.may_write(uid, reason, now) {
+            state.windows.count(uid, reason, 1, 0, now);
             return if known { drop(state) } else { self.wake(state) };
         }
         // Made without the lock: it asks the kernel and /proc.
@@ -712,10 +281,10 @@ impl Audit {
             (Event::Revoked, Some(reason)) if reason != Reason::Policy => {
                 let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
                 state.end_intervals(now);
-                if state.has_room() && state.may_write(uid, reason, now) {
+                if state.has_room() && state.windows.may_write(uid, reason, now) {
                     state.push(record);
                 } else {
-                    state.count(uid, reason, 1, now);
+                    state.windows.count(uid, reason, 1, 0, now);
                 }
             }
             // Bounded by what an administrator does: reloads, and the connections that each of them ends.
@@ -801,7 +370,7 @@ impl Audit {
                 return Next::Finished;
             }
             state.sleeping = true;
-            state = match state.next_tick {
+            state = match state.windows.next_tick() {
                 Some(due) => {
                     let pause = due.saturating_duration_since(now);
                     self.0.wake.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0
@@ -883,13 +452,12 @@ impl State {
             (_, Some(reason), count @ 1..) => (reason, count),
             _ => return self.unwritten += 1,
         };
-        self.count(uid, reason, count, now);
-        self.window(uid, reason, now).told += told;
+        self.windows.count(uid, reason, count, told, now);
     }
 
     /// Also where the writer is held up: the first of the next interval are to be written too.
     fn end_intervals(&mut self, now: Instant) {
-        if self.next_tick.is_some_and(|due| due <= now) {
+        if self.windows.next_tick().is_some_and(|due| due <= now) {
             self.summarize(now, false);
         }
     }
@@ -915,89 +483,22 @@ impl State {
         Some(record)
     }
 
-    /// Whether this one is still among the first of its interval; if so it is taken as written.
-    fn may_write(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> bool {
-        let burst = self.settings.burst;
-        let window = self.window(uid, reason, now);
-        let first = window.written < burst;
-        window.written += u32::from(first);
-        first
-    }
-
-    fn count(&mut self, uid: Option<Uid>, reason: Reason, count: u64, now: Instant) {
-        let window = self.window(uid, reason, now);
-        if window.counted == 0 {
-            window.first_counted = now;
-        }
-        window.last_counted = now;
-        window.counted += count;
-    }
-
-    fn window(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> &mut Window {
-        let full = self.windows.len() >= MOST_TRACKED && !self.windows.contains_key(&(uid, reason));
-        let key = (if full { None } else { uid }, reason);
-        let interval = self.settings.interval;
-        self.next_tick.get_or_insert(later(now, interval));
-        self.windows.entry(key).or_insert_with(|| Window {
-            since: now,
-            written: 0,
-            counted: 0,
-            told: 0,
-            first_counted: now,
-            last_counted: now,
-        })
-    }
-
     /// Ends the intervals that are over (all of them if `now_or_never`), each with its summary.
     fn summarize(&mut self, now: Instant, now_or_never: bool) {
-        let interval = self.settings.interval;
         // They have room of their own, beyond what any records take: each stands for as many as there were. But a journal
         // that does not take what waits already must not be given ever more of them.
-        let room = self.closed || self.waiting.len() < MOST_WAITING + MOST_TRACKED;
-        let mut summaries = Vec::new();
-        self.windows.retain(|(uid, reason), window| {
-            let over = now.saturating_duration_since(window.since) >= interval;
-            if window.counted > 0 && (over || now_or_never) {
-                if !room {
-                    return true;
-                }
-                summaries.push(window.summary(*uid, *reason));
-                (window.counted, window.told) = (0, 0);
-                if over {
-                    (window.since, window.written) = (now, 0);
-                }
-                return true;
-            }
-            !over
-        });
-        summaries.into_iter().for_each(|summary| self.push(summary));
-        let earliest = self.windows.values().map(|window| later(window.since, interval)).min();
-        // Where there was no room, look again in an interval's time, not at once; nor for a journal that was not there.
+        let has_room = self.closed || self.waiting.len() < MOST_WAITING + MOST_TRACKED;
+        // A journal that was not there is not looked for all the time.
         let soonest = if self.journal_is_away { now + LOOK_FOR_JOURNAL } else { now };
-        self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due }.max(soonest));
-        if self.windows.is_empty() {
-            self.windows.shrink_to(64);
-        }
-    }
-}
-
-impl Window {
-    fn summary(&self, uid: Option<Uid>, reason: Reason) -> Record {
-        let about = uid.map(About::user);
-        Record {
-            reason: Some(reason),
-            count: Some(self.counted),
-            told: self.told,
-            duration: Some(self.last_counted.saturating_duration_since(self.first_counted)),
-            about,
-            ..Record::new(Event::Summary)
-        }
+        let summaries = self.windows.end(now, now_or_never, has_room, soonest);
+        summaries.into_iter().for_each(|summary| self.push(summary));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::Gid;
 
     fn audit(burst: u32) -> Audit {
         Audit::new(Settings { burst, interval: Duration::from_secs(3600), ..Settings::default() })
@@ -1125,7 +626,7 @@ mod tests {
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
         let sum_up = || audit.lock().summarize(Instant::now(), true);
         sum_up();
-        assert_eq!(audit.lock().windows.values().map(|window| window.counted).sum::<u64>(), 0);
+        assert_eq!(audit.lock().windows.counted(), 0);
         // They have a bound too.
         for _ in 0..10 {
             (0..500).for_each(|uid| deny(&audit, 2000 + uid));
@@ -1201,27 +702,5 @@ mod tests {
         (0..3).for_each(|_| deny(&audit, 1000));
         audit.lock().summarize(Instant::now(), true);
         assert_eq!(drain(&audit).pop().unwrap().untold().unwrap().count, Some(3), "the journal has the others");
-    }
-
-    #[test]
-    fn a_program_cannot_call_itself_what_reads_as_the_rest_of_a_message() {
-        let message = |comm: &str| {
-            let details = Details { comm: Some(comm.into()), unit: Some("a.scope".into()), label: None };
-            let about = About { pid: Some(2), details, ..About::user(Uid::new(1)) };
-            Record { about: Some(about), ..Record::new(Event::Denied) }.message(None)
-        };
-        assert_eq!(message("x) in b.service"), "Denied uid 1 pid 2 (x\\x29 in b.service) in a.scope: no reason given");
-        assert_eq!(message("(sd-pam)"), "Denied uid 1 pid 2 ((sd-pam)) in a.scope: no reason given");
-    }
-
-    #[test]
-    fn a_denial_reads_as_the_contract_has_it() {
-        let details = Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), label: None };
-        let about = About { gid: Some(Gid::new(1001)), pid: Some(4242), details, ..About::user(Uid::new(1001)) };
-        let record = Record { reason: Some(Reason::Policy), about: Some(about), ..Record::new(Event::Denied) };
-        assert_eq!(
-            record.message(Some("guest")),
-            "Denied guest (uid 1001) gid 1001 pid 4242 (nc) in session-3.scope: no rule allows it"
-        );
     }
 }

@@ -1,0 +1,127 @@
+//! What is counted: denials and refusals of each user and reason, beyond the first of an interval.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use super::{About, Event, Reason, Record};
+use crate::clock::later;
+use crate::ids::Uid;
+
+/// Users and reasons told apart; whoever comes on top shares one count for each reason.
+pub(super) const MOST_TRACKED: usize = 1024;
+
+/// The intervals that run, by user and reason.
+pub(super) struct Windows {
+    pub(super) burst: u32,
+    pub(super) interval: Duration,
+    by_user: HashMap<(Option<Uid>, Reason), Window>,
+    next_tick: Option<Instant>,
+}
+
+/// One user's denials, or refusals, for one reason in the interval that runs.
+struct Window {
+    since: Instant,
+    written: u32,
+    counted: u64,
+    /// Of those counted, how many standard error has told of: only the journal is still to hear of them.
+    told: u64,
+    first_counted: Instant,
+    last_counted: Instant,
+}
+
+impl Windows {
+    pub(super) fn new(burst: u32, interval: Duration) -> Self {
+        Self { burst, interval, by_user: HashMap::new(), next_tick: None }
+    }
+
+    /// When the next interval ends; `None` where none runs.
+    pub(super) fn next_tick(&self) -> Option<Instant> {
+        self.next_tick
+    }
+
+    /// Whether this one is still among the first of its interval; if so it is taken as written.
+    pub(super) fn may_write(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> bool {
+        let burst = self.burst;
+        let window = self.window(uid, reason, now);
+        let first = window.written < burst;
+        window.written += u32::from(first);
+        first
+    }
+
+    /// Counts so many, of which standard error has told of `told`.
+    pub(super) fn count(&mut self, uid: Option<Uid>, reason: Reason, count: u64, told: u64, now: Instant) {
+        let window = self.window(uid, reason, now);
+        if window.counted == 0 {
+            window.first_counted = now;
+        }
+        window.last_counted = now;
+        window.counted += count;
+        window.told += told;
+    }
+
+    fn window(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> &mut Window {
+        let full = self.by_user.len() >= MOST_TRACKED && !self.by_user.contains_key(&(uid, reason));
+        let key = (if full { None } else { uid }, reason);
+        self.next_tick.get_or_insert(later(now, self.interval));
+        self.by_user.entry(key).or_insert_with(|| Window {
+            since: now,
+            written: 0,
+            counted: 0,
+            told: 0,
+            first_counted: now,
+            last_counted: now,
+        })
+    }
+
+    /// Ends the intervals that are over (all of them if `now_or_never`), and returns their summaries. Where there is no
+    /// room for these, what was counted stays. The next time is not before `soonest`.
+    pub(super) fn end(&mut self, now: Instant, now_or_never: bool, has_room: bool, soonest: Instant) -> Vec<Record> {
+        let interval = self.interval;
+        let mut summaries = Vec::new();
+        self.by_user.retain(|(uid, reason), window| {
+            let over = now.saturating_duration_since(window.since) >= interval;
+            if window.counted > 0 && (over || now_or_never) {
+                if !has_room {
+                    return true;
+                }
+                summaries.push(window.summary(*uid, *reason));
+                (window.counted, window.told) = (0, 0);
+                if over {
+                    (window.since, window.written) = (now, 0);
+                }
+                return true;
+            }
+            !over
+        });
+        let earliest = self.by_user.values().map(|window| later(window.since, interval)).min();
+        // Where there was no room, look again in an interval's time, not at once.
+        self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due }.max(soonest));
+        if self.by_user.is_empty() {
+            self.by_user.shrink_to(64);
+        }
+        summaries
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.by_user.len()
+    }
+
+    #[cfg(test)]
+    pub(super) fn counted(&self) -> u64 {
+        self.by_user.values().map(|window| window.counted).sum()
+    }
+}
+
+impl Window {
+    fn summary(&self, uid: Option<Uid>, reason: Reason) -> Record {
+        Record {
+            reason: Some(reason),
+            count: Some(self.counted),
+            told: self.told,
+            duration: Some(self.last_counted.saturating_duration_since(self.first_counted)),
+            about: uid.map(About::user),
+            ..Record::new(Event::Summary)
+        }
+    }
+}
