@@ -10,7 +10,7 @@ use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{getsockopt, sockopt};
 
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::baggage::Stream;
+use peergate::fd_passing::Stream;
 use peergate::gate::Admission;
 use peergate::handover::attach_credentials;
 use peergate::ids::Uid;

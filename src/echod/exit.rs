@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use peergate::Activity;
+use peergate::Wakeup;
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::Closer;
@@ -24,15 +24,15 @@ const WITHOUT_CREDENTIALS: &str = "its data came without credentials";
 pub struct Exit {
     audit: Audit,
     closer: Closer,
-    activity: Arc<Activity>,
+    wakeup: Arc<Wakeup>,
     nothing: Arc<[u8]>,
     /// Who leaves now leaves because everything ends.
     pub is_ending: bool,
 }
 
 impl Exit {
-    pub fn new(audit: Audit, closer: Closer, activity: Arc<Activity>) -> Self {
-        Self { audit, closer, activity, nothing: Arc::from(&b""[..]), is_ending: false }
+    pub fn new(audit: Audit, closer: Closer, wakeup: Arc<Wakeup>) -> Self {
+        Self { audit, closer, wakeup, nothing: Arc::from(&b""[..]), is_ending: false }
     }
 
     /// The end of a connection of this mailbox's worker that is in no place any more. `line_length` is everybody's limit.
@@ -84,7 +84,7 @@ impl Exit {
                 drop(socket);
             }
         }
-        self.activity.stir();
+        self.wakeup.notify();
     }
 
     fn record(&self, connection: &mut Connection, outcome: &Outcome, line_length: usize) {

@@ -5,10 +5,10 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
-use peergate::Activity;
+use peergate::Wakeup;
 use peergate::activation::Listener;
 use peergate::gate::{Admission, Closer, Gate, GateConfig};
-use peergate::systemd::{Beat, Watched};
+use peergate::systemd::{Heartbeat, Monitored};
 
 use crate::config::Terms;
 use crate::threshold::Threshold;
@@ -17,7 +17,7 @@ use crate::threshold::Threshold;
 pub struct GateThread {
     commands: mpsc::Sender<Command>,
     closer: Closer,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     thread: Option<thread::JoinHandle<Vec<Listener>>>,
 }
 
@@ -31,19 +31,19 @@ enum Command {
 }
 
 impl GateThread {
-    /// Starts the thread. `activity` hears of each connection that is judged.
+    /// Starts the thread. `wakeup` hears of each connection that is judged.
     ///
     /// # Errors
     /// What starting a thread says.
-    pub fn start(gate: Gate<Terms>, threshold: Threshold, activity: Arc<Activity>) -> io::Result<Self> {
+    pub fn start(gate: Gate<Terms>, threshold: Threshold, wakeup: Arc<Wakeup>) -> io::Result<Self> {
         let (commands, received) = mpsc::channel();
-        let (closer, beat) = (gate.closer(), Arc::new(Beat::default()));
-        let mut running = Loop { gate, threshold, commands: received, activity, beat: Arc::clone(&beat) };
+        let (closer, heartbeat) = (gate.closer(), Arc::new(Heartbeat::default()));
+        let mut running = Loop { gate, threshold, commands: received, wakeup, heartbeat: Arc::clone(&heartbeat) };
         let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || {
             running.run();
             running.gate.finish()
         })?;
-        Ok(Self { commands, closer, beat, thread: Some(thread) })
+        Ok(Self { commands, closer, heartbeat, thread: Some(thread) })
     }
 
     /// Puts a configuration in force and returns its generation. By then every connection that an earlier one admitted is in
@@ -75,9 +75,13 @@ impl GateThread {
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let closer = self.closer.clone();
-        Watched { name: "gate".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || closer.wake()) }
+        Monitored {
+            name: "gate".to_owned(),
+            heartbeat: Arc::clone(&self.heartbeat),
+            nudge: Box::new(move || closer.wake()),
+        }
     }
 
     fn ask<A>(&self, command: impl FnOnce(mpsc::Sender<A>) -> Command) -> Option<A> {
@@ -96,19 +100,19 @@ struct Loop {
     gate: Gate<Terms>,
     threshold: Threshold,
     commands: mpsc::Receiver<Command>,
-    activity: Arc<Activity>,
-    beat: Arc<Beat>,
+    wakeup: Arc<Wakeup>,
+    heartbeat: Arc<Heartbeat>,
 }
 
 impl Loop {
     fn run(&mut self) {
         let mut admitted = Vec::new();
         loop {
-            self.beat.answer();
+            self.heartbeat.answer();
             // While connections come close together, looking again costs less than sleeping.
             let timeout = self.threshold.linger().then_some(Duration::ZERO);
             if self.gate.turn(timeout, &mut admitted) {
-                self.activity.stir();
+                self.wakeup.notify();
             }
             self.serve(&mut admitted);
             while let Ok(command) = self.commands.try_recv() {

@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use peergate::permits::Permit;
 use peergate::policy::Rule;
-use peergate::systemd::Beat;
+use peergate::systemd::Heartbeat;
 
 use crate::config::Terms;
 use crate::connection::{Carried, Connection, Ruling};
@@ -53,7 +53,7 @@ pub struct Mailbox {
     /// How many connections it serves, those on their way to it included.
     pub connections: AtomicUsize,
     line_length: AtomicUsize,
-    pub beat: Arc<Beat>,
+    pub heartbeat: Arc<Heartbeat>,
 }
 
 struct Mail {
@@ -82,7 +82,7 @@ impl Mailbox {
             epoll,
             connections: AtomicUsize::new(0),
             line_length: AtomicUsize::new(ruling.line_length),
-            beat: Arc::new(Beat::default()),
+            heartbeat: Arc::new(Heartbeat::default()),
         })
     }
 

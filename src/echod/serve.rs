@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use peergate::Activity;
+use peergate::Wakeup;
 use peergate::activation::Listener;
 use peergate::audit::{self, Audit, Event, Reason, Record, Severity, Totals};
 use peergate::gate::{Gate, GateConfig, Judge, Setup};
@@ -112,7 +112,7 @@ struct Service {
     ends_at_hangup: bool,
     /// Asked for while something else was under way.
     requests: VecDeque<Request>,
-    activity: Arc<Activity>,
+    wakeup: Arc<Wakeup>,
     watchdog: Option<Watchdog>,
     /// Until then nobody wakes this thread by what they do.
     unwatched_until: Instant,
@@ -188,12 +188,12 @@ impl Service {
         // Alone on a processor, whoever looks again keeps everyone else from doing anything to be seen.
         let processors = thread::available_parallelism().map_or(1, Into::into);
         let busy_poll = config.service.busy_poll.filter(|_| processors > 1);
-        let activity = Arc::new(Activity::new().map_err(opening)?);
+        let wakeup = Arc::new(Wakeup::new().map_err(opening)?);
         let around = Surroundings {
             audit: audit.clone(),
             closer: gate.closer(),
             judge: gate.judge(),
-            activity: Arc::clone(&activity),
+            wakeup: Arc::clone(&wakeup),
             busy_poll,
         };
         let count = config.service.workers.map_or_else(|| default_workers(processors), Into::into);
@@ -202,10 +202,10 @@ impl Service {
         let workers = workers.map_err(|error| format!("starting a worker: {error}"))?;
         let mailboxes = workers.iter().map(Worker::mailbox).collect();
         let threshold = Threshold::new(mailboxes, audit.clone(), around.exit(), Pacing::new(busy_poll));
-        let gate = GateThread::start(gate, threshold, Arc::clone(&activity)).map_err(opening)?;
-        let watched = workers.iter().map(Worker::watched).chain([gate.watched(), journal.watched()]).collect();
+        let gate = GateThread::start(gate, threshold, Arc::clone(&wakeup)).map_err(opening)?;
+        let monitored = workers.iter().map(Worker::monitored).chain([gate.monitored(), journal.monitored()]).collect();
         let now = Instant::now();
-        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&activity));
+        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&wakeup));
         let mut service = Self {
             audit,
             limits,
@@ -219,8 +219,8 @@ impl Service {
             signals,
             ends_at_hangup,
             requests,
-            activity,
-            watchdog: Watchdog::from_env(watched),
+            wakeup,
+            watchdog: Watchdog::from_env(monitored),
             unwatched_until: now,
             status: Status { said: String::new(), at: now, due: false },
             idle: Idle { totals: Totals::default(), is_present: false, since: now, not_before: now },
@@ -272,7 +272,7 @@ impl Service {
         loop {
             let now = Instant::now();
             if now >= self.unwatched_until {
-                self.activity.watch();
+                self.wakeup.arm();
                 self.unwatched_until = now;
             }
             // What happened before the watch began wakes nobody: look for it now.
@@ -324,15 +324,13 @@ impl Service {
         let watch = (self.unwatched_until > Instant::now()).then_some(self.unwatched_until);
         let due = [status, watchdog, watch, self.idle_exit_due(), self.names.due()].into_iter().flatten().min();
         let timeout = due.map_or(PollTimeout::NONE, until);
-        let mut events = [
-            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.activity.as_fd(), PollFlags::POLLIN),
-        ];
+        let mut events =
+            [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN), PollFd::new(self.wakeup.as_fd(), PollFlags::POLLIN)];
         // EINTR or an event: the loop looks at everything anyway.
         let _ = poll(&mut events, timeout);
         if events[1].any() == Some(true) {
             // Enough for now: who comes and goes all the time need not wake this thread each time.
-            self.activity.calm();
+            self.wakeup.clear();
             // But an idle exit counts from when the last one is seen to have left.
             let pause = self.config.service.idle_exit.map_or(NOTICE_PAUSE, |span| span.min(NOTICE_PAUSE));
             self.unwatched_until = Instant::now() + pause;
@@ -413,17 +411,17 @@ impl Service {
         let path = self.config_path.clone();
         let load_here = move || Config::load(path.as_deref()).map_err(|error| error.to_string());
         let (result, loaded) = mpsc::channel();
-        let (load, activity) = (load_here.clone(), Arc::clone(&self.activity));
+        let (load, wakeup) = (load_here.clone(), Arc::clone(&self.wakeup));
         let load = move || {
             let _ = result.send(load());
             // Not a descriptor of its own: there may be none left.
-            activity.stir();
+            wakeup.notify();
         };
         // Where no thread can be had the channel is closed at once.
         let _ = thread::Builder::new().name("reload".to_owned()).spawn(load);
         loop {
             // What happened before the watch began wakes nobody: look for it now.
-            self.activity.watch();
+            self.wakeup.arm();
             match loaded.try_recv() {
                 Ok(result) => return result,
                 Err(TryRecvError::Disconnected) => return load_here(),
@@ -432,10 +430,10 @@ impl Service {
             let timeout = self.watchdog.as_ref().map_or(PollTimeout::NONE, |watchdog| until(watchdog.due()));
             let mut events = [
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.activity.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.wakeup.as_fd(), PollFlags::POLLIN),
             ];
             let _ = poll(&mut events, timeout);
-            self.activity.calm();
+            self.wakeup.clear();
             self.feed_watchdog();
             while let Some(request) = self.next_request() {
                 if request == Request::Stop {
@@ -625,7 +623,7 @@ fn end_unjudged(inheritance: Inheritance, config: &Config, audit: &Audit) -> io:
         audit: audit.clone(),
         closer: gate.closer(),
         judge: gate.judge(),
-        activity: Arc::new(Activity::new()?),
+        wakeup: Arc::new(Wakeup::new()?),
         busy_poll: None,
     };
     // No limit of ours may cut off what was accepted by theirs.
@@ -755,9 +753,9 @@ fn serving(config: &Config) -> Ruling {
 fn audit_settings(config: &Config) -> audit::Settings {
     let mut settings = audit::Settings::default();
     settings.scope = match config.audit.record {
-        RecordWhat::Denials => audit::Scope::Denials,
-        RecordWhat::Connections => audit::Scope::Connections,
-        RecordWhat::Lines => audit::Scope::Lines,
+        RecordWhat::Denials => audit::RecordScope::Denials,
+        RecordWhat::Connections => audit::RecordScope::Connections,
+        RecordWhat::Lines => audit::RecordScope::Lines,
     };
     settings.burst = config.audit.burst;
     settings.interval = config.audit.interval;

@@ -13,7 +13,7 @@ use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use peergate::Activity;
+use peergate::Wakeup;
 use peergate::systemd::{Request, Signals};
 
 use crate::config::{Config, LoadError};
@@ -31,20 +31,20 @@ pub enum Outcome {
 /// # Errors
 /// What making an eventfd says.
 pub fn load(path: Option<&Path>, signals: &Signals, requests: &mut VecDeque<Request>) -> io::Result<Outcome> {
-    let activity = Arc::new(Activity::new()?);
+    let wakeup = Arc::new(Wakeup::new()?);
     let (result, loaded) = mpsc::channel();
     let load = {
-        let (path, activity) = (path.map(Path::to_path_buf), Arc::clone(&activity));
+        let (path, wakeup) = (path.map(Path::to_path_buf), Arc::clone(&wakeup));
         move || {
             let _ = result.send(Config::load(path.as_deref()));
-            activity.stir();
+            wakeup.notify();
         }
     };
     // If no thread can be started, the channel is closed at once.
     let _ = thread::Builder::new().name("start".to_owned()).spawn(load);
     loop {
         // The thread may have finished before the wake-up was armed: look afterwards.
-        activity.watch();
+        wakeup.arm();
         while let Some(request) = signals.next() {
             if request == Request::Stop {
                 return Ok(Outcome::Stopped);
@@ -55,9 +55,9 @@ pub fn load(path: Option<&Path>, signals: &Signals, requests: &mut VecDeque<Requ
             Ok(result) => result,
             Err(TryRecvError::Disconnected) => Config::load(path),
             Err(TryRecvError::Empty) => {
-                let awaited = [signals.as_fd(), activity.as_fd()];
+                let awaited = [signals.as_fd(), wakeup.as_fd()];
                 let _ = poll(&mut awaited.map(|fd| PollFd::new(fd, PollFlags::POLLIN)), PollTimeout::NONE);
-                activity.calm();
+                wakeup.clear();
                 continue;
             }
         };

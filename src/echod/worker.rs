@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 
-use peergate::Activity;
+use peergate::Wakeup;
 use peergate::audit::{Audit, Reason};
 use peergate::gate::{Closer, Judge};
 use peergate::permits::Permit;
 use peergate::policy::{Rule, Verdict};
-use peergate::systemd::Watched;
+use peergate::systemd::Monitored;
 
 use crate::config::Terms;
 use crate::connection::{Buffers, Carried, Connection, Outcome, READ, Ruling, State};
@@ -46,14 +46,14 @@ pub struct Surroundings {
     pub audit: Audit,
     pub closer: Closer,
     pub judge: Judge,
-    pub activity: Arc<Activity>,
+    pub wakeup: Arc<Wakeup>,
     pub busy_poll: Option<Duration>,
 }
 
 impl Surroundings {
     /// What a thread that serves needs to let go of connections.
     pub fn exit(&self) -> Exit {
-        Exit::new(self.audit.clone(), self.closer.clone(), Arc::clone(&self.activity))
+        Exit::new(self.audit.clone(), self.closer.clone(), Arc::clone(&self.wakeup))
     }
 }
 
@@ -104,11 +104,11 @@ impl Worker {
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let mailbox = Arc::clone(&self.mailbox);
-        Watched {
+        Monitored {
             name: format!("worker {}", self.number),
-            beat: Arc::clone(&self.mailbox.beat),
+            heartbeat: Arc::clone(&self.mailbox.heartbeat),
             nudge: Box::new(move || mailbox.wake()),
         }
     }
@@ -172,7 +172,7 @@ impl Loop {
     fn run(&mut self) {
         let mut events = [EpollEvent::empty(); 128];
         loop {
-            self.mailbox.beat.answer();
+            self.mailbox.heartbeat.answer();
             let count = self.wait(&mut events);
             for event in &events[..count] {
                 match event.data() {
@@ -552,7 +552,7 @@ pub mod tests {
 
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use peergate::audit::Settings;
-    use peergate::baggage::Stream;
+    use peergate::fd_passing::Stream;
     use peergate::gate::{Admission, Gate, Setup};
     use peergate::ids::Uid;
     use peergate::peer::Peer;
@@ -566,8 +566,8 @@ pub mod tests {
     pub fn surroundings(policy: &Arc<Policy<Terms>>) -> (Surroundings, Gate<Terms>) {
         let audit = Audit::new(Settings::default());
         let gate = Gate::new(Setup::without_listeners(Arc::clone(policy), audit.clone())).unwrap();
-        let activity = Arc::new(Activity::new().unwrap());
-        (Surroundings { audit, closer: gate.closer(), judge: gate.judge(), activity, busy_poll: None }, gate)
+        let wakeup = Arc::new(Wakeup::new().unwrap());
+        (Surroundings { audit, closer: gate.closer(), judge: gate.judge(), wakeup, busy_poll: None }, gate)
     }
 
     /// Somebody who was let in, and their end of the connection.

@@ -55,7 +55,7 @@ const MOST_WAITING_BYTES: usize = 4 << 20;
 /// How much is written in full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
-pub enum Scope {
+pub enum RecordScope {
     /// Who was turned away.
     Denials,
     /// Also who was admitted, and how each connection ended.
@@ -69,7 +69,7 @@ pub enum Scope {
 #[non_exhaustive]
 pub struct Settings {
     /// How much is written in full.
-    pub scope: Scope,
+    pub scope: RecordScope,
     /// How many denials or refusals of each user and reason, or connections cut off for their sender's sake, are written
     /// in full in an interval.
     pub burst: u32,
@@ -79,7 +79,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { scope: Scope::Denials, burst: 10, interval: Duration::from_secs(10) }
+        Self { scope: RecordScope::Denials, burst: 10, interval: Duration::from_secs(10) }
     }
 }
 
@@ -113,16 +113,16 @@ impl fmt::Debug for Audit {
 }
 
 struct Shared {
-    state: Mutex<State>,
+    queue: Mutex<Queue>,
     wake: Condvar,
     scope: AtomicU8,
     admitted: AtomicU64,
     denied: AtomicU64,
     refused: AtomicU64,
-    given_up: AtomicBool,
+    too_late: AtomicBool,
 }
 
-struct State {
+struct Queue {
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
     /// Taken out by the writer, which has not said yet what came of it.
@@ -153,7 +153,7 @@ const LOOK_FOR_JOURNAL: Duration = Duration::from_secs(1);
 impl Audit {
     /// An empty one. Nothing is written until a [`journal::Writer`](crate::journal::Writer) takes out.
     pub fn new(settings: Settings) -> Self {
-        let state = State {
+        let queue = Queue {
             waiting: VecDeque::new(),
             waiting_bytes: 0,
             in_hand: None,
@@ -166,34 +166,34 @@ impl Audit {
             closed: false,
         };
         Self(Arc::new(Shared {
-            state: Mutex::new(state),
+            queue: Mutex::new(queue),
             wake: Condvar::new(),
             scope: AtomicU8::new(settings.scope as u8),
             admitted: AtomicU64::new(0),
             denied: AtomicU64::new(0),
             refused: AtomicU64::new(0),
-            given_up: AtomicBool::new(false),
+            too_late: AtomicBool::new(false),
         }))
     }
 
     /// Replaces the settings, and says what was counted under the old ones.
     pub fn set(&self, settings: Settings) {
         self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
-        let mut state = self.lock();
+        let mut queue = self.lock();
         // First, because the summary to come is due by the new interval: the old one may have been hours.
-        (state.windows.burst, state.windows.interval) = (settings.burst, settings.interval);
-        state.summarize(Instant::now(), true);
-        self.wake(state);
+        (queue.windows.burst, queue.windows.interval) = (settings.burst, settings.interval);
+        queue.summarize(Instant::now(), true);
+        self.wake(queue);
     }
 
     /// Whether admissions and ends of connections are written.
     pub fn writes_connections(&self) -> bool {
-        self.0.scope.load(Ordering::Relaxed) >= Scope::Connections as u8
+        self.0.scope.load(Ordering::Relaxed) >= RecordScope::Connections as u8
     }
 
     /// Whether each line is written.
     pub fn writes_lines(&self) -> bool {
-        self.0.scope.load(Ordering::Relaxed) >= Scope::Lines as u8
+        self.0.scope.load(Ordering::Relaxed) >= RecordScope::Lines as u8
     }
 
     /// Records that `peer` was denied by `rule`, or because no rule allows it.
@@ -256,51 +256,51 @@ impl Audit {
         }
         .fetch_add(1, Ordering::Relaxed);
         let now = Instant::now();
-        let mut state = self.lock();
+        let mut queue = self.lock();
         // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
-        let known = state.windows.next_tick().is_some();
-        state.end_intervals(now);
-        if !state.has_room() || !state.windows.may_write(uid, reason, now) {
-            state.windows.count(uid, reason, 1, 0, now);
-            return if known { drop(state) } else { self.wake(state) };
+        let known = queue.windows.next_tick().is_some();
+        queue.end_intervals(now);
+        if !queue.has_room() || !queue.windows.may_write(uid, reason, now) {
+            queue.windows.count(uid, reason, 1, 0, now);
+            return if known { drop(queue) } else { self.wake(queue) };
         }
         // Made without the lock: it asks the kernel and /proc.
-        drop(state);
+        drop(queue);
         let record = record();
-        let mut state = self.lock();
-        state.push(record);
-        self.wake(state);
+        let mut queue = self.lock();
+        queue.push(record);
+        self.wake(queue);
     }
 
     /// Keeps a record that no summary stands for. Where there is no room it is only counted, and the
     /// journal is told how many are missing.
     pub fn write(&self, record: Record) {
-        let mut state = self.lock();
+        let mut queue = self.lock();
         match (record.event, record.reason) {
             // Peers can bring this about as often as they like: the first are written, the rest counted, as with denials.
             (Event::Revoked, Some(reason)) if reason != Reason::Policy => {
                 let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
-                state.end_intervals(now);
-                if state.has_room() && state.windows.may_write(uid, reason, now) {
-                    state.push(record);
+                queue.end_intervals(now);
+                if queue.has_room() && queue.windows.may_write(uid, reason, now) {
+                    queue.push(record);
                 } else {
-                    state.windows.count(uid, reason, 1, 0, now);
+                    queue.windows.count(uid, reason, 1, 0, now);
                 }
             }
             // Bounded by what an administrator does: reloads, and the connections that each of them ends.
-            (Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused, _) => state.push(record),
-            _ if state.has_room_for_the_admitted() => state.push(record),
-            _ => state.unwritten += 1,
+            (Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused, _) => queue.push(record),
+            _ if queue.has_room_for_the_admitted() => queue.push(record),
+            _ => queue.unwritten += 1,
         }
-        self.wake(state);
+        self.wake(queue);
     }
 
     /// Puts everything counted into summaries; the writer ends once it has written what waits.
     pub(crate) fn close(&self) {
-        let mut state = self.lock();
-        state.closed = true;
-        state.summarize(Instant::now(), true);
-        self.wake(state);
+        let mut queue = self.lock();
+        queue.closed = true;
+        queue.summarize(Instant::now(), true);
+        self.wake(queue);
     }
 
     /// How often what happened since the start.
@@ -314,8 +314,8 @@ impl Audit {
 
     /// Whether everything to be written has been. What is counted is not: it waits for its summary.
     pub fn is_written(&self) -> bool {
-        let state = self.lock();
-        state.waiting.is_empty() && state.in_hand.is_none()
+        let queue = self.lock();
+        queue.waiting.is_empty() && queue.in_hand.is_none()
     }
 
     /// How many records the writer has dealt with so far.
@@ -324,111 +324,111 @@ impl Audit {
     }
 
     /// Takes everything from the writer that it has not dealt with, the record in its hands included.
-    pub(crate) fn give_up(&self) -> Vec<Record> {
-        let mut state = self.lock();
-        self.0.given_up.store(true, Ordering::Relaxed);
-        let mut left: Vec<_> = state.in_hand.take().into_iter().collect();
-        left.extend(state.waiting.drain(..));
-        state.waiting_bytes = 0;
+    pub(crate) fn take_unwritten(&self) -> Vec<Record> {
+        let mut queue = self.lock();
+        self.0.too_late.store(true, Ordering::Relaxed);
+        let mut left: Vec<_> = queue.in_hand.take().into_iter().collect();
+        left.extend(queue.waiting.drain(..));
+        queue.waiting_bytes = 0;
         left
     }
 
     /// What records that will not be written one by one come to: a summary for each user and reason, and a note of how
     /// many others there are. For when there is no writer any more.
     pub(crate) fn sum_up(&self, left: &[Record]) -> Vec<Record> {
-        let mut state = self.lock();
-        left.iter().for_each(|record| state.count_again(record, record.told));
-        state.summarize(Instant::now(), true);
-        std::iter::from_fn(|| state.pop()).collect()
+        let mut queue = self.lock();
+        left.iter().for_each(|record| queue.count_again(record, record.on_stderr));
+        queue.summarize(Instant::now(), true);
+        std::iter::from_fn(|| queue.pop()).collect()
     }
 
-    pub(crate) fn has_given_up(&self) -> bool {
-        self.0.given_up.load(Ordering::Relaxed)
+    pub(crate) fn is_too_late(&self) -> bool {
+        self.0.too_late.load(Ordering::Relaxed)
     }
 
     /// Makes the writer look around, so that it can show that it is alive.
     pub(crate) fn nudge(&self) {
-        let mut state = self.lock();
-        state.nudged = true;
-        self.wake(state);
+        let mut queue = self.lock();
+        queue.nudged = true;
+        self.wake(queue);
     }
 
     /// Waits for something to write.
     pub(crate) fn next(&self) -> Next {
-        let mut state = self.lock();
+        let mut queue = self.lock();
         loop {
             let now = Instant::now();
-            state.end_intervals(now);
-            if let Some(record) = state.pop() {
-                state.in_hand = Some(record.clone());
+            queue.end_intervals(now);
+            if let Some(record) = queue.pop() {
+                queue.in_hand = Some(record.clone());
                 return Next::Write(record);
             }
-            if std::mem::take(&mut state.nudged) {
+            if std::mem::take(&mut queue.nudged) {
                 return Next::Nothing;
             }
-            if state.closed {
+            if queue.closed {
                 return Next::Finished;
             }
-            state.sleeping = true;
-            state = match state.windows.next_tick() {
+            queue.sleeping = true;
+            queue = match queue.windows.next_tick() {
                 Some(due) => {
                     let pause = due.saturating_duration_since(now);
-                    self.0.wake.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0
+                    self.0.wake.wait_timeout(queue, pause).unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self.0.wake.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => self.0.wake.wait(queue).unwrap_or_else(PoisonError::into_inner),
             };
-            state.sleeping = false;
+            queue.sleeping = false;
         }
     }
 
     /// The record in hand is about to go to standard error. False where it has been taken away
-    /// ([`give_up`](Self::give_up)) and is told there in another way.
-    pub(crate) fn let_go(&self) -> bool {
-        self.lock().let_go().is_some()
+    /// ([`take_unwritten`](Self::take_unwritten)) and is told there in another way.
+    pub(crate) fn release(&self) -> bool {
+        self.lock().release().is_some()
     }
 
-    /// A record that was [let go](Self::let_go) has found no journal, and was written to standard error as a whole, or
-    /// not (`told`).
+    /// A record that was [let go](Self::release) has found no journal, and was written to standard error as a whole, or
+    /// not (`on_stderr`).
     ///
     /// If a journal is owed it (`is_owed`), or standard error did not take it, what it stands for is for a summary later
     /// on; one that stands for nobody turned away is counted among those that are missing.
-    pub(crate) fn missed(&self, record: &Record, is_owed: bool, told: bool) {
-        let mut state = self.lock();
-        state.journal_is_away = is_owed || !told;
+    pub(crate) fn write_failed(&self, record: &Record, is_owed: bool, on_stderr: bool) {
+        let mut queue = self.lock();
+        queue.journal_is_away = is_owed || !on_stderr;
         match record.event {
             // To count a note that standard error has told would never end: it may be the one that says how many are
             // missing.
-            Event::Note(_) if told || state.closed => {}
-            Event::Note(_) => state.unwritten += record.stands_for_missing.max(1),
-            _ if told && !is_owed => {}
+            Event::Note(_) if on_stderr || queue.closed => {}
+            Event::Note(_) => queue.unwritten += record.stands_for_missing.max(1),
+            _ if on_stderr && !is_owed => {}
             _ => {
-                let on_stderr = if told { record.stands_for() } else { record.told };
-                state.count_again(record, on_stderr);
+                let on_stderr = if on_stderr { record.stands_for() } else { record.on_stderr };
+                queue.count_again(record, on_stderr);
             }
         }
     }
 
     /// The record in hand has reached the journal.
-    pub(crate) fn got_through(&self) {
-        let mut state = self.lock();
-        state.let_go();
-        state.journal_is_away = false;
+    pub(crate) fn written(&self) {
+        let mut queue = self.lock();
+        queue.release();
+        queue.journal_is_away = false;
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self, state: MutexGuard<'_, State>) {
-        let sleeping = state.sleeping;
-        drop(state);
+    fn wake(&self, queue: MutexGuard<'_, Queue>) {
+        let sleeping = queue.sleeping;
+        drop(queue);
         if sleeping {
             self.0.wake.notify_one();
         }
     }
 }
 
-impl State {
+impl Queue {
     fn has_room(&self) -> bool {
         self.waiting.len() < MOST_WAITING && self.waiting_bytes < MOST_WAITING_BYTES
     }
@@ -439,20 +439,20 @@ impl State {
         self.waiting.len() < MOST_WAITING / 4 * 3 && self.waiting_bytes < MOST_WAITING_BYTES / 4 * 3
     }
 
-    fn let_go(&mut self) -> Option<Record> {
+    fn release(&mut self) -> Option<Record> {
         self.dealt_with += 1;
         self.in_hand.take()
     }
 
     /// Of those that the record stands for, standard error has told of `told`.
-    fn count_again(&mut self, record: &Record, told: u64) {
+    fn count_again(&mut self, record: &Record, on_stderr: u64) {
         let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
         let (reason, count) = match (record.event, record.reason, record.stands_for()) {
             (Event::Revoked, Some(reason), _) if reason != Reason::Policy => (reason, 1),
             (_, Some(reason), count @ 1..) => (reason, count),
             _ => return self.unwritten += 1,
         };
-        self.windows.count(uid, reason, count, told, now);
+        self.windows.count(uid, reason, count, on_stderr, now);
     }
 
     /// Also where the writer is held up: the first of the next interval are to be written too.
@@ -524,9 +524,9 @@ mod tests {
     /// The record in hand finds no journal, and standard error takes it.
     fn miss(audit: &Audit, is_owed: bool) -> bool {
         let record = audit.lock().in_hand.clone();
-        let has_let_go = audit.let_go();
-        record.iter().for_each(|record| audit.missed(record, is_owed, true));
-        has_let_go
+        let is_released = audit.release();
+        record.iter().for_each(|record| audit.write_failed(record, is_owed, true));
+        is_released
     }
 
     fn sum(records: &[Record]) -> u64 {
@@ -540,8 +540,8 @@ mod tests {
         audit.write(Record::note(Severity::Notice, "a note"));
         let lose = || {
             let Next::Write(record) = audit.next() else { panic!("nothing to write") };
-            assert!(audit.let_go());
-            audit.missed(&record, false, false);
+            assert!(audit.release());
+            audit.write_failed(&record, false, false);
         };
         (0..3).for_each(|_| lose());
         audit.set(Settings { burst: 2, interval: Duration::from_secs(3600), ..Settings::default() });
@@ -550,7 +550,7 @@ mod tests {
         audit.close();
         let records = drain(&audit);
         assert_eq!((sum(&records), records.len()), (5, 2), "{records:?}");
-        assert!(records.iter().all(|record| record.untold().is_some_and(|untold| untold.count == record.count)));
+        assert!(records.iter().all(|record| record.not_on_stderr().is_some_and(|rest| rest.count == record.count)));
         let missing = records.iter().find_map(|record| record.text.as_deref()).unwrap();
         assert!(missing.starts_with("1 record was not written"), "{missing}");
     }
@@ -652,7 +652,7 @@ mod tests {
         assert!(matches!(audit.next(), Next::Nothing), "while it is away there is no use in saying so");
         audit.write(Record::new(Event::Admitted));
         assert!(matches!(audit.next(), Next::Write(_)));
-        audit.got_through();
+        audit.written();
         let Next::Write(note) = audit.next() else { panic!("it is back") };
         assert_eq!(note.text.as_deref(), Some("2 records were not written: the journal was too slow, or away"));
     }
@@ -676,7 +676,7 @@ mod tests {
         audit.write(Record::new(Event::Admitted));
         assert!(matches!(audit.next(), Next::Write(_)) && !audit.is_written());
         audit.close();
-        let left = audit.give_up();
+        let left = audit.take_unwritten();
         assert_eq!((left.len(), sum(&left)), (5, 7));
         assert!(audit.is_written() && !miss(&audit, true), "somebody else has it");
         assert!(matches!(audit.next(), Next::Finished));
@@ -693,14 +693,14 @@ mod tests {
         assert!(miss(&audit, true));
         audit.close();
         let summary = drain(&audit).pop().unwrap();
-        assert_eq!((summary.count, summary.untold().unwrap().count), (Some(5), Some(4)));
+        assert_eq!((summary.count, summary.not_on_stderr().unwrap().count), (Some(5), Some(4)));
         assert!(miss(&audit, true));
         audit.lock().summarize(Instant::now(), true);
         let summary = drain(&audit).pop().unwrap();
-        assert_eq!((summary.count, summary.untold().is_none()), (Some(5), true));
-        audit.got_through();
+        assert_eq!((summary.count, summary.not_on_stderr().is_none()), (Some(5), true));
+        audit.written();
         (0..3).for_each(|_| deny(&audit, 1000));
         audit.lock().summarize(Instant::now(), true);
-        assert_eq!(drain(&audit).pop().unwrap().untold().unwrap().count, Some(3), "the journal has the others");
+        assert_eq!(drain(&audit).pop().unwrap().not_on_stderr().unwrap().count, Some(3), "the journal has the others");
     }
 }

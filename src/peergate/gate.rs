@@ -63,7 +63,7 @@ use self::decision::{Decision, ask};
 use self::over_limit::{OverLimit, Waiting};
 use self::reserve::Reserve;
 use crate::audit::{At, Audit, Record, Severity};
-use crate::baggage::Stream;
+use crate::fd_passing::Stream;
 use crate::peer::Peer;
 use crate::permits::{LimitExceeded, Permit, Permits, Terms};
 use crate::policy::{Policy, Rule, Verdict};

@@ -25,7 +25,7 @@ use crate::audit::{Audit, Next, Record, Severity};
 use crate::ids::{Gid, Uid};
 use crate::peer::printable;
 use crate::stderr::Stderr;
-use crate::systemd::{Beat, Watched};
+use crate::systemd::{Heartbeat, Monitored};
 
 /// journald's native socket (systemd-journald.service(8)).
 const SOCKET: &str = "/run/systemd/journal/socket";
@@ -57,7 +57,7 @@ pub struct Writer {
     finished: Receiver<()>,
     audit: Audit,
     identifier: String,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     stderr: Stderr,
 }
 
@@ -67,9 +67,9 @@ impl Writer {
     /// # Errors
     /// What starting a thread says.
     pub fn start(audit: &Audit, identifier: &str) -> io::Result<Self> {
-        let beat = Arc::new(Beat::default());
+        let heartbeat = Arc::new(Heartbeat::default());
         let stderr = Stderr::start()?;
-        let mut journal = Journal::new(identifier.to_owned(), Arc::clone(&beat), audit.clone(), stderr.clone());
+        let mut journal = Journal::new(identifier.to_owned(), Arc::clone(&heartbeat), audit.clone(), stderr.clone());
         let (finishing, finished) = mpsc::channel();
         let run = move || {
             journal.run();
@@ -77,13 +77,17 @@ impl Writer {
             let _ = finishing.send(());
         };
         let thread = thread::Builder::new().name("journal".to_owned()).spawn(run)?;
-        Ok(Self { thread, finished, audit: audit.clone(), identifier: identifier.to_owned(), beat, stderr })
+        Ok(Self { thread, finished, audit: audit.clone(), identifier: identifier.to_owned(), heartbeat, stderr })
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let audit = self.audit.clone();
-        Watched { name: "journal".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || audit.nudge()) }
+        Monitored {
+            name: "journal".to_owned(),
+            heartbeat: Arc::clone(&self.heartbeat),
+            nudge: Box::new(move || audit.nudge()),
+        }
     }
 
     /// Writes what waits, summaries included, and ends. Where nothing gets through for as long as `patience`, in whole
@@ -116,7 +120,7 @@ impl Writer {
 
 /// Gives up on the journal: what has not been written goes to standard error, as far as it takes that by then.
 fn tell_the_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instant) {
-    let rest = audit.give_up();
+    let rest = audit.take_unwritten();
     // Standard error may be the stopped journal too, and has room for some of it then: for each record as long as it
     // takes one more at once, in the end for what the others come to, all in one.
     let left = || until.saturating_duration_since(Instant::now());
@@ -147,13 +151,13 @@ fn line(record: &Record, user: Option<&str>, identifier: &str) -> Option<String>
         Severity::Warning => "warning: ",
         Severity::Notice | Severity::Info => "",
     };
-    Some(format!("{identifier}: {level}{}\n", record.untold()?.message(user)))
+    Some(format!("{identifier}: {level}{}\n", record.not_on_stderr()?.message(user)))
 }
 
 struct Journal {
     audit: Audit,
     identifier: String,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     probe: Option<UnixDatagram>,
     journald: Option<Dispatch>,
     sent: usize,
@@ -165,11 +169,11 @@ struct Journal {
 }
 
 impl Journal {
-    fn new(identifier: String, beat: Arc<Beat>, audit: Audit, stderr: Stderr) -> Self {
+    fn new(identifier: String, heartbeat: Arc<Heartbeat>, audit: Audit, stderr: Stderr) -> Self {
         Self {
             audit,
             identifier,
-            beat,
+            heartbeat,
             // At once: later there may be no descriptor for it.
             probe: UnixDatagram::unbound().ok(),
             journald: None,
@@ -185,7 +189,7 @@ impl Journal {
     fn run(&mut self) {
         self.namespace_is_partial = crate::peer::unmapped_ids().is_some();
         loop {
-            self.beat.answer();
+            self.heartbeat.answer();
             match self.audit.next() {
                 Next::Write(record) => self.write(&record),
                 Next::Nothing => {}
@@ -203,30 +207,30 @@ impl Journal {
     }
 
     fn write(&mut self, record: &Record) {
-        let beat = Arc::clone(&self.beat);
+        let heartbeat = Arc::clone(&self.heartbeat);
         // The user database may be far away: too far, when there is no time left.
-        let asked = record.about.as_ref().filter(|_| !self.audit.has_given_up());
-        let user = asked.and_then(|about| beat.excused(|| self.name_of(about.uid)));
+        let asked = record.about.as_ref().filter(|_| !self.audit.is_too_late());
+        let user = asked.and_then(|about| heartbeat.suspended(|| self.name_of(about.uid)));
         let message = record.message(user.as_deref());
         loop {
             if self.is_ready() {
                 self.was_reached = true;
                 // Others may have taken the place that was free a moment ago; then sending waits for the next one.
-                if beat.excused(|| self.emit(record, user.as_deref(), &message)) {
-                    return self.audit.got_through();
+                if heartbeat.suspended(|| self.emit(record, user.as_deref(), &message)) {
+                    return self.audit.written();
                 }
             }
-            if self.audit.has_given_up() {
+            if self.audit.is_too_late() {
                 return;
             }
             if self.wait_for_stderr(true) {
                 break;
             }
         }
-        if self.audit.let_go() {
+        if self.audit.release() {
             let line = line(record, user.as_deref(), &self.identifier);
             let told = line.is_none_or(|line| self.tell(line, true));
-            self.audit.missed(record, self.was_reached, told);
+            self.audit.write_failed(record, self.was_reached, told);
         }
     }
 
@@ -247,8 +251,8 @@ impl Journal {
             self.stderr.set_awaited(true);
             let answer = question(&self.stderr);
             self.stderr.set_awaited(false);
-            self.beat.answer();
-            if answer.is_some() || self.audit.has_given_up() || (looks && self.takes_one()) {
+            self.heartbeat.answer();
+            if answer.is_some() || self.audit.is_too_late() || (looks && self.takes_one()) {
                 return answer;
             }
         }
@@ -279,8 +283,8 @@ impl Journal {
             // A connected datagram socket polls writable only while the receiver's queue has room.
             let mut question = [PollFd::new(probe.as_fd(), PollFlags::POLLOUT)];
             match poll(&mut question, PollTimeout::from(250_u16)) {
-                Ok(0) if self.audit.has_given_up() => break false,
-                Ok(0) => self.beat.answer(),
+                Ok(0) if self.audit.is_too_late() => break false,
+                Ok(0) => self.heartbeat.answer(),
                 Ok(_) => {
                     let answer = question[0].revents().unwrap_or(PollFlags::empty());
                     break answer.contains(PollFlags::POLLOUT) && !answer.contains(PollFlags::POLLERR);
@@ -295,8 +299,8 @@ impl Journal {
 
     fn connect(&mut self) -> bool {
         // It sends an empty datagram, and others may have taken the place that was free a moment ago.
-        let beat = Arc::clone(&self.beat);
-        let Ok(layer) = beat.excused(tracing_journald::layer) else {
+        let heartbeat = Arc::clone(&self.heartbeat);
+        let Ok(layer) = heartbeat.suspended(tracing_journald::layer) else {
             // Out of descriptors, most likely, since journald was there a moment ago: better one that may have to wait.
             return self.journald.is_some();
         };

@@ -16,7 +16,7 @@
 //!    another runtime leaves it out and calls the others itself.
 //!
 //! In either case the connection is a [`Stream`]: strangers may send file descriptors along with their data, and with a
-//! bare socket it could take hours to read from it or to close it ([`baggage`]).
+//! bare socket it could take hours to read from it or to close it ([`fd_passing`]).
 //!
 //! [`systemd`] is the service manager's side: readiness, watchdog, signals, reload, the descriptor store.
 //!
@@ -119,9 +119,9 @@
 #![warn(missing_debug_implementations)]
 
 pub mod audit;
-pub mod baggage;
 mod clock;
-mod disposal;
+mod deferred_close;
+pub mod fd_passing;
 pub mod gate;
 pub mod handover;
 pub mod ids;
@@ -139,7 +139,7 @@ pub mod unit;
 mod wakeup;
 
 pub use audit::Audit;
-pub use baggage::Stream;
+pub use fd_passing::Stream;
 pub use gate::{Admission, Door, Gate, GateConfig, Setup};
 pub use ids::{Gid, Uid};
 pub use journal::Writer;
@@ -151,4 +151,4 @@ pub use serve::serve;
 pub use subject::Subject;
 pub use systemd::activation::{self, Listener};
 pub use systemd::{Notifier, Request, Signals};
-pub use wakeup::Activity;
+pub use wakeup::Wakeup;

@@ -62,7 +62,7 @@ pub fn serve<T: Terms>(
     }
     let outcome = Door::open(setup, admit).and_then(|mut door| {
         let notifier = Notifier::from_env();
-        let mut watchdog = Watchdog::from_env(vec![door.watched(), journal.watched()]);
+        let mut watchdog = Watchdog::from_env(vec![door.monitored(), journal.monitored()]);
         notifier.ready("serving");
         let outcome = attend(&signals, &notifier, watchdog.as_mut(), &audit);
         notifier.stopping("stopping");

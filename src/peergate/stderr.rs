@@ -28,16 +28,16 @@ use nix::sys::signal::{SigSet, Signal};
 pub(crate) struct Stderr(Arc<Handle>);
 
 #[derive(Debug)]
-struct Handle(Arc<Shared>);
+struct Handle(Arc<StderrThread>);
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct StderrThread {
+    state: Mutex<StderrState>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
-struct State {
+struct StderrState {
     job: Job,
     /// The journal's thread waits for the text in hand.
     is_awaited: bool,
@@ -58,8 +58,8 @@ impl Stderr {
     /// # Errors
     /// What starting a thread says.
     pub(crate) fn start() -> io::Result<Self> {
-        let state = State { job: Job::Done(true), is_awaited: false, is_over: false };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let state = StderrState { job: Job::Done(true), is_awaited: false, is_over: false };
+        let shared = Arc::new(StderrThread { state: Mutex::new(state), changed: Condvar::new() });
         let of_thread = Arc::clone(&shared);
         thread::Builder::new().name("stderr".to_owned()).spawn(move || of_thread.run())?;
         Ok(Self(Arc::new(Handle(shared))))
@@ -102,8 +102,8 @@ impl Stderr {
     }
 
     /// Waits until the thread has nothing in hand, for as long as `patience`.
-    fn wait(&self, patience: Duration) -> MutexGuard<'_, State> {
-        let is_busy = |state: &mut State| !matches!(state.job, Job::Done(_));
+    fn wait(&self, patience: Duration) -> MutexGuard<'_, StderrState> {
+        let is_busy = |state: &mut StderrState| !matches!(state.job, Job::Done(_));
         let shared = &self.0.0;
         let waited = shared.changed.wait_timeout_while(shared.lock(), patience, is_busy);
         waited.unwrap_or_else(PoisonError::into_inner).0
@@ -117,7 +117,7 @@ impl Drop for Handle {
     }
 }
 
-impl Shared {
+impl StderrThread {
     fn run(&self) {
         // They would end or stop the process: SIGPIPE where the reader has gone, SIGXFSZ where a file has reached its
         // limit (setrlimit(2)), SIGTTOU where a terminal wants no output of processes in the background (tcsetattr(3)).
@@ -146,7 +146,7 @@ impl Shared {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, StderrState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

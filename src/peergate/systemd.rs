@@ -14,4 +14,4 @@ mod watchdog;
 pub use notify::Notifier;
 pub use signals::{Request, Signals, answer_reload, request_reload};
 pub use store::Store;
-pub use watchdog::{Beat, Watchdog, Watched};
+pub use watchdog::{Heartbeat, Monitored, Watchdog};

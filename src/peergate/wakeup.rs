@@ -9,12 +9,12 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 /// Tells one thread that others have done something worth a look, at most once until it has looked:
 /// threads that are busy pay for one atomic read, and a service that is idle wakes nobody.
 #[derive(Debug)]
-pub struct Activity {
+pub struct Wakeup {
     awaited: AtomicBool,
     event: EventFd,
 }
 
-impl Activity {
+impl Wakeup {
     /// Nothing has happened yet, and nobody waits.
     ///
     /// # Errors
@@ -25,25 +25,25 @@ impl Activity {
     }
 
     /// Something happened.
-    pub fn stir(&self) {
+    pub fn notify(&self) {
         if self.awaited.load(Ordering::SeqCst) && self.awaited.swap(false, Ordering::SeqCst) {
             let _ = self.event.write(1);
         }
     }
 
-    /// Asks for the next stir to make the descriptor readable. Look once more after this call: what
+    /// Asks for the next notification to make the descriptor readable. Look once more after this call: what
     /// happened before it does not.
-    pub fn watch(&self) {
+    pub fn arm(&self) {
         self.awaited.store(true, Ordering::SeqCst);
     }
 
-    /// Makes the descriptor unreadable again, until the first stir after the next [`watch`](Self::watch).
-    pub fn calm(&self) {
+    /// Makes the descriptor unreadable again, until the first notification after the next [`arm`](Self::arm).
+    pub fn clear(&self) {
         let _ = self.event.read();
     }
 }
 
-impl AsFd for Activity {
+impl AsFd for Wakeup {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.event.as_fd()
     }

@@ -248,7 +248,7 @@ pub struct Record {
     /// What MESSAGE says beyond the fields, or all it says.
     pub text: Option<String>,
     /// How many of those it stands for standard error has told of already.
-    pub(super) told: u64,
+    pub(super) on_stderr: u64,
     /// How many records that were not written it tells of.
     pub(super) stands_for_missing: u64,
 }
@@ -282,7 +282,7 @@ impl Record {
             duration: None,
             about: None,
             text: None,
-            told: 0,
+            on_stderr: 0,
             stands_for_missing: 0,
         }
     }
@@ -404,8 +404,8 @@ impl Record {
     }
 
     /// Without those whom standard error has told of; `None` where it has of all.
-    pub(crate) fn untold(&self) -> Option<Cow<'_, Self>> {
-        match self.count.map(|count| count.saturating_sub(self.told)) {
+    pub(crate) fn not_on_stderr(&self) -> Option<Cow<'_, Self>> {
+        match self.count.map(|count| count.saturating_sub(self.on_stderr)) {
             Some(0) => None,
             count if count == self.count => Some(Cow::Borrowed(self)),
             count => Some(Cow::Owned(Self { count, ..self.clone() })),

@@ -24,7 +24,7 @@ struct Window {
     written: u32,
     counted: u64,
     /// Of those counted, how many standard error has told of: only the journal is still to hear of them.
-    told: u64,
+    on_stderr: u64,
     first_counted: Instant,
     last_counted: Instant,
 }
@@ -49,14 +49,14 @@ impl Windows {
     }
 
     /// Counts so many, of which standard error has told of `told`.
-    pub(super) fn count(&mut self, uid: Option<Uid>, reason: Reason, count: u64, told: u64, now: Instant) {
+    pub(super) fn count(&mut self, uid: Option<Uid>, reason: Reason, count: u64, on_stderr: u64, now: Instant) {
         let window = self.window(uid, reason, now);
         if window.counted == 0 {
             window.first_counted = now;
         }
         window.last_counted = now;
         window.counted += count;
-        window.told += told;
+        window.on_stderr += on_stderr;
     }
 
     fn window(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> &mut Window {
@@ -67,7 +67,7 @@ impl Windows {
             since: now,
             written: 0,
             counted: 0,
-            told: 0,
+            on_stderr: 0,
             first_counted: now,
             last_counted: now,
         })
@@ -85,7 +85,7 @@ impl Windows {
                     return true;
                 }
                 summaries.push(window.summary(*uid, *reason));
-                (window.counted, window.told) = (0, 0);
+                (window.counted, window.on_stderr) = (0, 0);
                 if over {
                     (window.since, window.written) = (now, 0);
                 }
@@ -118,7 +118,7 @@ impl Window {
         Record {
             reason: Some(reason),
             count: Some(self.counted),
-            told: self.told,
+            on_stderr: self.on_stderr,
             duration: Some(self.last_counted.saturating_duration_since(self.first_counted)),
             about: uid.map(About::user),
             ..Record::new(Event::Summary)

@@ -19,7 +19,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
-use crate::baggage::Stream;
+use crate::fd_passing::Stream;
 
 /// How long a peer that was turned away may keep its descriptor open on our side.
 const PATIENCE: Duration = Duration::from_millis(900);

@@ -19,7 +19,7 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{SFlag, fstat};
 
-use crate::baggage::{self, Stream};
+use crate::fd_passing::{self, Stream};
 use crate::sys;
 
 /// More descriptors than systemd would ever pass; a number above it is a mistake, not a request.
@@ -136,7 +136,7 @@ impl std::error::Error for Refused {}
 /// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined, unless they are what is served: a socket
 /// unit may call its socket as it likes (`FileDescriptorName=`). Every other must be a listening
 /// AF_UNIX stream socket. Who connects to it from now on can send no descriptors (Linux 6.16; see
-/// [`baggage`]).
+/// [`fd_passing`]).
 ///
 /// # Errors
 /// [`Refused`] names each descriptor that is something else, and what it is.
@@ -162,9 +162,9 @@ pub fn adopt(is_kept: impl Fn(&str) -> bool) -> Result<Passed, Refused> {
             }
         };
         match describe(&fd) {
-            Kind::Listener => passed.listeners.push(inherit(fd).map_err(Refused::System)?),
-            Kind::Other(_) if is_kept(&name) => passed.kept.push((name, fd)),
-            Kind::Other(what) => wrong.push((number, name, what)),
+            PassedKind::Listener => passed.listeners.push(inherit(fd).map_err(Refused::System)?),
+            PassedKind::Other(_) if is_kept(&name) => passed.kept.push((name, fd)),
+            PassedKind::Other(what) => wrong.push((number, name, what)),
         }
     }
     if wrong.is_empty() { Ok(passed) } else { Err(Refused::Descriptors(wrong)) }
@@ -237,13 +237,13 @@ pub fn declared(
 
 /// What a passed descriptor is.
 #[derive(Debug, PartialEq, Eq)]
-enum Kind {
+enum PassedKind {
     Listener,
     Other(String),
 }
 
-fn describe(fd: &OwnedFd) -> Kind {
-    let other = |what: &str| Kind::Other(what.to_owned());
+fn describe(fd: &OwnedFd) -> PassedKind {
+    let other = |what: &str| PassedKind::Other(what.to_owned());
     let Ok(stat) = fstat(fd) else { return other("unreadable") };
     let format = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     if format != SFlag::S_IFSOCK {
@@ -275,16 +275,16 @@ fn describe(fd: &OwnedFd) -> Kind {
     };
     let listening = getsockopt(fd, sockopt::AcceptConn).unwrap_or(false);
     match (family, kind, listening) {
-        ("AF_UNIX", "stream", true) => Kind::Listener,
+        ("AF_UNIX", "stream", true) => PassedKind::Listener,
         ("AF_UNIX", "stream", false) => other("an AF_UNIX stream socket that does not listen (Accept=yes?)"),
-        (_, _, true) => Kind::Other(format!("a listening {family} {kind} socket")),
-        (_, _, false) => Kind::Other(format!("an {family} {kind} socket")),
+        (_, _, true) => PassedKind::Other(format!("a listening {family} {kind} socket")),
+        (_, _, false) => PassedKind::Other(format!("an {family} {kind} socket")),
     }
 }
 
 fn inherit(fd: OwnedFd) -> io::Result<Listener> {
     set_nonblocking(&fd)?;
-    baggage::refuse_from_all(&fd);
+    fd_passing::refuse_from_all(&fd);
     let address = address_of(&fd)?;
     Ok(Listener { fd, address, bound: None })
 }

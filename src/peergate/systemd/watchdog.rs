@@ -7,16 +7,16 @@ use std::time::{Duration, Instant};
 
 use super::notify::{Notifier, watchdog_enabled};
 
-/// One thread's sign of life. The thread calls [`answer`](Beat::answer) whenever it comes round; the
+/// One thread's sign of life. The thread calls [`answer`](Heartbeat::answer) whenever it comes round; the
 /// [`Watchdog`] sees whether it did since it last asked.
 #[derive(Debug, Default)]
-pub struct Beat {
+pub struct Heartbeat {
     asked: AtomicU64,
     answered: AtomicU64,
-    excused: AtomicBool,
+    suspended: AtomicBool,
 }
 
-impl Beat {
+impl Heartbeat {
     /// The thread came round.
     pub fn answer(&self) {
         let asked = self.asked.load(Ordering::Acquire);
@@ -28,10 +28,10 @@ impl Beat {
 
     /// Does what may have to wait for somebody outside of this process, and is no less alive for it: to be ended and
     /// started again would not make them answer.
-    pub(crate) fn excused<R>(&self, outside: impl FnOnce() -> R) -> R {
-        self.excused.store(true, Ordering::Release);
+    pub(crate) fn suspended<R>(&self, outside: impl FnOnce() -> R) -> R {
+        self.suspended.store(true, Ordering::Release);
         let result = outside();
-        self.excused.store(false, Ordering::Release);
+        self.suspended.store(false, Ordering::Release);
         self.answer();
         result
     }
@@ -41,24 +41,27 @@ impl Beat {
     }
 
     fn is_answered(&self) -> bool {
-        self.excused.load(Ordering::Acquire)
+        self.suspended.load(Ordering::Acquire)
             || self.answered.load(Ordering::Acquire) == self.asked.load(Ordering::Acquire)
     }
 }
 
 /// A thread under watch: its sign of life, and how to make it look around.
-pub struct Watched {
+pub struct Monitored {
     /// For messages.
     pub name: String,
     /// Shared with the thread.
-    pub beat: Arc<Beat>,
+    pub heartbeat: Arc<Heartbeat>,
     /// Makes the thread come round once.
     pub nudge: Box<dyn Fn() + Send>,
 }
 
-impl fmt::Debug for Watched {
+impl fmt::Debug for Monitored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watched").field("name", &self.name).field("beat", &self.beat).finish_non_exhaustive()
+        f.debug_struct("Monitored")
+            .field("name", &self.name)
+            .field("heartbeat", &self.heartbeat)
+            .finish_non_exhaustive()
     }
 }
 
@@ -66,7 +69,7 @@ impl fmt::Debug for Watched {
 /// back, and the service manager ends and restarts us (WatchdogSec= in systemd.service(5)).
 #[derive(Debug)]
 pub struct Watchdog {
-    threads: Vec<Watched>,
+    threads: Vec<Monitored>,
     pause: Duration,
     due: Instant,
     asked: bool,
@@ -75,7 +78,7 @@ pub struct Watchdog {
 impl Watchdog {
     /// Reads WATCHDOG_USEC and WATCHDOG_PID; `None` where the manager set no watchdog for us, or one
     /// of no length.
-    pub fn from_env(threads: Vec<Watched>) -> Option<Self> {
+    pub fn from_env(threads: Vec<Monitored>) -> Option<Self> {
         let timeout = watchdog_enabled().filter(|timeout| !timeout.is_zero())?;
         // Asked at one tick, told at the next: two ticks and a half fit into the timeout. A timeout
         // beyond all reason is as good as a day.
@@ -95,14 +98,14 @@ impl Watchdog {
             return Vec::new();
         }
         self.due = now + self.pause;
-        let silent: Vec<_> = self.threads.iter().filter(|thread| !thread.beat.is_answered()).collect();
+        let silent: Vec<_> = self.threads.iter().filter(|thread| !thread.heartbeat.is_answered()).collect();
         if silent.is_empty() {
             if self.asked {
                 notifier.watchdog();
             }
             self.asked = true;
             for thread in &self.threads {
-                thread.beat.ask();
+                thread.heartbeat.ask();
                 (thread.nudge)();
             }
         }

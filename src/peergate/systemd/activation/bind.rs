@@ -24,7 +24,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, umask};
 use nix::unistd::{UnlinkatFlags, geteuid, linkat, unlinkat};
 
 use super::{BindError, LONGEST_PATH, Listener, address_of};
-use crate::baggage;
+use crate::fd_passing;
 
 /// How often the path is tried, and how long each try waits for another start to remove the stale socket.
 const TRIES: usize = 200;
@@ -39,7 +39,7 @@ const MODE: Mode = Mode::from_bits_truncate(0o666);
 /// A socket's file, to be removed with its listener.
 #[derive(Debug)]
 pub(super) struct Bound {
-    place: Place,
+    place: DirEntry,
     id: FileId,
 }
 
@@ -52,7 +52,7 @@ impl Bound {
 
 /// A name in a directory that is held open.
 #[derive(Debug)]
-struct Place {
+struct DirEntry {
     directory: OwnedFd,
     name: OsString,
 }
@@ -88,20 +88,20 @@ pub(super) fn listener(path: &Path) -> Result<Listener, BindError> {
     if length == 0 {
         return Err(failed(Errno::ENOENT));
     }
-    let Some(place) = Place::open(path).map_err(failed)? else {
+    let Some(place) = DirEntry::open(path).map_err(failed)? else {
         return Err(BindError::Occupied(path.to_owned(), "a directory"));
     };
     let fd = bind_in(&place, path)?;
     let bound = place.own_socket().map(|id| Bound { place, id });
     let address = address_of(&fd).map_err(system)?;
     let listener = Listener { fd, address, bound };
-    baggage::refuse_from_all(&listener.fd);
+    fd_passing::refuse_from_all(&listener.fd);
     listen(&listener, Backlog::MAXALLOWABLE).map_err(failed)?;
     Ok(listener)
 }
 
 /// Binds a socket at the path, in place of a stale one.
-fn bind_in(place: &Place, path: &Path) -> Result<OwnedFd, BindError> {
+fn bind_in(place: &DirEntry, path: &Path) -> Result<OwnedFd, BindError> {
     let failed = |error: Errno| BindError::System(path.to_owned(), error.into());
     for tried in 0..TRIES {
         if let Some(stale) = place.stale_socket(path)? {
@@ -140,7 +140,7 @@ fn new_socket(kind: SockType) -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
 }
 
-impl Place {
+impl DirEntry {
     /// The directory and the name that a path consists of; `None` where it cannot end in a file, as `..`.
     fn open(path: &Path) -> nix::Result<Option<Self>> {
         let Some(name) = path.file_name() else { return Ok(None) };

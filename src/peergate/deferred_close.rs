@@ -1,4 +1,4 @@
-//! Closes what may be slow to close, on threads that nobody waits for. For [`baggage`](crate::baggage).
+//! Closes what may be slow to close, on threads that nobody waits for. For [`fd_passing`](crate::fd_passing).
 //!
 //! What lies unread on a socket is closed in the thread that reads it or closes the socket, and the peer that sent it
 //! chooses how long that takes (SO_LINGER, socket(7)). To linger is over at a signal; so these threads interrupt themselves
@@ -27,10 +27,10 @@ const MOST_THREADS: usize = 8;
 const MOST_FOR_ONE: usize = 16;
 
 /// One for the whole process, so that a connection need not know of it.
-static WAITING: Mutex<Waiting> = Mutex::new(Waiting { sockets: VecDeque::new(), threads: 0 });
+static WAITING: Mutex<Backlog> = Mutex::new(Backlog { sockets: VecDeque::new(), threads: 0 });
 static MORE: Condvar = Condvar::new();
 
-struct Waiting {
+struct Backlog {
     sockets: VecDeque<OwnedFd>,
     /// The first one stays once it is there.
     threads: usize,
@@ -38,13 +38,13 @@ struct Waiting {
 
 /// Takes the socket from whoever must not wait, reads what is left on it, and closes it. Shut down for reading before, so
 /// that it is no more than a queue can hold.
-pub(crate) fn dispose_of(socket: OwnedFd) {
+pub(crate) fn close_later(socket: OwnedFd) {
     let mut waiting = lock();
     waiting.sockets.push_back(socket);
     let wanted = waiting.threads == 0 || waiting.sockets.len() > MOST_FOR_ONE * waiting.threads;
     if wanted && waiting.threads < MOST_THREADS {
         // No thread to be had: it waits for the next one who comes, rather than be closed here.
-        let spawned = thread::Builder::new().name("disposal".to_owned()).spawn(close_all);
+        let spawned = thread::Builder::new().name("deferred-close".to_owned()).spawn(close_all);
         waiting.threads += usize::from(spawned.is_ok());
     }
     drop(waiting);
@@ -91,7 +91,7 @@ fn next(rest: impl Fn()) -> Option<OwnedFd> {
     }
 }
 
-fn lock() -> MutexGuard<'static, Waiting> {
+fn lock() -> MutexGuard<'static, Backlog> {
     WAITING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -102,7 +102,7 @@ mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 
-    use crate::baggage::tests::{lingering, send_along};
+    use crate::fd_passing::tests::{lingering, send_along};
 
     #[test]
     fn a_hundred_that_would_take_hours_to_close_are_closed_and_few_threads_are_left() {
@@ -112,7 +112,7 @@ mod tests {
             let (bomb, other_end) = lingering();
             send_along(&theirs, &bomb).unwrap();
             drop(bomb);
-            dispose_of(ours.into());
+            close_later(ours.into());
             assert!(lock().threads <= MOST_THREADS);
             ends.push((theirs, other_end));
         }

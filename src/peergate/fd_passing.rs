@@ -23,18 +23,18 @@ use std::os::unix::net::UnixStream;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv, send, shutdown};
 
-use crate::disposal::dispose_of;
+use crate::deferred_close::close_later;
 use crate::ids::Uid;
 use crate::peer;
 use crate::sys;
 
 /// Whether descriptors may lie among what is unread on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Baggage {
+enum Passing {
     /// The kernel refused them before the peer could send anything, or nothing is unread and nothing can come.
-    Never,
+    Refused,
     /// The kernel refuses them by now. What was sent earlier may carry some.
-    Earlier,
+    MaybeQueued,
     /// The kernel cannot refuse them.
     Possible,
 }
@@ -65,7 +65,7 @@ enum Baggage {
 pub struct Stream {
     /// There until it is dropped.
     fd: Option<OwnedFd>,
-    baggage: Baggage,
+    passing: Passing,
     /// Whether the socket is meant to have SO_PASSCRED.
     credentials: bool,
 }
@@ -87,11 +87,11 @@ impl Stream {
     /// As [`accepted`](Self::accepted); with `credentials`, SO_PASSCRED is left to whoever asks for it.
     pub(crate) fn new(fd: OwnedFd, credentials: bool) -> Self {
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
-        let baggage = match sys::option(fd.as_fd(), sys::SO_PASSRIGHTS) {
-            Ok(0) => Baggage::Never,
+        let passing = match sys::option(fd.as_fd(), sys::SO_PASSRIGHTS) {
+            Ok(0) => Passing::Refused,
             _ => only_credentials(fd.as_fd(), credentials),
         };
-        Self { fd: Some(fd), baggage, credentials }
+        Self { fd: Some(fd), passing, credentials }
     }
 
     /// A connection that another process had before, or other code of this one: what the kernel refuses today it may not
@@ -101,8 +101,8 @@ impl Stream {
         let fd = socket.into();
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
         let _ = sys::set_option(fd.as_fd(), libc::SO_PASSCRED, credentials.into());
-        let baggage = only_credentials(fd.as_fd(), credentials);
-        Self { fd: Some(fd), baggage, credentials }
+        let passing = only_credentials(fd.as_fd(), credentials);
+        Self { fd: Some(fd), passing, credentials }
     }
 
     /// As it is on kernels before 6.16. For tests alone.
@@ -110,7 +110,7 @@ impl Stream {
     pub fn unrefused(socket: impl Into<OwnedFd>) -> Self {
         let fd = socket.into();
         let _ = sys::set_option(fd.as_fd(), sys::SO_PASSRIGHTS, 1);
-        Self { fd: Some(fd), baggage: Baggage::Possible, credentials: false }
+        Self { fd: Some(fd), passing: Passing::Possible, credentials: false }
     }
 
     /// Has the kernel attach the sender's credentials to what comes from now on (SO_PASSCRED, unix(7)), as
@@ -157,20 +157,20 @@ impl Stream {
     /// After the end of file there is nothing to take, and nothing can come.
     fn note_end(&mut self, count: usize, room: usize) {
         if count == 0 && room > 0 {
-            self.baggage = Baggage::Never;
+            self.passing = Passing::Refused;
         }
     }
 
     /// How many bytes may be read now, at least one unless `buffer` has no room, and at most what it has room for,
     /// without taking descriptors. Overwrites `buffer`. May wait, where the socket does and it is told so.
     fn look(&mut self, buffer: &mut [u8], may_wait: bool) -> io::Result<usize> {
-        if self.baggage == Baggage::Never || buffer.is_empty() {
+        if self.passing == Passing::Refused || buffer.is_empty() {
             return Ok(buffer.len());
         }
         // Room that no credentials fill would be filled with descriptors.
         let credentials = self.credentials && matches!(sys::option(self.as_fd(), libc::SO_PASSCRED), Ok(1));
         // Only where no end of looking is to be found need it wait.
-        let waits = may_wait && self.baggage == Baggage::Possible;
+        let waits = may_wait && self.passing == Passing::Possible;
         match sys::peek(self.as_fd(), buffer, credentials, waits) {
             Ok((_, true)) => match before_descriptors(self.as_fd(), credentials)? {
                 0 => {
@@ -181,8 +181,8 @@ impl Stream {
             },
             // At the end of file there is nothing to take either.
             Ok((count, false)) => Ok(count.max(1)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.baggage == Baggage::Earlier => {
-                self.baggage = Baggage::Never;
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.passing == Passing::MaybeQueued => {
+                self.passing = Passing::Refused;
                 if may_wait { Ok(buffer.len()) } else { Err(error) }
             }
             Err(error) => Err(error),
@@ -192,7 +192,7 @@ impl Stream {
     /// Whether dropping this shuts the connection down and leaves the descriptor to another thread, to be closed a
     /// little later: take it out of an epoll(7) before.
     pub fn may_linger(&self) -> bool {
-        self.baggage != Baggage::Never
+        self.passing != Passing::Refused
     }
 
     /// Whether descriptors lie anywhere in the queue of this socket, as far as /proc/self/fdinfo tells (Linux 5.10):
@@ -254,14 +254,14 @@ fn before_descriptors(socket: BorrowedFd<'_>, credentials: bool) -> io::Result<u
     }
 }
 
-fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Baggage {
+fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Passing {
     let refused = sys::set_option(socket, sys::SO_PASSRIGHTS, 0).is_ok();
     if !credentials {
         let _ = sys::set_option(socket, libc::SO_PASSCRED, 0);
     }
     let _ = sys::set_option(socket, libc::SO_PASSSEC, 0);
     let _ = sys::set_option(socket, libc::SO_PASSPIDFD, 0);
-    if refused { Baggage::Earlier } else { Baggage::Possible }
+    if refused { Passing::MaybeQueued } else { Passing::Possible }
 }
 
 fn as_nix(how: Shutdown) -> nix::sys::socket::Shutdown {
@@ -334,7 +334,7 @@ impl From<Stream> for OwnedFd {
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Stream({:?}, descriptors: {:?})", self.fd, self.baggage)
+        write!(f, "Stream({:?}, descriptors: {:?})", self.fd, self.passing)
     }
 }
 
@@ -343,7 +343,7 @@ impl Drop for Stream {
         if let (true, Some(fd)) = (self.may_linger(), self.fd.take()) {
             // The peer sees the end at once.
             let _ = shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
-            dispose_of(fd);
+            close_later(fd);
         }
     }
 }
@@ -443,13 +443,13 @@ pub(crate) mod tests {
         theirs.write_all(b"x").unwrap();
         let mut stream = Stream::accepted(ours);
         // Before Linux 6.16 it cannot.
-        let is_refused = stream.baggage == Baggage::Earlier;
-        let afterwards = if is_refused { Baggage::Never } else { Baggage::Possible };
+        let is_refused = stream.passing == Passing::MaybeQueued;
+        let afterwards = if is_refused { Passing::Refused } else { Passing::Possible };
         assert!(stream.may_linger());
         let mut buffer = [0; 64];
         assert_eq!(stream.read(&mut buffer).unwrap(), 1);
         assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::WouldBlock);
-        assert_eq!(stream.baggage, afterwards);
+        assert_eq!(stream.passing, afterwards);
         assert_eq!(send_along(&theirs, &theirs).is_err(), is_refused);
         drop(theirs);
     }
