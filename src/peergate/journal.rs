@@ -22,8 +22,8 @@ use tracing::dispatcher::{self, Dispatch};
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::audit::{Audit, Next, Record, Severity};
+use crate::escape::printable;
 use crate::ids::{Gid, Uid};
-use crate::peer::printable;
 use crate::stderr::Stderr;
 use crate::systemd::{Heartbeat, Monitored};
 

@@ -121,6 +121,7 @@
 pub mod audit;
 mod clock;
 mod deferred_close;
+pub mod escape;
 pub mod fd_passing;
 pub mod gate;
 pub mod handover;
@@ -139,6 +140,8 @@ pub mod unit;
 mod wakeup;
 
 pub use audit::Audit;
+#[doc(hidden)]
+pub use clock::poll_timeout;
 pub use fd_passing::Stream;
 pub use gate::{Admission, Door, Gate, GateConfig, Setup};
 pub use ids::{Gid, Uid};

@@ -3,12 +3,13 @@
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 
 use crate::audit::{Audit, Record, Severity};
+use crate::clock::poll_timeout;
 use crate::gate::{Admission, Door, Setup};
 use crate::journal::Writer;
 use crate::peer::unmapped_ids;
@@ -93,16 +94,15 @@ fn attend(
                 }
             }
         }
-        let mut timeout = PollTimeout::NONE;
+        let mut due = None;
         if let Some(watchdog) = &mut watchdog {
             let silent = watchdog.tick(notifier).join(", ");
             if !silent.is_empty() {
                 audit.write(Record::note(Severity::Error, format!("no sign of life from: {silent}")));
             }
-            let left = watchdog.due().saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            due = Some(watchdog.due());
         }
-        match poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], timeout) {
+        match poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], poll_timeout(due)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }

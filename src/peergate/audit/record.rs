@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::escape::{in_parentheses, printable};
 use crate::ids::{Gid, Uid};
 use crate::peer::{Details, MOST_GROUPS, Peer};
 use crate::permits::LimitExceeded;
@@ -193,7 +194,7 @@ impl About {
 
     /// What is still known of `peer` when its connection ends.
     pub fn former(peer: &Peer) -> Self {
-        let unit = peer.remembered_units().map(|units| crate::peer::printable(units.name()));
+        let unit = peer.remembered_units().map(|units| printable(units.name()));
         let details = Details { unit, ..Details::default() };
         Self { details, pid: peer.pid(), gid: Some(peer.gid()), ..Self::user(peer.uid()) }
     }
@@ -257,14 +258,6 @@ pub struct Record {
 pub(super) fn counted(number: u64, what: &str) -> String {
     let plural = if number == 1 { "" } else { "s" };
     format!("{number} {what}{plural}")
-}
-
-/// The name of a program, which whoever starts it may choose, as it can stand in parentheses: none of its own closes them.
-fn closed_by_the_last(comm: &str) -> Cow<'_, str> {
-    match comm.trim_end_matches(')') {
-        head if head.contains(')') => Cow::Owned(head.replace(')', "\\x29") + &comm[head.len()..]),
-        _ => Cow::Borrowed(comm),
-    }
 }
 
 impl Record {
@@ -380,7 +373,7 @@ impl Record {
             write!(out, " pid {pid}")?;
         }
         if let Some(comm) = &about.details.comm {
-            write!(out, " ({})", closed_by_the_last(comm))?;
+            write!(out, " ({})", in_parentheses(comm))?;
         }
         if let Some(unit) = &about.details.unit {
             write!(out, " in {unit}")?;

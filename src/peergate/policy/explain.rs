@@ -6,6 +6,7 @@ use super::Policy;
 use super::glob::Glob;
 use super::matcher::{Answer, Asked, Matcher, any_fits};
 use super::rule::{Kind, Place, Rule, RuleName};
+use crate::escape::printable;
 use crate::subject::Subject;
 use crate::unit::Units;
 
@@ -182,7 +183,7 @@ fn units(key: &'static str, patterns: &[String], matcher: &Matcher, asked: &Aske
 
 /// A unit's path, harmless on a terminal.
 fn shown(units: &Units) -> String {
-    units.to_path().escape_debug().to_string()
+    printable(&units.to_path())
 }
 
 /// At most this many values are spelled out.

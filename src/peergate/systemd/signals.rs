@@ -11,7 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-use crate::clock::later;
+use crate::clock::{later, poll_timeout};
 use crate::sys;
 
 /// Marks a signal whose sender waits for an answer ([`request_reload`]), and the answer.
@@ -93,12 +93,10 @@ impl Signals {
             if self.is_final.load(Ordering::Relaxed) {
                 return true;
             }
-            let left = until.saturating_duration_since(Instant::now());
-            if self.is_restarted.load(Ordering::Relaxed) || left.is_zero() {
+            if self.is_restarted.load(Ordering::Relaxed) || until <= Instant::now() {
                 return !self.is_restarted.load(Ordering::Relaxed);
             }
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            let _ = poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout);
+            let _ = poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], poll_timeout(Some(until)));
         }
     }
 
@@ -211,10 +209,9 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     sys::queue_signal(pid, asking(), ANSWER_WANTED)?;
     let until = later(Instant::now(), patience);
     loop {
-        let left = until.saturating_duration_since(Instant::now());
         let mut question =
             [PollFd::new(answer.as_fd(), PollFlags::POLLIN), PollFd::new(process.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut question, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX))? == 0 {
+        if poll(&mut question, poll_timeout(Some(until)))? == 0 {
             return Err(io::ErrorKind::TimedOut.into());
         }
         if let Some(signal) = answer.read_signal()? {

@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::notify::{Notifier, NotifyState, message};
 use super::outlet::Outlet;
-use crate::clock::later;
+use crate::clock::{later, poll_timeout};
 
 /// The service manager's store for descriptors that are to outlive this process (FDSTORE=1 in
 /// sd_notify(3), FileDescriptorStoreMax= in systemd.service(5)).
@@ -100,10 +100,8 @@ impl Store {
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], patience)?;
         drop(theirs);
-        let timeout =
-            PollTimeout::try_from(until.saturating_duration_since(Instant::now())).unwrap_or(PollTimeout::MAX);
         let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
-        match poll(&mut question, timeout)? {
+        match poll(&mut question, poll_timeout(Some(until)))? {
             0 => Err(io::ErrorKind::TimedOut.into()),
             _ => Ok(()),
         }
