@@ -1,27 +1,27 @@
-//! What is recorded and what is counted; the event ids.
+//! The queue of records between the gate and the thread that writes them.
 //!
-//! The gate and whoever serves behind it hand their records over here and go on at once. One thread
-//! ([`journal`](crate::journal)) takes them out again and writes them. In between, a flood is thinned:
-//! the first [`burst`](Settings::burst) denials of each user and reason in an interval are kept whole, the
-//! rest become a number that a summary tells at the interval's end. Nothing is lost on the way, so that
+//! The gate and the service put a record into the queue and never wait. One thread ([`journal`](crate::journal)) takes
+//! the records out and writes them. A flood is thinned: the first [`burst`](Settings::burst) denials of each user and
+//! reason in an interval become records. The rest are counted, and a summary at the end of the interval gives the number.
+//! No denial is lost on the way:
 //!
 //! > denials that clients saw = records of verdict *denied* + the counts of summaries for the reasons
 //! > *policy* and *no-credentials*
 //!
-//! Memory is bounded whatever happens: so many records wait at most, so many users are told apart.
+//! Memory is bounded: the queue has a length, and the number of users that are counted separately has a limit.
 //!
-//! Whoever accepts without a [`Door`](crate::Door) hands in what it would:
+//! A service that accepts without a [`Gate`](crate::Gate) makes the same records itself:
 //!
 //! ```
 //! use std::os::unix::net::UnixStream;
 //! use std::sync::Arc;
 //! use peergate::{Audit, Peer, Policy, Uid, Verdict};
 //!
-//! let (audit, nobody) = (Audit::default(), Policy::<()>::new([], Uid::effective())?);
-//! let (guest, _theirs) = UnixStream::pair()?;
-//! let (mut peer, listener) = (Peer::of(&guest)?, Arc::from("/run/hello.sock"));
-//! if let Verdict::Denied(rule) = nobody.decide(&peer) {
-//!     audit.denied(&mut peer, &guest, &listener, rule.map(|rule| rule.name()));
+//! let (audit, policy) = (Audit::default(), Policy::<()>::new([], Uid::effective())?);
+//! let (socket, _theirs) = UnixStream::pair()?;
+//! let (mut peer, listener) = (Peer::of(&socket)?, Arc::from("/run/hello.sock"));
+//! if let Verdict::Denied(rule) = policy.decide(&peer) {
+//!     audit.denied(&mut peer, &socket, &listener, rule.map(|rule| rule.name()));
 //! }
 //! assert_eq!(audit.totals().denied, 1);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -47,7 +47,7 @@ use crate::peer::Peer;
 use crate::permits::LimitExceeded;
 use crate::policy::RuleName;
 
-/// Records that may wait for the journal; what comes on top is counted instead.
+/// How many records may wait for the journal. Denials beyond it are counted.
 const MOST_WAITING: usize = 4096;
 /// Bytes that waiting records may hold, roughly.
 const MOST_WAITING_BYTES: usize = 4 << 20;
@@ -56,22 +56,22 @@ const MOST_WAITING_BYTES: usize = 4 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum RecordScope {
-    /// Who was turned away.
+    /// Denials and refusals.
     Denials,
-    /// Also who was admitted, and how each connection ended.
+    /// Also admissions, and how each connection ended.
     Connections,
     /// Also each line: its length, never its content.
     Lines,
 }
 
-/// What an administrator sets.
+/// The settings that an administrator makes.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Settings {
     /// How much is written in full.
     pub scope: RecordScope,
-    /// How many denials or refusals of each user and reason, or connections cut off for their sender's sake, are written
-    /// in full in an interval.
+    /// How many denials, refusals, and connections revoked because of their sender are written in full, for each user
+    /// and reason in an interval.
     pub burst: u32,
     /// How long an interval is.
     pub interval: Duration,
@@ -83,7 +83,7 @@ impl Default for Settings {
     }
 }
 
-/// How often what happened since the start.
+/// The number of each decision since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Totals {
@@ -95,7 +95,7 @@ pub struct Totals {
     pub refused: u64,
 }
 
-/// Where records are handed over. Cheap to clone; all clones are one.
+/// The queue. Clones share it.
 #[derive(Clone)]
 pub struct Audit(Arc<Shared>);
 
@@ -125,12 +125,12 @@ struct Shared {
 struct Queue {
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
-    /// Taken out by the writer, which has not said yet what came of it.
+    /// Taken out by the writer, and not yet reported as written or failed.
     in_hand: Option<Record>,
-    /// How many records the writer has dealt with.
+    /// How many records the writer has finished with.
     dealt_with: u64,
     windows: Windows,
-    /// Records that no summary stands for and that found no room or no journal, since the last time we said so.
+    /// Records that were not written and are in no summary, since the last note that gave their number.
     unwritten: u64,
     /// The last record did not reach the journal, or standard error where there is none.
     journal_is_away: bool,
@@ -139,7 +139,7 @@ struct Queue {
     closed: bool,
 }
 
-/// What the writing thread is to do next.
+/// The next step of the writer.
 #[allow(clippy::large_enum_variant)] // it lives for as long as a record takes to write, once
 pub(crate) enum Next {
     Write(Record),
@@ -147,11 +147,11 @@ pub(crate) enum Next {
     Finished,
 }
 
-/// What is owed to a journal that is away is tried no sooner than this after the last time.
+/// How long to wait before summaries are tried again with a journal that could not be reached.
 const LOOK_FOR_JOURNAL: Duration = Duration::from_secs(1);
 
 impl Audit {
-    /// An empty one. Nothing is written until a [`journal::Writer`](crate::journal::Writer) takes out.
+    /// An empty queue. Records stay in it until there is a [`journal::Writer`](crate::journal::Writer).
     pub fn new(settings: Settings) -> Self {
         let queue = Queue {
             waiting: VecDeque::new(),
@@ -176,11 +176,11 @@ impl Audit {
         }))
     }
 
-    /// Replaces the settings, and says what was counted under the old ones.
+    /// Replaces the settings. What was counted under the old ones becomes summaries.
     pub fn set(&self, settings: Settings) {
         self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
         let mut queue = self.lock();
-        // First, because the summary to come is due by the new interval: the old one may have been hours.
+        // Before the summaries: the next one is due by the new interval.
         (queue.windows.burst, queue.windows.interval) = (settings.burst, settings.interval);
         queue.summarize(Instant::now(), true);
         self.wake(queue);
@@ -201,7 +201,7 @@ impl Audit {
         self.turned_away_peer(Event::Denied, Reason::Policy, peer, socket, at.into(), rule);
     }
 
-    /// Records that `peer` was admitted by `rule`, but found no place.
+    /// Records that `rule` admits `peer`, but a limit was reached.
     pub fn refused<'a>(
         &self,
         peer: &mut Peer,
@@ -213,7 +213,7 @@ impl Audit {
         self.turned_away_peer(Event::Refused, excess.into(), peer, socket, at.into(), Some(rule));
     }
 
-    /// Records that somebody was denied of whom the kernel would tell nothing ([`Peer::of`] failed).
+    /// Records that a peer was denied whose credentials could not be read ([`Peer::of`] failed).
     pub fn unidentified<'a>(&self, at: impl Into<At<'a>>) {
         self.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
             reason: Some(Reason::NoCredentials),
@@ -221,7 +221,7 @@ impl Audit {
         });
     }
 
-    /// Records that `peer` was admitted by `rule`. Counted in any case, written where the settings say so.
+    /// Counts that `rule` admitted `peer`. Writes a record if the settings say so.
     pub fn admitted<'a>(&self, peer: &mut Peer, socket: &impl AsFd, at: impl Into<At<'a>>, rule: &RuleName) {
         self.0.admitted.fetch_add(1, Ordering::Relaxed);
         if self.writes_connections() {
@@ -247,8 +247,8 @@ impl Audit {
         });
     }
 
-    /// Counts a peer turned away, and either keeps a record of it, made by `record`, or adds one to the
-    /// next summary. `record` is called only where its work is not in vain.
+    /// Counts a denial or refusal. Either the record that `record` makes is kept, or the next summary counts one more.
+    /// `record` is called only for a record that is kept.
     pub fn turned_away(&self, event: Event, reason: Reason, uid: Option<Uid>, record: impl FnOnce() -> Record) {
         match event {
             Event::Denied => &self.0.denied,
@@ -257,14 +257,14 @@ impl Audit {
         .fetch_add(1, Ordering::Relaxed);
         let now = Instant::now();
         let mut queue = self.lock();
-        // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
+        // A writer that waits for the end of an interval need not be woken for a count.
         let known = queue.windows.next_tick().is_some();
         queue.end_intervals(now);
         if !queue.has_room() || !queue.windows.may_write(uid, reason, now) {
             queue.windows.count(uid, reason, 1, 0, now);
             return if known { drop(queue) } else { self.wake(queue) };
         }
-        // Made without the lock: it asks the kernel and /proc.
+        // Without the lock: `record` reads from the kernel and /proc.
         drop(queue);
         let record = record();
         let mut queue = self.lock();
@@ -272,12 +272,11 @@ impl Audit {
         self.wake(queue);
     }
 
-    /// Keeps a record that no summary stands for. Where there is no room it is only counted, and the
-    /// journal is told how many are missing.
+    /// Puts a record into the queue. If there is no room it is left out, and a note gives the number of records left out.
     pub fn write(&self, record: Record) {
         let mut queue = self.lock();
         match (record.event, record.reason) {
-            // Peers can bring this about as often as they like: the first are written, the rest counted, as with denials.
+            // A peer can cause any number of these: as with denials, the first are written and the rest counted.
             (Event::Revoked, Some(reason)) if reason != Reason::Policy => {
                 let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
                 queue.end_intervals(now);
@@ -287,7 +286,7 @@ impl Audit {
                     queue.windows.count(uid, reason, 1, 0, now);
                 }
             }
-            // Bounded by what an administrator does: reloads, and the connections that each of them ends.
+            // Only a reload causes these: the administrator bounds their number.
             (Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused, _) => queue.push(record),
             _ if queue.has_room_for_the_admitted() => queue.push(record),
             _ => queue.unwritten += 1,
@@ -295,7 +294,7 @@ impl Audit {
         self.wake(queue);
     }
 
-    /// Puts everything counted into summaries; the writer ends once it has written what waits.
+    /// Turns all counts into summaries. The writer ends when the queue is empty.
     pub(crate) fn close(&self) {
         let mut queue = self.lock();
         queue.closed = true;
@@ -303,7 +302,7 @@ impl Audit {
         self.wake(queue);
     }
 
-    /// How often what happened since the start.
+    /// The number of each decision since the start.
     pub fn totals(&self) -> Totals {
         Totals {
             admitted: self.0.admitted.load(Ordering::Relaxed),
@@ -312,18 +311,18 @@ impl Audit {
         }
     }
 
-    /// Whether everything to be written has been. What is counted is not: it waits for its summary.
+    /// Whether every record has been written. Counts that wait for their summary are ignored.
     pub fn is_written(&self) -> bool {
         let queue = self.lock();
         queue.waiting.is_empty() && queue.in_hand.is_none()
     }
 
-    /// How many records the writer has dealt with so far.
+    /// How many records the writer has finished with.
     pub(crate) fn dealt_with(&self) -> u64 {
         self.lock().dealt_with
     }
 
-    /// Takes everything from the writer that it has not dealt with, the record in its hands included.
+    /// Takes all records that are not written from the writer, also the one it is writing.
     pub(crate) fn take_unwritten(&self) -> Vec<Record> {
         let mut queue = self.lock();
         self.0.too_late.store(true, Ordering::Relaxed);
@@ -333,8 +332,8 @@ impl Audit {
         left
     }
 
-    /// What records that will not be written one by one come to: a summary for each user and reason, and a note of how
-    /// many others there are. For when there is no writer any more.
+    /// The summaries that stand for `left`, one for each user and reason, and a note that gives the number of the
+    /// remaining records. Called when the writer has ended.
     pub(crate) fn sum_up(&self, left: &[Record]) -> Vec<Record> {
         let mut queue = self.lock();
         left.iter().for_each(|record| queue.count_again(record, record.on_stderr));
@@ -346,7 +345,7 @@ impl Audit {
         self.0.too_late.load(Ordering::Relaxed)
     }
 
-    /// Makes the writer look around, so that it can show that it is alive.
+    /// Wakes the writer, so that it answers the watchdog.
     pub(crate) fn nudge(&self) {
         let mut queue = self.lock();
         queue.nudged = true;
@@ -381,23 +380,22 @@ impl Audit {
         }
     }
 
-    /// The record in hand is about to go to standard error. False where it has been taken away
-    /// ([`take_unwritten`](Self::take_unwritten)) and is told there in another way.
+    /// The record in hand is about to be written to standard error. False if
+    /// [`take_unwritten`](Self::take_unwritten) has taken it: then it is written from there.
     pub(crate) fn release(&self) -> bool {
         self.lock().release().is_some()
     }
 
-    /// A record that was [let go](Self::release) has found no journal, and was written to standard error as a whole, or
-    /// not (`on_stderr`).
+    /// A [released](Self::release) record could not be written to the journal. `on_stderr` says whether all of it was
+    /// written to standard error, `is_owed` whether the journal must get it later.
     ///
-    /// If a journal is owed it (`is_owed`), or standard error did not take it, what it stands for is for a summary later
-    /// on; one that stands for nobody turned away is counted among those that are missing.
+    /// If it is owed, or not on standard error either, a later summary counts what it stands for. A record that stands
+    /// for no denial or refusal is added to the number of records left out.
     pub(crate) fn write_failed(&self, record: &Record, is_owed: bool, on_stderr: bool) {
         let mut queue = self.lock();
         queue.journal_is_away = is_owed || !on_stderr;
         match record.event {
-            // To count a note that standard error has told would never end: it may be the one that says how many are
-            // missing.
+            // A note on standard error is not counted: it may be the one that gives this very number, without end.
             Event::Note(_) if on_stderr || queue.closed => {}
             Event::Note(_) => queue.unwritten += record.stands_for_missing.max(1),
             _ if on_stderr && !is_owed => {}
@@ -408,7 +406,7 @@ impl Audit {
         }
     }
 
-    /// The record in hand has reached the journal.
+    /// The record in hand is in the journal.
     pub(crate) fn written(&self) {
         let mut queue = self.lock();
         queue.release();
@@ -433,8 +431,8 @@ impl Queue {
         self.waiting.len() < MOST_WAITING && self.waiting_bytes < MOST_WAITING_BYTES
     }
 
-    /// A quarter of the room is kept free of what peers bring about as they like without being turned away (admissions,
-    /// ends, lines): they must not keep anybody's denial from being written.
+    /// Admissions, ends and lines may fill three quarters of the queue. Admitted peers cause any number of them, and the
+    /// last quarter is kept for denials.
     fn has_room_for_the_admitted(&self) -> bool {
         self.waiting.len() < MOST_WAITING / 4 * 3 && self.waiting_bytes < MOST_WAITING_BYTES / 4 * 3
     }
@@ -444,7 +442,7 @@ impl Queue {
         self.in_hand.take()
     }
 
-    /// Of those that the record stands for, standard error has told of `told`.
+    /// Counts again what `record` stands for. `on_stderr` of these are on standard error.
     fn count_again(&mut self, record: &Record, on_stderr: u64) {
         let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
         let (reason, count) = match (record.event, record.reason, record.stands_for()) {
@@ -455,7 +453,7 @@ impl Queue {
         self.windows.count(uid, reason, count, on_stderr, now);
     }
 
-    /// Also where the writer is held up: the first of the next interval are to be written too.
+    /// Called with every denial too: a writer that waits must not make an interval longer.
     fn end_intervals(&mut self, now: Instant) {
         if self.windows.next_tick().is_some_and(|due| due <= now) {
             self.summarize(now, false);
@@ -477,20 +475,19 @@ impl Queue {
         let record = self.waiting.pop_front()?;
         self.waiting_bytes -= record.weight();
         if self.waiting.is_empty() {
-            // A flood is over: give its memory back.
+            // After a flood the memory is given back.
             self.waiting.shrink_to(64);
         }
         Some(record)
     }
 
-    /// Ends the intervals that are over (all of them if `now_or_never`), each with its summary.
-    fn summarize(&mut self, now: Instant, now_or_never: bool) {
-        // They have room of their own, beyond what any records take: each stands for as many as there were. But a journal
-        // that does not take what waits already must not be given ever more of them.
+    /// Ends the intervals that are over, or all of them, each with its summary.
+    fn summarize(&mut self, now: Instant, all: bool) {
+        // Summaries have room beyond that of records, because each stands for many. This room is bounded too: the journal
+        // may take nothing for a long time.
         let has_room = self.closed || self.waiting.len() < MOST_WAITING + MOST_TRACKED;
-        // A journal that was not there is not looked for all the time.
         let soonest = if self.journal_is_away { now + LOOK_FOR_JOURNAL } else { now };
-        let summaries = self.windows.end(now, now_or_never, has_room, soonest);
+        let summaries = self.windows.end(now, all, has_room, soonest);
         summaries.into_iter().for_each(|summary| self.push(summary));
     }
 }
@@ -521,8 +518,8 @@ mod tests {
         out
     }
 
-    /// The record in hand finds no journal, and standard error takes it.
-    fn miss(audit: &Audit, is_owed: bool) -> bool {
+    /// The record in hand is written to standard error instead of the journal.
+    fn write_to_stderr(audit: &Audit, is_owed: bool) -> bool {
         let record = audit.lock().in_hand.clone();
         let is_released = audit.release();
         record.iter().for_each(|record| audit.write_failed(record, is_owed, true));
@@ -534,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn what_standard_error_does_not_take_is_counted_again() {
+    fn a_record_that_standard_error_does_not_take_is_counted_again() {
         let audit = audit(2);
         (0..5).for_each(|_| deny(&audit, 1000));
         audit.write(Record::note(Severity::Notice, "a note"));
@@ -545,7 +542,7 @@ mod tests {
         };
         (0..3).for_each(|_| lose());
         audit.set(Settings { burst: 2, interval: Duration::from_secs(3600), ..Settings::default() });
-        // The summary too, and it stands for as many as before.
+        // A lost summary is counted again too.
         lose();
         audit.close();
         let records = drain(&audit);
@@ -570,7 +567,7 @@ mod tests {
     }
 
     #[test]
-    fn users_beyond_those_tracked_share_a_summary_without_uid() {
+    fn users_beyond_the_tracked_ones_share_a_summary_without_uid() {
         let audit = audit(0);
         (0..5000).for_each(|uid| deny(&audit, uid));
         assert!(audit.lock().windows.len() <= MOST_TRACKED + 1);
@@ -583,7 +580,7 @@ mod tests {
     }
 
     #[test]
-    fn what_finds_no_room_is_counted_and_none_is_lost() {
+    fn denials_that_find_no_room_are_counted() {
         let audit = audit(u32::MAX);
         (0..10_000).for_each(|_| deny(&audit, 1000));
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
@@ -597,14 +594,14 @@ mod tests {
     }
 
     #[test]
-    fn those_cut_off_for_their_senders_sake_are_written_and_counted_as_the_denied_are() {
+    fn revocations_for_a_sender_are_written_and_counted_as_denials_are() {
         let audit = audit(10);
         (0..10_000).for_each(|_| audit.write(revoked(1000, Reason::Sender)));
         audit.write(revoked(1001, Reason::Sender));
-        // What an administrator's reload brings about is written one by one.
+        // Revocations by a reload are written one by one.
         (0..20).for_each(|_| audit.write(revoked(1000, Reason::Policy)));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(miss(&audit, true));
+        assert!(write_to_stderr(&audit, true));
         audit.close();
         let records = drain(&audit);
         let written = |reason| {
@@ -616,18 +613,18 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_admitted_do_there_is_room_for_denials_and_their_summaries() {
+    fn lines_of_admitted_peers_leave_room_for_denials_and_summaries() {
         let audit = audit(10);
         (0..10_000).for_each(|_| audit.write(Record::new(Event::Line)));
         (0..30).for_each(|_| deny(&audit, 1000));
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING / 4 * 3 + 10);
-        // Nor does a flood of denials leave no room for what they are summed up in.
+        // A flood of denials leaves room for their summaries.
         (0..MOST_WAITING as u32).for_each(|uid| deny(&audit, 2000 + uid % 500));
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
         let sum_up = || audit.lock().summarize(Instant::now(), true);
         sum_up();
         assert_eq!(audit.lock().windows.counted(), 0);
-        // They have a bound too.
+        // Summaries are bounded too.
         for _ in 0..10 {
             (0..500).for_each(|uid| deny(&audit, 2000 + uid));
             sum_up();
@@ -638,18 +635,18 @@ mod tests {
     }
 
     #[test]
-    fn records_that_the_journal_missed_are_told_when_it_is_back() {
+    fn a_note_gives_the_number_of_unwritten_records_when_the_journal_is_back() {
         let audit = audit(10);
         let lose = |event| {
             audit.write(Record::new(event));
             assert!(matches!(audit.next(), Next::Write(_)));
-            assert!(miss(&audit, true));
+            assert!(write_to_stderr(&audit, true));
         };
         lose(Event::Admitted);
         lose(Event::ConfigLoaded);
         lose(Event::Note(Severity::Warning));
         audit.nudge();
-        assert!(matches!(audit.next(), Next::Nothing), "while it is away there is no use in saying so");
+        assert!(matches!(audit.next(), Next::Nothing), "no note while the journal is away");
         audit.write(Record::new(Event::Admitted));
         assert!(matches!(audit.next(), Next::Write(_)));
         audit.written();
@@ -662,7 +659,7 @@ mod tests {
         let audit = audit(10);
         (0..25).for_each(|_| deny(&audit, 1000));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(miss(&audit, true));
+        assert!(write_to_stderr(&audit, true));
         audit.close();
         let records = drain(&audit);
         assert_eq!(sum(&records), 25);
@@ -670,7 +667,7 @@ mod tests {
     }
 
     #[test]
-    fn who_gives_up_gets_the_record_in_hand_too_and_the_writer_keeps_none() {
+    fn take_unwritten_takes_the_record_in_hand_too() {
         let audit = audit(3);
         (0..7).for_each(|_| deny(&audit, 1000));
         audit.write(Record::new(Event::Admitted));
@@ -678,7 +675,7 @@ mod tests {
         audit.close();
         let left = audit.take_unwritten();
         assert_eq!((left.len(), sum(&left)), (5, 7));
-        assert!(audit.is_written() && !miss(&audit, true), "somebody else has it");
+        assert!(audit.is_written() && !write_to_stderr(&audit, true), "it was taken");
         assert!(matches!(audit.next(), Next::Finished));
         let sums = audit.sum_up(&left[1..]);
         assert_eq!((sums.len(), sums[0].count), (2, Some(6)));
@@ -686,21 +683,25 @@ mod tests {
     }
 
     #[test]
-    fn of_a_summary_only_what_was_not_told_before_is_told() {
+    fn a_summary_on_standard_error_leaves_out_what_is_there_already() {
         let audit = audit(1);
         (0..5).for_each(|_| deny(&audit, 1000));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(miss(&audit, true));
+        assert!(write_to_stderr(&audit, true));
         audit.close();
         let summary = drain(&audit).pop().unwrap();
         assert_eq!((summary.count, summary.not_on_stderr().unwrap().count), (Some(5), Some(4)));
-        assert!(miss(&audit, true));
+        assert!(write_to_stderr(&audit, true));
         audit.lock().summarize(Instant::now(), true);
         let summary = drain(&audit).pop().unwrap();
         assert_eq!((summary.count, summary.not_on_stderr().is_none()), (Some(5), true));
         audit.written();
         (0..3).for_each(|_| deny(&audit, 1000));
         audit.lock().summarize(Instant::now(), true);
-        assert_eq!(drain(&audit).pop().unwrap().not_on_stderr().unwrap().count, Some(3), "the journal has the others");
+        assert_eq!(
+            drain(&audit).pop().unwrap().not_on_stderr().unwrap().count,
+            Some(3),
+            "the journal has the first five"
+        );
     }
 }

@@ -1,13 +1,13 @@
-//! What memory goes back to the system.
+//! When freed memory goes back to the system.
 
 use crate::sys;
 
-/// Has the C library give memory back to the system as soon as it is freed, where `bytes` or more were allocated at once.
+/// Makes the C library return memory to the system when it is freed, for allocations of `bytes` and more.
 ///
-/// For a service that runs for months and whose connections hold buffers now and then. glibc takes what is allocated in
-/// such sizes once for a hint to keep them (mallopt(3), M_MMAP_THRESHOLD), so that what the busiest moment needed stays
-/// with the process, and the gaps between what is in use grow with time. The price is a few microseconds for each such
-/// allocation. To be called before there is a second thread; has no effect with another C library.
+/// For a service that runs for months and whose connections hold buffers at times. glibc raises its threshold when such a
+/// buffer is freed (mallopt(3), M_MMAP_THRESHOLD) and keeps the memory of the busiest moment, in pieces. The price is a
+/// few microseconds for each such allocation. Call it before there is a second thread. Has no effect with another C
+/// library.
 pub fn return_memory(bytes: usize) {
     sys::map_allocations_from(bytes);
 }

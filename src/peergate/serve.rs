@@ -1,5 +1,4 @@
-//! All of a small service in one call. For a service that reloads, or has a runtime of its own: the calls in here are
-//! public too.
+//! A small service in one call. A service that reloads, or has its own runtime, makes the calls in here itself.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -20,17 +19,17 @@ use crate::systemd::{Notifier, Request, Signals, Watchdog, activation};
 /// How long the end waits for a journal that takes nothing.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Serves on the sockets that the service manager passed, until SIGTERM or SIGINT: whoever `policy` admits, within the
-/// default [`Limits`](crate::Limits), goes to `admit`; every denial goes into the journal, under the identifier `name`. The
-/// service manager hears that it is ready (Type=notify), and feeds its watchdog where it set one. A request to reload
-/// finds nothing to do.
+/// Serves on the sockets that the service manager passed, until SIGTERM or SIGINT. `admit` gets each connection that
+/// `policy` admits within the default [`Limits`](crate::Limits). Every denial becomes a record in the journal, under the
+/// identifier `name`. The service manager is notified of readiness (Type=notify), and its watchdog is fed if it has set
+/// one. A reload changes nothing.
 ///
-/// `admit` runs on the gate's thread and must not block ([`Door::open`]): what takes longer than a short answer belongs on
-/// another thread. Call this before the process has a second thread, as the first thing in `main`.
+/// `admit` runs on the gate's thread and must not block ([`Door::open`]): a longer conversation needs a thread of its own.
+/// Call this at the beginning of `main`, before there is a second thread.
 ///
 /// # Errors
-/// InvalidInput where no socket was passed, or one that cannot be served; else what the system says to a thread, an epoll
-/// or signals.
+/// InvalidInput if no socket was passed, or one that cannot be served; else what starting a thread, epoll(7) or
+/// signalfd(2) reports.
 ///
 /// ```no_run
 /// use std::io::Write;
@@ -38,8 +37,8 @@ const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);
 ///
 /// fn main() -> Result<(), Box<dyn std::error::Error>> {
 ///     let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
-///     peergate::serve("hello", policy, |mut guest| {
-///         let _ = writeln!(guest.socket, "Hello, uid {}", guest.peer.uid());
+///     peergate::serve("hello", policy, |mut admission| {
+///         let _ = writeln!(admission.socket, "Hello, uid {}", admission.peer.uid());
 ///     })?;
 ///     Ok(())
 /// }
@@ -74,7 +73,7 @@ pub fn serve<T: Terms>(
     outcome
 }
 
-/// Until it is time to stop.
+/// Waits until the service is to stop.
 fn attend(
     signals: &Signals,
     notifier: &Notifier,

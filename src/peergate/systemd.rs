@@ -2,7 +2,7 @@
 //!
 //! Without a service manager every message is left out, and that is no error. Only the [`Store`] reports it: it has no
 //! room then. Signals, signs of life and [`request_reload`] do not depend on a service manager.
-//! The protocols are those of sd_notify(3) and systemd.service(5). They work alike on systemd 252 and later.
+//! The protocols of sd_notify(3) and systemd.service(5) work alike on systemd 252 and later.
 
 pub mod activation;
 mod notify;

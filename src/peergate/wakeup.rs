@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-/// Tells one thread that others have done something worth a look, at most once until it has looked:
-/// threads that are busy pay for one atomic read, and a service that is idle wakes nobody.
+/// Wakes one thread that waits in poll(2) when other threads have news for it. While it does not wait, a notification
+/// costs one atomic read. Between two calls of [`arm`](Self::arm) it wakes at most once.
 #[derive(Debug)]
 pub struct Wakeup {
     awaited: AtomicBool,
@@ -15,29 +15,29 @@ pub struct Wakeup {
 }
 
 impl Wakeup {
-    /// Nothing has happened yet, and nobody waits.
+    /// No thread waits yet.
     ///
     /// # Errors
-    /// What eventfd(2) says.
+    /// What eventfd(2) reports.
     pub fn new() -> io::Result<Self> {
         let event = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         Ok(Self { awaited: AtomicBool::new(false), event })
     }
 
-    /// Something happened.
+    /// There is news for the thread.
     pub fn notify(&self) {
         if self.awaited.load(Ordering::SeqCst) && self.awaited.swap(false, Ordering::SeqCst) {
             let _ = self.event.write(1);
         }
     }
 
-    /// Asks for the next notification to make the descriptor readable. Look once more after this call: what
-    /// happened before it does not.
+    /// Lets the next notification make the descriptor readable. An earlier one does not: look for news once more after
+    /// this call.
     pub fn arm(&self) {
         self.awaited.store(true, Ordering::SeqCst);
     }
 
-    /// Makes the descriptor unreadable again, until the first notification after the next [`arm`](Self::arm).
+    /// Makes the descriptor unreadable, until the first notification after the next [`arm`](Self::arm).
     pub fn clear(&self) {
         let _ = self.event.read();
     }

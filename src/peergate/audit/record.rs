@@ -1,4 +1,4 @@
-//! What is said: one record, its fields and its text.
+//! What a record says: the event, its fields and its text.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -12,11 +12,10 @@ use crate::permits::LimitExceeded;
 use crate::policy::RuleName;
 use crate::subject::Subject as _;
 
-/// How many supplementary groups a record lists: about as many as are of use to a reader, and no more than what else
-/// the record holds.
+/// How many supplementary groups a record lists at most.
 const MOST_GROUPS_WRITTEN: usize = 64;
 
-/// What happened. Each has a MESSAGE_ID of its own, explained in the journal's catalog.
+/// What happened. Each event has a MESSAGE_ID, which the journal's catalog explains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Event {
@@ -24,7 +23,7 @@ pub enum Event {
     Denied,
     /// A peer that the policy admits was turned away by a limit.
     Refused,
-    /// Denials, refusals or cut-offs that were counted, not written one by one.
+    /// The number of denials, refusals or revocations that were not written one by one.
     Summary,
     /// A peer was admitted.
     Admitted,
@@ -36,13 +35,13 @@ pub enum Event {
     ConfigLoaded,
     /// A configuration was refused; the one before it stays.
     ConfigRefused,
-    /// An admitted connection was cut off: the policy, or its sender, has changed.
+    /// An admitted connection was closed because the policy or its sender has changed.
     Revoked,
-    /// Anything else worth a line, without an id.
+    /// Any other message, without an id.
     Note(Severity),
 }
 
-/// How grave it is; syslog(3)'s levels by other names.
+/// The priority of a record, as the levels of syslog(3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Severity {
@@ -80,7 +79,7 @@ impl Event {
         })
     }
 
-    /// The field GATE_VERDICT, for events that are one.
+    /// The field GATE_VERDICT, if the event has one.
     pub const fn verdict(self) -> Option<&'static str> {
         Some(match self {
             Self::Denied => "denied",
@@ -111,19 +110,19 @@ impl Event {
 pub enum Reason {
     /// A deny rule, or no rule at all.
     Policy,
-    /// The kernel would not say who it is.
+    /// The kernel did not give the peer's credentials.
     NoCredentials,
-    /// Data came from another user than the one who was judged, without credentials, or with file descriptors.
+    /// Data came from another user than the judged peer's, without credentials, or with file descriptors.
     Sender,
-    /// This user's connections are used up.
+    /// The limit for this user is reached.
     UserLimit,
-    /// All connections are used up.
+    /// The limit for all connections is reached.
     TotalLimit,
     /// A line was longer than allowed.
     LineLength,
-    /// Nothing came for longer than allowed.
+    /// Nothing was received for longer than allowed.
     Idle,
-    /// The service is going down.
+    /// The service is stopping.
     Stopping,
 }
 
@@ -156,18 +155,18 @@ impl From<LimitExceeded> for Reason {
     }
 }
 
-/// Who a record is about.
+/// The peer that a record is about.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct About {
     /// PEER_UID.
     pub uid: Uid,
-    /// PEER_GID; a summary has none, it stands for all of the user's.
+    /// PEER_GID; not in a summary.
     pub gid: Option<Gid>,
-    /// PEER_GROUPS: the effective group and the supplementary ones, of these 64 at most; empty where they cannot
-    /// be told, and where the record is not about a connection's start.
+    /// PEER_GROUPS: the effective group and at most 64 supplementary groups. Empty if they are not known, and in records
+    /// that are not about the start of a connection.
     pub groups: Box<[Gid]>,
-    /// How many supplementary groups the kernel counted, where they are not all in `groups`.
+    /// The number of supplementary groups, if `groups` does not hold all of them.
     pub groups_left_out: Option<usize>,
     /// PEER_PID.
     pub pid: Option<i32>,
@@ -176,7 +175,7 @@ pub struct About {
 }
 
 impl About {
-    /// Everything a record may tell of `peer`, details included.
+    /// All that is known of `peer` at the start of its connection.
     pub fn peer(peer: &Peer, details: Details) -> Self {
         let (gids, count) = (peer.gids(), peer.supplementary_groups());
         let listed = if peer.gids_complete() { gids.len().min(1 + MOST_GROUPS_WRITTEN) } else { 0 };
@@ -186,13 +185,13 @@ impl About {
         Self { uid: peer.uid(), gid, groups, groups_left_out, pid, details }
     }
 
-    /// What a summary tells of a user.
+    /// For a summary.
     pub(super) fn user(uid: Uid) -> Self {
         let (gid, groups, groups_left_out, pid, details) = (None, Box::default(), None, None, Details::default());
         Self { uid, gid, groups, groups_left_out, pid, details }
     }
 
-    /// What is still known of `peer` when its connection ends.
+    /// What is still known of `peer` at the end of its connection.
     pub fn former(peer: &Peer) -> Self {
         let unit = peer.remembered_units().map(|units| printable(units.name()));
         let details = Details { unit, ..Details::default() };
@@ -200,7 +199,7 @@ impl About {
     }
 }
 
-/// Where a peer connected: the listening socket's address, and the connection's number where it has one.
+/// Where a peer connected: the address of the listening socket, and the number of the connection if it has one.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct At<'a> {
@@ -222,7 +221,7 @@ impl<'a> From<(&'a Arc<str>, u64)> for At<'a> {
     }
 }
 
-/// One record, before it is written. Absent fields are left out of the journal.
+/// A record that is not written yet. Fields without a value are left out.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Record {
@@ -246,11 +245,11 @@ pub struct Record {
     pub duration: Option<Duration>,
     /// The PEER_ fields.
     pub about: Option<About>,
-    /// What MESSAGE says beyond the fields, or all it says.
+    /// The part of MESSAGE that does not follow from the fields.
     pub text: Option<String>,
-    /// How many of those it stands for standard error has told of already.
+    /// How many of `count` are on standard error already.
     pub(super) on_stderr: u64,
-    /// How many records that were not written it tells of.
+    /// How many records were not written, if this is the note that says so.
     pub(super) stands_for_missing: u64,
 }
 
@@ -289,12 +288,12 @@ impl Record {
         }
     }
 
-    /// A record that only says `text`: of an event, or of no more than a [`Severity`].
+    /// A record of an event, or of a [`Severity`] alone, that consists of `text`.
     pub fn note(event: impl Into<Event>, text: impl Into<String>) -> Self {
         Self { text: Some(text.into()), ..Self::new(event.into()) }
     }
 
-    /// The field MESSAGE. `user` is the name of the user the record is about, where there is one.
+    /// The field MESSAGE. `user` is the name of the peer's user, if it is known.
     pub fn message(&self, user: Option<&str>) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.
@@ -319,7 +318,7 @@ impl Record {
             }
         };
         out.write_str(verb)?;
-        self.write_who(user, out)?;
+        self.write_peer(user, out)?;
         match self.event {
             Event::Summary => {
                 let (count, seconds) = (self.count.unwrap_or(0), self.duration.unwrap_or_default().as_secs_f64());
@@ -358,7 +357,7 @@ impl Record {
         }
     }
 
-    fn write_who(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
+    fn write_peer(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
         let Some(about) = &self.about else {
             return out.write_str(if self.event == Event::Summary { " peers" } else { " a peer" });
         };
@@ -396,7 +395,7 @@ impl Record {
         })
     }
 
-    /// Without those whom standard error has told of; `None` where it has of all.
+    /// The record without the part that is on standard error already; `None` if that is all of it.
     pub(crate) fn not_on_stderr(&self) -> Option<Cow<'_, Self>> {
         match self.count.map(|count| count.saturating_sub(self.on_stderr)) {
             Some(0) => None,
@@ -429,7 +428,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_program_cannot_call_itself_what_reads_as_the_rest_of_a_message() {
+    fn the_name_of_a_program_does_not_forge_the_rest_of_a_message() {
         let message = |comm: &str| {
             let details = Details { comm: Some(comm.into()), unit: Some("a.scope".into()), label: None };
             let about = About { pid: Some(2), details, ..About::user(Uid::new(1)) };
@@ -440,7 +439,7 @@ mod tests {
     }
 
     #[test]
-    fn a_denial_reads_as_the_contract_has_it() {
+    fn a_denial_names_user_groups_process_and_reason() {
         let details = Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), label: None };
         let about = About { gid: Some(Gid::new(1001)), pid: Some(4242), details, ..About::user(Uid::new(1001)) };
         let record = Record { reason: Some(Reason::Policy), about: Some(about), ..Record::new(Event::Denied) };

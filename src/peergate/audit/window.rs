@@ -1,4 +1,4 @@
-//! What is counted: denials and refusals of each user and reason, beyond the first of an interval.
+//! What is counted: the denials and refusals of each user and reason, after the first in an interval.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use super::{About, Event, Reason, Record};
 use crate::clock::later;
 use crate::ids::Uid;
 
-/// Users and reasons told apart; whoever comes on top shares one count for each reason.
+/// How many pairs of user and reason are counted separately. Further users share one count for each reason.
 pub(super) const MOST_TRACKED: usize = 1024;
 
-/// The intervals that run, by user and reason.
+/// The current intervals, by user and reason.
 pub(super) struct Windows {
     pub(super) burst: u32,
     pub(super) interval: Duration,
@@ -18,12 +18,12 @@ pub(super) struct Windows {
     next_tick: Option<Instant>,
 }
 
-/// One user's denials, or refusals, for one reason in the interval that runs.
+/// The current interval of one user and reason.
 struct Window {
     since: Instant,
     written: u32,
     counted: u64,
-    /// Of those counted, how many standard error has told of: only the journal is still to hear of them.
+    /// How many of `counted` are on standard error already, and owed to the journal alone.
     on_stderr: u64,
     first_counted: Instant,
     last_counted: Instant,
@@ -34,12 +34,12 @@ impl Windows {
         Self { burst, interval, by_user: HashMap::new(), next_tick: None }
     }
 
-    /// When the next interval ends; `None` where none runs.
+    /// When the next interval ends.
     pub(super) fn next_tick(&self) -> Option<Instant> {
         self.next_tick
     }
 
-    /// Whether this one is still among the first of its interval; if so it is taken as written.
+    /// Whether one more record of this interval may be written. If so it is counted as written.
     pub(super) fn may_write(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> bool {
         let burst = self.burst;
         let window = self.window(uid, reason, now);
@@ -48,7 +48,7 @@ impl Windows {
         first
     }
 
-    /// Counts so many, of which standard error has told of `told`.
+    /// Counts `count` more, of which `on_stderr` are on standard error.
     pub(super) fn count(&mut self, uid: Option<Uid>, reason: Reason, count: u64, on_stderr: u64, now: Instant) {
         let window = self.window(uid, reason, now);
         if window.counted == 0 {
@@ -73,14 +73,14 @@ impl Windows {
         })
     }
 
-    /// Ends the intervals that are over (all of them if `now_or_never`), and returns their summaries. Where there is no
-    /// room for these, what was counted stays. The next time is not before `soonest`.
-    pub(super) fn end(&mut self, now: Instant, now_or_never: bool, has_room: bool, soonest: Instant) -> Vec<Record> {
+    /// Ends the intervals that are over, or all of them, and returns their summaries. Without room for summaries the
+    /// counts stay. [`next_tick`](Self::next_tick) is then at `soonest` or later.
+    pub(super) fn end(&mut self, now: Instant, all: bool, has_room: bool, soonest: Instant) -> Vec<Record> {
         let interval = self.interval;
         let mut summaries = Vec::new();
         self.by_user.retain(|(uid, reason), window| {
             let over = now.saturating_duration_since(window.since) >= interval;
-            if window.counted > 0 && (over || now_or_never) {
+            if window.counted > 0 && (over || all) {
                 if !has_room {
                     return true;
                 }
@@ -94,7 +94,7 @@ impl Windows {
             !over
         });
         let earliest = self.by_user.values().map(|window| later(window.since, interval)).min();
-        // Where there was no room, look again in an interval's time, not at once.
+        // An interval that is over had no room for its summary: it is tried again an interval later.
         self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due }.max(soonest));
         if self.by_user.is_empty() {
             self.by_user.shrink_to(64);

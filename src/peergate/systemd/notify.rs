@@ -6,9 +6,9 @@ pub(super) use sd_notify::{NotifyState, watchdog_enabled};
 
 use super::outlet::Outlet;
 
-/// Tells the service manager how we are. Where NOTIFY_SOCKET is unset, or its owner gone, nothing
-/// happens: a service must not fail because nobody listens to its status. No call waits for a manager that does not
-/// read: the status and the sign of life are dropped then, everything else is sent as soon as it reads again.
+/// Sends the state of the service to the service manager. Without NOTIFY_SOCKET, and when its owner is gone, every call
+/// does nothing and is no error. No call waits for a manager that does not read: a status or sign of life is dropped, and
+/// any other message is sent when the manager reads again.
 #[derive(Clone, Debug)]
 pub struct Notifier {
     pub(super) outlet: Option<Outlet>,
@@ -21,12 +21,12 @@ impl Notifier {
         Self { outlet: address.and_then(|address| Outlet::to(&address)) }
     }
 
-    /// Whether somebody asked to be told.
+    /// Whether NOTIFY_SOCKET names a service manager.
     pub fn is_present(&self) -> bool {
         self.outlet.is_some()
     }
 
-    /// `READY=1`: we accept.
+    /// `READY=1`: the service accepts connections.
     pub fn ready(&self, status: &str) {
         self.send(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
     }
@@ -44,12 +44,12 @@ impl Notifier {
         self.send(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
     }
 
-    /// `STATUS=`, one line. Whether the manager took it: where it does not read at the moment, it is not told later.
+    /// `STATUS=`, one line. False if the manager does not read at the moment; the status is not sent later.
     pub fn status(&self, status: &str) -> bool {
         self.try_send(&[NotifyState::Status(&one_line(status))])
     }
 
-    /// `EXTEND_TIMEOUT_USEC=`: what we are doing needs this much longer.
+    /// `EXTEND_TIMEOUT_USEC=`: the current start, reload or stop takes this much longer.
     pub fn extend_timeout(&self, by: Duration) {
         self.send(&[NotifyState::ExtendTimeoutUsec(u32::try_from(by.as_micros()).unwrap_or(u32::MAX))]);
     }
@@ -69,7 +69,7 @@ impl Notifier {
     }
 }
 
-/// The text of a datagram: a field on each line.
+/// The text of a datagram: one field in each line.
 pub(super) fn message(state: &[NotifyState<'_>]) -> String {
     state.iter().map(|field| format!("{field}\n")).collect()
 }

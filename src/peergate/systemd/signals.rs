@@ -14,11 +14,11 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use crate::clock::{later, poll_timeout};
 use crate::sys;
 
-/// Marks a signal whose sender waits for an answer ([`request_reload`]), and the answer.
-const ANSWER_WANTED: i32 = 0x6563_686f;
-/// The signal of one who waits for an answer. Not SIGHUP: of several that arrive before the first is read, the kernel
-/// keeps one, and nobody would answer the others. Real-time signals queue (signal(7)).
-fn asking() -> i32 {
+/// Marks a signal that asks for an answer ([`request_reload`]), and the answer.
+const WITH_ANSWER: i32 = 0x6563_686f;
+/// The signal that asks for an answer. It is not SIGHUP, because the kernel keeps only one of several pending SIGHUPs and
+/// the remaining requests would get no answer. Real-time signals queue (signal(7)).
+fn request_signal() -> i32 {
     libc::SIGRTMIN() + 1
 }
 
@@ -26,8 +26,8 @@ fn asking() -> i32 {
 const TAKEN: Signal = Signal::SIGUSR1;
 const REFUSED: Signal = Signal::SIGUSR2;
 
-/// How long after SIGTERM the service manager's SIGCONT may take: it sends both in a row, but may lose the processor in
-/// between.
+/// How long after SIGTERM the service manager's SIGCONT may arrive. The manager sends both in a row, but may lose the
+/// processor in between.
 const FOLLOWED_WITHIN: Duration = Duration::from_secs(1);
 
 /// What a signal asks for.
@@ -36,35 +36,35 @@ const FOLLOWED_WITHIN: Duration = Duration::from_secs(1);
 pub enum Request {
     /// SIGTERM or SIGINT.
     Stop,
-    /// SIGHUP, or [`request_reload`]; `answer_to` is the process that waits to hear how it went.
+    /// SIGHUP, or [`request_reload`]; `answer_to` is the process that waits for the outcome.
     Reload {
         /// See [`Signals::answer`].
         answer_to: Option<i32>,
     },
 }
 
-/// The signals we act on, as something to poll.
+/// The signals that the service acts on, as a descriptor to poll.
 #[derive(Debug)]
 pub struct Signals {
     signals: SignalFd,
     is_final: AtomicBool,
     is_terminated: AtomicBool,
-    /// By the service manager: SIGTERM, and SIGCONT after it.
+    /// SIGTERM and SIGCONT after it: the service manager stops the unit.
     is_restarted: AtomicBool,
-    /// Those who wait for an answer, and when they began: by the time it is given the number may be another's. To hold
-    /// them open would take the descriptor that reading the new configuration may need.
+    /// The processes that wait for an answer, each with its start time: the number may belong to another process when the
+    /// answer is given. A pidfd for each would take the descriptor that reading the configuration may need.
     askers: Mutex<Vec<(i32, Option<u64>)>>,
 }
 
 impl Signals {
     /// Blocks SIGTERM, SIGINT, SIGHUP, SIGCONT and the signal of [`request_reload`] for this thread and all that it
-    /// starts from now on, and receives them here instead. SIGCONT still makes a stopped process go on.
+    /// starts from now on, and receives them here. SIGCONT still continues a stopped process.
     ///
     /// # Errors
-    /// What sigprocmask(2) or signalfd(2) says.
+    /// What sigprocmask(2) or signalfd(2) reports.
     pub fn catch() -> io::Result<Self> {
         let ours = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, Signal::SIGCONT].map(|signal| signal as i32);
-        let signals = sys::signal_set(&[ours.as_slice(), &[asking()]].concat());
+        let signals = sys::signal_set(&[ours.as_slice(), &[request_signal()]].concat());
         signals.thread_block()?;
         let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         Ok(Self {
@@ -76,12 +76,12 @@ impl Signals {
         })
     }
 
-    /// Whether no next process follows, once a stop has been asked for: then nothing is to be kept for one.
+    /// Whether the stop is not part of a restart, so that nothing is to be kept for a next process.
     ///
-    /// SIGINT says so. SIGTERM says that one follows, but only from the service manager's own stopping of the unit (with
-    /// `KillSignal=SIGINT` and `RestartKillSignal=SIGTERM`, a restart): by kill(1) or `systemctl kill` the unit just ends.
-    /// systemd.kill(5): right after the signal, systemd will always send SIGCONT, which neither of these does. This is
-    /// awaited for up to a second. A request to reload that comes meanwhile is refused.
+    /// The unit has `KillSignal=SIGINT` and `RestartKillSignal=SIGTERM`: SIGINT is a stop. SIGTERM is a restart only if
+    /// the service manager sent it; kill(1) and `systemctl kill` just end the unit. The manager always sends SIGCONT right
+    /// after it (systemd.kill(5)), and the commands do not. So this waits up to a second for SIGCONT. A request to
+    /// reload that comes meanwhile is refused.
     pub fn stop_is_final(&self) -> bool {
         let until = later(Instant::now(), FOLLOWED_WITHIN);
         loop {
@@ -100,17 +100,17 @@ impl Signals {
         }
     }
 
-    /// Tells the process that waits in [`request_reload`] how it went; nobody, where it is gone.
+    /// Sends the outcome to the process that waits in [`request_reload`], if it still exists.
     pub fn answer(&self, pid: i32, taken: bool) {
         let mut askers = self.askers.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(place) = askers.iter().position(|(asker, _)| *asker == pid) else { return };
         let (_, began) = askers.swap_remove(place);
         drop(askers);
         let process = sys::pidfd_open(pid);
-        // What is held now is the process that asked, if that began when this one did; without a descriptor to see that
-        // by, one that at least the answer would not end.
-        let is_another = began.zip(began_at(pid)).is_some_and(|(then, now)| then != now);
-        if is_another || !heeds(pid, TAKEN as i32) {
+        // The start time tells whether the pidfd stands for the process that asked. If the time is not known, the process
+        // must at least handle the signal, so that the answer does not end it.
+        let is_another = began.zip(start_time_of(pid)).is_some_and(|(then, now)| then != now);
+        if is_another || !handles(pid, TAKEN as i32) {
             return;
         }
         match process {
@@ -122,10 +122,10 @@ impl Signals {
         }
     }
 
-    /// Waits for the next one.
+    /// Waits for the next request.
     ///
     /// # Errors
-    /// What poll(2) says.
+    /// What poll(2) reports.
     pub fn wait(&self) -> io::Result<Request> {
         loop {
             if let Some(request) = self.next() {
@@ -138,15 +138,15 @@ impl Signals {
         }
     }
 
-    /// The next one that has arrived.
+    /// The next request that has arrived.
     pub fn next(&self) -> Option<Request> {
         let signal = loop {
             let signal = self.signals.read_signal().ok()??;
             if signal.ssi_signo != Signal::SIGCONT as u32 {
                 break signal;
             }
-            // Of several signals the lowest number is read first, and SIGTERM has a lower one: what comes before it
-            // was sent before it, and means something else.
+            // Of several pending signals the lowest number is read first, and SIGTERM is lower than SIGCONT. A SIGCONT that
+            // is read before SIGTERM was sent before it and does not belong to it.
             let is_terminated = self.is_terminated.load(Ordering::Relaxed);
             self.is_restarted.fetch_or(is_terminated, Ordering::Relaxed);
         };
@@ -156,11 +156,12 @@ impl Signals {
                 return Some(Request::Stop);
             }
         }
-        let wants_answer =
-            signal.ssi_signo == asking() as u32 && signal.ssi_code == libc::SI_QUEUE && signal.ssi_int == ANSWER_WANTED;
+        let wants_answer = signal.ssi_signo == request_signal() as u32
+            && signal.ssi_code == libc::SI_QUEUE
+            && signal.ssi_int == WITH_ANSWER;
         let asker = wants_answer.then_some(signal.ssi_pid as i32);
         if let Some(pid) = asker {
-            self.askers.lock().unwrap_or_else(PoisonError::into_inner).push((pid, began_at(pid)));
+            self.askers.lock().unwrap_or_else(PoisonError::into_inner).push((pid, start_time_of(pid)));
         }
         Some(Request::Reload { answer_to: asker })
     }
@@ -172,27 +173,27 @@ impl AsFd for Signals {
     }
 }
 
-/// Tells the process that waits in [`request_reload`] how it went, by its number alone: [`Signals::answer`] makes sure
-/// that it is still the same process.
+/// Sends the outcome to a process that waits in [`request_reload`], by its number alone. [`Signals::answer`] also makes
+/// sure that it is still the same process.
 pub fn answer_reload(pid: i32, taken: bool) {
     let signal = if taken { TAKEN } else { REFUSED };
-    let _ = sys::queue_signal(pid, signal as i32, ANSWER_WANTED);
+    let _ = sys::queue_signal(pid, signal as i32, WITH_ANSWER);
 }
 
 /// Asks the service `pid` to reload and waits for its answer: whether the new configuration is in force.
-/// Made for ExecReload=, which is to return when the reload is done, not when it was asked for. The answer is a signal:
-/// SIGUSR1 and SIGUSR2 stay blocked in the calling thread.
+/// Made for ExecReload=, which must not return before the reload is done. The answer is a signal: SIGUSR1 and SIGUSR2 stay
+/// blocked in the calling thread.
 ///
 /// # Errors
-/// ESRCH where there is no such process or it ended before it answered, EPERM where it is not ours, PermissionDenied
-/// with the reason where it could not answer us, InvalidInput where it has not called [`Signals::catch`], so that the
-/// signal would end it, TimedOut where `patience` ran out.
+/// ESRCH if there is no such process or it ended before it answered; EPERM if it may not be signalled; PermissionDenied
+/// with the reason if it could not answer; InvalidInput if it has not called [`Signals::catch`] and the signal would
+/// end it; TimedOut after `patience`.
 pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     if pid <= 1 {
         return Err(io::Error::from_raw_os_error(libc::ESRCH));
     }
     let process: OwnedFd = sys::pidfd_open(pid)?;
-    if !heeds(pid, asking()) {
+    if !handles(pid, request_signal()) {
         let message = "it does not wait to be asked; expected the process of a service that reloads";
         return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
     }
@@ -206,7 +207,7 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
     let answers: SigSet = [TAKEN, REFUSED].into_iter().collect();
     answers.thread_block()?;
     let answer = SignalFd::with_flags(&answers, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-    sys::queue_signal(pid, asking(), ANSWER_WANTED)?;
+    sys::queue_signal(pid, request_signal(), WITH_ANSWER)?;
     let until = later(Instant::now(), patience);
     loop {
         let mut question =
@@ -219,22 +220,22 @@ pub fn request_reload(pid: i32, patience: Duration) -> io::Result<bool> {
                 return Ok(signal.ssi_signo == TAKEN as u32);
             }
         } else {
-            // It may have answered and ended, but then the answer was there to read.
+            // The process has ended. An answer sent before that would have been read.
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
         }
     }
 }
 
-/// When the process began, in ticks since the system did: proc_pid_stat(5).
-fn began_at(pid: i32) -> Option<u64> {
+/// The start time of the process, in clock ticks since boot: proc_pid_stat(5).
+fn start_time_of(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // Its name, in parentheses, may hold anything; what comes after it is the third field, and this the 22nd.
+    // The name in parentheses may hold anything. After it comes the third field; the start time is the 22nd.
     let after_name = stat.rsplit_once(") ")?.1;
     after_name.split(' ').nth(19)?.parse().ok()
 }
 
-/// The user of a process that may not send us a signal, by kill(2) and proc_pid_status(5). Where /proc does not tell,
-/// we take it that it may.
+/// The user of a process that may not send a signal to this one, by kill(2) and proc_pid_status(5). Without /proc it
+/// counts as allowed.
 fn cannot_answer(pid: i32) -> Option<u32> {
     const CAP_KILL: u64 = 1 << 5;
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
@@ -248,9 +249,9 @@ fn cannot_answer(pid: i32) -> Option<u32> {
     (!may).then_some(effective)
 }
 
-/// Whether the process has made arrangements for this signal, by proc_pid_status(5): else it would end by it. Where
-/// /proc does not tell, we take it that whoever asks knows whom.
-fn heeds(pid: i32, signal: i32) -> bool {
+/// Whether the process blocks, ignores or catches this signal, by proc_pid_status(5): else the signal would end it.
+/// Without /proc it counts as handled.
+fn handles(pid: i32, signal: i32) -> bool {
     let Ok(status) = fs::read_to_string(format!("/proc/{pid}/status")) else { return true };
     let sets = ["SigBlk:", "SigIgn:", "SigCgt:"];
     let mut masks = status.lines().filter_map(|line| sets.iter().find_map(|name| line.strip_prefix(name)));

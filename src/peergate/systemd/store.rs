@@ -1,4 +1,4 @@
-//! The service manager's descriptor store.
+//! The service manager's file descriptor store.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,26 +10,26 @@ use super::notify::{Notifier, NotifyState, message};
 use super::outlet::Outlet;
 use crate::clock::{later, poll_timeout};
 
-/// The service manager's store for descriptors that are to outlive this process (FDSTORE=1 in
-/// sd_notify(3), FileDescriptorStoreMax= in systemd.service(5)).
+/// The service manager's store for descriptors that outlive this process (FDSTORE=1 in sd_notify(3),
+/// FileDescriptorStoreMax= in systemd.service(5)).
 #[derive(Clone, Debug)]
 pub struct Store {
     capacity: usize,
     outlet: Option<Outlet>,
 }
 
-/// How long a manager that does not read may keep a message of the store waiting.
+/// How long a message to the store may wait for a manager that does not read.
 const TAKEN_WITHIN: Duration = Duration::from_secs(20);
 
-/// How many milliseconds the manager may take to close what it has decided to close. It holds up every restart.
+/// How many milliseconds the manager may take to close a descriptor that it does not keep. Every restart takes so long.
 const CLOSED_WITHIN: u8 = 20;
 
-/// What sendmsg(2) takes at once: SCM_MAX_FD is 253.
+/// How many descriptors one message carries; sendmsg(2) takes 253 (SCM_MAX_FD).
 const MOST_AT_ONCE: usize = 250;
 
 impl Store {
-    /// How many descriptors the store takes: `$FDSTORE` (systemd 254), else the variable named by
-    /// `fallback`, for older systemds. Zero where there is neither or no service manager.
+    /// Reads the capacity from `$FDSTORE` (systemd 254), else from the variable named by `fallback`, for older systemds.
+    /// It is zero without these, and without a service manager.
     pub fn from_env(fallback: &str) -> Self {
         let number = |name: &str| std::env::var(name).ok()?.parse::<usize>().ok();
         // No service manager with a store has its socket in the abstract namespace.
@@ -46,11 +46,11 @@ impl Store {
         self.capacity
     }
 
-    /// Puts `fds` into the store under one name. Returns before the manager has them: see [`settle`](Self::settle).
+    /// Puts `fds` into the store under one name. The manager receives them later: see [`settle`](Self::settle).
     ///
     /// # Errors
-    /// NotConnected where there is no store; TimedOut where the manager does not read for 20 seconds; what sending says.
-    /// Some of them may have been stored by then.
+    /// NotConnected if there is no store; TimedOut if the manager does not read for 20 seconds; what sendmsg(2) reports.
+    /// Some of `fds` may be stored all the same.
     pub fn put(&self, name: &str, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let message = message(&[NotifyState::FdStore, NotifyState::FdName(name)]);
         let outlet = self.outlet()?;
@@ -61,8 +61,8 @@ impl Store {
         self.outlet.as_ref().filter(|_| self.capacity > 0).ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
-    /// Takes everything stored under `name` out of the store again: also what an earlier process put there, whatever
-    /// this one was told of the capacity. A manager that does not read at the moment is told later.
+    /// Removes all descriptors of this name from the store, also the ones of an earlier process. If the manager does not read
+    /// at the moment, the message is sent later.
     pub fn forget(&self, name: &str) {
         if let Some(outlet) = &self.outlet {
             let message = message(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
@@ -70,30 +70,31 @@ impl Store {
         }
     }
 
-    /// Whether the manager holds everything that was [`put`](Self::put) so far. It tells nobody what finds no room, and
-    /// closes it: so one more descriptor is put, under `name`, whose other end tells whether it is still open, and is
-    /// forgotten again. To be asked last; `name` is to be of no other use.
+    /// Whether the manager holds every descriptor that was [`put`](Self::put) so far.
+    ///
+    /// The manager closes a descriptor that finds no room, without a message. So one end of a pipe is put into the store
+    /// last, under `name`, and removed again: if the manager has closed it, the other end hangs up. `name` must have no
+    /// other use.
     ///
     /// # Errors
-    /// TimedOut when the manager has not come to it within `patience`; what making a pipe or sending says.
+    /// TimedOut if the manager does not answer within `patience`; what pipe(2) or sendmsg(2) reports.
     pub fn holds_all(&self, name: &str, patience: Duration) -> io::Result<bool> {
         let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
         self.put(name, &[theirs.as_fd()])?;
         drop(theirs);
         self.settle(patience)?;
-        // The manager leaves closing to a process of its own (systemd 254), which has been started by now.
+        // systemd 254 closes in a process of its own, which has been started by now.
         let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
         let is_closed = poll(&mut question, PollTimeout::from(CLOSED_WITHIN))? > 0;
         self.forget(name);
         Ok(!is_closed)
     }
 
-    /// Waits until the manager has dealt with everything sent so far (`BARRIER=1`, systemd 246): it
-    /// closes its end of a pipe when it comes to it.
+    /// Waits until the manager has processed all messages sent so far (`BARRIER=1`, systemd 246). The manager then closes
+    /// the end of a pipe that comes with this message.
     ///
     /// # Errors
-    /// TimedOut when it has not within `patience`; NotConnected where there is no store; what making the pipe or sending
-    /// says.
+    /// TimedOut after `patience`; NotConnected if there is no store; what pipe(2) or sendmsg(2) reports.
     pub fn settle(&self, patience: Duration) -> io::Result<()> {
         let outlet = self.outlet()?;
         let until = later(Instant::now(), patience);
@@ -113,7 +114,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_taken_for_stored_where_there_is_no_store() {
+    fn without_a_store_no_descriptor_counts_as_stored() {
         let (store, (ours, _theirs)) =
             (Store { capacity: 0, outlet: None }, std::os::unix::net::UnixDatagram::pair().unwrap());
         assert_eq!(store.put("x", &[ours.as_fd()]).unwrap_err().kind(), io::ErrorKind::NotConnected);

@@ -1,4 +1,4 @@
-//! Signs of life of the service's threads, and the watchdog that they feed.
+//! The watchdog: every thread has a heartbeat, and the service manager gets WATCHDOG=1 while all of them beat.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::notify::{Notifier, watchdog_enabled};
 
-/// One thread's sign of life. The thread calls [`answer`](Heartbeat::answer) whenever it comes round; the
-/// [`Watchdog`] sees whether it did since it last asked.
+/// The heartbeat of one thread. The thread calls [`answer`](Heartbeat::answer) in each turn of its loop, and the
+/// [`Watchdog`] sees whether it has since the last question.
 #[derive(Debug, Default)]
 pub struct Heartbeat {
     asked: AtomicU64,
@@ -17,17 +17,17 @@ pub struct Heartbeat {
 }
 
 impl Heartbeat {
-    /// The thread came round.
+    /// Called by the thread in each turn of its loop.
     pub fn answer(&self) {
         let asked = self.asked.load(Ordering::Acquire);
-        // Only when asked: this is on the busiest path there is.
+        // Without a question nothing is written: the busiest loop of the service comes here.
         if self.answered.load(Ordering::Relaxed) != asked {
             self.answered.store(asked, Ordering::Release);
         }
     }
 
-    /// Does what may have to wait for somebody outside of this process, and is no less alive for it: to be ended and
-    /// started again would not make them answer.
+    /// Calls `outside`, which may wait for another process. This counts as alive: the other process would not answer
+    /// sooner if this one were ended and started again.
     pub(crate) fn suspended<R>(&self, outside: impl FnOnce() -> R) -> R {
         self.suspended.store(true, Ordering::Release);
         let result = outside();
@@ -46,13 +46,13 @@ impl Heartbeat {
     }
 }
 
-/// A thread under watch: its sign of life, and how to make it look around.
+/// A monitored thread: its heartbeat, and how to wake it.
 pub struct Monitored {
-    /// For messages.
+    /// The name in messages.
     pub name: String,
     /// Shared with the thread.
     pub heartbeat: Arc<Heartbeat>,
-    /// Makes the thread come round once.
+    /// Wakes the thread, so that it answers.
     pub nudge: Box<dyn Fn() + Send>,
 }
 
@@ -65,8 +65,8 @@ impl fmt::Debug for Monitored {
     }
 }
 
-/// `WATCHDOG=1`, but only while every thread makes progress. A thread that hangs keeps the message
-/// back, and the service manager ends and restarts us (WatchdogSec= in systemd.service(5)).
+/// Sends `WATCHDOG=1` while every thread makes progress. When a thread hangs no message is sent, and the service manager
+/// restarts the service (WatchdogSec= in systemd.service(5)).
 #[derive(Debug)]
 pub struct Watchdog {
     threads: Vec<Monitored>,
@@ -76,22 +76,21 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Reads WATCHDOG_USEC and WATCHDOG_PID; `None` where the manager set no watchdog for us, or one
-    /// of no length.
+    /// Reads WATCHDOG_USEC and WATCHDOG_PID; `None` if the manager has set no watchdog for this process.
     pub fn from_env(threads: Vec<Monitored>) -> Option<Self> {
         let timeout = watchdog_enabled().filter(|timeout| !timeout.is_zero())?;
-        // Asked at one tick, told at the next: two ticks and a half fit into the timeout. A timeout
-        // beyond all reason is as good as a day.
+        // A question at one tick is answered by the next one: with a fifth of the timeout between them a message has time
+        // to spare. A timeout that the clock cannot represent counts as a day.
         let pause = (timeout / 5).clamp(Duration::from_millis(1), Duration::from_secs(86_400));
         Some(Self { threads, pause, due: Instant::now(), asked: false })
     }
 
-    /// When [`tick`](Self::tick) wants to be called next.
+    /// When [`tick`](Self::tick) is to be called next.
     pub fn due(&self) -> Instant {
         self.due
     }
 
-    /// Tells the manager if all answered, and asks anew. Returns the names of those that did not.
+    /// Sends `WATCHDOG=1` if all threads have answered, and asks again. Returns the names of the threads that have not.
     pub fn tick(&mut self, notifier: &Notifier) -> Vec<&str> {
         let now = Instant::now();
         if now < self.due {
