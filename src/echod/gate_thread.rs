@@ -77,11 +77,7 @@ impl GateThread {
     /// For the watchdog.
     pub fn monitored(&self) -> Monitored {
         let closer = self.closer.clone();
-        Monitored {
-            name: "gate".to_owned(),
-            heartbeat: Arc::clone(&self.heartbeat),
-            nudge: Box::new(move || closer.wake()),
-        }
+        Monitored::new("gate", &self.heartbeat, move || closer.wake())
     }
 
     fn ask<A>(&self, command: impl FnOnce(mpsc::Sender<A>) -> Command) -> Option<A> {

@@ -106,11 +106,7 @@ impl Worker {
     /// For the watchdog.
     pub fn monitored(&self) -> Monitored {
         let mailbox = Arc::clone(&self.mailbox);
-        Monitored {
-            name: format!("worker {}", self.number),
-            heartbeat: Arc::clone(&self.mailbox.heartbeat),
-            nudge: Box::new(move || mailbox.wake()),
-        }
+        Monitored::new(format!("worker {}", self.number), &self.mailbox.heartbeat, move || mailbox.wake())
     }
 
     /// Waits for the thread, once it was told to end.

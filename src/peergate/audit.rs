@@ -10,22 +10,7 @@
 //!
 //! Memory is bounded: the queue has a length, and the number of users that are counted separately has a limit.
 //!
-//! A service that accepts without a [`Gate`](crate::Gate) makes the same records itself:
-//!
-//! ```
-//! use std::os::unix::net::UnixStream;
-//! use std::sync::Arc;
-//! use peergate::{Audit, Peer, Policy, Uid, Verdict};
-//!
-//! let (audit, policy) = (Audit::default(), Policy::<()>::new([], Uid::effective())?);
-//! let (socket, _theirs) = UnixStream::pair()?;
-//! let (mut peer, listener) = (Peer::of(&socket)?, Arc::from("/run/hello.sock"));
-//! if let Verdict::Denied(rule) = policy.decide(&peer) {
-//!     audit.denied(&mut peer, &socket, &listener, rule.map(|rule| rule.name()));
-//! }
-//! assert_eq!(audit.totals().denied, 1);
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
+//! A service that accepts without a [`Gate`](crate::Gate) makes the same records itself (`examples/tokio_echo.rs`).
 
 mod record;
 mod window;
@@ -112,6 +97,7 @@ impl fmt::Debug for Audit {
     }
 }
 
+#[derive(Default)]
 struct Shared {
     queue: Mutex<Queue>,
     wake: Condvar,
@@ -122,6 +108,7 @@ struct Shared {
     too_late: AtomicBool,
 }
 
+#[derive(Default)]
 struct Queue {
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
@@ -153,27 +140,9 @@ const LOOK_FOR_JOURNAL: Duration = Duration::from_secs(1);
 impl Audit {
     /// An empty queue. Records stay in it until there is a [`journal::Writer`](crate::journal::Writer).
     pub fn new(settings: Settings) -> Self {
-        let queue = Queue {
-            waiting: VecDeque::new(),
-            waiting_bytes: 0,
-            in_hand: None,
-            dealt_with: 0,
-            windows: Windows::new(settings.burst, settings.interval),
-            unwritten: 0,
-            journal_is_away: false,
-            sleeping: false,
-            nudged: false,
-            closed: false,
-        };
-        Self(Arc::new(Shared {
-            queue: Mutex::new(queue),
-            wake: Condvar::new(),
-            scope: AtomicU8::new(settings.scope as u8),
-            admitted: AtomicU64::new(0),
-            denied: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            too_late: AtomicBool::new(false),
-        }))
+        let audit = Self(Arc::default());
+        audit.set(settings);
+        audit
     }
 
     /// Replaces the settings. What was counted under the old ones becomes summaries.
@@ -225,9 +194,7 @@ impl Audit {
     pub fn admitted<'a>(&self, peer: &mut Peer, socket: &impl AsFd, at: impl Into<At<'a>>, rule: &RuleName) {
         self.0.admitted.fetch_add(1, Ordering::Relaxed);
         if self.writes_connections() {
-            let details = peer.details(socket);
-            let about = Some(About::peer(peer, details));
-            self.write(Record { about, ..Record::at(Event::Admitted, at.into(), Some(rule)) });
+            self.write(Record::at(Event::Admitted, at.into(), Some(rule)).about(peer, socket));
         }
     }
 
@@ -240,10 +207,9 @@ impl Audit {
         at: At<'_>,
         rule: Option<&RuleName>,
     ) {
-        self.turned_away(event, reason, Some(peer.uid()), || {
-            let details = peer.details(socket);
-            let about = Some(About::peer(peer, details));
-            Record { reason: Some(reason), about, ..Record::at(event, at, rule) }
+        self.turned_away(event, reason, Some(peer.uid()), || Record {
+            reason: Some(reason),
+            ..Record::at(event, at, rule).about(peer, socket)
         });
     }
 
@@ -570,7 +536,7 @@ mod tests {
     fn users_beyond_the_tracked_ones_share_a_summary_without_uid() {
         let audit = audit(0);
         (0..5000).for_each(|uid| deny(&audit, uid));
-        assert!(audit.lock().windows.len() <= MOST_TRACKED + 1);
+        assert!(audit.lock().windows.by_user.len() <= MOST_TRACKED + 1);
         audit.close();
         let records = drain(&audit);
         assert_eq!(sum(&records), 5000);
@@ -623,7 +589,7 @@ mod tests {
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
         let sum_up = || audit.lock().summarize(Instant::now(), true);
         sum_up();
-        assert_eq!(audit.lock().windows.counted(), 0);
+        assert_eq!(audit.lock().windows.by_user.values().map(|window| window.counted).sum::<u64>(), 0);
         // Summaries are bounded too.
         for _ in 0..10 {
             (0..500).for_each(|uid| deny(&audit, 2000 + uid));

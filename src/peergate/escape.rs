@@ -1,28 +1,22 @@
 //! Text that a peer or another user chose, as it may stand in a record and on a terminal.
 //!
-//! Such text must not end a line, move the cursor, or reorder or hide the text around it. Three rules, each for one kind
-//! of place:
-//!
-//! | function | escapes | for |
-//! | --- | --- | --- |
-//! | [`printable`] | controls, invisible characters, the backslash | text as it was found |
-//! | [`printable_again`] | controls, invisible characters | text that has been escaped before, quotations |
-//! | `in_parentheses` | a closing parenthesis inside the text | the name of a program in a message, after `printable` |
+//! Such text must not end a line, move the cursor, or reorder or hide the text around it. Each function has the rule for
+//! one kind of place. The rules differ only in the backslash and the parenthesis.
 
 use std::borrow::Cow;
 
-/// `text` with every control character, every character that is not seen, and every backslash escaped as in Rust
+/// For text as it was found: every control character, every invisible character and every backslash is escaped as in Rust
 /// (`\n`, `\u{202e}`, `\\`). Two different texts stay different.
 pub fn printable(text: &str) -> String {
     escape(text, |c| c == '\\' || is_unseen(c))
 }
 
-/// As [`printable`], but backslashes stay: in text that has been escaped once each of them marks an escape.
+/// For text that has been escaped before, and for quotations from a file: as [`printable`], but backslashes stay.
 pub fn printable_again(text: &str) -> String {
     escape(text, is_unseen)
 }
 
-/// The name of a program as it can stand in parentheses: a `)` in it does not close them.
+/// For the name of a program in a message, after [`printable`]: a `)` in it does not close the parentheses around it.
 pub(crate) fn in_parentheses(name: &str) -> Cow<'_, str> {
     match name.trim_end_matches(')') {
         head if head.contains(')') => Cow::Owned(head.replace(')', "\\x29") + &name[head.len()..]),

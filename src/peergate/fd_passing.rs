@@ -49,20 +49,6 @@ enum Passing {
 ///
 /// Read only through this type, from one thread at a time. Use the descriptor ([`AsFd`]) to wait (poll(2), epoll(7), tokio's
 /// `AsyncFd`), to write, and to get the credentials of the peer.
-///
-/// ```
-/// use std::io::{Read, Write};
-/// use std::os::unix::net::UnixStream;
-/// use peergate::Stream;
-///
-/// let (ours, mut theirs) = UnixStream::pair()?;
-/// let mut stream = Stream::accepted(ours);
-/// theirs.write_all(b"hello")?;
-/// let mut buffer = [0; 64];
-/// assert_eq!(stream.read(&mut buffer)?, 5);
-/// stream.write_all(b"> hello")?;
-/// # Ok::<(), std::io::Error>(())
-/// ```
 pub struct Stream {
     /// `None` only while it is dropped or converted.
     fd: Option<OwnedFd>,
@@ -233,13 +219,6 @@ impl Stream {
         self.set_nonblocking(false)?;
         Ok(UnixStream::from(OwnedFd::from(self)))
     }
-
-    fn fd(&self) -> &OwnedFd {
-        match &self.fd {
-            Some(fd) => fd,
-            None => unreachable!("only `drop` and conversion take it, and the stream ends with these"),
-        }
-    }
 }
 
 /// How many bytes come before the first unread descriptors.
@@ -305,13 +284,16 @@ impl Write for &Stream {
 
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd().as_fd()
+        match &self.fd {
+            Some(fd) => fd.as_fd(),
+            None => unreachable!("only `drop` and conversion take it, and the stream ends with these"),
+        }
     }
 }
 
 impl AsRawFd for Stream {
     fn as_raw_fd(&self) -> RawFd {
-        self.fd().as_raw_fd()
+        self.as_fd().as_raw_fd()
     }
 }
 

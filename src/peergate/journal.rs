@@ -96,11 +96,7 @@ impl Writer {
     /// For the watchdog.
     pub fn monitored(&self) -> Monitored {
         let audit = self.audit.clone();
-        Monitored {
-            name: "journal".to_owned(),
-            heartbeat: Arc::clone(&self.heartbeat),
-            nudge: Box::new(move || audit.nudge()),
-        }
+        Monitored::new("journal", &self.heartbeat, move || audit.nudge())
     }
 
     /// Writes the remaining records and summaries, and ends. If nothing can be written for `patience`, in whole seconds

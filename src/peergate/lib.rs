@@ -89,20 +89,6 @@
 //! A function that takes a socket takes [`AsFd`](std::os::fd::AsFd): a socket of tokio serves as well as one of the
 //! standard library (`examples/tokio_echo.rs`).
 //!
-//! ```
-//! use std::os::unix::net::UnixStream;
-//! use peergate::{Peer, Policy, Rule, Uid, User, Verdict};
-//!
-//! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
-//!
-//! let (ours, _theirs) = UnixStream::pair()?;
-//! match policy.decide(&Peer::of(&ours)?) {
-//!     Verdict::Admitted(rule) => assert_eq!(rule.name().as_str(), "allow.owner"),
-//!     Verdict::Denied(_) => unreachable!("the peer is the owner"),
-//! }
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
-//!
 //! # Requirements
 //!
 //! Linux 5.3 or later; [`peer`] says which fact needs which kernel. Units need Linux 6.5: before it an allow rule with

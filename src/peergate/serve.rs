@@ -30,19 +30,6 @@ const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);
 /// # Errors
 /// InvalidInput if no socket was passed, or one that cannot be served; else what starting a thread, epoll(7) or
 /// signalfd(2) reports.
-///
-/// ```no_run
-/// use std::io::Write;
-/// use peergate::{Policy, Rule, Uid, User};
-///
-/// fn main() -> Result<(), Box<dyn std::error::Error>> {
-///     let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
-///     peergate::serve("hello", policy, |mut admission| {
-///         let _ = writeln!(admission.socket, "Hello, uid {}", admission.peer.uid());
-///     })?;
-///     Ok(())
-/// }
-/// ```
 pub fn serve<T: Terms>(
     name: &str,
     policy: Policy<T>,

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -286,6 +287,11 @@ impl Record {
             connection: at.connection,
             ..Self::new(event)
         }
+    }
+
+    pub(super) fn about(self, peer: &mut Peer, socket: &impl AsFd) -> Self {
+        let details = peer.details(socket);
+        Self { about: Some(About::peer(peer, details)), ..self }
     }
 
     /// A record of an event, or of a [`Severity`] alone, that consists of `text`.

@@ -11,18 +11,19 @@ use crate::ids::Uid;
 pub(super) const MOST_TRACKED: usize = 1024;
 
 /// The current intervals, by user and reason.
+#[derive(Default)]
 pub(super) struct Windows {
     pub(super) burst: u32,
     pub(super) interval: Duration,
-    by_user: HashMap<(Option<Uid>, Reason), Window>,
+    pub(super) by_user: HashMap<(Option<Uid>, Reason), Window>,
     next_tick: Option<Instant>,
 }
 
 /// The current interval of one user and reason.
-struct Window {
+pub(super) struct Window {
     since: Instant,
     written: u32,
-    counted: u64,
+    pub(super) counted: u64,
     /// How many of `counted` are on standard error already, and owed to the journal alone.
     on_stderr: u64,
     first_counted: Instant,
@@ -30,10 +31,6 @@ struct Window {
 }
 
 impl Windows {
-    pub(super) fn new(burst: u32, interval: Duration) -> Self {
-        Self { burst, interval, by_user: HashMap::new(), next_tick: None }
-    }
-
     /// When the next interval ends.
     pub(super) fn next_tick(&self) -> Option<Instant> {
         self.next_tick
@@ -100,16 +97,6 @@ impl Windows {
             self.by_user.shrink_to(64);
         }
         summaries
-    }
-
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.by_user.len()
-    }
-
-    #[cfg(test)]
-    pub(super) fn counted(&self) -> u64 {
-        self.by_user.values().map(|window| window.counted).sum()
     }
 }
 

@@ -105,11 +105,7 @@ impl<T: Terms> Door<T> {
     /// For the watchdog.
     pub fn monitored(&self) -> Monitored {
         let closer = self.closer.clone();
-        Monitored {
-            name: "gate".to_owned(),
-            heartbeat: Arc::clone(&self.heartbeat),
-            nudge: Box::new(move || closer.wake()),
-        }
+        Monitored::new("gate", &self.heartbeat, move || closer.wake())
     }
 
     /// Shuts the gate if no connection is admitted, waits for a place or is being closed. A client that connects later

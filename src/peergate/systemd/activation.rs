@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use listenfd::ListenFd;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, getsockopt, sockopt,
 };
@@ -183,6 +182,9 @@ enum Ignored {
     Refused(Refused),
 }
 
+/// An environment variable, if it is set.
+type Variable = Option<String>;
+
 impl Declared {
     fn from_env() -> Result<Option<Self>, Ignored> {
         let text = |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
@@ -190,21 +192,13 @@ impl Declared {
     }
 
     /// As sd_listen_fds(3), and stricter than listenfd: LISTEN_PID must be set, to this process.
-    fn parse(
-        fds: Option<String>,
-        pid: Option<String>,
-        names: Option<String>,
-        me: u32,
-    ) -> Result<Option<Self>, Ignored> {
+    fn parse(fds: Variable, pid: Variable, names: Variable, me: u32) -> Result<Option<Self>, Ignored> {
         let Some(fds) = fds else { return Ok(None) };
+        let ignored = |why: String| Err(Ignored::Reason(why));
         match pid.as_deref() {
-            None | Some("") => {
-                return Err(Ignored::Reason("LISTEN_FDS is set but LISTEN_PID is not: ignored".to_owned()));
-            }
+            None | Some("") => return ignored("LISTEN_FDS is set but LISTEN_PID is not: ignored".to_owned()),
             Some(pid) if pid.parse() != Ok(me) => {
-                return Err(Ignored::Reason(format!(
-                    "LISTEN_PID={pid} is not this process ({me}): LISTEN_FDS ignored"
-                )));
+                return ignored(format!("LISTEN_PID={pid} is not this process ({me}): LISTEN_FDS ignored"));
             }
             Some(_) => {}
         }
@@ -223,9 +217,9 @@ impl Declared {
 /// one for each; or why they are ignored. Public only for the fuzz target.
 #[doc(hidden)]
 pub fn declared(
-    fds: Option<String>,
-    pid: Option<String>,
-    names: Option<String>,
+    fds: Variable,
+    pid: Variable,
+    names: Variable,
     me: u32,
 ) -> Result<Option<(usize, Vec<String>)>, String> {
     match Declared::parse(fds, pid, names, me) {
@@ -255,11 +249,7 @@ fn describe(fd: &OwnedFd) -> PassedKind {
             _ => "no socket",
         });
     }
-    let family = match getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
-        Ok(address) => address.family(),
-        Err(_) => None,
-    };
-    let family = match family {
+    let family = match getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok().and_then(|address| address.family()) {
         Some(AddressFamily::Unix) => "AF_UNIX",
         Some(AddressFamily::Inet) => "AF_INET",
         Some(AddressFamily::Inet6) => "AF_INET6",
@@ -283,20 +273,15 @@ fn describe(fd: &OwnedFd) -> PassedKind {
 }
 
 fn inherit(fd: OwnedFd) -> io::Result<Listener> {
-    set_nonblocking(&fd)?;
+    let socket = UnixListener::from(fd);
+    socket.set_nonblocking(true)?;
+    let fd = OwnedFd::from(socket);
     fd_passing::refuse_from_all(&fd);
     let address = address_of(&fd)?;
     Ok(Listener { fd, address, bound: None })
 }
 
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
-}
-
-/// The address an AF_UNIX socket is bound to, or was accepted at: a path, or `@name` in the abstract
-/// namespace.
+/// The address an AF_UNIX socket is bound to, or was accepted at: a path, or `@name` in the abstract namespace.
 ///
 /// # Errors
 /// What getsockname(2) reports.

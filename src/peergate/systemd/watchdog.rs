@@ -56,6 +56,13 @@ pub struct Monitored {
     pub nudge: Box<dyn Fn() + Send>,
 }
 
+impl Monitored {
+    /// A thread of this name.
+    pub fn new(name: impl Into<String>, heartbeat: &Arc<Heartbeat>, nudge: impl Fn() + Send + 'static) -> Self {
+        Self { name: name.into(), heartbeat: Arc::clone(heartbeat), nudge: Box::new(nudge) }
+    }
+}
+
 impl fmt::Debug for Monitored {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Monitored")

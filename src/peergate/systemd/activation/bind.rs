@@ -58,16 +58,10 @@ struct DirEntry {
 
 /// Identifies a file among all that exist at the same time. A file exists while a socket is bound to it or a descriptor is
 /// open, even without a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileId {
-    device: libc::dev_t,
-    inode: libc::ino_t,
-}
+type FileId = (libc::dev_t, libc::ino_t);
 
-impl From<&FileStat> for FileId {
-    fn from(status: &FileStat) -> Self {
-        Self { device: status.st_dev, inode: status.st_ino }
-    }
+fn id_of(status: &FileStat) -> FileId {
+    (status.st_dev, status.st_ino)
 }
 
 /// The file of a socket that is closed.
@@ -106,7 +100,7 @@ fn bind_in(place: &DirEntry, path: &Path) -> Result<OwnedFd, BindError> {
         if let Some(stale) = place.stale_socket(path)? {
             if place.claim(&stale) || tried >= CLAIM_LASTS {
                 place.remove(stale.id).map_err(failed)?;
-                place.end_claim(stale.id);
+                let _ = place.remove_as(&name_of_claim(stale.id), stale.id);
             } else {
                 thread::sleep(PAUSE);
             }
@@ -177,7 +171,7 @@ impl DirEntry {
         // A socket in use refuses a connection too, between its bind(2) and its listen(2). So a datagram socket connects as
         // well: the error is ECONNREFUSED if no socket is bound to the file, and EPROTOTYPE if one is.
         match knock(&file, path, SockType::Datagram) {
-            Err(Errno::ECONNREFUSED) => Ok(Some(Stale { id: FileId::from(&status), file })),
+            Err(Errno::ECONNREFUSED) => Ok(Some(Stale { id: id_of(&status), file })),
             Ok(()) | Err(Errno::EPROTOTYPE) => Err(BindError::InUse(path.to_owned())),
             Err(error) => Err(failed(error)),
         }
@@ -197,15 +191,11 @@ impl DirEntry {
         }
     }
 
-    fn end_claim(&self, id: FileId) {
-        let _ = self.remove_as(&name_of_claim(id), id);
-    }
-
     /// The socket that was just bound. `None` if the file of another user is in its place: that is not removed.
     fn own_socket(&self) -> Option<FileId> {
         let status = self.status(&self.name).ok()?;
         let own = type_of(&status) == SFlag::S_IFSOCK && status.st_uid == geteuid().as_raw();
-        own.then(|| FileId::from(&status))
+        own.then(|| id_of(&status))
     }
 
     /// Removes the file of this name if it is still the same one.
@@ -214,7 +204,7 @@ impl DirEntry {
     }
 
     fn remove_as(&self, name: &OsStr, id: FileId) -> nix::Result<()> {
-        if !self.status(name).is_ok_and(|status| FileId::from(&status) == id) {
+        if !self.status(name).is_ok_and(|status| id_of(&status) == id) {
             return Ok(());
         }
         match unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir) {
@@ -229,7 +219,7 @@ impl DirEntry {
 }
 
 fn name_of_claim(id: FileId) -> OsString {
-    format!(".{}.stale", id.inode).into()
+    format!(".{}.stale", id.1).into()
 }
 
 fn type_of(status: &FileStat) -> SFlag {
