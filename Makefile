@@ -90,6 +90,7 @@ soak:
 # The tests of floods and crowds at full size: a million denials, ten thousand idle inside and as many refused.
 flood:
 	cargo build --release --locked --example peer
+	ECHOD_TEST_VISITS=100 cargo test --release --locked --test identity -- many_groups
 	ECHOD_TEST_DENIALS=1000000 cargo test --release --locked --test record -- at_full_speed at_once
 	ECHOD_TEST_IDLE=10000 cargo test --release --locked --test abuse
 

@@ -14,12 +14,14 @@ use peergate::ids::{Gid, OVERFLOW_ID, Uid};
 use peergate::policy::file::{Faults, Names, Source};
 use peergate::unit::Units;
 
-use echod::config::Config;
+use echod::echo::Echo;
 use echod::line::{Cursor, End, TOO_LONG, advance, echo};
-use echod::report::entry::Scope;
-use echod::report::show::{Asked, Look, json, text};
-use echod::report::sources::{Sources, parse_headers};
-use echod::report::tally::{Tally, Verdict};
+use peergate_daemon::config::Config;
+use peergate_daemon::report::Program;
+use peergate_daemon::report::entry::Scope;
+use peergate_daemon::report::show::{Asked, Look, json, text};
+use peergate_daemon::report::sources::{Sources, parse_headers};
+use peergate_daemon::report::tally::{Tally, Verdict};
 
 /// A target: its name, which is also its corpus's, and its function.
 pub type Target = (&'static str, fn(&[u8]));
@@ -35,7 +37,7 @@ pub fn policy(data: &[u8]) {
         Ok(source) => source,
         Err(fault) => return faults_are_presentable(&Faults(vec![fault]), data),
     };
-    let config = match Config::from_source(&source, me, &SomeNames) {
+    let config = match Config::<Echo>::from_source(&source, me, &SomeNames) {
         Ok(config) => config,
         Err(faults) => return faults_are_presentable(&faults, data),
     };
@@ -222,7 +224,8 @@ pub fn activation(data: &[u8]) {
 /// Any journal: every line is accounted for, the sums agree, however it arrives, and nothing that is printed can
 /// steer a terminal.
 pub fn report(data: &[u8]) {
-    for scope in [Scope::System, Scope::User(1000)] {
+    let program = Program { name: "echod", unit: "echo" };
+    for scope in [Scope::System(program), Scope::User(program, 1000)] {
         let read = |capacity: usize| {
             let mut tally = Tally::new(scope);
             let mut last = 0;

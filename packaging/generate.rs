@@ -6,9 +6,10 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use clap::{Arg, ArgAction, Command, CommandFactory};
+use clap::{Arg, ArgAction, Command};
 use clap_complete::Shell;
-use echod::cli;
+use echod::echo::Echo;
+use peergate_daemon::cli;
 
 /// The manual page that holds generated parts.
 const PAGE: &str = "packaging/man/echod.8";
@@ -21,7 +22,7 @@ pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
     let mut files = vec![(PAGE.into(), with_lists(&page)?.into_bytes())];
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         let mut text = Vec::new();
-        clap_complete::generate(shell, &mut cli::Cli::command(), "echod", &mut text);
+        clap_complete::generate(shell, &mut cli::command::<Echo>(), "echod", &mut text);
         files.push((format!("packaging/completions/echod.{shell}").into(), text));
     }
     Ok(files)
@@ -29,7 +30,7 @@ pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
 
 /// The page with its generated parts written anew.
 fn with_lists(page: &str) -> std::io::Result<String> {
-    let mut command = cli::Cli::command();
+    let mut command = cli::command::<Echo>();
     command.build();
     let parts = [("synopsis", synopses(&command)), ("options", options(&command)), ("commands", commands(&command))];
     let mut page = page.to_owned();

@@ -92,6 +92,19 @@ fn the_framing_knows_only_bytes() {
     }
 }
 
+/// Cargo looks for no tests at the top of the workspace: a file that no manifest names is never compiled.
+#[test]
+fn each_test_file_is_named_in_a_manifest() {
+    let top = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
+    let manifest = |krate: &str| fs::read_to_string(top.join("src").join(krate).join("Cargo.toml")).unwrap();
+    let manifests = manifest("peergate") + &manifest("echod");
+    let names = fs::read_dir(top.join("tests")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let files: Vec<_> = names.filter(|name| name.ends_with(".rs")).collect();
+    assert!(files.len() > 10, "the tests are to be found elsewhere now");
+    let unnamed: Vec<_> = files.iter().filter(|name| !manifests.contains(&format!("/tests/{name}\""))).collect();
+    assert!(unnamed.is_empty(), "{unnamed:?}");
+}
+
 #[test]
 fn nothing_in_the_library_names_the_program() {
     let none: [String; 0] = [];

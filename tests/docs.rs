@@ -26,7 +26,7 @@ fn completions_and_option_lists_follow_the_command_lines_definition() {
         let found = fs::read(root().join(&path)).unwrap();
         assert!(
             found == wanted,
-            "{} does not follow src/echod/cli.rs: run `cargo run --example generate`",
+            "{} does not follow src/daemon/cli.rs: run `cargo run --example generate`",
             path.display()
         );
     }

@@ -472,7 +472,7 @@ fn a_corrupted_state_ends_connections_in_order() {
 
 #[test]
 fn a_state_of_a_future_version_ends_connections_in_order_and_names_the_version() {
-    expect_ended_in_order("version 7, this program knows 1", |stored| rewrite(stored, |bytes| bytes[14] = 7));
+    expect_ended_in_order("version 7, this program knows 2", |stored| rewrite(stored, |bytes| bytes[14] = 7));
 }
 
 #[test]

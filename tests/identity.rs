@@ -4,9 +4,11 @@
 mod common;
 
 use std::fs;
+use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
 
 use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, Other, Start, needs_root, show};
 
@@ -286,6 +288,61 @@ fn an_admitted_peer_costs_no_memory_for_its_groups() {
         figure!("{grown} KiB for 400 connections of {who}");
         assert!(grown < 1500, "{grown} KiB for 400 connections of {who}");
     }
+}
+
+/// A denied user's process that connects and closes, again and again, until dropped.
+struct Rush(Child);
+
+impl Rush {
+    fn begin(who: &str, socket: &Path) -> Self {
+        let mut command = Command::new(common::peer_program());
+        command.args(["--as", who, "rush"]).arg(socket).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut rush = Self(command.spawn().unwrap());
+        let begun = rush.0.stdout.as_mut().unwrap().read(&mut [0; 2]).unwrap();
+        assert_eq!(begun, 2, "the helper failed");
+        rush
+    }
+}
+
+impl Drop for Rush {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// How long a connection, a line and its echo take beside two such processes, which keep the queue of the socket full. More
+/// of them, for the figures: make flood.
+#[test]
+fn a_flood_of_peers_with_many_groups_leaves_others_their_echo() {
+    needs_root();
+    const ROUNDS: usize = 3;
+    let visits = common::setting("ECHOD_TEST_VISITS", 2);
+    let echod = Start::serving(&format!("[allow.g]\ngroups = [64009]\n{OWNER}")).ready();
+    let floods = [
+        ("no flood", None),
+        ("a flood without groups", Some("64002:64002")),
+        ("a flood with 32 groups", Some("64002:64002:100000-100031")),
+        ("a flood with 65,536 groups", Some("64002:64002:4x65536")),
+    ];
+    let mut times = floods.map(|_| Vec::new());
+    // In turn, so that each meets the same machine.
+    for _ in 0..ROUNDS {
+        for ((_, who), times) in floods.iter().zip(&mut times) {
+            let _flood = who.map(|who| [(); 2].map(|()| Rush::begin(who, &echod.socket())));
+            times.extend((0..visits).map(|_| {
+                let begun = Instant::now();
+                echod.connect().echo("hello");
+                begun.elapsed()
+            }));
+        }
+    }
+    for ((flood, _), times) in floods.iter().zip(&mut times) {
+        times.sort_unstable();
+        let at = |percent: usize| times[(times.len() - 1) * percent / 100];
+        figure!("beside {flood}: connection, line and echo in {:?} (p50), {:?} (p99)", at(50), at(99));
+    }
+    echod.stop();
 }
 
 #[test]

@@ -616,20 +616,20 @@ fn verify_that_a_reload_brings_or_takes_away_holds_for_those_who_are_in() {
     let verifying = format!("[service]\nverify = \"line\"\n{alice}");
     let echod = Start::serving(alice).ready();
     let connect = || common::Other::with(&["--as", "64001:64001", "--say", "mine\\n"], &echod.socket());
-    let (first, second) = (connect(), connect());
-    for one in [&first, &second] {
+    let (first, second, halfway) = (connect(), connect(), connect());
+    for one in [&first, &second, &halfway] {
         one.client().expect("> mine\n");
         // We, root, hold it now.
         one.client().echo("handed over");
     }
-    // Of what was not whole at the reload, nobody asks any more who sent it.
-    second.client().send("half ");
+    // Nothing tells any more who sent it.
+    halfway.client().send("half a line");
     echod.reload_with(&verifying);
+    halfway.client().expect_end(DENIED);
     first.client().send("not hers\n");
     first.client().expect_end(DENIED);
     echod.reload_with(alice);
-    second.client().send("a line\n");
-    second.client().expect("> half a line\n");
+    second.client().echo("nobody asks any more");
     let third = connect();
     third.client().expect("> mine\n");
     echod.reload_with(&verifying);

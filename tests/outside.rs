@@ -102,10 +102,11 @@ fn everything(place: &Place) -> Vec<(Vec<String>, i32)> {
     all.iter().map(|(args, code)| (args.iter().map(|arg| (*arg).to_owned()).collect(), *code)).collect()
 }
 
-/// A journal for `echod report`, which complains of a time that it does not know.
+/// A journal for `echod report`, of one file, which complains of a time that it does not know.
 fn journalctl(place: &Place) {
     use std::os::unix::fs::PermissionsExt;
-    let script = "#!/bin/sh\ncase $* in *never*) echo 'Failed to parse timestamp' >&2; exit 1 ;; esac\n";
+    let script = "#!/bin/sh\ncase $* in\n*never*) echo 'Failed to parse timestamp' >&2; exit 1 ;;\n\
+                  *--header*) echo 'File path: /var/log/journal/m/system.journal' ;;\nesac\n";
     let path = place.file("journalctl", script);
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }

@@ -66,7 +66,7 @@ fn too_long(line: &str) -> String {
 
 #[test]
 fn every_manual_page_reads_well_at_80_columns() {
-    let pages: Vec<_> = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging/man"))
+    let pages: Vec<_> = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../packaging/man"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .collect();

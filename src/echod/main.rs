@@ -1,9 +1,11 @@
-//! The program; all of it is in the library beside this file.
+//! The program: the echo as a daemon.
 
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 
+use echod::echo::Echo;
+
 fn main() -> ExitCode {
-    echod::main()
+    peergate_daemon::main::<Echo>()
 }

@@ -49,6 +49,17 @@ pub enum RecordScope {
     Lines,
 }
 
+impl RecordScope {
+    /// The word in a configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Denials => "denials",
+            Self::Connections => "connections",
+            Self::Lines => "lines",
+        }
+    }
+}
+
 /// The settings that an administrator makes.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]

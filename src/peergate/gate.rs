@@ -2,7 +2,7 @@
 //! message, and hands out what it admits.
 //!
 //! A [`Gate`] is a value, not a thread. It owns one epoll; [`Gate::turn`] does what is due and returns. A service with a
-//! loop of its own waits for the gate's descriptor ([`AsFd`](std::os::fd::AsFd)) or lets `turn` wait. A simple service
+//! loop of its own waits for the gate's descriptor ([`AsFd`]) or lets `turn` wait. A simple service
 //! uses a [`Door`], which is a thread around a gate.
 //!
 //! ```

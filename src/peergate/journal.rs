@@ -3,7 +3,7 @@
 //! Sole user of tracing-journald. That crate sends on a blocking socket and reports no errors. So before each record this
 //! module waits until journald is there and has room for one more. No other thread waits for this one.
 //!
-//! If no journal can be reached, the record goes to standard error as a line of text ([`crate::stderr`]). If there was a
+//! If no journal can be reached, the record goes to standard error as a line of text (stderr.rs). If there was a
 //! journal before, or standard error does not take the line, a denial or refusal is counted again, for a later summary.
 //! While standard error is not read, this thread waits, answers the watchdog, and tries the journal in between. When the
 //! service ends, records that the journal does not take in time go to standard error as well.

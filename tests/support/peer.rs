@@ -5,6 +5,8 @@
 //! peer [OPTION]... connect SOCKET          connect, hand the connection to whoever holds the other end of stdin
 //! peer [OPTION]... activate N PROGRAM...   take N descriptors from stdin, become PROGRAM with them at 3, 4, ...
 //! peer [OPTION]... flood SOCKET N          connect N times, one after the other; print what came back, counted
+//! peer [OPTION]... rush SOCKET             connect and close until stdin ends; print how often, at the first time and in
+//!                                         the end
 //! peer [OPTION]... bomb SOCKET N           connect N times, each time send a descriptor that takes hours to close;
 //!                                         print how many the kernel took
 //! peer [OPTION]... listen SOCKET           bind a datagram socket, hand it over
@@ -32,6 +34,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt};
@@ -69,6 +73,7 @@ fn main() -> Outcome<()> {
             "--gone" => options.gone = true,
             "connect" => return connect(&value()?, &options),
             "flood" => return flood(&value()?, value()?.parse()?, options.say.as_deref()),
+            "rush" => return rush(&value()?),
             "bomb" => return bomb(&value()?, value()?.parse()?),
             "listen" => {
                 let socket = UnixDatagram::bind(value()?)?;
@@ -195,6 +200,26 @@ fn flood(path: &str, times: usize, say: Option<&str>) -> Outcome<()> {
     for (answer, count) in counts {
         println!("{count} {answer}");
     }
+    Ok(())
+}
+
+/// Reads nothing, so that the service alone sets the pace.
+fn rush(path: &str) -> Outcome<()> {
+    let over = Arc::new(AtomicBool::new(false));
+    let is_over = Arc::clone(&over);
+    std::thread::spawn(move || {
+        let _ = io::stdin().read_to_end(&mut Vec::new());
+        over.store(true, Ordering::Relaxed);
+    });
+    let mut times = 0_u64;
+    while !is_over.load(Ordering::Relaxed) {
+        drop(UnixStream::connect(path)?);
+        times += 1;
+        if times == 1 {
+            println!("{times}");
+        }
+    }
+    println!("{times}");
     Ok(())
 }
 

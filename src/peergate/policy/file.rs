@@ -71,17 +71,17 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
-use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::set::HIGHEST;
 use super::{Glob, Group, Kind, Name, Place, Policy, Rule, RuleName, USER_UNITS_ALONE, User};
 use crate::ids::{Gid, Uid};
-use table::{Keys, Spot, sentence};
+use table::Spot;
 
 pub use names::{Account, Names, SystemNames, look_up};
 pub use source::{Fault, Faults, ReadError, Source};
+pub use table::{FromTable, Table, ValueKind};
 
 /// What a file holds.
 #[derive(Debug)]
@@ -119,8 +119,8 @@ const WHO: [&str; 4] = ["users", "groups", "units", "user-units"];
 /// ```
 pub fn load<T, A>(path: impl AsRef<Path>, me: Uid) -> Result<Loaded<T, A>, Faults>
 where
-    T: DeserializeOwned + Default,
-    A: DeserializeOwned + Default,
+    T: FromTable,
+    A: FromTable,
 {
     let path = path.as_ref();
     let source = Source::read(path, me).map_err(|error| match error {
@@ -132,15 +132,15 @@ where
 
 /// Reads a policy. `me` is whom `self` stands for; `names` is asked for each name that the file mentions.
 ///
-/// `T` is read from an allow rule's further keys, `A` from the further tables. Both are refused keys that they do
-/// not name as fields; in deeper tables that is for their types to say (`#[serde(deny_unknown_fields)]`).
+/// `T` is read from an allow rule's further keys, `A` from the further tables ([`FromTable`]). Both are refused keys that they
+/// do not know; in deeper tables that is for their types to say (`#[serde(deny_unknown_fields)]`).
 ///
 /// # Errors
 /// Everything that is wrong with the file.
 pub fn parse<T, A>(source: &Source, me: Uid, names: &dyn Names) -> Result<Loaded<T, A>, Faults>
 where
-    T: DeserializeOwned + Default,
-    A: DeserializeOwned + Default,
+    T: FromTable,
+    A: FromTable,
 {
     let (root, syntax) = DeTable::parse_recoverable(source.text());
     let mut reader = Reader::new(source, names);
@@ -152,7 +152,7 @@ where
     let allow = root.remove("allow");
     let rules: Vec<Rule<T>> =
         [(Kind::Deny, deny), (Kind::Allow, allow)].into_iter().flat_map(|(kind, t)| reader.rules(kind, t)).collect();
-    let application = reader.application(root, span);
+    let application = reader.typed(root, span, &["deny", "allow"], "");
     let some_allow = rules.iter().any(|rule| rule.name().kind() == Kind::Allow);
 
     let policy = match Policy::new(rules, me) {
@@ -173,6 +173,14 @@ where
     reader.warn_of_useless_rules(&policy);
     let unanswered = reader.unanswered();
     Ok(Loaded { unknown: policy.unknown_names(), unanswered, policy, application, warnings: reader.warnings() })
+}
+
+/// What toml says of a text that is no TOML, as "what was found; what was expected".
+fn syntax(message: &str) -> String {
+    match message.rsplit_once(", expected ") {
+        Some((found, expected)) => format!("{found}; expected {expected}"),
+        None => message.to_owned(),
+    }
 }
 
 /// Goes through a file and notes what is wrong.
@@ -267,7 +275,7 @@ impl<'s> Reader<'s> {
                 Some(key) if error.message() == "duplicate key" => {
                     format!("duplicate key `{}`; expected each key once", key.trim())
                 }
-                _ => sentence(None, error.message()),
+                _ => syntax(error.message()),
             };
             self.faults.push((at, message));
         }
@@ -287,11 +295,7 @@ impl<'s> Reader<'s> {
         }
     }
 
-    fn rules<T: DeserializeOwned + Default>(
-        &mut self,
-        kind: Kind,
-        table: Option<Spanned<DeValue<'_>>>,
-    ) -> Vec<Rule<T>> {
+    fn rules<T: FromTable>(&mut self, kind: Kind, table: Option<Spanned<DeValue<'_>>>) -> Vec<Rule<T>> {
         let Some(table) = table else { return Vec::new() };
         let at = table.span().start;
         let DeValue::Table(table) = table.into_inner() else {
@@ -305,7 +309,7 @@ impl<'s> Reader<'s> {
         in_file_order(table).into_iter().filter_map(|(name, value)| self.rule(kind, &name, value)).collect()
     }
 
-    fn rule<T: DeserializeOwned + Default>(
+    fn rule<T: FromTable>(
         &mut self,
         kind: Kind,
         name: &Spanned<std::borrow::Cow<'_, str>>,
@@ -369,34 +373,26 @@ impl<'s> Reader<'s> {
     }
 
     /// An allow rule's further keys.
-    fn terms<T: DeserializeOwned + Default>(&mut self, kind: Kind, mut table: DeTable<'_>, span: Range<usize>) -> T {
-        let keys = if kind == Kind::Allow { Keys::of::<T>() } else { Keys::Fixed(&[]) };
-        let aside = if kind == Kind::Deny { " (a deny rule has no terms)" } else { "" };
-        self.unknown_keys(&mut table, keys, &WHO, aside);
-        if kind == Kind::Deny { T::default() } else { self.typed(table, span) }
-    }
-
-    /// The tables besides the rules.
-    fn application<A: DeserializeOwned + Default>(&mut self, mut table: DeTable<'_>, span: Range<usize>) -> A {
-        self.unknown_keys(&mut table, Keys::of::<A>(), &["deny", "allow"], "");
-        self.typed(table, span)
-    }
-
-    fn unknown_keys(&mut self, table: &mut DeTable<'_>, keys: Keys, others: &[&'static str], aside: &str) {
-        let unknown: Vec<_> = table.keys().filter(|key| !keys.contains(key.get_ref())).cloned().collect();
-        if unknown.is_empty() {
-            return;
-        }
-        let listed = keys.listed_after(others);
-        for key in unknown {
-            table.remove(key.get_ref().as_ref());
-            self.fault(key.span().start, format!("unknown key `{}`; expected one of {listed}{aside}", key.get_ref()));
+    fn terms<T: FromTable>(&mut self, kind: Kind, table: DeTable<'_>, span: Range<usize>) -> T {
+        match kind {
+            Kind::Allow => self.typed(table, span, &WHO, ""),
+            Kind::Deny => {
+                let () = self.typed(table, span, &WHO, " (a deny rule has no terms)");
+                T::default()
+            }
         }
     }
 
-    fn typed<R: DeserializeOwned + Default>(&mut self, table: DeTable<'_>, span: Range<usize>) -> R {
-        let (value, faults) = table::read(table, span);
-        for (at, message) in faults {
+    fn typed<R: FromTable>(
+        &mut self,
+        table: DeTable<'_>,
+        span: Range<usize>,
+        others: &[&'static str],
+        aside: &str,
+    ) -> R {
+        let mut table = Table::new(table, span);
+        let value = R::from_table(&mut table);
+        for (at, message) in table.finish(others, aside) {
             self.fault(at, message);
         }
         value

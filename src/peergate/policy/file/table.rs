@@ -1,12 +1,12 @@
-//! A TOML table into the application's own type, with every fault in it. Used by [`file`](super) alone.
+//! A TOML table into the application's own types, with every fault in it.
 
-use std::fmt;
+use std::borrow::Cow;
 use std::ops::Range;
 
-use serde::de::{DeserializeOwned, Visitor};
+use serde::de::{DeserializeOwned, Unexpected, Visitor};
 use serde::{Deserializer, forward_to_deserialize_any};
 use toml::Spanned;
-use toml::de::{DeTable, DeValue, ValueDeserializer};
+use toml::de::{DeInteger, DeTable, DeValue, Error, ValueDeserializer};
 
 /// A fault, and where in the text.
 pub(super) type Spot = (usize, String);
@@ -14,166 +14,220 @@ pub(super) type Spot = (usize, String);
 /// Beyond this many faults in one table the rest stays unsaid: each costs another pass over it.
 const MOST_FAULTS: usize = 100;
 
-/// The keys that a type reads from a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Keys {
-    /// These and no others.
-    Fixed(&'static [&'static str]),
-    /// The type decides as it reads.
-    Open,
-}
-
-impl Keys {
-    /// The keys of `T`: what its implementation of `Deserialize` asks for.
-    pub(super) fn of<T: DeserializeOwned>() -> Self {
-        T::deserialize(Ask).err().map_or(Self::Open, |Asked(keys)| keys)
-    }
-
-    pub(super) fn contains(self, key: &str) -> bool {
-        match self {
-            Self::Fixed(keys) => keys.contains(&key),
-            Self::Open => true,
-        }
-    }
-
-    /// Appends the names to a list of others.
-    pub(super) fn listed_after(self, others: &[&'static str]) -> String {
-        let own = if let Self::Fixed(keys) = self { keys } else { &[] };
-        let keys: Vec<String> = others.iter().chain(own).map(|key| format!("`{key}`")).collect();
-        keys.join(", ")
-    }
-}
-
-/// Reads `T` from a table's entries, all of whose keys `T` knows.
-///
-/// serde stops at the first fault. So the entry that holds it is taken out, and the rest read again.
-pub(super) fn read<T: DeserializeOwned + Default>(table: DeTable<'_>, span: Range<usize>) -> (T, Vec<Spot>) {
-    if Keys::of::<T>() == Keys::Fixed(&[]) {
-        // Perhaps `()`, which reads from no table.
-        return (T::default(), Vec::new());
-    }
-    let mut rest = DeValue::Table(table);
-    let mut faults = Vec::new();
-    loop {
-        let error = match T::deserialize(ValueDeserializer::from(Spanned::new(span.clone(), rest.clone()))) {
-            Ok(value) => return (value, faults),
-            Err(error) => error,
-        };
-        // What is missing now, we may have taken out ourselves.
-        if !faults.is_empty() && error.message().starts_with("missing field") {
-            break;
-        }
-        let place = error.span().unwrap_or_else(|| span.clone());
-        let key = take_out(&mut rest, &place);
-        faults.push((place.start, sentence(key.as_deref(), error.message())));
-        if key.is_none() {
-            break;
-        }
-        if faults.len() == MOST_FAULTS {
-            faults.push((span.start, "too many faults here to list them all; expected fewer".to_owned()));
-            break;
-        }
-    }
-    (T::default(), faults)
-}
-
-/// Takes out the innermost entry whose key or value contains the place, and tells its key.
-fn take_out(value: &mut DeValue<'_>, place: &Range<usize>) -> Option<String> {
-    let contains = |span: Range<usize>| span.start <= place.start && place.end <= span.end;
-    match value {
-        DeValue::Array(values) => values.iter_mut().find_map(|value| take_out(value.get_mut(), place)),
-        DeValue::Table(table) => {
-            // All of them: the span of a table under a [header] is that of the header.
-            let deeper = table.iter_mut().find_map(|(_, value)| take_out(value.get_mut(), place));
-            deeper.or_else(|| {
-                let holds = |(key, value): &(&Spanned<_>, &Spanned<_>)| contains(key.span()) || contains(value.span());
-                let key = table.iter().find(holds)?.0.get_ref().to_string();
-                table.remove(key.as_str()).map(|_| key)
-            })
-        }
-        _ => None,
-    }
-}
-
-/// serde's or toml's message as "what was found; what was expected".
-pub(super) fn sentence(key: Option<&str>, message: &str) -> String {
-    let (found, expected) = match message.rsplit_once(", expected ") {
-        Some((found, expected)) => (found, Some(expected)),
-        None => (message, None),
-    };
-    let found = match (found.split_once(' '), key) {
-        (Some(("unknown", rest)), _) => match rest.split_once(' ') {
-            Some(("field", name)) => format!("unknown key {name}"),
-            Some(("variant", name)) => format!("unknown value {name}"),
-            _ => found.to_owned(),
-        },
-        (Some(("missing", rest)), _) => rest.strip_prefix("field ").map_or(found.to_owned(), |f| format!("no key {f}")),
-        (_, Some(key)) => {
-            let found = found.strip_prefix("invalid type: ").or(found.strip_prefix("invalid value: ")).unwrap_or(found);
-            format!("`{key}`: {found}")
-        }
-        _ => found.to_owned(),
-    };
-    match expected {
-        Some(expected) if expected.starts_with("struct ") || expected == "a map" => {
-            format!("{found}; expected a table")
-        }
-        Some("u8" | "u16" | "u32" | "u64" | "usize") => format!("{found}; expected a whole number from 0"),
-        Some("i8" | "i16" | "i32" | "i64" | "isize") => format!("{found}; expected a whole number"),
-        Some(expected) => format!("{found}; expected {expected}"),
-        None => found,
-    }
-}
-
-/// A deserializer that holds nothing: it notes what it is asked for.
-struct Ask;
-
+/// A table of a configuration file. Each type that is read from it takes the keys that it knows; what is left is unknown.
 #[derive(Debug)]
-struct Asked(Keys);
+pub struct Table<'a> {
+    entries: DeTable<'a>,
+    span: Range<usize>,
+    /// The keys that were asked for.
+    known: Vec<&'static str>,
+    faults: Vec<Spot>,
+}
 
-impl fmt::Display for Asked {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("asked for its keys")
+/// A type that is read from a table of a configuration file.
+///
+/// Every type is that implements serde's `Deserialize` and `Default`: it takes the keys that it names as fields. A type that
+/// wants a message of its own about each value, or is made of several parts, takes its keys itself.
+///
+/// ```
+/// use peergate::policy::file::{self, FromTable, ValueKind, Source, SystemNames, Table};
+/// use peergate::Uid;
+///
+/// #[derive(Default)]
+/// struct Terms {
+///     pages: Option<u64>,
+/// }
+///
+/// impl FromTable for Terms {
+///     fn from_table(table: &mut Table<'_>) -> Self {
+///         let pages = ValueKind { expected: "a number of pages, such as 5", number: |number| Some(number), text: |_| None };
+///         Self { pages: table.take("pages", &pages) }
+///     }
+/// }
+///
+/// let text = "[allow.owner]\nusers = ['self']\npages = 'many'\n";
+/// let faults = file::parse::<Terms, ()>(&Source::new("x.toml", text), Uid::new(1000), &SystemNames).unwrap_err();
+/// assert_eq!(faults.to_string(), "x.toml:3:9: `pages`: string \"many\"; expected a number of pages, such as 5");
+/// ```
+pub trait FromTable: Default {
+    /// Takes its keys out of `table`. A fault is noted there, and a default stands for what is wrong.
+    fn from_table(table: &mut Table<'_>) -> Self;
+}
+
+impl<T: DeserializeOwned + Default> FromTable for T {
+    fn from_table(table: &mut Table<'_>) -> Self {
+        table.take_as()
     }
 }
 
-impl std::error::Error for Asked {}
+/// A kind of value: what it is read from, and what a wrong one is told.
+#[derive(Clone, Copy, Debug)]
+pub struct ValueKind<V> {
+    /// What a wrong value is told was expected.
+    pub expected: &'static str,
+    /// Of a whole number.
+    pub number: fn(u64) -> Option<V>,
+    /// Of a string.
+    pub text: fn(&str) -> Option<V>,
+}
 
-impl serde::de::Error for Asked {
-    fn custom<M: fmt::Display>(_: M) -> Self {
-        Self(Keys::Open)
+impl<'a> Table<'a> {
+    pub(super) fn new(entries: DeTable<'a>, span: Range<usize>) -> Self {
+        Self { entries, span, known: Vec::new(), faults: Vec::new() }
+    }
+
+    /// The value below `key`; `None` where there is none, or a wrong one.
+    pub fn take<V>(&mut self, key: &'static str, kind: &ValueKind<V>) -> Option<V> {
+        self.known.push(key);
+        let value = self.entries.remove(key)?;
+        let read = match value.get_ref() {
+            DeValue::String(text) => (kind.text)(text),
+            DeValue::Integer(number) => {
+                number_of(number).and_then(|number| u64::try_from(number).ok()).and_then(kind.number)
+            }
+            _ => None,
+        };
+        if read.is_none() {
+            let message = format!("`{key}`: {}; expected {}", unexpected(value.get_ref()), kind.expected);
+            self.faults.push((value.span().start, message));
+        }
+        read
+    }
+
+    /// What is in the table below `key`; the default where there is none.
+    pub fn take_table<T: FromTable>(&mut self, key: &'static str) -> T {
+        self.known.push(key);
+        let Some(value) = self.entries.remove(key) else { return T::default() };
+        let span = value.span();
+        let entries = match value.into_inner() {
+            DeValue::Table(entries) => entries,
+            other => {
+                self.faults.push((span.start, format!("`{key}`: {}; expected a table", unexpected(&other))));
+                return T::default();
+            }
+        };
+        let mut inner = Table::new(entries, span);
+        let read = T::from_table(&mut inner);
+        self.faults.extend(inner.finish(&[], ""));
+        read
+    }
+
+    /// A type that implements serde's `Deserialize`, from the keys that it names. What serde says of a value is told as it
+    /// says it.
+    fn take_as<T: DeserializeOwned + Default>(&mut self) -> T {
+        let mut taken = None;
+        // serde stops at the first fault. So the entry that holds it is taken out, and the rest read again.
+        for _ in 0..MOST_FAULTS {
+            let error = match T::deserialize(TakeFrom { table: self, taken: &mut taken }) {
+                Ok(value) => return value,
+                Err(error) => error,
+            };
+            let place = error.span().map_or(self.span.start, |span| span.start);
+            self.faults.push((place, error.message().to_owned()));
+            let entries = taken.get_or_insert_default();
+            let Some(key) = entries.iter().find(|(key, value)| is_at(key, value, place)).map(|(key, _)| key.clone())
+            else {
+                return T::default();
+            };
+            entries.remove(key.get_ref().as_ref());
+        }
+        self.faults.push((self.span.start, "too many faults here to list them all; expected fewer".to_owned()));
+        T::default()
+    }
+
+    /// All faults, one for each key that no type has asked for included. `others` are keys that belong here besides;
+    /// `aside` ends the message about an unknown one.
+    pub(super) fn finish(mut self, others: &[&'static str], aside: &str) -> Vec<Spot> {
+        let known: Vec<String> = others.iter().chain(&self.known).map(|key| format!("`{key}`")).collect();
+        for (key, _) in &self.entries {
+            let message = format!("unknown key `{}`; expected one of {}{aside}", key.get_ref(), known.join(", "));
+            self.faults.push((key.span().start, message));
+        }
+        self.faults
     }
 }
 
-impl<'de> Deserializer<'de> for Ask {
-    type Error = Asked;
-
-    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Asked> {
-        Err(Asked(Keys::Open))
+/// What a wrong value is.
+fn unexpected<'v>(value: &'v DeValue<'_>) -> Unexpected<'v> {
+    match value {
+        DeValue::String(text) => Unexpected::Str(text),
+        DeValue::Integer(number) => number_of(number).map_or(Unexpected::Other("integer"), Unexpected::Signed),
+        DeValue::Float(number) => number.as_str().parse().map_or(Unexpected::Other("float"), Unexpected::Float),
+        DeValue::Boolean(value) => Unexpected::Bool(*value),
+        DeValue::Datetime(_) => Unexpected::Other("datetime"),
+        DeValue::Array(_) => Unexpected::Seq,
+        DeValue::Table(_) => Unexpected::Map,
     }
+}
+
+fn number_of(number: &DeInteger<'_>) -> Option<i64> {
+    i64::from_str_radix(number.as_str(), number.radix()).ok()
+}
+
+/// Whether an entry holds what stands there. The span of a table under a [header] is only that of the header.
+fn is_at(key: &Spanned<Cow<'_, str>>, value: &Spanned<DeValue<'_>>, place: usize) -> bool {
+    key.span().contains(&place)
+        || value.span().contains(&place)
+        || match value.get_ref() {
+            DeValue::Table(table) => table.iter().any(|(key, value)| is_at(key, value, place)),
+            _ => false,
+        }
+}
+
+/// Gives a type the entries of a table that it asks for.
+struct TakeFrom<'t, 'a> {
+    table: &'t mut Table<'a>,
+    /// What it was given the first time, less what turned out to be wrong.
+    taken: &'t mut Option<DeTable<'a>>,
+}
+
+impl<'a> TakeFrom<'_, 'a> {
+    fn take(self, keys: &'static [&'static str]) -> ValueDeserializer<'a> {
+        let Self { table, taken } = self;
+        let entries = taken.get_or_insert_with(|| {
+            table.known.extend(keys);
+            let mut taken = DeTable::new();
+            for key in keys {
+                taken.extend(table.entries.remove_entry(*key));
+            }
+            taken
+        });
+        ValueDeserializer::from(Spanned::new(table.span.clone(), DeValue::Table(entries.clone())))
+    }
+}
+
+impl<'a: 'de, 'de> Deserializer<'de> for TakeFrom<'_, 'a> {
+    type Error = Error;
 
     fn deserialize_struct<V: Visitor<'de>>(
         self,
-        _: &'static str,
+        name: &'static str,
         fields: &'static [&'static str],
-        _: V,
-    ) -> Result<V::Value, Asked> {
-        Err(Asked(Keys::Fixed(fields)))
+        visitor: V,
+    ) -> Result<V::Value, Error> {
+        self.take(fields).deserialize_struct(name, fields, visitor)
     }
 
-    fn deserialize_unit<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Asked> {
-        Err(Asked(Keys::Fixed(&[])))
+    /// A type that decides as it reads gets everything.
+    fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        let entries = self.taken.get_or_insert_with(|| std::mem::take(&mut self.table.entries)).clone();
+        let span = self.table.span.clone();
+        ValueDeserializer::from(Spanned::new(span, DeValue::Table(entries))).deserialize_any(visitor)
     }
 
-    fn deserialize_unit_struct<V: Visitor<'de>>(self, _: &'static str, _: V) -> Result<V::Value, Asked> {
-        Err(Asked(Keys::Fixed(&[])))
+    fn deserialize_unit<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_unit()
     }
 
-    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Asked> {
+    fn deserialize_unit_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Error> {
+        visitor.visit_unit()
+    }
+
+    fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         visitor.visit_some(self)
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Asked> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Error> {
         visitor.visit_newtype_struct(self)
     }
 

@@ -1,0 +1,223 @@
+//! The end of a connection: what is recorded, its place in the limits, its socket. For every thread that serves.
+
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use peergate::Wakeup;
+use peergate::activation::address_of;
+use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::gate::{Closer, Judge};
+use peergate::ids::Uid;
+use peergate::peer::Peer;
+use peergate::policy::Rule;
+
+use crate::buffers::Buffers;
+use crate::connection::Connection;
+use crate::mailbox::Mailbox;
+use crate::protocol::{Counters, Protocol, Refusal, Turn};
+use crate::terms::Terms;
+
+const WITHOUT_CREDENTIALS: &str = "its data came without credentials";
+
+/// What a thread that serves shares with the rest of the daemon.
+#[derive(Clone)]
+pub struct Context {
+    pub audit: Audit,
+    pub closer: Closer,
+    pub judge: Judge,
+    /// Hears of each connection that ends.
+    pub wakeup: Arc<Wakeup>,
+    pub busy_poll: Option<Duration>,
+}
+
+/// Why a connection ends.
+pub enum End<P: Protocol> {
+    /// The peer has closed it, or broken it off.
+    Closed,
+    /// The daemon ends it: nothing came for too long, or the service is stopping.
+    Ended(Reason),
+    /// The protocol refuses the peer: [`Protocol::refusal`].
+    Refused,
+    /// The policy admits the peer no more; the rule that denies it, if one does.
+    Denied(Option<Arc<Rule<Terms<P>>>>),
+    /// Data came from this user, or without credentials.
+    SenderMismatch(Option<Uid>),
+    /// The peer sent file descriptors.
+    DescriptorsReceived,
+}
+
+impl<P: Protocol> End<P> {
+    /// The end that a turn reports; `None` where the connection goes on.
+    pub fn of(turn: Turn) -> Option<Self> {
+        Some(match turn {
+            Turn::Idle | Turn::Progress => return None,
+            Turn::Closed => Self::Closed,
+            Turn::Refused => Self::Refused,
+            Turn::SenderMismatch(uid) => Self::SenderMismatch(uid),
+            Turn::DescriptorsReceived => Self::DescriptorsReceived,
+        })
+    }
+
+    fn reason(&self, refusal: Option<&Refusal>) -> Option<Reason> {
+        match self {
+            Self::Closed => None,
+            Self::Ended(reason) => Some(*reason),
+            Self::Refused => refusal.map(|refusal| refusal.reason),
+            Self::Denied(_) => Some(Reason::Policy),
+            Self::SenderMismatch(_) | Self::DescriptorsReceived => Some(Reason::Sender),
+        }
+    }
+}
+
+impl Context {
+    /// Ends a connection of this mailbox's worker, which is in no place of the worker any more.
+    pub fn close<P: Protocol>(
+        &self,
+        mut connection: Box<Connection<P>>,
+        end: End<P>,
+        settings: &P::Settings,
+        buffers: &mut Buffers,
+        mailbox: &Mailbox<P>,
+    ) {
+        // A peer that is being refused is told that, whatever else ends the connection meanwhile.
+        let is_refused = connection.protocol.will_end() == Some(Turn::Refused);
+        let end = if is_refused { End::Refused } else { end };
+        let refusal = connection.protocol.refusal(settings, &connection.rule.terms().own);
+        self.record(&mut connection, &end, refusal.as_ref());
+        let message = match &end {
+            End::Refused => refusal.map(|refusal| refusal.message.to_vec()).unwrap_or_default(),
+            End::Ended(_) | End::DescriptorsReceived => connection.protocol.owed(),
+            _ => Vec::new(),
+        };
+        let Connection { permit, socket, protocol, is_shared, .. } = *connection;
+        protocol.release(buffers);
+        // Given back before the peer can know that the connection is over, and connect again.
+        drop(permit);
+        mailbox.connections.fetch_sub(1, Ordering::Relaxed);
+        match end {
+            End::Closed => {
+                if is_shared || socket.may_linger() {
+                    // Closing ours would leave it in the epoll, and the peer waiting, until the other holder has let go
+                    // too: the service manager, or the thread that closes what may take long.
+                    let _ = mailbox.epoll.delete(&socket);
+                    let _ = socket.shutdown(Shutdown::Both);
+                }
+                drop(socket);
+            }
+            End::Denied(_) | End::SenderMismatch(_) => {
+                let _ = mailbox.epoll.delete(&socket);
+                self.closer.close_denied(socket);
+            }
+            // The peer may still be sending: it is to see an end of file, not a reset.
+            End::Refused | End::Ended(_) | End::DescriptorsReceived => {
+                let _ = mailbox.epoll.delete(&socket);
+                self.closer.close_with(socket, &Arc::from(message));
+            }
+        }
+        self.wakeup.notify();
+    }
+
+    fn record<P: Protocol>(&self, connection: &mut Connection<P>, end: &End<P>, refusal: Option<&Refusal>) {
+        let rule = Arc::clone(&connection.rule);
+        let rule = rule.name().as_str();
+        if let (End::Refused, Some(refusal)) = (end, refusal) {
+            self.record_refusal(connection, refusal);
+        }
+        let mut closing = ClosingRecord::of(connection);
+        match end {
+            End::SenderMismatch(sender) => closing.sender_mismatch(&self.audit, rule, *sender),
+            End::DescriptorsReceived => {
+                let text = "it sent file descriptors, which are not taken".to_owned();
+                closing.revoked(&self.audit, Reason::Sender, rule, text);
+            }
+            End::Denied(denying) => closing.denied(&self.audit, denying.as_ref().map(|rule| rule.name().as_str())),
+            End::Closed | End::Ended(_) | End::Refused => {}
+        }
+        closing.closed(&self.audit, end.reason(refusal), rule);
+    }
+
+    fn record_refusal<P: Protocol>(&self, connection: &mut Connection<P>, refusal: &Refusal) {
+        let Connection { peer, rule, socket, progress, .. } = connection;
+        self.audit.turned_away(Event::Refused, refusal.reason, Some(peer.uid()), || {
+            let mut record = Record::note(Event::Refused, refusal.text.clone());
+            record.reason = Some(refusal.reason);
+            record.rule = Some(rule.name().as_str().into());
+            record.socket = address_of(socket).ok();
+            record.connection = Some(progress.number);
+            let details = peer.details(socket);
+            record.about = Some(About::peer(peer, details));
+            record
+        });
+    }
+}
+
+/// A connection that ends, for the record.
+pub struct ClosingRecord<'a> {
+    pub socket: BorrowedFd<'a>,
+    pub peer: &'a mut Peer,
+    pub number: u64,
+    pub counters: Counters,
+    pub age: Duration,
+}
+
+impl<'a> ClosingRecord<'a> {
+    pub fn of<P: Protocol>(connection: &'a mut Connection<P>) -> Self {
+        let Connection { socket, peer, progress, protocol, .. } = connection;
+        Self {
+            socket: AsFd::as_fd(&*socket),
+            peer,
+            number: progress.number,
+            counters: protocol.counters(),
+            age: progress.since.elapsed(),
+        }
+    }
+
+    /// The policy, which admitted the peer once, denies it now; by this rule, if one does.
+    pub fn denied(&mut self, audit: &Audit, rule: Option<&str>) {
+        let text = match rule {
+            Some(rule) => format!("{rule} denies it now"),
+            None => "no rule allows it any more".to_owned(),
+        };
+        self.revoked(audit, Reason::Policy, rule.unwrap_or("default"), text);
+    }
+
+    /// Data came from this user, or without credentials.
+    pub fn sender_mismatch(&mut self, audit: &Audit, rule: &str, sender: Option<Uid>) {
+        let text = match sender {
+            Some(uid) => format!("its data came from another user (uid {uid})"),
+            None => WITHOUT_CREDENTIALS.to_owned(),
+        };
+        self.revoked(audit, Reason::Sender, rule, text);
+    }
+
+    fn revoked(&mut self, audit: &Audit, reason: Reason, rule: &str, text: String) {
+        let details = self.peer.details(&self.socket);
+        self.peer.release_process();
+        let mut record = self.record(Record::note(Event::Revoked, text), Some(reason), rule);
+        record.about = Some(About::peer(self.peer, details));
+        audit.write(record);
+    }
+
+    /// The connection is over, where that is to be recorded.
+    pub fn closed(&self, audit: &Audit, reason: Option<Reason>, rule: &str) {
+        if audit.writes_connections() {
+            let mut record = self.record(Record::new(Event::Closed), reason, rule);
+            record.duration = Some(self.age);
+            record.about = Some(About::former(self.peer));
+            audit.write(record);
+        }
+    }
+
+    fn record(&self, mut record: Record, reason: Option<Reason>, rule: &str) -> Record {
+        record.reason = reason;
+        record.rule = Some(rule.into());
+        record.socket = address_of(&self.socket).ok();
+        record.connection = Some(self.number);
+        record.lines = Some(self.counters.lines);
+        record.bytes = Some(self.counters.bytes);
+        record
+    }
+}

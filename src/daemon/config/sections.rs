@@ -1,0 +1,155 @@
+//! The sections of a configuration that every daemon has.
+
+pub use peergate::audit::RecordScope;
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use peergate::policy::file::{FromTable, Table};
+
+use super::values;
+use crate::protocol::{Protocol, Settings as _};
+
+/// `[limits]`: what one connection, one user, and all of them may take.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Admitted connections at once.
+    pub connections: usize,
+    /// Admitted connections at once of one user.
+    pub connections_per_user: usize,
+    /// How long a connection may be silent; `None`: without end.
+    pub idle_timeout: Option<Duration>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { connections: 1024, connections_per_user: 64, idle_timeout: None }
+    }
+}
+
+/// `[audit]`: what is recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Audit {
+    /// Which events.
+    pub record: RecordScope,
+    /// Records in full for each user, reason and interval; the rest is counted.
+    pub burst: u32,
+    /// The interval of `burst`; above zero.
+    pub interval: Duration,
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self { record: RecordScope::Denials, burst: 10, interval: Duration::from_secs(10) }
+    }
+}
+
+impl FromTable for Audit {
+    fn from_table(table: &mut Table<'_>) -> Self {
+        let default = Self::default();
+        Self {
+            record: table.take("record", &values::RECORD).unwrap_or(default.record),
+            burst: table.take("burst", &values::BURST).unwrap_or(default.burst),
+            interval: table.take("interval", &values::SPAN).unwrap_or(default.interval),
+        }
+    }
+}
+
+/// `[service]`: how the service works.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// How many worker threads; `None`: one for every two processors that we may use.
+    pub workers: Option<NonZeroUsize>,
+    /// How long to look again before sleeping; `None`: not at all.
+    pub busy_poll: Option<Duration>,
+    /// How often to make sure that the sender is the user who was judged.
+    pub verify: Verify,
+    /// How long without a connection until the process exits, for systemd to start it again; `None`: never.
+    pub idle_exit: Option<Duration>,
+}
+
+impl Default for Service {
+    fn default() -> Self {
+        let busy_poll = Some(Duration::from_micros(50));
+        Self { workers: None, busy_poll, verify: Verify::Connection, idle_exit: None }
+    }
+}
+
+impl FromTable for Service {
+    fn from_table(table: &mut Table<'_>) -> Self {
+        let default = Self::default();
+        Self {
+            workers: table.take("workers", &values::WORKERS).unwrap_or(default.workers),
+            busy_poll: table.take("busy-poll", &values::BUSY_POLL).unwrap_or(default.busy_poll),
+            verify: table.take("verify", &values::VERIFY).unwrap_or(default.verify),
+            idle_exit: table.take("idle-exit", &values::SPAN_OR_OFF).unwrap_or(default.idle_exit),
+        }
+    }
+}
+
+/// How often to make sure that the sender is the user who was judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verify {
+    /// Once, when it connects.
+    Connection,
+    /// For each piece of data, by the credentials that the kernel attaches to it.
+    Line,
+}
+
+impl Verify {
+    /// As the file has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Connection => "connection",
+            Self::Line => "line",
+        }
+    }
+}
+
+/// The tables besides the policy.
+pub(super) struct Sections<P: Protocol> {
+    pub limits: Limits,
+    pub audit: Audit,
+    pub service: Service,
+    pub settings: P::Settings,
+}
+
+impl<P: Protocol> Default for Sections<P> {
+    fn default() -> Self {
+        let (limits, audit, service) = (Limits::default(), Audit::default(), Service::default());
+        Self { limits, audit, service, settings: P::Settings::default() }
+    }
+}
+
+impl<P: Protocol> FromTable for Sections<P> {
+    fn from_table(table: &mut Table<'_>) -> Self {
+        let LimitsSection::<P> { limits, mut settings } = table.take_table("limits");
+        let (audit, service) = (table.take_table("audit"), table.take_table("service"));
+        settings.take_tables(table);
+        Self { limits, audit, service, settings }
+    }
+}
+
+/// `[limits]`, with the protocol's own keys in it.
+struct LimitsSection<P: Protocol> {
+    limits: Limits,
+    settings: P::Settings,
+}
+
+impl<P: Protocol> Default for LimitsSection<P> {
+    fn default() -> Self {
+        Self { limits: Limits::default(), settings: P::Settings::default() }
+    }
+}
+
+impl<P: Protocol> FromTable for LimitsSection<P> {
+    fn from_table(table: &mut Table<'_>) -> Self {
+        let Limits { connections, connections_per_user, idle_timeout } = Limits::default();
+        let mut settings = P::Settings::default();
+        let connections = table.take("connections", &values::CONNECTIONS).unwrap_or(connections);
+        let connections_per_user =
+            table.take("connections-per-user", &values::CONNECTIONS).unwrap_or(connections_per_user);
+        settings.take_limits(table);
+        let idle_timeout = table.take("idle-timeout", &values::SPAN_OR_OFF).unwrap_or(idle_timeout);
+        Self { limits: Limits { connections, connections_per_user, idle_timeout }, settings }
+    }
+}

@@ -1,0 +1,229 @@
+//! A connection that is served: what the gate knows of it, how far it has come, and the protocol's own state.
+
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::epoll::EpollFlags;
+use nix::sys::socket::{getsockopt, sockopt};
+use peergate::Stream;
+use peergate::audit::Audit;
+use peergate::gate::Admission;
+use peergate::peer::Peer;
+use peergate::permits::Permit;
+use peergate::policy::{Policy, Rule};
+use serde::{Deserialize, Serialize};
+
+use crate::buffers::Buffers;
+use crate::close::ClosingRecord;
+use crate::moment::Moment;
+use crate::protocol::{Interest, Io, Lines, PeerStream, Protocol, Turn};
+use crate::terms::Terms;
+
+/// What all connections of a worker live by; replaced as a whole at a reload.
+pub struct WorkerConfig<P: Protocol> {
+    /// Judges them anew at a reload.
+    pub policy: Arc<Policy<Terms<P>>>,
+    /// How long a connection may be silent, unless its rule says otherwise; `None`: without end.
+    pub idle_timeout: Option<Duration>,
+    /// Whether the sender of every piece of data must be the user who was judged.
+    pub verify: bool,
+    /// The protocol's own.
+    pub settings: P::Settings,
+}
+
+impl<P: Protocol> Clone for WorkerConfig<P> {
+    fn clone(&self) -> Self {
+        let Self { policy, idle_timeout, verify, settings } = self;
+        Self { policy: Arc::clone(policy), idle_timeout: *idle_timeout, verify: *verify, settings: settings.clone() }
+    }
+}
+
+impl<P: Protocol> WorkerConfig<P> {
+    /// Whether there are connections that end when nothing moves on them.
+    pub fn is_timed(&self) -> bool {
+        self.idle_timeout.is_some()
+            || self.policy.rules().any(|rule| matches!(rule.terms().idle_timeout, Some(Some(_))))
+    }
+}
+
+/// How far a connection has come. It moves as a whole from one state of the connection to the next, and to the next process.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Progress {
+    /// GATE_CONNECTION.
+    pub number: u64,
+    /// When it was admitted.
+    pub since: Moment,
+    /// When something last came or went; kept up only where a timeout asks for it.
+    pub active: Moment,
+    /// Whether the kernel attaches the sender's credentials to what comes (SO_PASSCRED).
+    pub pass_credentials: bool,
+    /// Of the bytes yet to be read, how many of the first may lack credentials.
+    pub unattested: usize,
+}
+
+impl Progress {
+    /// Of a connection that begins now.
+    pub fn new(number: u64) -> Self {
+        let now = Moment::now();
+        Self { number, since: now, active: now, pass_credentials: false, unattested: 0 }
+    }
+}
+
+/// A connection that an earlier process left, not yet judged.
+pub struct Inherited<P: Protocol> {
+    /// The peer's end.
+    pub socket: OwnedFd,
+    /// As the kernel tells of it now.
+    pub peer: Peer,
+    /// How far it had come.
+    pub progress: Progress,
+    /// The protocol's own state.
+    pub protocol: P,
+    /// What is to become of it, if the policy admits it.
+    pub fate: Fate,
+}
+
+/// What becomes of a connection that an earlier process left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Its state is known.
+    GoesOn,
+    /// Its state is not known, but nothing was pending: what comes next is answered, and that is the end.
+    EndsInOrder,
+    /// Its state is not known, and something was pending: it is only closed.
+    EndsAtOnce,
+}
+
+impl<P: Protocol> Inherited<P> {
+    /// A connection without a state that can be used. `None` where not even the peer can be told.
+    pub fn without_state(socket: OwnedFd, number: u64, fate: Fate) -> Option<Self> {
+        let mut peer = Peer::credentials_of(&socket).ok()?;
+        peer.forget_groups();
+        // What came may have been sent before the kernel was asked by whom. The socket still knows whether it was.
+        let pass_credentials = getsockopt(&socket, sockopt::PassCred).unwrap_or(false);
+        let progress = Progress { pass_credentials, ..Progress::new(number) };
+        Some(Self { socket, peer, progress, protocol: P::start(), fate })
+    }
+
+    /// For the record, where it ends now.
+    pub fn closing_record(&mut self) -> ClosingRecord<'_> {
+        let Self { socket, peer, progress, protocol, .. } = self;
+        ClosingRecord {
+            socket: AsFd::as_fd(&*socket),
+            peer,
+            number: progress.number,
+            counters: protocol.counters(),
+            age: progress.since.elapsed(),
+        }
+    }
+}
+
+/// One connection. Small, because an idle one is nothing else.
+pub struct Connection<P: Protocol> {
+    /// First, so that its place is free before the peer can see the end of file.
+    pub permit: Permit,
+    /// The peer's end.
+    pub socket: Stream,
+    /// As the gate judged it.
+    pub peer: Peer,
+    /// The rule that admits it.
+    pub rule: Arc<Rule<Terms<P>>>,
+    /// How far it has come.
+    pub progress: Progress,
+    /// The protocol's own state.
+    pub protocol: P,
+    /// Whether it came from an earlier process, so that the service manager may hold the same socket for a moment.
+    pub is_shared: bool,
+}
+
+impl<P: Protocol> Connection<P> {
+    /// A connection that the gate has just admitted.
+    pub fn admitted(admission: Admission<Terms<P>>) -> Self {
+        let progress = Progress {
+            pass_credentials: admission.pass_credentials,
+            unattested: admission.unattested,
+            ..Progress::new(admission.connection)
+        };
+        Self {
+            permit: admission.permit,
+            socket: admission.socket,
+            peer: admission.peer,
+            rule: admission.rule,
+            progress,
+            protocol: P::start(),
+            is_shared: false,
+        }
+    }
+
+    /// A connection of an earlier process, admitted again.
+    pub fn resumed(inherited: Inherited<P>, rule: Arc<Rule<Terms<P>>>, permit: Permit) -> Self {
+        let Inherited { socket, peer, progress, protocol, fate: _ } = inherited;
+        let socket = Stream::inherited(socket, progress.pass_credentials);
+        Self { permit, socket, peer, rule, progress, protocol, is_shared: true }
+    }
+
+    /// Only its descriptor. Closing that does not end the connection while the service manager holds it too; dropping the
+    /// stream may shut it down.
+    pub fn into_descriptor(self) -> OwnedFd {
+        self.socket.into()
+    }
+
+    /// One turn.
+    pub fn turn(&mut self, settings: &P::Settings, buffers: &mut Buffers, audit: &Audit) -> Turn {
+        let Self { socket, peer, rule, progress, protocol, .. } = self;
+        let connection = progress.number;
+        let lines = Lines { audit, peer, rule: rule.name(), connection };
+        let mut io = Io {
+            peer: PeerStream { socket, judged: peer.uid(), progress },
+            buffers,
+            settings,
+            terms: &rule.terms().own,
+            lines,
+        };
+        protocol.turn(&mut io)
+    }
+
+    /// From now on each piece of data must come from the user who was judged, or need not any more. What was sent before
+    /// cannot be attested afterwards: false where some of it is read and not yet answered, and the connection must end.
+    /// What is still in the queue shows when it is read.
+    #[must_use]
+    pub fn verify(&mut self, verify: bool) -> bool {
+        if verify == self.progress.pass_credentials {
+            return true;
+        }
+        self.progress.pass_credentials = verify;
+        let _ = self.socket.attach_credentials(verify);
+        self.progress.unattested = 0;
+        !verify || !self.protocol.holds_input()
+    }
+
+    /// Whether [`verify`](Self::verify) with this would ask for more than before.
+    pub fn verifies_more(&self, verify: bool) -> bool {
+        verify && !self.progress.pass_credentials
+    }
+
+    /// When the connection ends if nothing moves on it. `None`: never, or at a moment that no clock can tell; then
+    /// [`Progress::active`] is not kept up.
+    pub fn times_out(&self, config: &WorkerConfig<P>) -> Option<Moment> {
+        let span = self.rule.terms().idle_timeout.unwrap_or(config.idle_timeout)?;
+        self.progress.active.checked_add(span)
+    }
+
+    /// What an epoll is to look for.
+    pub fn interest(&self) -> EpollFlags {
+        match self.protocol.waits_for() {
+            Interest::Read => EpollFlags::EPOLLIN,
+            Interest::Write => EpollFlags::EPOLLOUT,
+        }
+    }
+}
+
+impl<P: Protocol> fmt::Debug for Connection<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { peer, progress, .. } = self;
+        let socket = self.socket.as_fd();
+        f.debug_struct("Connection").field("socket", &socket).field("peer", peer).field("progress", progress).finish()
+    }
+}

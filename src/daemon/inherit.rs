@@ -1,0 +1,176 @@
+//! Connections that an earlier process left: judged by the policy in force before the gate opens, then served or ended in
+//! order.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use peergate::Stream;
+use peergate::Wakeup;
+use peergate::audit::{Audit, Reason, Record, Severity};
+use peergate::gate::{Closer, Gate, Judge, Setup};
+use peergate::ids::Uid;
+use peergate::journal::Writer;
+use peergate::permits::Permits;
+use peergate::policy::Verdict;
+use peergate::systemd::Notifier;
+
+use crate::close::{ClosingRecord, Context};
+use crate::config::{Config, Verify};
+use crate::connection::{Connection, Fate, Inherited};
+use crate::handover::Inheritance;
+use crate::in_force::{audit_settings, worker_config};
+use crate::protocol::Protocol;
+use crate::service::Service;
+use crate::stop::{end_workers, finish};
+use crate::worker::Worker;
+
+/// A connection of an earlier process after it was judged.
+enum Judged<P: Protocol> {
+    /// It may stay, and has a place in the limits.
+    Admitted(Box<Connection<P>>, Fate),
+    /// It may not. That is on record.
+    Revoked(OwnedFd),
+}
+
+/// What an earlier process left, judged.
+pub struct Judgement<P: Protocol>(Vec<Judged<P>>);
+
+impl<P: Protocol> Judgement<P> {
+    /// Judges every connection by `config`.
+    pub fn of(
+        connections: Vec<Inherited<P>>,
+        judge: &Judge,
+        config: &Config<P>,
+        permits: &Permits,
+        audit: &Audit,
+    ) -> Self {
+        Self(connections.into_iter().map(|one| self::judge(one, judge, config, permits, audit)).collect())
+    }
+
+    /// How many connections go on, end for want of a state, and may not stay.
+    pub fn counts(&self) -> (usize, usize, usize) {
+        let count = |is: fn(&Judged<P>) -> bool| self.0.iter().filter(|one| is(one)).count();
+        let goes_on = count(|one| matches!(one, Judged::Admitted(_, Fate::GoesOn)));
+        let revoked = count(|one| matches!(one, Judged::Revoked(_)));
+        (goes_on, self.0.len() - goes_on - revoked, revoked)
+    }
+}
+
+fn judge<P: Protocol>(
+    mut one: Inherited<P>,
+    judge: &Judge,
+    config: &Config<P>,
+    permits: &Permits,
+    audit: &Audit,
+) -> Judged<P> {
+    let rule = match judge.judge(&mut one.peer, &one.socket, &config.policy) {
+        Verdict::Admitted(rule) => Arc::clone(rule),
+        Verdict::Denied(rule) => {
+            let rule = rule.map(|rule| rule.name().as_str());
+            let mut record = one.closing_record();
+            record.denied(audit, rule);
+            record.closed(audit, Some(Reason::Policy), rule.unwrap_or("default"));
+            return Judged::Revoked(one.socket);
+        }
+    };
+    one.peer.release_process();
+    one.peer.forget_groups();
+    let permit = permits.resume(one.peer.uid());
+    let fate = one.fate;
+    let mut connection = Connection::resumed(one, rule, permit);
+    if connection.verify(config.service.verify == Verify::Line) {
+        return Judged::Admitted(Box::new(connection), fate);
+    }
+    let rule = Arc::clone(&connection.rule);
+    let mut record = ClosingRecord::of(&mut connection);
+    record.sender_mismatch(audit, rule.name().as_str(), None);
+    record.closed(audit, Some(Reason::Sender), rule.name().as_str());
+    Judged::Revoked(connection.socket.into())
+}
+
+impl<P: Protocol> Service<P> {
+    /// Goes on with the connections of an earlier process, or ends them in order.
+    pub(crate) fn take_over(&self, inherited: Judgement<P>) {
+        let mut next = (0..self.workers.len()).cycle();
+        let mut ending = Vec::new();
+        for judged in inherited.0 {
+            match judged {
+                Judged::Admitted(connection, Fate::GoesOn) => {
+                    self.workers[next.next().unwrap_or(0)].resume(connection);
+                }
+                Judged::Admitted(connection, Fate::EndsInOrder) => ending.push(connection),
+                Judged::Admitted(mut connection, Fate::EndsAtOnce) => {
+                    let rule = Arc::clone(&connection.rule);
+                    let record = ClosingRecord::of(&mut connection);
+                    record.closed(&self.audit, Some(Reason::Stopping), rule.name().as_str());
+                    close_silently(&self.context.closer, connection.socket);
+                }
+                Judged::Revoked(socket) => self.context.closer.close_denied(socket),
+            }
+        }
+        self.end_in_order(ending);
+    }
+}
+
+fn close_silently(closer: &Closer, socket: impl Into<Stream>) {
+    closer.close_with(socket, &Arc::from(&b""[..]));
+}
+
+/// Records that `count` connections of an earlier process stay in the store, where this one was told to make way for a
+/// next one before it took them back.
+pub fn leave_kept<P: Protocol>(count: usize, notifier: &Notifier) {
+    if count == 0 {
+        return;
+    }
+    let audit = Audit::new(audit_settings(&Config::<P>::without_file(Uid::effective())));
+    let Ok(journal) = Writer::start(&audit, P::NAME) else { return };
+    audit.write(Record::note(Severity::Notice, format!("{count} connections left to the next process, 0 ended")));
+    finish(journal, notifier);
+}
+
+/// Ends the connections of an earlier process where this one does not serve: no peer is judged, each gets what it is owed,
+/// and its end of file.
+pub fn end_inherited<P: Protocol>(inheritance: Inheritance<P>, notifier: &Notifier, why: &str) {
+    let count = inheritance.connections.len();
+    if count == 0 {
+        return;
+    }
+    let config = Config::without_file(Uid::effective());
+    let audit = Audit::new(audit_settings(&config));
+    let Ok(journal) = Writer::start(&audit, P::NAME) else { return };
+    if let Err(error) = end_unjudged(inheritance, &config, &audit) {
+        audit.write(Record::note(Severity::Error, format!("ending connections of an earlier process: {error}")));
+    }
+    let text = format!("{count} connections of an earlier process ended: {why}");
+    audit.write(Record::note(Severity::Warning, text));
+    finish(journal, notifier);
+}
+
+fn end_unjudged<P: Protocol>(inheritance: Inheritance<P>, config: &Config<P>, audit: &Audit) -> io::Result<()> {
+    let Some(rule) = config.policy.rules().next() else { return Ok(()) };
+    let setup = Setup::without_listeners(Arc::clone(&config.policy), audit.clone());
+    let permits = setup.permits.clone();
+    let gate = Gate::new(setup)?;
+    let context = Context {
+        audit: audit.clone(),
+        closer: gate.closer(),
+        judge: gate.judge(),
+        wakeup: Arc::new(Wakeup::new()?),
+        busy_poll: None,
+    };
+    let mut settings = worker_config(config);
+    settings.settings = P::unlimited(settings.settings);
+    let worker = Worker::start(0, settings, context.clone())?;
+    for one in inheritance.connections {
+        if one.fate == Fate::EndsAtOnce {
+            close_silently(&context.closer, one.socket);
+            continue;
+        }
+        let permit = permits.resume(one.peer.uid());
+        worker.resume(Box::new(Connection::resumed(one, Arc::clone(rule), permit)));
+    }
+    end_workers(&mut [worker], 0);
+    gate.finish();
+    Ok(())
+}

@@ -1,0 +1,223 @@
+//! A whole daemon behind the gate: configuration file, `check`, `explain`, `report`, reload, idle exit, a restart that loses no
+//! connection, records of the peers that were turned away. Its author implements one trait, [`Protocol`], and calls
+//! [`main`].
+//!
+//! The gate itself is [`peergate`]. `echod` is the first such daemon; `examples/length_daemon.rs` a small one.
+
+// The tests count allocations, and an allocator cannot be written without.
+#![cfg_attr(not(test), forbid(unsafe_code))]
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
+// They panic where writing fails.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
+pub mod buffers;
+mod check;
+pub mod cli;
+mod close;
+pub mod config;
+pub mod connection;
+#[cfg(test)]
+#[path = "../../tests/support/counting.rs"]
+mod counting;
+mod exit_code;
+mod explain;
+mod first_turn;
+mod gate_thread;
+mod handover;
+mod in_force;
+mod inherit;
+mod mailbox;
+pub mod moment;
+mod names;
+mod output;
+mod pacing;
+pub mod protocol;
+mod reload;
+pub mod report;
+mod service;
+mod starting;
+mod stop;
+pub mod terms;
+#[cfg(test)]
+mod testing;
+mod timeouts;
+mod vouching;
+pub mod worker;
+
+use std::collections::VecDeque;
+use std::io::{self, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::FromArgMatches;
+use peergate::activation::{self, Listener, Passed, Refused};
+use peergate::return_memory;
+use peergate::systemd::{Notifier, Request, Signals, Store, request_reload};
+
+use crate::cli::{Cli, Command, Serve};
+use crate::config::Config;
+use crate::report::Program;
+
+pub use crate::protocol::Protocol;
+
+/// What is as large as this is freed for good: what a connection holds of long messages, above all.
+const LARGE: usize = 32 * 1024;
+
+/// How long a reload may take.
+const RELOAD_PATIENCE: Duration = Duration::from_secs(60);
+
+/// A message and the exit code that goes with it.
+struct Failure(u8, String);
+
+/// Runs the daemon: reads the command line, does what it says, gives the exit code. To be called first in `main`, before
+/// there is a second thread.
+pub fn main<P: Protocol>() -> ExitCode {
+    output::begin(P::NAME);
+    let parsed = cli::command::<P>().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let cli = match parsed {
+        Ok(cli) => cli,
+        // Also what --help and --version print.
+        Err(error) => return ExitCode::from(output::of_clap(error)),
+    };
+    let code = match cli.command {
+        Some(Command::Check { config }) => check::run::<P>(config.as_deref()),
+        Some(Command::Explain(explain)) => explain::run::<P>(&explain),
+        Some(Command::Report(asked)) => report::run(&asked, &Program::of::<P>()),
+        Some(Command::Reload { pid }) => reload(pid),
+        None => match serve::<P>(cli.serve) {
+            Ok(()) => 0,
+            Err(Failure(code, message)) => {
+                output::complain(&message);
+                code
+            }
+        },
+    };
+    ExitCode::from(code)
+}
+
+fn serve<P: Protocol>(options: Serve) -> Result<(), Failure> {
+    return_memory(LARGE);
+    let has_terminal = io::stderr().is_terminal();
+    // Before anything else opens a descriptor or starts a thread.
+    let passed = activation::adopt(handover::is_kept::<P>).map_err(|refused| match refused {
+        Refused::System(_) => Failure(exit_code::OS_ERROR, refused.to_string()),
+        _ => Failure(exit_code::PROTOCOL, refused.to_string()),
+    })?;
+    let Passed { mut listeners, kept, ignored, .. } = passed;
+    let prepared = if listeners.is_empty() && options.listen.is_empty() {
+        Err(Failure(exit_code::USAGE, nothing_to_listen_on::<P>(ignored)))
+    } else {
+        prepare::<P>(&options)
+    };
+    let notifier = Notifier::from_env();
+    if let Ok(Prepared::Stopped { is_final: false }) = prepared {
+        inherit::leave_kept::<P>(handover::count::<P>(&kept), &notifier);
+        return Ok(());
+    }
+    let store = Store::from_env(&format!("{}_FDSTORE_MAX", P::NAME.to_uppercase()));
+    let inheritance = handover::take_back(kept, &store);
+    let (config, signals, bound, requests) = match prepared {
+        Ok(Prepared::ToServe { config, signals, bound, requests }) => (*config, signals, bound, requests),
+        Ok(Prepared::Stopped { .. }) => {
+            inherit::end_inherited(inheritance, &notifier, "this one was told to stop before it served");
+            return Ok(());
+        }
+        Err(failure) => {
+            // Connections of an earlier process cannot go on here, but they are owed an orderly end. Without a socket, systemd
+            // starts this for that end alone: echo-reopen.service.
+            inherit::end_inherited(inheritance, &notifier, "this one cannot serve them");
+            return Err(failure);
+        }
+    };
+    listeners.extend(bound);
+    // Without a terminal the service would go on unseen, and with the path taken.
+    let ends_at_hangup = has_terminal && (!options.listen.is_empty() || !notifier.is_present());
+    let config_path = options.config.map(absolute);
+    let start = service::Start {
+        listeners,
+        inheritance,
+        config,
+        config_path,
+        store,
+        notifier,
+        signals,
+        requests,
+        ends_at_hangup,
+    };
+    service::run(start).map_err(|error| Failure(exit_code::OS_ERROR, error))
+}
+
+/// What is ready before connections of an earlier process are taken back.
+enum Prepared<P: Protocol> {
+    ToServe {
+        config: Box<Config<P>>,
+        signals: Signals,
+        bound: Vec<Listener>,
+        requests: VecDeque<Request>,
+    },
+    /// A stop came first. If it is not final, a next process takes the connections back.
+    Stopped {
+        is_final: bool,
+    },
+}
+
+fn nothing_to_listen_on<P: Protocol>(ignored: Option<String>) -> String {
+    let (name, unit) = (P::NAME, P::UNIT);
+    let message = format!(
+        "nothing to listen on: either let systemd pass a socket (systemctl start {unit}.socket, or systemctl --user start \
+         {unit}.socket), or name one ({name} --listen PATH)"
+    );
+    match ignored {
+        Some(reason) => format!("{reason}\n{message}"),
+        None => message,
+    }
+}
+
+/// What can go wrong before any connection is served, those of an earlier process included.
+fn prepare<P: Protocol>(options: &Serve) -> Result<Prepared<P>, Failure> {
+    // From here on a signal to stop is heard, and what we bound is removed.
+    let signals =
+        Signals::catch().map_err(|error| Failure(exit_code::OS_ERROR, format!("catching signals: {error}")))?;
+    let mut requests = VecDeque::new();
+    let mut config = match starting::load::<P>(options.config.as_deref(), &signals, &mut requests) {
+        Ok(starting::Outcome::Loaded(config)) => config,
+        Ok(starting::Outcome::Failed(error)) => return Err(Failure(error.exit_code(), error.to_string())),
+        Ok(starting::Outcome::Stopped) => return Ok(Prepared::Stopped { is_final: signals.stop_is_final() }),
+        Err(error) => return Err(Failure(exit_code::OS_ERROR, format!("waiting for the configuration: {error}"))),
+    };
+    config.source = config.source.map(absolute);
+    let bound = bind_all(&options.listen)?;
+    Ok(Prepared::ToServe { config, signals, bound, requests })
+}
+
+fn bind_all(paths: &[PathBuf]) -> Result<Vec<Listener>, Failure> {
+    // Every path that cannot be bound is named, not only the first.
+    let (bound, failed): (Vec<_>, Vec<_>) = paths.iter().map(|path| activation::bind(path)).partition(Result::is_ok);
+    if failed.is_empty() {
+        return Ok(bound.into_iter().flatten().collect());
+    }
+    let messages: Vec<_> = failed.into_iter().filter_map(Result::err).map(|error| error.to_string()).collect();
+    Err(Failure(exit_code::OS_ERROR, messages.join("\n")))
+}
+
+/// A reload must find the file that the start found.
+fn absolute(path: PathBuf) -> PathBuf {
+    std::path::absolute(Path::new(&path)).unwrap_or(path)
+}
+
+fn reload(pid: i32) -> u8 {
+    match request_reload(pid, RELOAD_PATIENCE) {
+        Ok(true) => 0,
+        Ok(false) => {
+            output::complain(&format!(
+                "process {pid} refused its new configuration; the old one stays (see the journal)"
+            ));
+            exit_code::CONFIG
+        }
+        Err(error) => {
+            output::complain(&format!("asking process {pid} to reload: {error}"));
+            exit_code::OS_ERROR
+        }
+    }
+}

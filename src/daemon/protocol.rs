@@ -1,0 +1,279 @@
+//! What a daemon does with the connections it admits: the one trait that it implements.
+
+use std::fmt;
+use std::io::{self, ErrorKind, Read, Write};
+
+use peergate::Stream;
+use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::ids::Uid;
+use peergate::peer::Peer;
+use peergate::policy::RuleName;
+use peergate::policy::file::Table;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::buffers::Buffers;
+use crate::connection::Progress;
+
+/// The state of one connection as the daemon's protocol sees it, and its turns.
+///
+/// Connections are non-blocking. A turn does what can be done now and returns; the worker's epoll calls the next one. What a
+/// turn leaves in the value is what the next process gets after a restart: it is written with serde.
+pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
+    /// The daemon's own settings. A reload replaces them.
+    type Settings: Settings;
+    /// The daemon's own keys on allow rules.
+    type Terms: RuleKeys;
+
+    /// The program's name: SYSLOG_IDENTIFIER, the first word of every message, and the name of its configuration file
+    /// without `.toml` and of the file's directory.
+    const NAME: &'static str;
+    /// The name of its units, without `.socket` and `.service`.
+    const UNIT: &'static str;
+    /// What it is, in one sentence, for `--help`.
+    const ABOUT: &'static str;
+
+    /// The state of a connection that was just admitted.
+    fn start() -> Self;
+
+    /// One turn, because what [`waits_for`](Self::waits_for) says can be done. A bounded piece of work: other connections
+    /// wait.
+    fn turn(&mut self, io: &mut Io<'_, Self>) -> Turn;
+
+    /// What the next turn waits for.
+    fn waits_for(&self) -> Interest {
+        Interest::Read
+    }
+
+    /// Whether nothing is pending: all that was received is answered.
+    fn is_at_rest(&self) -> bool {
+        true
+    }
+
+    /// Whether bytes were received that are not wholly answered yet. Their sender cannot be told afterwards.
+    fn holds_input(&self) -> bool {
+        !self.is_at_rest()
+    }
+
+    /// What is owed to the peer where the connection is ended now and nothing more is read.
+    fn owed(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    /// How the connection ends once the peer has taken what is pending, where that is settled.
+    fn will_end(&self) -> Option<Turn> {
+        None
+    }
+
+    /// Why the peer is refused, from the moment it is until it has been told.
+    fn refusal(&self, _settings: &Self::Settings, _terms: &Self::Terms) -> Option<Refusal> {
+        None
+    }
+
+    /// What the record of a closed connection counts.
+    fn counters(&self) -> Counters;
+
+    /// `settings` without a limit that could cut off what an earlier process has accepted.
+    fn unlimited(settings: Self::Settings) -> Self::Settings {
+        settings
+    }
+
+    /// Gives the memory back that the connection held.
+    fn release(self, _buffers: &mut Buffers) {}
+}
+
+/// The settings of a protocol.
+pub trait Settings: Clone + fmt::Debug + Default + Send + Sync + 'static {
+    /// Takes its keys out of `[limits]`.
+    fn take_limits(&mut self, _limits: &mut Table<'_>) {}
+
+    /// Takes its own tables out of the file.
+    fn take_tables(&mut self, _file: &mut Table<'_>) {}
+
+    /// Its keys of `[limits]` as a file has them, a line each, for `check`.
+    fn show_limits(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Its own tables as a file has them.
+    fn show_tables(&self) -> String {
+        String::new()
+    }
+}
+
+impl Settings for () {}
+
+/// What a protocol lets an allow rule say.
+pub trait RuleKeys: Clone + fmt::Debug + Default + Send + Sync + 'static {
+    /// Takes its keys out of a rule.
+    fn take(rule: &mut Table<'_>) -> Self;
+
+    /// Each key that the rule has, as `check` shows it: `line-length 4K`.
+    fn show(&self) -> Vec<String>;
+}
+
+impl RuleKeys for () {
+    fn take(_: &mut Table<'_>) -> Self {}
+
+    fn show(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+/// How a turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// There was nothing to do.
+    Idle,
+    /// Something was done; the connection goes on.
+    Progress,
+    /// The connection is over: the peer has closed it, or broken it off.
+    Closed,
+    /// The peer is refused, and has been told: see [`Protocol::refusal`].
+    Refused,
+    /// Data came from this user, who is not the one who was judged; `None`: without credentials.
+    SenderMismatch(Option<Uid>),
+    /// The peer sent file descriptors, which are not taken. What came before them is answered.
+    DescriptorsReceived,
+}
+
+/// What a connection waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// The peer sends.
+    Read,
+    /// The peer takes what is written.
+    Write,
+}
+
+/// Why a peer is refused by the protocol.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// GATE_REASON.
+    pub reason: Reason,
+    /// What MESSAGE says.
+    pub text: String,
+    /// What the peer has yet to be told.
+    pub message: &'static [u8],
+}
+
+/// What the record of a closed connection counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// GATE_LINES.
+    pub lines: u64,
+    /// GATE_BYTES: received from the peer.
+    pub bytes: u64,
+}
+
+/// What a turn works with.
+#[derive(Debug)]
+pub struct Io<'a, P: Protocol> {
+    /// The peer's end.
+    pub peer: PeerStream<'a>,
+    /// Memory of this thread.
+    pub buffers: &'a mut Buffers,
+    /// The settings in force.
+    pub settings: &'a P::Settings,
+    /// The terms of the rule that admitted the peer.
+    pub terms: &'a P::Terms,
+    /// For `record = "lines"`.
+    pub lines: Lines<'a>,
+}
+
+/// The connection to the peer. Where the senders of data are verified, each piece of it must come from the user who was
+/// judged.
+#[derive(Debug)]
+pub struct PeerStream<'a> {
+    pub(crate) socket: &'a mut Stream,
+    pub(crate) judged: Uid,
+    pub(crate) progress: &'a mut Progress,
+}
+
+/// What one read gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// So many bytes.
+    Bytes(usize),
+    /// Nothing has come yet.
+    Nothing,
+    /// The peer sends no more.
+    End,
+    /// The connection is broken.
+    Broken,
+    /// The data came from this user, or without credentials.
+    SenderMismatch(Option<Uid>),
+    /// File descriptors come next. They are not taken, and nothing can be read past them.
+    Descriptors,
+}
+
+impl PeerStream<'_> {
+    /// Reads once.
+    pub fn receive(&mut self, buffer: &mut [u8]) -> Received {
+        let received = if self.progress.pass_credentials {
+            self.socket.receive(buffer).map(|(count, sender)| {
+                let came_before = sender.is_none() && count <= self.progress.unattested;
+                let is_mismatch = count > 0 && sender != Some(self.judged) && !came_before;
+                if !is_mismatch {
+                    self.progress.unattested = self.progress.unattested.saturating_sub(count);
+                }
+                (count, is_mismatch.then_some(sender))
+            })
+        } else {
+            self.socket.read(buffer).map(|count| (count, None))
+        };
+        match received {
+            Ok((_, Some(sender))) => Received::SenderMismatch(sender),
+            Ok((0, None)) => Received::End,
+            Ok((count, None)) => Received::Bytes(count),
+            Err(error) => match error.kind() {
+                ErrorKind::WouldBlock | ErrorKind::Interrupted => Received::Nothing,
+                ErrorKind::InvalidData => Received::Descriptors,
+                _ => Received::Broken,
+            },
+        }
+    }
+
+    /// Writes as much as the peer takes now.
+    ///
+    /// # Errors
+    /// What send(2) says, where the connection is broken.
+    pub fn send(&mut self, output: &[u8]) -> io::Result<usize> {
+        let mut written = 0;
+        while written < output.len() {
+            match self.socket.write(&output[written..]) {
+                Ok(count) => written += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(written)
+    }
+}
+
+/// Records of single lines: their length, never their content.
+#[derive(Clone, Copy, Debug)]
+pub struct Lines<'a> {
+    pub(crate) audit: &'a Audit,
+    pub(crate) peer: &'a Peer,
+    pub(crate) rule: &'a RuleName,
+    pub(crate) connection: u64,
+}
+
+impl Lines<'_> {
+    /// Whether lines are recorded. Ask before taking the trouble to find them.
+    pub fn are_recorded(&self) -> bool {
+        self.audit.writes_lines()
+    }
+
+    /// Records a line of so many bytes.
+    pub fn record(&self, length: usize) {
+        let mut record = Record::new(Event::Line);
+        record.rule = Some(self.rule.as_str().into());
+        record.connection = Some(self.connection);
+        record.bytes = Some(length as u64);
+        record.about = Some(About::former(self.peer));
+        self.audit.write(record);
+    }
+}

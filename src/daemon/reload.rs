@@ -1,0 +1,168 @@
+//! A reload: a configuration is read whole, and only then put in force, for new connections and for live ones.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::{self, TryRecvError};
+use std::thread;
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, poll};
+use peergate::audit::{Event, Record, Severity};
+use peergate::poll_timeout;
+use peergate::systemd::{Request, Watchdog};
+
+use crate::config::Config;
+use crate::in_force::{audit_settings, describe, gate_config, record_configuration, worker_config};
+use crate::names::Found;
+use crate::protocol::Protocol;
+use crate::service::Service;
+
+impl<P: Protocol> Service<P> {
+    /// All or nothing: either the whole file is in force when this returns, or nothing has changed.
+    pub(crate) fn reload(&mut self, answer_to: Option<i32>) {
+        self.notifier.reloading();
+        let taken = match self.read_configuration() {
+            Ok(config) => {
+                let config = self.keep_ids(config);
+                self.put_in_force(config);
+                record_configuration(&self.audit, &self.config, "reloaded");
+                true
+            }
+            Err(error) => {
+                let text = format!("The configuration was refused, the old one stays in force:\n{error}");
+                self.audit.write(Record::note(Event::ConfigRefused, text));
+                false
+            }
+        };
+        self.status.said = self.status_line();
+        self.notifier.ready(&self.status.said);
+        if let Some(pid) = answer_to {
+            self.signals.answer(pid, taken);
+        }
+    }
+
+    /// Reads the configuration on a thread of its own. The user database may take long to answer, and a restart would not
+    /// hasten it: so the watchdog is fed meanwhile, and a stop is heard.
+    fn read_configuration(&mut self) -> Result<Config<P>, String> {
+        let config = self.read_on_a_thread()?;
+        match &self.config.source {
+            // The built-in policy would end every connection that the file admits. A restart puts it in force.
+            Some(path) if config.source.is_none() => {
+                Err(format!("{}: is gone; expected the file that what is in force was read from", path.display()))
+            }
+            _ => Ok(config),
+        }
+    }
+
+    fn read_on_a_thread(&mut self) -> Result<Config<P>, String> {
+        let path = self.config_path.clone();
+        let load_here = move || Config::<P>::load(path.as_deref()).map_err(|error| error.to_string());
+        let (result, loaded) = mpsc::channel();
+        let (load, wakeup) = (load_here.clone(), Arc::clone(&self.wakeup));
+        let load = move || {
+            let _ = result.send(load());
+            // Not a descriptor of its own: there may be none left.
+            wakeup.notify();
+        };
+        // Where no thread can be started, the channel is closed at once.
+        let _ = thread::Builder::new().name("reload".to_owned()).spawn(load);
+        loop {
+            // The thread may have finished before the wake-up was armed: look afterwards.
+            self.wakeup.arm();
+            match loaded.try_recv() {
+                Ok(result) => return result,
+                Err(TryRecvError::Disconnected) => return load_here(),
+                Err(TryRecvError::Empty) => {}
+            }
+            let timeout = poll_timeout(self.watchdog.as_ref().map(Watchdog::due));
+            let mut events = [
+                PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.wakeup.as_fd(), PollFlags::POLLIN),
+            ];
+            let _ = poll(&mut events, timeout);
+            self.wakeup.clear();
+            self.feed_watchdog();
+            while let Some(request) = self.next_request() {
+                if request == Request::Stop {
+                    // Before reloads that were asked for earlier: each would wait as this one does.
+                    self.requests.push_front(request);
+                    return Err("the service was told to stop while it was being read".to_owned());
+                }
+                self.requests.push_back(request);
+            }
+        }
+    }
+
+    fn put_in_force(&mut self, config: Config<P>) {
+        self.audit.set(audit_settings(&config));
+        // First the gate, so that no further connection is admitted by the old policy; then the live connections.
+        let generation = self.gate.configure(gate_config(&config), config.settings.clone());
+        let (done, finished) = mpsc::channel();
+        for worker in &self.workers {
+            worker.configure(worker_config(&config), generation, done.clone());
+        }
+        drop(done);
+        // One word from each; then the channel is closed.
+        while finished.recv().is_ok() {}
+        for (what, old, new) in [
+            ("workers", format!("{:?}", self.config.service.workers), format!("{:?}", config.service.workers)),
+            ("busy-poll", format!("{:?}", self.config.service.busy_poll), format!("{:?}", config.service.busy_poll)),
+        ] {
+            if old != new {
+                self.note(
+                    Severity::Warning,
+                    format!("[service] {what} changes with the next restart, not with a reload"),
+                );
+            }
+        }
+        self.names.set_names(config.policy.unknown_names(), Instant::now());
+        self.config = config;
+    }
+
+    /// A name for which the user database gives no answer just now keeps the id that the policy in force has for it: to
+    /// lose it would cut off the peers that it admits.
+    fn keep_ids(&self, config: Config<P>) -> Config<P> {
+        if config.unanswered.is_empty() {
+            return config;
+        }
+        let known = self.config.policy.known_names();
+        let kept: Found = config.unanswered.iter().filter_map(|name| Some((name.clone(), *known.get(name)?))).collect();
+        if kept.is_empty() {
+            return config;
+        }
+        self.note(Severity::Warning, format!("the user database did not answer; as before: {}", listed(&kept)));
+        self.with_ids(&config, &kept).unwrap_or(config)
+    }
+
+    /// Puts names into force that have been found since the configuration was read, as a reload would.
+    pub(crate) fn look_for_names(&mut self, now: Instant) {
+        let found = self.names.turn(now);
+        if found.is_empty() {
+            return;
+        }
+        let Some(config) = self.with_ids(&self.config, &found) else { return };
+        self.put_in_force(config);
+        let text = format!("Names found and in force: {}; configuration: {}", listed(&found), describe(&self.config));
+        self.audit.write(Record::note(Event::ConfigLoaded, text));
+    }
+
+    fn with_ids(&self, config: &Config<P>, ids: &Found) -> Option<Config<P>> {
+        match config.policy.with_ids(ids) {
+            Ok(policy) => Some(Config { policy: Arc::new(policy), ..config.clone() }),
+            Err(error) => {
+                self.note(Severity::Error, format!("names that were found cannot be used: {error}"));
+                None
+            }
+        }
+    }
+}
+
+/// `user "alice" (1001), group "adm" (4)`; not more than a message should hold.
+fn listed(names: &Found) -> String {
+    const MOST: usize = 20;
+    let mut listed: Vec<_> = names.iter().take(MOST).map(|(name, id)| format!("{name} ({id})")).collect();
+    if names.len() > MOST {
+        listed.push(format!("and {} more", names.len() - MOST));
+    }
+    listed.join(", ")
+}

@@ -1,0 +1,113 @@
+//! The end of the service: live connections are left to the next process or ended in order, and the record is written.
+
+use std::os::fd::OwnedFd;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use peergate::audit::Severity;
+use peergate::journal::Writer;
+use peergate::systemd::{Notifier, Request};
+
+use crate::connection::Connection;
+use crate::handover;
+use crate::in_force::worker_config;
+use crate::protocol::Protocol;
+use crate::service::Service;
+use crate::worker::Worker;
+
+/// How long connections that cannot be handed over may take to get what they are owed.
+const DRAIN: Duration = Duration::from_secs(5);
+/// How long the end may wait for a journal that takes nothing. TimeoutStopSec= of the unit is shorter: it is extended.
+const JOURNAL_PATIENCE: Duration = Duration::from_secs(60);
+/// The same for one that takes what is left, but slowly.
+const JOURNAL_AT_MOST: Duration = Duration::from_secs(300);
+
+impl<P: Protocol> Service<P> {
+    /// Accepts no further connection, leaves the live ones to the next process or ends them in order, and writes what is left
+    /// of the record.
+    pub(crate) fn stop(mut self, journal: Writer) {
+        // Counted before a peer can notice: a connection that its peer closes then is one of those that ended.
+        let total = self.permits.total();
+        self.notifier.stopping("stopping");
+        let next_connection = self.gate.stop_accepting();
+        let total = total.max(self.permits.total());
+        // A process that waits for the answer to a reload will get no other.
+        let waiting = self.requests.drain(..).chain(std::iter::from_fn(|| self.signals.next()));
+        let waiting: Vec<_> = waiting.collect();
+        for request in waiting {
+            if let Request::Reload { answer_to: Some(pid) } = request {
+                self.signals.answer(pid, false);
+            }
+        }
+        let carry = match handover::most_left::<P>(self.store.capacity()) {
+            most if most == 0 || total == 0 || self.signals.stop_is_final() => 0,
+            most => most,
+        };
+        self.notifier.extend_timeout(DRAIN * 6);
+        let carried = end_workers(&mut self.workers, carry);
+        let carried = if carried.is_empty() { Vec::new() } else { self.leave(carried, next_connection) };
+        if total > 0 {
+            let ended = total - carried.len().min(total);
+            let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
+            let text = format!("{} connections left to the next process, {ended} ended", carried.len());
+            self.note(severity, text);
+        }
+        // Closed only now that the service manager holds its own copies.
+        drop(carried);
+        let listeners = self.gate.shut();
+        finish(journal, &self.notifier);
+        drop(listeners);
+    }
+
+    /// Leaves connections to the next process. If they cannot be left, they are ended in order. Returns our copies of those
+    /// that are left.
+    fn leave(&mut self, carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<OwnedFd> {
+        // Time for a batch, and for what follows if the manager does not take it.
+        let takes_time = || self.notifier.extend_timeout(DRAIN * 6);
+        let error = match handover::leave(&carried, next_connection, &self.store, takes_time) {
+            Ok(()) => return carried.into_iter().map(|connection| connection.into_descriptor()).collect(),
+            Err(error) => error,
+        };
+        handover::retract::<P>(&self.store);
+        self.note(Severity::Warning, format!("the service manager did not take the connections: {error}"));
+        self.end_in_order(carried);
+        Vec::new()
+    }
+
+    /// Gives connections in no worker's hands what they are owed and their end of file, from a worker of their own.
+    pub(crate) fn end_in_order(&self, connections: Vec<Box<Connection<P>>>) {
+        if connections.is_empty() {
+            return;
+        }
+        let number = self.workers.len();
+        let Ok(worker) = Worker::start(number, worker_config(&self.config), self.context.clone()) else { return };
+        connections.into_iter().for_each(|connection| worker.resume(connection));
+        end_workers(&mut [worker], 0);
+    }
+}
+
+/// Ends all workers; what comes back are up to `carry` connections at rest.
+pub fn end_workers<P: Protocol>(workers: &mut [Worker<P>], carry: usize) -> Vec<Box<Connection<P>>> {
+    let (reply, replies) = mpsc::channel();
+    let until = Instant::now() + DRAIN;
+    let mut left = carry;
+    for worker in &mut *workers {
+        // A connection that is just being handed over by the gate is counted already.
+        let share = worker.connections().min(left);
+        left -= share;
+        worker.end(share, until, reply.clone());
+    }
+    drop(reply);
+    let carried = replies.iter().flatten().collect();
+    workers.iter_mut().for_each(Worker::join);
+    carried
+}
+
+/// Writes the last records, for which the service manager is asked to wait.
+pub fn finish(journal: Writer, notifier: &Notifier) {
+    let until = Instant::now() + JOURNAL_AT_MOST;
+    journal.finish_while(|stalled| {
+        notifier.extend_timeout(Duration::from_secs(10));
+        stalled < JOURNAL_PATIENCE && Instant::now() < until
+    });
+}

@@ -1,0 +1,85 @@
+//! What an answer given outside of the service's environment cannot vouch for. For `check` and `explain`.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use peergate::policy::{Group, User};
+
+use crate::config::Config;
+use crate::protocol::Protocol;
+
+/// Sources of nsswitch.conf(5) that read files or ask a daemon over AF_UNIX, as the units' sandbox allows. Any other one
+/// may ask over a network from within the process.
+const LOCAL: [&str; 10] =
+    ["files", "compat", "systemd", "sss", "db", "extrausers", "altfiles", "cache", "mymachines", "winbind"];
+
+/// What may come out differently where the service runs, a sentence each.
+///
+/// The service manager sets `$CONFIGURATION_DIRECTORY` for the service, and for a check that runs as the service does.
+pub fn reservations<P: Protocol>(config: &Config<P>) -> Vec<String> {
+    if std::env::var_os("CONFIGURATION_DIRECTORY").is_some() {
+        return Vec::new();
+    }
+    let names = has_names(config).then(|| fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default());
+    let distant = names.as_deref().map(distant_sources).unwrap_or_default();
+    let lookup = (!distant.is_empty()).then(|| {
+        format!(
+            "names were looked up outside of the service's sandbox, and /etc/nsswitch.conf names {}: if that is asked over \
+             a network, it does not answer in the sandbox; a reload (systemctl reload {}) checks the file there",
+            distant.join(", "),
+            P::UNIT
+        )
+    });
+    lookup.into_iter().chain(unreadable(config)).collect()
+}
+
+fn has_names<P: Protocol>(config: &Config<P>) -> bool {
+    let names_a_user = |users: &[User]| users.iter().any(|user| matches!(user, User::Named(..)));
+    let names_a_group = |groups: &[Group]| groups.iter().any(|group| matches!(group, Group::Named(..)));
+    config
+        .policy
+        .rules()
+        .any(|rule| rule.listed_users().is_some_and(names_a_user) || rule.listed_groups().is_some_and(names_a_group))
+}
+
+/// The sources of users and groups that are not known to be local.
+fn distant_sources(nsswitch: &str) -> Vec<&str> {
+    let databases = ["passwd", "group", "initgroups"];
+    let lines = nsswitch.lines().filter_map(|line| line.split('#').next()?.split_once(':'));
+    let sources = lines.filter(|(database, _)| databases.contains(&database.trim()));
+    // In brackets: what to do after the source before them.
+    let words = sources.flat_map(|(_, sources)| {
+        sources.split('[').flat_map(|part| part.rsplit(']').next().unwrap_or_default().split_whitespace())
+    });
+    let mut distant: Vec<_> = words.filter(|source| !LOCAL.contains(source)).collect();
+    distant.sort_unstable();
+    distant.dedup();
+    distant
+}
+
+/// Root reads every file; the units' service is not root.
+fn unreadable<P: Protocol>(config: &Config<P>) -> Option<String> {
+    let path = config.source.as_deref().filter(|_| config.policy.me().raw() == 0)?;
+    let mode = fs::metadata(path).ok()?.permissions().mode();
+    (mode & 0o004 == 0).then(|| {
+        format!(
+            "{}: mode {:04o} was read as root; expected a file that every user may read, because {}.service runs as \
+             another user",
+            path.display(),
+            mode & 0o7777,
+            P::UNIT
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_sources_that_may_ask_over_a_network_are_named() {
+        assert_eq!(distant_sources("passwd: files systemd\ngroup:\tfiles [SUCCESS=merge] sss\nhosts: dns\n"), [""; 0]);
+        let text = "passwd: files hesiod # nis\n#group: ldap\ngroup: files[NOTFOUND=return]nis hesiod\nshadow: x\n";
+        assert_eq!(distant_sources(text), ["hesiod", "nis"]);
+    }
+}

@@ -1,0 +1,652 @@
+//! The event loop behind the gate: one thread, one epoll, many connections. Workers share nothing.
+//!
+//! Each connection has its turns ([`Protocol::turn`]). In the steady state nothing is allocated, and a connection with nothing
+//! pending owns no buffer.
+
+use std::io;
+use std::net::Shutdown;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Instant;
+
+use nix::sys::epoll::{EpollEvent, EpollTimeout};
+use peergate::audit::Reason;
+use peergate::policy::Verdict;
+use peergate::poll_timeout;
+use peergate::systemd::Monitored;
+
+use crate::buffers::Buffers;
+use crate::close::{Context, End};
+use crate::connection::{Connection, WorkerConfig};
+use crate::mailbox::{Mailbox, Message, TOKEN_WAKE};
+use crate::moment::Moment;
+use crate::pacing::Pacing;
+use crate::protocol::{Interest, Protocol, Turn};
+use crate::timeouts::Timeouts;
+
+/// The most that is read from one connection before another gets its turn.
+pub const READ: usize = 64 * 1024;
+/// Turns of a connection that is brought to rest: what it had sent by then, and an end to it.
+const LAST_TURNS: usize = 32;
+
+/// How often in a row one peer must have been heard before it is worth waiting for awake.
+const ALONE: u32 = 2;
+/// Turns in a row of the peer that is waited for awake, before everything else gets a look.
+const TURNS_ALONE: u32 = 4;
+/// Looks for that peer alone, before one for all connections.
+const LOOKS_ALONE: u32 = 8;
+
+/// A running worker, as the rest of the daemon sees it.
+pub struct Worker<P: Protocol> {
+    mailbox: Arc<Mailbox<P>>,
+    number: usize,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl<P: Protocol> Worker<P> {
+    /// Starts worker `number`.
+    ///
+    /// # Errors
+    /// What epoll, eventfd or starting a thread say.
+    pub fn start(number: usize, config: WorkerConfig<P>, context: Context) -> io::Result<Self> {
+        let mailbox = Arc::new(Mailbox::new(&config)?);
+        let mut running = Loop::new(Arc::clone(&mailbox), config, context);
+        let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || running.run())?;
+        Ok(Self { mailbox, number, thread: Some(thread) })
+    }
+
+    /// Where connections are handed over, for the [`FirstTurn`](crate::first_turn::FirstTurn).
+    pub fn mailbox(&self) -> Arc<Mailbox<P>> {
+        Arc::clone(&self.mailbox)
+    }
+
+    /// How many connections it serves, those on their way to it included.
+    pub fn connections(&self) -> usize {
+        self.mailbox.connections.load(Ordering::Relaxed)
+    }
+
+    /// Takes over a connection from an earlier process.
+    pub fn resume(&self, connection: Box<Connection<P>>) {
+        self.mailbox.connections.fetch_add(1, Ordering::Relaxed);
+        self.mailbox.post(Message::Resume(connection));
+    }
+
+    /// Puts a configuration in force and judges every connection by it. `done` hears when that is finished.
+    pub fn configure(&self, config: WorkerConfig<P>, generation: u64, done: mpsc::Sender<()>) {
+        self.mailbox.post(Message::Configure(config, generation, done));
+    }
+
+    /// Ends the worker: up to `carry` connections come back through `reply` at rest, the others get what they are owed and
+    /// an end of file. After `until` no peer is waited for.
+    pub fn end(&self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Box<Connection<P>>>>) {
+        self.mailbox.post(Message::End { carry, until, reply });
+    }
+
+    /// For the watchdog.
+    pub fn monitored(&self) -> Monitored {
+        let mailbox = Arc::clone(&self.mailbox);
+        Monitored::new(format!("worker {}", self.number), &self.mailbox.heartbeat, move || mailbox.wake())
+    }
+
+    /// Waits for the thread, once it was told to end.
+    pub fn join(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Loop<P: Protocol> {
+    mailbox: Arc<Mailbox<P>>,
+    context: Context,
+    config: WorkerConfig<P>,
+    generation: u64,
+    /// Each in its place, which is the token of its events.
+    connections: Vec<Option<Box<Connection<P>>>>,
+    /// How many places are taken.
+    present: usize,
+    timeouts: Timeouts,
+    buffers: Buffers,
+    pacing: Pacing,
+    /// The token of the last event, and how often in a row no other came.
+    last_heard: u64,
+    alone: u32,
+    ending: Option<Ending<P>>,
+}
+
+struct Ending<P: Protocol> {
+    until: Instant,
+    carried: Vec<Box<Connection<P>>>,
+    reply: mpsc::Sender<Vec<Box<Connection<P>>>>,
+}
+
+impl<P: Protocol> Loop<P> {
+    fn new(mailbox: Arc<Mailbox<P>>, config: WorkerConfig<P>, context: Context) -> Self {
+        let pacing = Pacing::new(context.busy_poll);
+        Self {
+            mailbox,
+            context,
+            config,
+            generation: 0,
+            connections: Vec::new(),
+            present: 0,
+            timeouts: Timeouts::default(),
+            buffers: Buffers::new(READ),
+            pacing,
+            last_heard: TOKEN_WAKE,
+            alone: 0,
+            ending: None,
+        }
+    }
+
+    fn run(&mut self) {
+        let mut events = [EpollEvent::empty(); 128];
+        loop {
+            self.mailbox.heartbeat.answer();
+            let count = self.wait(&mut events);
+            for event in &events[..count] {
+                match event.data() {
+                    TOKEN_WAKE => {}
+                    slot => self.serve(slot as usize),
+                }
+            }
+            self.note_last_heard(&events[..count]);
+            if self.mailbox.has_mail() {
+                self.open_mail();
+                self.alone = 0;
+            }
+            self.expire();
+            if self.has_ended() {
+                return;
+            }
+        }
+    }
+
+    /// Something has happened on a connection.
+    fn serve(&mut self, slot: usize) {
+        if self.connections.get(slot).is_none_or(Option::is_none) {
+            // It came quietly. Where it is not even in the mail yet, the gate's thread is about to put it there.
+            self.open_mail();
+            if self.connections.get(slot).is_none_or(Option::is_none) {
+                return thread::yield_now();
+            }
+        }
+        self.turn(slot);
+    }
+
+    fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
+        if self.alone >= ALONE {
+            if let Some(count) = self.look(events) {
+                return count;
+            }
+        }
+        let timeout = if self.mailbox.sleeps(true) { self.timeout() } else { EpollTimeout::ZERO };
+        // EINTR is as good as a timeout: the loop looks at its clock anyway.
+        let count = self.pacing.sleep(|| self.mailbox.epoll.wait(events, timeout).unwrap_or(0));
+        self.mailbox.sleeps(false);
+        count
+    }
+
+    /// Serves the one peer that talks without sleeping in between, as long as that pays. Its socket is looked at, not the
+    /// epoll: one system call less for each message. `Some`: how many events there are for others. `None`: time to sleep.
+    fn look(&mut self, events: &mut [EpollEvent]) -> Option<usize> {
+        let slot = usize::try_from(self.last_heard).ok()?;
+        let (mut turns, mut looks) = (0, 0);
+        while self.pacing.goes_on_looking() {
+            if self.mailbox.has_mail() {
+                return Some(0);
+            }
+            let place = self.connections.get(slot).and_then(Option::as_ref);
+            if place.is_none_or(|connection| connection.protocol.waits_for() != Interest::Read) {
+                return None;
+            }
+            if self.turn(slot) {
+                self.pacing.found();
+                turns += 1;
+                if turns < TURNS_ALONE {
+                    continue;
+                }
+                return self.mailbox.epoll.wait(events, EpollTimeout::ZERO).ok();
+            }
+            looks += 1;
+            if looks % LOOKS_ALONE == 0 {
+                if let Ok(count @ 1..) = self.mailbox.epoll.wait(events, EpollTimeout::ZERO) {
+                    return Some(count);
+                }
+            }
+            // A peer that runs on this very processor waits for it.
+            if !self.pacing.gives_way() {
+                return None;
+            }
+        }
+        None
+    }
+
+    /// Looking again pays where one peer talks alone: the events of several share the cost of one wake-up.
+    fn note_last_heard(&mut self, events: &[EpollEvent]) {
+        match events {
+            [] => {}
+            [event] if event.data() == self.last_heard => self.alone = self.alone.saturating_add(1),
+            [.., event] => (self.alone, self.last_heard) = (0, event.data()),
+        }
+    }
+
+    fn timeout(&self) -> EpollTimeout {
+        let idle = self.timeouts.due().map(|due| Instant::now() + due.since(Moment::now()));
+        let end = self.ending.as_ref().map(|ending| ending.until);
+        poll_timeout(idle.into_iter().chain(end).min())
+    }
+
+    fn open_mail(&mut self) {
+        for message in self.mailbox.open() {
+            match message {
+                Message::Admit { connection, slot, generation } => self.admit(connection, slot, generation),
+                Message::Resume(connection) => self.resume(connection),
+                Message::Configure(config, generation, done) => {
+                    self.configure(config, generation);
+                    let _ = done.send(());
+                }
+                Message::End { carry, until, reply } => self.end(carry, until, reply),
+            }
+        }
+    }
+
+    /// Takes over a connection that has had its first turn on the gate's thread, and is in the epoll already.
+    fn admit(&mut self, mut connection: Box<Connection<P>>, slot: usize, generation: u64) {
+        // Judged just before a reload that this worker has already been through.
+        if generation < self.generation {
+            if let Some(end) = self.judge_again(&mut connection) {
+                self.mailbox.free_slot(slot);
+                return self.close(connection, end);
+            }
+            self.renew_interest(slot, &connection);
+        }
+        self.put(slot, connection);
+    }
+
+    fn resume(&mut self, connection: Box<Connection<P>>) {
+        let slot = self.mailbox.take_slot();
+        if self.mailbox.watch(&connection, slot).is_err() {
+            // Out of memory or watches (fs.epoll.max_user_watches): this connection cannot be served.
+            self.mailbox.free_slot(slot);
+            return self.close(connection, End::Closed);
+        }
+        self.put(slot, connection);
+    }
+
+    fn put(&mut self, slot: usize, connection: Box<Connection<P>>) {
+        if let Some(due) = connection.times_out(&self.config) {
+            self.timeouts.push(due, slot, connection.progress.number);
+        }
+        if self.connections.len() <= slot {
+            self.connections.resize_with(slot + 1, || None);
+        }
+        self.connections[slot] = Some(connection);
+        self.present += 1;
+        let connections = &self.connections;
+        self.timeouts.sort_out(self.present, |slot, number| {
+            connections[slot].as_ref().is_some_and(|connection| connection.progress.number == number)
+        });
+    }
+
+    /// One connection's turn. Says whether anything happened.
+    fn turn(&mut self, slot: usize) -> bool {
+        let Some(connection) = self.connections.get_mut(slot).and_then(Option::as_mut) else { return false };
+        let before = connection.protocol.waits_for();
+        let turn = connection.turn(&self.config.settings, &mut self.buffers, &self.context.audit);
+        match turn {
+            Turn::Idle => return false,
+            Turn::Progress => {
+                if !self.timeouts.is_empty() {
+                    connection.progress.active = Moment::now();
+                }
+                if connection.protocol.waits_for() != before {
+                    let mut event = EpollEvent::new(connection.interest(), slot as u64);
+                    let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
+                }
+            }
+            over => {
+                if let Some(end) = End::of(over) {
+                    self.end_of(slot, end);
+                }
+            }
+        }
+        true
+    }
+
+    /// Takes a connection out of its place, which stays reserved.
+    fn take(&mut self, slot: usize) -> Option<Box<Connection<P>>> {
+        let connection = self.connections.get_mut(slot)?.take()?;
+        self.present -= 1;
+        Some(connection)
+    }
+
+    fn end_of(&mut self, slot: usize, end: End<P>) {
+        if let Some(connection) = self.take(slot) {
+            self.mailbox.free_slot(slot);
+            self.close(connection, end);
+        }
+    }
+
+    /// Ends a connection that is in no place any more.
+    fn close(&mut self, connection: Box<Connection<P>>, end: End<P>) {
+        // While everything ends, a connection whose echo is out ends because of that.
+        let is_last = matches!(end, End::Closed) && self.ending.is_some();
+        let end = if is_last { End::Ended(Reason::Stopping) } else { end };
+        self.context.close(connection, end, &self.config.settings, &mut self.buffers, &self.mailbox);
+    }
+
+    /// A new configuration: every connection is judged again, by the credentials it had at connect.
+    fn configure(&mut self, config: WorkerConfig<P>, generation: u64) {
+        let before = std::mem::replace(&mut self.config, config);
+        self.generation = generation;
+        self.timeouts.clear();
+        for slot in 0..self.connections.len() {
+            let Some(mut connection) = self.take(slot) else { continue };
+            // Where no timeout was in force, the last activity is not known: it counts from now.
+            if connection.times_out(&before).is_none() {
+                connection.progress.active = Moment::now();
+            }
+            let interest = connection.protocol.waits_for();
+            if let Some(end) = self.judge_again(&mut connection) {
+                self.mailbox.free_slot(slot);
+                self.close(connection, end);
+                continue;
+            }
+            if connection.protocol.waits_for() != interest {
+                self.renew_interest(slot, &connection);
+            }
+            self.put(slot, connection);
+        }
+    }
+
+    /// Judges a connection by the policy in force. `None`: it stays.
+    fn judge_again(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
+        let verdict = self.context.judge.judge(&mut connection.peer, &connection.socket, &self.config.policy);
+        connection.peer.release_process();
+        connection.peer.forget_groups();
+        match verdict {
+            Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),
+            Verdict::Denied(rule) => return Some(End::Denied(rule.map(Arc::clone))),
+        }
+        if !connection.verifies_more(self.config.verify) {
+            return if connection.verify(self.config.verify) { None } else { Some(End::SenderMismatch(None)) };
+        }
+        // What has come by now is answered while it still may be: a peer that reads its answers, and is not in the middle of
+        // a message, stays.
+        if let Some(end) = self.last_turns(connection) {
+            return Some(end);
+        }
+        if !connection.verify(true) {
+            return Some(End::SenderMismatch(None));
+        }
+        // What came too late for that ends the connection now.
+        self.last_turns(connection)
+    }
+
+    /// After turns outside the loop.
+    fn renew_interest(&self, slot: usize, connection: &Connection<P>) {
+        let mut event = EpollEvent::new(connection.interest(), slot as u64);
+        let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
+    }
+
+    /// Ends connections on which nothing moved for too long.
+    fn expire(&mut self) {
+        if self.timeouts.is_empty() {
+            return;
+        }
+        let now = Moment::now();
+        while let Some((slot, number)) = self.timeouts.take_due(now) {
+            let Some(connection) = self.connections.get(slot).and_then(Option::as_ref) else { continue };
+            // The place may be another connection's by now.
+            if connection.progress.number != number {
+                continue;
+            }
+            match connection.times_out(&self.config) {
+                Some(due) if due > now => self.timeouts.push(due, slot, number),
+                Some(_) => self.end_of(slot, End::Ended(Reason::Idle)),
+                None => {}
+            }
+        }
+    }
+
+    /// Brings every connection to rest: some to be carried over, the others to their end.
+    fn end(&mut self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Box<Connection<P>>>>) {
+        let mut carried = Vec::new();
+        // A connection that stays for now is put back, with an entry of its own.
+        self.timeouts.clear();
+        for slot in 0..self.connections.len() {
+            let Some(mut connection) = self.take(slot) else { continue };
+            if let Some(end) = self.end_before_rest(&mut connection) {
+                self.mailbox.free_slot(slot);
+                self.close(connection, end);
+            } else if carried.len() < carry {
+                let _ = self.mailbox.epoll.delete(&connection.socket);
+                self.mailbox.free_slot(slot);
+                if connection.times_out(&self.config).is_none() {
+                    // The last activity is not known; where the next process has a timeout, it counts from now.
+                    connection.progress.active = Moment::now();
+                }
+                carried.push(connection);
+            } else {
+                // Everything received by now is answered, a fragment too; then the end. On our side what is in the queue
+                // can still be read, and after it comes the end of file; the peer can add nothing to it.
+                let _ = connection.socket.shutdown(Shutdown::Read);
+                self.renew_interest(slot, &connection);
+                self.put(slot, connection);
+            }
+        }
+        self.ending = Some(Ending { until, carried, reply });
+    }
+
+    /// Gives a connection its last turns. `Some`: how it ends, because it cannot be brought to rest.
+    fn end_before_rest(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
+        if let Some(end) = self.last_turns(connection) {
+            return Some(end);
+        }
+        match connection.protocol.will_end() {
+            Some(turn @ (Turn::Refused | Turn::DescriptorsReceived)) => End::of(turn),
+            // The service manager would have to close the descriptors in the end, and PID 1 must not wait for a peer.
+            _ => connection.socket.holds_descriptors().then_some(End::DescriptorsReceived),
+        }
+    }
+
+    /// Reads and answers what a connection had sent by now. `Some`: how it ends.
+    fn last_turns(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
+        for _ in 0..LAST_TURNS {
+            let waits_for_room = connection.protocol.waits_for() == Interest::Write;
+            let turn = connection.turn(&self.config.settings, &mut self.buffers, &self.context.audit);
+            match turn {
+                Turn::Idle => return None,
+                Turn::Progress if waits_for_room && connection.protocol.waits_for() == Interest::Write => return None,
+                Turn::Progress => connection.progress.active = Moment::now(),
+                over => return End::of(over),
+            }
+        }
+        None
+    }
+
+    /// Whether the worker was told to end, and no connection is left or time is up.
+    fn has_ended(&mut self) -> bool {
+        let Some(ending) = &self.ending else { return false };
+        let is_over = ending.until <= Instant::now();
+        if self.present > 0 && !is_over {
+            return false;
+        }
+        for slot in 0..self.connections.len() {
+            self.end_of(slot, End::Ended(Reason::Stopping));
+        }
+        if let Some(ending) = self.ending.take() {
+            let _ = ending.reply.send(ending.carried);
+        }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::io::{ErrorKind, IoSlice, Read, Write};
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use peergate::Stream;
+    use peergate::gate::Gate;
+
+    use crate::counting::allocations_of;
+    use crate::first_turn::FirstTurn;
+    use crate::terms::Terms;
+    use crate::testing::{LineSettings, Lines, admission, config, context, owner};
+    use crate::timeouts::LEFT_OVER;
+
+    /// A worker with one connection, and the other end of that.
+    fn serve_one(number: usize, take_in: fn(OwnedFd) -> Stream) -> (Worker<Lines>, UnixStream, Gate<Terms<Lines>>) {
+        let policy = owner();
+        let (context, gate) = context(&policy);
+        let worker = Worker::start(number, config(&policy), context.clone()).unwrap();
+        let (mut admission, theirs) = admission(&policy, 1);
+        admission.socket = take_in(admission.socket.into());
+        FirstTurn::new(vec![worker.mailbox()], context, LineSettings::default()).admit(admission);
+        (worker, theirs, gate)
+    }
+
+    #[test]
+    fn connections_that_are_over_leave_nothing_behind_however_far_off_their_timeout_was() {
+        let policy = owner();
+        let (context, _gate) = context(&policy);
+        let config = WorkerConfig { idle_timeout: Some(Duration::from_secs(86_400)), ..config(&policy) };
+        let mut serving = Loop::new(Arc::new(Mailbox::new(&config).unwrap()), config, context);
+        let mut clients = Vec::new();
+        for connection in 0..2000 {
+            let slot = serving.mailbox.take_slot();
+            let (admission, client) = admission(&policy, connection);
+            serving.put(slot, Box::new(Connection::admitted(admission)));
+            // Each tenth of the first hundred stays.
+            if connection < 100 && connection % 10 == 0 {
+                clients.push(client);
+            } else {
+                serving.end_of(slot, End::Closed);
+            }
+            let bound = 2 * serving.present + LEFT_OVER + 2;
+            assert!(serving.timeouts.len() <= bound, "{} after {connection}", serving.timeouts.len());
+        }
+        let mut stay = (0..100).step_by(10);
+        assert!(stay.all(|number| serving.timeouts.entries_of(number) == 1), "each live connection has one entry");
+        let (reply, _replies) = mpsc::channel();
+        serving.end(0, Instant::now(), reply);
+        assert_eq!(serving.timeouts.len(), clients.len());
+    }
+
+    #[test]
+    fn a_reload_counts_from_the_last_that_moved_where_a_timeout_had_it_noted_and_from_now_elsewhere() {
+        let hour = Duration::from_secs(3600);
+        for (before, is_noted) in [(Some(hour), true), (None, false), (Some(Duration::MAX), false)] {
+            let policy = owner();
+            let (context, _gate) = context(&policy);
+            let config = WorkerConfig { idle_timeout: before, ..config(&policy) };
+            let mut serving = Loop::new(Arc::new(Mailbox::new(&config).unwrap()), config.clone(), context);
+            let slot = serving.mailbox.take_slot();
+            let (admission, _client) = admission(&policy, 1);
+            let mut connection = Connection::admitted(admission);
+            connection.progress.active = Moment::now().checked_sub(hour / 2).unwrap();
+            serving.put(slot, Box::new(connection));
+            serving.configure(WorkerConfig { idle_timeout: Some(hour / 4), ..config }, 1);
+            serving.expire();
+            assert_eq!(serving.present, usize::from(!is_noted), "{before:?}");
+        }
+    }
+
+    fn thread_named(name: &str) -> i32 {
+        let of = |entry: fs::DirEntry| {
+            let comm = fs::read_to_string(entry.path().join("comm")).ok()?;
+            (comm.trim_end() == name).then(|| entry.file_name().to_string_lossy().parse().ok())?
+        };
+        fs::read_dir("/proc/self/task").unwrap().flatten().find_map(of).unwrap()
+    }
+
+    fn ask(client: &mut UnixStream, sent: &[u8], expected: &[u8], times: usize) {
+        let mut answer = vec![0; expected.len()];
+        for _ in 0..times {
+            client.write_all(sent).unwrap();
+            client.read_exact(&mut answer).unwrap();
+            assert!(answer == expected, "not the echo");
+        }
+    }
+
+    #[test]
+    fn echoing_allocates_nothing_once_it_is_under_way() {
+        let (_worker, mut client, _gate) = serve_one(77, Stream::accepted);
+        let one: (&[u8], &[u8]) = (b"a line of thirty-two bytes, LF in\n", b"a line of thirty-two bytes, LF in\n");
+        let many = (b"x\n".repeat(500), b"x\n".repeat(500));
+        let long = ([&[b'y'; 60_000][..], b"\n"].concat(), [&[b'y'; 60_000][..], b"\n"].concat());
+        let mut round = |times| {
+            ask(&mut client, one.0, one.1, times);
+            ask(&mut client, &many.0, &many.1, times);
+            ask(&mut client, &long.0, &long.1, times);
+            // A line in two parts: held in between.
+            for _ in 0..times {
+                client.write_all(b"half ").unwrap();
+                ask(&mut client, b"a line\n", b"half a line\n", 1);
+            }
+        };
+        round(20);
+        let worker = thread_named("worker-77");
+        // A buffer grows when a line comes in more parts than any before it, until it has seen the most: so what is
+        // claimed is that allocating ends. What allocates for each line, or each thousandth, never gets there.
+        let mut free_of_it = 0;
+        let batches = (0..200).take_while(|_| {
+            free_of_it = if allocations_of(worker, || round(50)) == 0 { free_of_it + 1 } else { 0 };
+            free_of_it < 20
+        });
+        let batches = batches.count();
+        assert_eq!(free_of_it, 20, "still allocating after {batches} batches");
+    }
+
+    fn send_a_descriptor(client: &UnixStream) -> nix::Result<usize> {
+        let fds = [client.as_raw_fd()];
+        let control = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(client.as_raw_fd(), &[IoSlice::new(b"with it\n")], &control, MsgFlags::empty(), None)
+    }
+
+    // As on a kernel that cannot refuse descriptors: a pair of sockets lets them through.
+
+    #[test]
+    fn a_peer_that_sends_descriptors_is_served_until_then() {
+        let (_worker, mut client, gate) = serve_one(78, Stream::unrefused);
+        // Without a gate, the worker closes by itself.
+        gate.finish();
+        ask(&mut client, b"hello\n", b"hello\n", 3);
+        send_a_descriptor(&client).unwrap();
+        let end = client.read(&mut [0; 64]);
+        assert!(
+            matches!(&end, Ok(0)) || end.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset),
+            "{end:?}"
+        );
+    }
+
+    #[test]
+    fn a_connection_with_descriptors_unread_is_not_left_to_the_manager_to_close() {
+        let (worker, mut client, _gate) = serve_one(79, Stream::unrefused);
+        client.set_nonblocking(true).unwrap();
+        // Until it waits for us to read, and reads no more itself.
+        let mut full = 0;
+        while full < 50 {
+            full = if client.write(&[b'\n'; 1024]).is_ok() { 0 } else { full + 1 };
+            thread::yield_now();
+        }
+        // Room for one more message, while the worker still waits for more room than that: nothing is taken from it any
+        // more once the message is out.
+        let mut buffer = vec![0; 1024];
+        while let Err(error) = send_a_descriptor(&client) {
+            assert_eq!(error, nix::errno::Errno::EAGAIN);
+            let _ = client.read(&mut buffer);
+        }
+        let (reply, carried) = mpsc::channel();
+        worker.end(10, Instant::now() + Duration::from_secs(60), reply);
+        assert_eq!(carried.recv().unwrap().len(), 0);
+    }
+}
