@@ -1,4 +1,4 @@
-# What a person types. Everything a target needs beyond make is named, and installed where it is missing (tools/require).
+# The commands for people. Each target names what it needs beyond make, and installs what is missing (tools/require).
 
 .PHONY: run test check check-root e2e units deb installed package-test bench bench-quick fuzz soak flood audit
 .NOTPARALLEL:
@@ -9,18 +9,18 @@ RELEASES ?= trixie bookworm
 
 become_root := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=XDG_CACHE_HOME,HOME,TMPDIR)
 
-# Serve here and now, without systemd, by the built-in policy, which admits you alone. Prints where, and what to type.
+# Serve without systemd, by the built-in policy, which admits only your own user. Prints the socket and a command to try.
 run:
 	@tools/run
 
 # Everything, as CI runs it.
 test: check check-root e2e package-test bench-quick
 
-# Peers who really are other users, control groups, mount namespaces of their own: these say so where they are not root.
+# Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.
 root_tests := access examples handover identity journals lifecycle names newcomer outside record
 other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
 
-# What needs neither root nor a booted systemd. As root, it is all the tests of the crate.
+# The checks that need neither root nor a booted systemd. As root, all tests of the workspace.
 check:
 	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux strace:strace systemd-analyze:systemd \
 		man:man-db journalctl:systemd systemd-journal-remote
@@ -35,7 +35,7 @@ else
 endif
 	@tools/features
 
-# Those that check left out for want of root: built as whoever you are, run by sudo.
+# The tests that check leaves out without root: built as your user, run by sudo.
 check-root:
 ifneq ($(shell id -u),0)
 	@tools/require sudo:sudo
@@ -43,7 +43,7 @@ ifneq ($(shell id -u),0)
 		cargo test --locked $(root_tests:%=--test %)
 endif
 
-# The program on real systems, each release booted with its own systemd: its units from the tree, then the package.
+# The program on real systems, each release booted with its own systemd: the units of the tree, then the package.
 e2e: units installed
 
 units:
@@ -57,23 +57,23 @@ version = $(shell dpkg-parsechangelog --show-field Version)
 architecture = $(shell dpkg --print-architecture)
 echod_deb = out/echod_$(version)_$(architecture).deb
 
-# The finished package: installation, upgrade, removal and debian/tests on each booted release. One goal of its own, so
-# that make test, which asks for it twice, does it once.
+# The finished package: installation, upgrade, removal and debian/tests on each booted release. A target of its own, so
+# that make test, which needs it twice, runs it once.
 installed: deb
 	packaging/test-deb $(echod_deb) $(RELEASES)
 
-# That, what lintian and piuparts say of the package, and whether Debian 13's own compiler takes its source.
+# The same, then lintian and piuparts on the package, then its source compiled by Debian 13's own compiler.
 package-test: deb installed
 	packaging/lint-deb out/peergate_$(version).dsc out/peergate_$(version)_$(architecture).changes
 	$(become_root) packaging/piuparts-deb $(echod_deb) $(RELEASES)
 	$(become_root) packaging/build-clean --features out/peergate_$(version).dsc
 
-# The table in benches/README.md, measured anew. Takes its time, and wants a machine that does nothing else.
+# The table in benches/README.md, measured anew. Takes long, and needs a machine without other work.
 bench:
 	benches/run --write benches/README.md
 
-# The benchmark at work and its check of every byte, without the table; each micro-benchmark once (as a test, and so
-# without the optimizing that measuring needs).
+# A short run of the benchmark with its check of every byte, without the table. Then each micro-benchmark once (as a test,
+# so without the optimization that measuring needs).
 bench-quick:
 	benches/run --install --quick
 	cargo test --locked --bench policy --bench line
@@ -87,7 +87,7 @@ fuzz:
 soak:
 	tests/soak/run
 
-# The tests of floods and crowds at full size: a million denials, ten thousand idle inside and as many refused.
+# The tests of floods at full size: a million denials, ten thousand idle connections and as many refused.
 flood:
 	cargo build --release --locked --example peer
 	ECHOD_TEST_VISITS=100 cargo test --release --locked --test identity -- many_groups

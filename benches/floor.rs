@@ -1,9 +1,9 @@
-//! The floor: what an echo with the `> ` prefix costs when nothing else is done. No policy, no record, no limits, no
-//! bound on a line. Only the benchmark uses it, as the yardstick that every other server is divided by.
+//! The floor: what an echo with the `> ` prefix costs at least. No policy, no record, no limits, no bound on a
+//! line. Only the benchmark uses it: every other server's figures are divided by the floor's.
 //!
-//! `floor` is one thread and one epoll; `--busy-poll USEC` looks again for that long before it sleeps; `--threads` is a
-//! blocking thread per connection instead. `--only-uid UID` turns everyone else away with the message, which is the
-//! least that a denial can cost; `--lie N` spoils one byte of every N-th answer, `--lie-denial N` of every N-th denial,
+//! `floor` is one thread and one epoll. `--busy-poll USEC` polls for that long before it sleeps; `--threads` is a
+//! blocking thread per connection instead. `--only-uid UID` denies every other user with the message, which is the
+//! least that a denial can cost. `--lie N` spoils one byte of every N-th answer, `--lie-denial N` of every N-th denial,
 //! for the load generator's own check.
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// `READY=1`, as a service of `Type=notify` sends it; the yardstick for the time from exec to readiness.
+/// `READY=1`, as a service of `Type=notify` sends it: for the time from exec to readiness.
 fn ready() {
     if let Ok(path) = std::env::var("NOTIFY_SOCKET") {
         if let Err(error) = UnixDatagram::unbound().and_then(|s| s.send_to(b"READY=1", path)) {
@@ -77,7 +77,7 @@ fn answer(mut input: &[u8], at_start: &mut bool, output: &mut Vec<u8>) {
         if *at_start {
             output.extend_from_slice(b"> ");
         }
-        // Of a slice this cannot fail; it finds the end as fast as the standard library knows how.
+        // Cannot fail on a slice; finds the end as fast as the standard library can.
         let _ = input.read_until(b'\n', output);
         *at_start = output.ends_with(b"\n");
     }
@@ -103,7 +103,7 @@ fn thread_each(listener: &OwnedFd) -> nix::Result<()> {
 struct Conn {
     fd: OwnedFd,
     at_start: bool,
-    /// What the peer has not taken yet; while there is any, nothing more is read from it.
+    /// Output that the peer has not taken yet. While there is any, nothing is read from the peer.
     pending: Vec<u8>,
 }
 
@@ -168,7 +168,8 @@ impl Floor {
                         n if n != 0 && self.denials % n == 0 => b"unauthorized access\n",
                         _ => b"Unauthorized access\n",
                     };
-                    // The peer sends nothing in this benchmark, so that a plain close loses it no byte. It may be gone.
+                    // The peer sends nothing in this benchmark, so a plain close loses no byte. The peer may have
+                    // closed.
                     let _ = write(&fd, message);
                     continue;
                 }
@@ -225,7 +226,7 @@ impl Floor {
     }
 }
 
-/// Sends on what was pending. False where the connection is lost.
+/// Sends pending output. False where the connection is lost.
 fn flush(epoll: &Epoll, conn: &mut Conn, index: usize) -> bool {
     match write(&conn.fd, &conn.pending) {
         Ok(sent) => {

@@ -24,7 +24,7 @@ fn frame(bencher: Bencher, length: usize) {
     });
 }
 
-/// The least that it could be.
+/// The lower bound: a copy.
 #[divan::bench(args = LINES)]
 fn copy(bencher: Bencher, length: usize) {
     let (input, mut out) = (lines(length), Vec::with_capacity(3 * INPUT));

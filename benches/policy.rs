@@ -1,6 +1,6 @@
-//! What a decision costs. The claim: it does not grow with the number of rules that neither the uid nor a gid of the
-//! peer touches, so 100 and 10,000 rules are alike. A single rule, about a user, is cheaper: as soon as one rule depends
-//! on groups, each of the peer's groups is looked up, so that the step grows with these. Run by
+//! What a decision costs. The claim: it does not grow with the number of rules that name neither the uid nor a gid of
+//! the peer, so 100 and 10,000 rules cost the same. A single rule about a user is cheaper. As soon as one rule depends
+//! on groups, each of the peer's groups is looked up, so this step grows with their number. Run by
 //! `cargo bench --bench policy`.
 use divan::{Bencher, black_box};
 use peergate::Subject;
@@ -35,8 +35,8 @@ fn peer(uid: u32, gids: impl IntoIterator<Item = u32>) -> Peer {
     Peer { uid: Uid::new(uid), gids: gids.into_iter().map(Gid::new).collect() }
 }
 
-/// One rule that admits uid 1000, the last of `rules`; the others are about one user or one group each, in turn
-/// allow and deny.
+/// `rules` rules. The last one admits uid 1000. Each rule before it names one user or one group, in turn allow and
+/// deny.
 fn policy(rules: u32) -> Policy<()> {
     let others = (1..rules).map(|n| {
         let id = 100_000 + n;

@@ -1,5 +1,5 @@
-//! A note that some users may view and others also update: the last idea of Bowen's article. The policy says who, in
-//! a file, by a key of our own on its rules: `may = "view"` or `may = "update"`.
+//! A note that every admitted user may view and some may also update: the last idea of Bowen's article. The policy is a
+//! file whose rules have one more key: `may = "view"` or `may = "update"`.
 //!
 //! ```console
 //! $ cargo build --example view_update
@@ -11,7 +11,7 @@
 //! Lunch is at one
 //! ```
 //!
-//! SIGHUP reads the file again; whoever is connected keeps the right they came with.
+//! SIGHUP reads the file again. A connection keeps the right with which it was admitted.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::PathBuf;
@@ -29,14 +29,14 @@ use serde::Deserialize;
 /// The longest command.
 const LONGEST: u64 = 4096;
 
-/// The terms of a rule: what else its table in the file may hold.
+/// The terms of a rule: the further keys of its table in the file.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct Access {
     may: Right,
 }
 
-/// In rising order: who may update may view.
+/// In rising order: the right to update includes the right to view.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Right {
@@ -57,9 +57,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let audit = Audit::default();
     let journal = Writer::start(&audit, "view_update")?;
     let note = Note::default();
-    let mut door = Door::open(Setup::new(listeners, policy, audit.clone())?, move |guest| {
+    let mut door = Door::open(Setup::new(listeners, policy, audit.clone())?, move |client| {
         let note = Arc::clone(&note);
-        thread::spawn(move || serve(guest, &note));
+        thread::spawn(move || serve(client, &note));
     })?;
     let notifier = Notifier::from_env();
     notifier.ready("serving the note");
@@ -80,12 +80,12 @@ fn read(path: &std::path::Path) -> Result<Policy<Access>, Faults> {
     file::load::<Access, ()>(path, Uid::effective()).map(|loaded| loaded.policy)
 }
 
-/// One guest, on a thread of its own. Its place in the limits is free when the admission is dropped.
-fn serve(guest: Admission<Access>, note: &Note) {
-    let Admission { socket, rule, permit, .. } = guest;
-    // An error means that the guest has left, or sent what nobody takes.
+/// One connection, on a thread of its own.
+fn serve(client: Admission<Access>, note: &Note) {
+    let Admission { socket, rule, permit, .. } = client;
+    // An error means that the client has disconnected, or has sent file descriptors.
     let _ = socket.set_nonblocking(false).and_then(|()| converse(socket, rule.terms().may, note));
-    drop(permit);
+    drop(permit); // its place in the limits
 }
 
 fn converse(socket: Stream, right: Right, note: &Note) -> io::Result<()> {

@@ -1,4 +1,4 @@
-//! Tells each client what the kernel says of it. Everybody whom the kernel can name may ask.
+//! Tells each client the credentials that the kernel has of it. Admits every user that the kernel can name.
 //!
 //! ```console
 //! $ cargo build --example whoami
@@ -19,13 +19,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// Runs on the gate's thread and never blocks: the socket is non-blocking, and these few bytes fit into it.
-fn answer(mut guest: Admission<()>) {
-    let (known, peer) = (guest.peer.details(&guest.socket), &guest.peer);
+fn answer(mut client: Admission<()>) {
+    let (known, peer) = (client.peer.details(&client.socket), &client.peer);
     let groups: Vec<_> = peer.gids().iter().skip(1).map(Gid::to_string).collect();
     let or_unknown = |fact: Option<String>| fact.unwrap_or_else(|| "unknown".to_owned());
     let ids = format!("uid {}, gid {}, groups {}", peer.uid(), peer.gid(), groups.join(" "));
     let pid = or_unknown(peer.pid().map(|pid| pid.to_string()));
     let [command, unit, label] = [known.comm, known.unit, known.label].map(or_unknown);
     let answer = format!("{ids}\npid {pid}, command {command}, unit {unit}, label {label}\n");
-    let _ = guest.socket.write_all(answer.as_bytes());
+    let _ = client.socket.write_all(answer.as_bytes());
 }

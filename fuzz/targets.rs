@@ -1,9 +1,9 @@
-//! What the fuzzers run: for each target a function that takes any bytes and panics where a claim does not hold.
+//! The fuzz targets: for each a function that takes any bytes and panics if a claim does not hold.
 //!
 //! Included by fuzz_targets/ (libFuzzer, nightly compiler) and by tests/fuzz_replay.rs, which replays the corpora on
 //! the stable one.
 
-// Each target uses its part of the modules, and of this file.
+// Each target uses only a part of the modules and of this file.
 #![allow(dead_code)]
 
 use std::io::{self, BufReader};
@@ -29,8 +29,8 @@ pub type Target = (&'static str, fn(&[u8]));
 /// Every target there is.
 pub const ALL: [Target; 4] = [("policy", policy), ("line", line), ("activation", activation), ("report", report)];
 
-/// A configuration file of any bytes: read whole or refused with faults that can be printed and placed; and what it
-/// admits is never somebody who cannot be told.
+/// A configuration file of any bytes: it is read whole, or refused with faults that can be printed and that have a
+/// place. It never admits a peer whose credentials cannot be told.
 pub fn policy(data: &[u8]) {
     let me = Uid::new(1000);
     let source = match Source::from_bytes("echod.toml", data.to_vec()) {
@@ -74,7 +74,7 @@ fn faults_are_presentable(faults: &Faults, data: &[u8]) {
     }
 }
 
-/// A user database in which some names are known, some are not, and some get no answer.
+/// A user database that knows some names, does not know some, and gives no answer for some.
 struct SomeNames;
 
 impl SomeNames {
@@ -177,8 +177,8 @@ pub fn line(data: &[u8]) {
     assert!(TOO_LONG.ends_with(b"\n"));
 }
 
-/// The model: what the contract says, as plainly as it can be said. The echo, how many lines, and whether one was
-/// too long.
+/// The model of the contract, as simple as possible. Returns the echo, the number of lines, and whether one was too
+/// long.
 fn answer(input: &[u8], limit: usize) -> (Vec<u8>, u64, bool) {
     let mut out = Vec::new();
     let mut lines = 0;
@@ -221,8 +221,8 @@ pub fn activation(data: &[u8]) {
     }
 }
 
-/// Any journal: every line is accounted for, the sums agree, however it arrives, and nothing that is printed can
-/// steer a terminal.
+/// Any journal, in any chunks: each line is counted, the sums agree, and the output has no control sequence for a
+/// terminal.
 pub fn report(data: &[u8]) {
     let program = Program { name: "echod", unit: "echo" };
     for scope in [Scope::System(program), Scope::User(program, 1000)] {

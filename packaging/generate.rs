@@ -1,4 +1,4 @@
-//! Writes what follows from the command line's definition: shell completions and the manual page's lists.
+//! Generates the shell completions and the manual page's lists from the definition of the command line.
 //!
 //! `cargo run --example generate` rewrites `packaging/completions/*` and, in `packaging/man/echod.8`, what stands
 //! between the lines `generated: NAME` and `end of NAME`. `tests/docs.rs` includes this file and compares.
@@ -14,7 +14,7 @@ use peergate_daemon::cli;
 /// The manual page that holds generated parts.
 const PAGE: &str = "packaging/man/echod.8";
 
-/// Each file that must follow the definition: its path inside the tree, and what it should contain.
+/// Each generated file: its path inside the tree, and its content.
 ///
 /// `root` is the source tree; the manual page is read from it, because most of that page is written by hand.
 pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
@@ -68,7 +68,7 @@ fn synopses(command: &Command) -> String {
     out
 }
 
-/// One line for each argument; those of which exactly one must be there share a line.
+/// One line for each argument. Arguments of which exactly one must be given share a line.
 fn synopsis(command: &Command) -> String {
     let mut out = String::new();
     let choice = command.get_groups().find(|group| group.is_required_set());
@@ -126,7 +126,7 @@ fn commands(command: &Command) -> String {
     out
 }
 
-/// Text for roff(7): a hyphen that is typed stays one, a path or setting is not hyphenated, and no line begins with a
+/// Text for roff(7): a typed hyphen stays a hyphen, a path or setting is not hyphenated, and no line begins with a
 /// request.
 fn escape(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-").replace('\n', " ");

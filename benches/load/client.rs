@@ -1,4 +1,4 @@
-//! The client's side: connections that know what must come back, byte for byte, and say so where it doesn't.
+//! The client's side: connections that compare each byte with the expected one and report a difference.
 //! Used by the workloads; knows the wire, not the servers.
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use std::io::{Error, ErrorKind, Read, Result, Write};
@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long a server may leave an answer out before the run counts as failed.
+/// An answer that takes longer fails the run.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What one connection sends at a time, and what must come back before it sends again.
@@ -85,7 +85,7 @@ fn excerpt(bytes: &[u8]) -> String {
     String::from_utf8_lossy(&bytes[..bytes.len().min(60)]).into_owned()
 }
 
-/// What a run of exchanges came to.
+/// The result of a run of exchanges.
 #[derive(Default)]
 pub struct Run {
     pub lines: u64,
@@ -134,7 +134,7 @@ impl Conn {
     }
 
     /// Exchanges one after the other for `span`, blocking; between an answer and the next line the client is busy for
-    /// `think`. It spins: a timer's lateness, on a virtual machine above all, is longer than what is to be waited for.
+    /// `think`. It spins: a timer's lateness, above all on a virtual machine, is longer than `think`.
     pub fn ping(&mut self, span: Duration, think: Duration, run: &mut Run) -> Result<()> {
         let mut chunk = vec![0; 64 * 1024];
         let start = Instant::now();
@@ -152,8 +152,8 @@ impl Conn {
         Ok(())
     }
 
-    /// Has one more echo, which shows that the server has kept the connection until now, says that nothing more comes,
-    /// and takes the server's end of file: a byte more would be one too many.
+    /// Makes one more exchange, which shows that the server has kept the connection until now. Then shuts down its
+    /// sending side and expects the end of file without a further byte.
     pub fn finish(mut self) -> Result<()> {
         self.stream.set_nonblocking(false)?;
         self.echo_gently(&mut vec![0; 64 * 1024])?;
@@ -163,7 +163,7 @@ impl Conn {
         if rest.is_empty() {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::InvalidData, format!("bytes that nobody sent: {:?}", excerpt(&rest))))
+        Err(Error::new(ErrorKind::InvalidData, format!("unexpected bytes: {:?}", excerpt(&rest))))
     }
 
     fn send(&mut self) -> Result<bool> {
@@ -264,8 +264,8 @@ fn begin(epoll: &Epoll, conn: &mut Conn, index: usize) -> Result<()> {
     Ok(())
 }
 
-/// Connect, one line, close, again and again for `span`, by each of `clients` threads. Nothing here limits the time that
-/// an answer takes.
+/// Each of `clients` threads repeats for `span`: connect, one line, close. Nothing here limits the time that an answer
+/// takes.
 pub fn connects(path: &Path, clients: u32, span: Duration) -> Result<Run> {
     let start = Instant::now();
     let runs: Vec<Result<Run>> = std::thread::scope(|scope| {
@@ -297,8 +297,8 @@ fn connect_again(path: &Path, id: u32, start: Instant, span: Duration) -> Result
     Ok(run)
 }
 
-/// Connects that must be turned away, for `span`: exactly `message`, then a clean end of file. Nothing here limits the
-/// time that takes.
+/// Connects that must be denied, for `span`: exactly `message`, then a clean end of file. Nothing here limits the time
+/// that this takes.
 pub fn denials(path: &Path, message: &[u8], span: Duration) -> Result<Run> {
     let mut run = Run::default();
     let mut reply = Vec::with_capacity(64);
@@ -309,7 +309,7 @@ pub fn denials(path: &Path, message: &[u8], span: Duration) -> Result<Run> {
         reply.clear();
         stream.read_to_end(&mut reply)?;
         if reply != message {
-            return Err(Error::new(ErrorKind::InvalidData, format!("turned away with {:?}", excerpt(&reply))));
+            return Err(Error::new(ErrorKind::InvalidData, format!("denied with {:?}", excerpt(&reply))));
         }
         run.record(1, since);
     }
@@ -321,7 +321,7 @@ pub fn denials(path: &Path, message: &[u8], span: Duration) -> Result<Run> {
 mod tests {
     use super::*;
 
-    /// What the client says of a server that lies in its first answer and closes after `answers` of them.
+    /// What the client reports about a server whose first answer is wrong and that closes after `answers` answers.
     fn answered_by(answers: usize, lie: impl FnOnce(&mut Vec<u8>) + Send + 'static) -> Result<()> {
         let (ours, mut theirs) = UnixStream::pair()?;
         let exchange = Exchange::new(7, 32, 2);

@@ -72,14 +72,14 @@ fn main() -> ExitCode {
     let role = own.first().map_or("", String::as_str);
     let end = match role {
         process::LAUNCH => process::launcher(&own[1..]).map(|never| match never {}),
-        workloads::STRANGER => workloads::stranger(&own[1..]),
+        workloads::DENIED_CLIENT => workloads::denied_client(&own[1..]),
         _ => bench(&Args::parse()),
     };
     match end {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             match role {
-                process::LAUNCH | workloads::STRANGER => eprintln!("{NAME}, {role}: {error}"),
+                process::LAUNCH | workloads::DENIED_CLIENT => eprintln!("{NAME}, {role}: {error}"),
                 _ => eprintln!("{NAME}: {error}"),
             }
             ExitCode::FAILURE
@@ -89,7 +89,7 @@ fn main() -> ExitCode {
 
 fn bench(args: &Args) -> Result<()> {
     if let Some(file) = &args.write {
-        // Before an hour is spent on what has no place.
+        // Before an hour is spent on a table that cannot be written.
         around_table(file, &std::fs::read_to_string(file).map_err(|e| named(file, &e))?)?;
     }
     let work = tempdir()?;
@@ -99,9 +99,9 @@ fn bench(args: &Args) -> Result<()> {
     end
 }
 
-/// Removes `work` when a signal ends this process. The servers and strangers see to themselves: they die with it.
+/// Removes `work` when a signal ends this process. The servers and the other users' clients die with it.
 fn clear_up_when_interrupted(work: PathBuf) -> Result<()> {
-    // Who was started with one of them ignored, as by nohup, goes on ignoring it: blocked, it would arrive.
+    // A signal that was ignored at the start, as by nohup, stays ignored: if it were blocked, it would arrive.
     let status = std::fs::read_to_string("/proc/self/status")?;
     let ignored = status.lines().find_map(|l| l.strip_prefix("SigIgn:")).map(str::trim).unwrap_or_default();
     let ignored = u64::from_str_radix(ignored, 16).map_err(Error::other)?;
@@ -115,16 +115,16 @@ fn clear_up_when_interrupted(work: PathBuf) -> Result<()> {
     signals.thread_block()?;
     std::thread::spawn(move || {
         let Ok(signal) = signals.wait() else { return };
-        // The run goes on meanwhile, and may put something in.
+        // The run goes on meanwhile, and may make files in it.
         let _ = (0..100).find(|_| std::fs::remove_dir_all(&work).is_ok());
-        // What it would have done.
+        // The signal's own effect.
         let _ = signals.thread_unblock();
         let _ = nix::sys::signal::raise(signal);
     });
     Ok(())
 }
 
-/// A fresh directory that every user may reach: strangers connect to the socket in it.
+/// A fresh directory that every user may reach: other users connect to the socket in it.
 fn tempdir() -> Result<PathBuf> {
     let work = std::env::temp_dir().join(format!("echod-bench.{}", std::process::id()));
     std::fs::create_dir(&work)?;
@@ -184,10 +184,10 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
         missing.iter().for_each(|m| println!("missing: {m}"));
         println!("quick: {runs} runs of {ran} workloads, every byte as due");
         if !lied.is_empty() {
-            println!("quick: every lie of the floor's was noticed, in {}", lied.join(", "));
+            println!("quick: every wrong answer of the floor was noticed, in {}", lied.join(", "));
         }
         if !not_lied.is_empty() {
-            println!("quick: no lie was told in {}", not_lied.join(", "));
+            println!("quick: no wrong answer was given in {}", not_lied.join(", "));
         }
         return Ok(());
     }
@@ -203,8 +203,8 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
     args.write.as_deref().map_or(Ok(()), |file| put(file, &text))
 }
 
-/// A server that now and then spoils an answer must fail the run; otherwise no figure is worth much. False where there
-/// is none that could.
+/// A server that spoils an answer now and then must fail the run: without that no figure could be trusted. False where
+/// no server here can spoil one.
 fn notices_lies(bench: &Bench, workload: &Workload, specs: &[servers::Spec]) -> Result<bool> {
     let floor = specs.iter().find(|s| s.name == report::FLOOR && workload.skips(bench, s).is_none());
     let Some(floor) = floor else { return Ok(false) };
@@ -226,7 +226,7 @@ fn wanted(names: &[String], name: &str) -> bool {
     names.is_empty() || names.iter().any(|n| n.eq_ignore_ascii_case(name))
 }
 
-/// An error where one of `names` is none of `known`: what was meant would be left out in silence.
+/// An error where one of `names` is not in `known`: otherwise a misspelt name would be left out without a notice.
 fn known(kind: &str, names: &[String], known: &[&str], missing: &[String]) -> Result<()> {
     let Some(stray) = names.iter().find(|n| !known.iter().any(|k| k.eq_ignore_ascii_case(n))) else { return Ok(()) };
     let missing: String = missing.iter().map(|m| format!("; not installed: {m}")).collect();
@@ -275,7 +275,7 @@ fn raise_descriptors() -> Result<()> {
     Ok(())
 }
 
-/// Records must go somewhere as they do on a real system, but a flood of them not into this machine's journal.
+/// Records must be received as on a real system, but a flood of them must not reach this machine's journal.
 fn drain_journal(path: &Path) -> Result<()> {
     let journal = UnixDatagram::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o666))?;
@@ -313,7 +313,7 @@ fn put(file: &Path, text: &str) -> Result<()> {
     std::fs::write(file, format!("{before}\n{text}\n{after}")).map_err(|e| named(file, &e))
 }
 
-/// What of `file`'s text stays: up to the first marker and from the second, both included.
+/// The parts of `file`'s text that stay: up to the first marker and from the second, both included.
 fn around_table<'a>(file: &Path, text: &'a str) -> Result<(&'a str, &'a str)> {
     const FROM: &str = "<!-- table -->\n";
     const TO: &str = "<!-- end of table -->";

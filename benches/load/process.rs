@@ -31,14 +31,14 @@ pub struct Launch {
 /// The command line by which this program starts itself as the launcher of a server.
 pub const LAUNCH: &str = "launch-server";
 
-/// The launcher: in the process that becomes the server, puts the listener (its standard input) in place, waits for a
-/// connection where that is asked for, says the time, and executes the server. A shell could do all but the waiting;
-/// LISTEN_PID has to name the very process.
+/// The launcher runs in the process that becomes the server. It puts the listener (its standard input) in place, waits
+/// for a connection if it is told to, reports the time, and executes the server. LISTEN_PID has to name this very
+/// process. A shell could do all of this except the waiting.
 pub fn launcher(args: &[String]) -> Result<std::convert::Infallible> {
     let at = args.iter().position(|a| a == "--").ok_or_else(|| Error::other("no command"))?;
     let (flags, command) = (&args[..at], &args[at + 1..]);
     let has = |flag: &str| flags.iter().any(|f| f == flag);
-    // A server must not outlive a benchmark that was interrupted.
+    // An interrupted benchmark must leave no server behind.
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
     // The benchmark blocks the signals that end it; a server that inherited that could not be asked to end.
     SigSet::empty().thread_set_mask()?;
@@ -125,7 +125,7 @@ impl Server {
         Ok(Self { child, said: BufReader::new(said) })
     }
 
-    /// What the launcher says next: that it waits, or when it executed the server.
+    /// The launcher's next line: that it waits, or the time when it executed the server.
     pub fn line(&mut self) -> Result<String> {
         let mut line = String::new();
         self.said.read_line(&mut line)?;
@@ -138,7 +138,7 @@ impl Server {
 
     /// An error where the server has ended.
     pub fn alive(&self) -> Result<()> {
-        // Its status stays to be taken: until then its number is nobody else's.
+        // The status is not taken: until it is, no other process gets this pid.
         let look = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         match waitid(Id::Pid(pid_of(self.pid())), look)? {
             WaitStatus::StillAlive => Ok(()),
@@ -147,7 +147,7 @@ impl Server {
         }
     }
 
-    /// Runs `load`. Where that takes longer than `limit`, kills the server, which ends whatever waits for it, and fails.
+    /// Runs `load`. If this takes longer than `limit`, kills the server, which ends every wait for it, and fails.
     ///
     /// A time limit on each socket would be a further system call for each connection that is measured.
     pub fn within<T>(&self, limit: Duration, load: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -188,8 +188,8 @@ impl Server {
         Ok(sum)
     }
 
-    /// The highest resident size so far, in KiB; for a process per connection the sum over those alive, in which pages
-    /// they share count in each.
+    /// The highest resident size so far, in KiB. For a process per connection, the sum over the processes alive; a
+    /// shared page counts in each of them.
     pub fn peak_kib(&self) -> Result<u64> {
         let own = self.status("VmHWM:")?;
         // A child may have ended since it was listed.
@@ -197,12 +197,12 @@ impl Server {
         Ok(own + children.sum::<u64>())
     }
 
-    /// Resident memory that is the process's own (no file, no shared page), in KiB.
+    /// Anonymous resident memory of the process (no file, no shared page), in KiB.
     pub fn anonymous_kib(&self) -> Result<u64> {
         self.status("RssAnon:")
     }
 
-    /// How often its threads have gone to sleep, which is how often they had been awake.
+    /// How often its threads have gone to sleep: the number of their wake-ups.
     pub fn sleeps(&self) -> Result<u64> {
         self.alive()?;
         let mut sum = 0;
@@ -214,7 +214,7 @@ impl Server {
         Ok(sum)
     }
 
-    /// A field of the server's own status. One that has ended has no memory, and no such field.
+    /// A field of the server's own status. An exited process has no memory, and no such field.
     fn status(&self, name: &str) -> Result<u64> {
         self.alive()?;
         status_field(self.pid(), name).ok_or_else(|| Error::other(format!("the server's status has no {name}")))
@@ -236,7 +236,8 @@ impl Server {
 }
 
 impl Drop for Server {
-    /// Asks it to end, so that whatever it runs under (`--wrap`) can tell its tale, and sees to it that it does.
+    /// Stops the server with a signal, so that the command it runs under (`--wrap`) can write its result; kills it if
+    /// that does not end it.
     fn drop(&mut self) {
         let _ = kill(pid_of(self.child.id()), Signal::SIGTERM);
         for _ in 0..2000 {
@@ -245,7 +246,7 @@ impl Drop for Server {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        // Its own process group, so this reaches the server's children and nobody else. It may have ended already.
+        // The server has its own process group, so this reaches only it and its children. It may have exited already.
         let _ = killpg(pid_of(self.child.id()), Signal::SIGKILL);
         let _ = self.child.wait();
     }
@@ -312,7 +313,7 @@ mod tests {
         let mut allowed = sched_getaffinity(Pid::from_raw(0))?;
         let first = first_cpu()?;
         if (0..CpuSet::count()).filter(|&cpu| allowed.is_set(cpu) == Ok(true)).count() > 1 {
-            // The first CPU of the machine is not ours now.
+            // This process may not use the machine's first CPU now.
             allowed.unset(first)?;
             sched_setaffinity(Pid::from_raw(0), &allowed)?;
         }

@@ -8,7 +8,7 @@ use std::fmt::Write;
 #[derive(Default)]
 pub struct Results(BTreeMap<(String, String), Vec<Figures>>);
 
-/// The server that the others are divided by.
+/// The server by whose figures all figures are divided.
 pub const FLOOR: &str = "floor";
 
 /// The middle value; of an even number the mean of the two.
@@ -61,7 +61,8 @@ impl Results {
         (!ratios.is_empty()).then(|| median(&mut ratios))
     }
 
-    /// Which of `others` is the best, and how many times its time `echod` takes: the one beside which that is most.
+    /// The best server of `others`, and the ratio of `echod`'s time to its time: the server with the highest such
+    /// ratio.
     fn beside_best<'a>(
         &self,
         workload: &str,
@@ -71,7 +72,7 @@ impl Results {
     ) -> Option<(&'a str, f64)> {
         let ratios = others.iter().filter_map(|&other| {
             let (mine, theirs) = ((workload, echod), (workload, other));
-            // Of a rate it is the inverse that is a time.
+            // The inverse of a rate is a time.
             let (one, two) = if figure == Figure::Rate { (theirs, mine) } else { (mine, theirs) };
             Some((other, self.ratio(one, two, figure)?))
         });
@@ -114,7 +115,7 @@ impl Results {
         };
         let also: Vec<String> = [
             (Figure::QuietP99, "quiet p99 µs"),
-            (Figure::Strangers, "turned away per second"),
+            (Figure::Denials, "denied per second"),
             (Figure::FirstEcho, "connect to first echo ms"),
             (Figure::Ready, "exec to READY=1 ms"),
             (Figure::PerConnection, "bytes per connection"),
@@ -139,7 +140,7 @@ impl Results {
         );
     }
 
-    /// What is aimed at, and how far `echod` is beside all `others`: a list, in Markdown.
+    /// The aims, and whether `echod` reaches them beside all `others`: a list, in Markdown.
     pub fn reach(&self, echod: &str, others: &[&str]) -> String {
         let mut out = String::new();
         let mut aim = |what: &str, value: Option<f64>, most: f64| {
@@ -156,7 +157,7 @@ impl Results {
             aim(&format!("CPU per line, {workload}, / Go"), cpu(workload, "Go"), most);
         }
         aim("CPU per line, ping-free, / floor", cpu("ping-free", FLOOR), 1.10);
-        // With one connection ahead of every server in the table, whatever anybody would use it for.
+        // With one connection, ahead of every server in the table.
         for workload in ["ping-free", "ping-same"] {
             for (what, figure) in [("p50", Figure::P50), ("time per line", Figure::Rate)] {
                 if let Some((best, ratio)) = self.beside_best(workload, echod, others, figure) {
@@ -239,7 +240,7 @@ mod tests {
 
     #[test]
     fn what_the_flood_does_to_the_tail_is_compared_within_each_round() {
-        // Of the medians it would be 30 / 20.
+        // The quotient of the medians would be 30 / 20.
         let results = results(
             "flood",
             &[("echod", Figure::P99, [30.0, 20.0, 120.0]), ("echod", Figure::QuietP99, [10.0, 20.0, 60.0])],

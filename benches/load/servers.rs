@@ -1,4 +1,4 @@
-//! The servers that are compared: how each is started, and which workloads mean anything to it.
+//! The servers that are compared: how each is started, and which workloads make sense for it.
 use crate::process::{Launch, Server};
 use std::io::{Error, Result};
 use std::os::unix::fs::PermissionsExt;
@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 /// How a server treats a peer that it doesn't serve.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Denies {
-    /// It serves whoever can connect.
-    Nobody,
+    /// It serves every peer that can connect.
+    NoPeer,
     /// With the message of the wire.
     WithMessage,
     /// It only closes.
@@ -25,12 +25,12 @@ pub struct Spec {
     pub what: &'static str,
     /// `{socket}` stands for the path of the socket.
     pub command: Vec<String>,
-    /// Takes the listening socket as descriptor 3; the others bind `{socket}` by themselves.
+    /// Takes the listening socket as descriptor 3. A server that does not binds `{socket}` itself.
     pub takes_listener: bool,
-    /// Appended where strangers come: the yardstick has no policy otherwise.
+    /// Appended where other users connect: without it the floor has no policy.
     pub judging: Vec<String>,
     pub denies: Denies,
-    /// More connections than this mean a process or a thread for each, and are not asked of it.
+    /// More connections than this would need a process or a thread for each. Such workloads are left out.
     pub most: u32,
     pub notifies: bool,
     /// Started when the first connection waits, as by a socket unit.
@@ -47,8 +47,8 @@ pub struct Place {
     pub uid: u32,
 }
 
-/// The configuration that echod is measured with: its defaults, a policy of a few rules, limits that let the largest
-/// workload in.
+/// The configuration that echod is measured with: its defaults, a policy of a few rules, and limits that admit the
+/// largest workload.
 const CONFIG: &str = r#"[deny.guests]
 users = ["60000-60999"]
 
@@ -66,7 +66,7 @@ connections = 20000
 connections-per-user = 20000
 "#;
 
-/// Every server that is there, and the names of those that are not.
+/// Every server that is installed, and the names of the missing ones.
 pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
     let mut missing = Vec::new();
     let mut specs = vec![
@@ -74,7 +74,7 @@ pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
         floor(place, "polling floor", "the same, looks again for 50 µs before it sleeps", &["--busy-poll", "50"]),
         Spec {
             most: 2_000,
-            denies: Denies::Nobody,
+            denies: Denies::NoPeer,
             ..floor(place, "threads", "blocking thread per connection", &["--threads"])
         },
     ];
@@ -108,7 +108,7 @@ pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
     if on_path("socat") {
         let exec = format!("EXEC:{echo},nofork");
         let command = ["socat", "UNIX-LISTEN:{socket},fork,backlog=4096", &exec];
-        specs.push(forking("socat", "process per connection, runs a small echo", &command, Denies::Nobody));
+        specs.push(forking("socat", "process per connection, runs a small echo", &command, Denies::NoPeer));
     } else {
         missing.push("socat (package socat)".into());
     }
@@ -134,7 +134,7 @@ pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
             "systemd inetd",
             "systemd-socket-activate --accept --inetd, a small echo",
             &command,
-            Denies::Nobody,
+            Denies::NoPeer,
         ));
     } else {
         missing.push("systemd-socket-activate (package systemd)".into());
@@ -230,7 +230,7 @@ impl Spec {
     }
 }
 
-/// A server that binds by itself says to nobody when it has; trying is all that is left.
+/// A server that binds its socket itself gives no sign when it has. So this tries to connect until it succeeds.
 fn await_bound(server: &mut Server, socket: &Path) -> Result<()> {
     let start = Instant::now();
     while UnixStream::connect(socket).is_err() {

@@ -16,7 +16,7 @@ pub struct Bench {
     pub work: PathBuf,
     pub span: Duration,
     pub cpus: usize,
-    /// Whether this process may become other users.
+    /// Whether this process may switch to other users.
     pub root: bool,
     /// Fewer connections, fewer starts: the run only shows that everything works.
     pub quick: bool,
@@ -38,7 +38,7 @@ pub enum Figure {
     /// Microseconds.
     QuietP99,
     /// Denials per second during the flood.
-    Strangers,
+    Denials,
     /// Milliseconds.
     FirstEcho,
     Ready,
@@ -64,19 +64,19 @@ pub struct Workload {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Needs {
     Nothing,
-    /// It turns others away, and we may become others.
+    /// It denies other users, and this process may switch to other users.
     Judgement,
-    /// It turns others away and serves all its connections in one process.
+    /// It denies other users and serves all its connections in one process.
     JudgementInOne,
     /// It is started by the connection.
     Activation,
 }
 
-/// A way for the floor to lie.
+/// A way to make the floor give wrong answers.
 pub struct Lie {
     /// The floor's option.
     pub option: &'static str,
-    /// Which answers are false: every so many-th.
+    /// Every how-many-th answer is wrong.
     pub nth: u32,
     /// How long the workload has to last.
     pub span: Duration,
@@ -92,14 +92,14 @@ const fn workload(
     Workload { name, what, connections, needs, run }
 }
 
-/// What a client may do between an answer and its next line. Longer than an echo takes, shorter than a server that looks
-/// again before it sleeps is likely to look, so that what this looking costs shows.
+/// The client's pause between an answer and its next line. Longer than an echo takes, and shorter than a server is
+/// likely to poll before it sleeps, so that the cost of polling shows.
 const THINK: Duration = Duration::from_micros(15);
 
-/// How long an idle server is watched at least: one that wakes every second has to be seen waking.
+/// How long an idle server is measured at least. A server that wakes every second must show it.
 const IDLE: Duration = Duration::from_secs(3);
 
-/// How long it has to have been quiet before that: longer than a server puts off what need not be done at once.
+/// How long it must have been quiet before that: longer than a server defers work that is not urgent.
 const SETTLED: Duration = Duration::from_millis(1500);
 
 /// How many connections `connect-*` finishes after the time.
@@ -128,7 +128,7 @@ pub const ALL: &[Workload] = &[
     }),
     workload("connect-1", "connect, one line, close; 1 client", 1, Needs::Nothing, |b, s| connect(b, s, 1)),
     workload("connect-16", "connect, one line, close; 16 clients", 16, Needs::Nothing, |b, s| connect(b, s, 16)),
-    workload("denied", "connects that are turned away; 1 client", 1, Needs::Judgement, denied),
+    workload("denied", "connections that are denied; 1 client", 1, Needs::Judgement, denied),
     workload("flood", "1 admitted connection as ping-free while 2 other users flood", 3, Needs::JudgementInOne, flood),
     workload("flat-64", "64 active connections of 64", 64, Needs::Nothing, |b, s| flat(b, s, 64)),
     workload("flat-1000", "64 active connections of 1,000", 1_000, Needs::Nothing, |b, s| flat(b, s, 1_000)),
@@ -138,7 +138,7 @@ pub const ALL: &[Workload] = &[
 ];
 
 impl Workload {
-    /// Why this server is not asked this, or `None` where it is.
+    /// Why this workload is left out for this server; `None` where it is not.
     pub fn skips(&self, bench: &Bench, spec: &Spec) -> Option<&'static str> {
         if self.connections > spec.most {
             return Some("would need a process or thread per connection");
@@ -148,8 +148,8 @@ impl Workload {
             Needs::Activation if !spec.activated => Some("is not started by a socket"),
             Needs::Activation => None,
             Needs::Judgement | Needs::JudgementInOne if !bench.root => Some("needs root, to connect as another user"),
-            Needs::Judgement | Needs::JudgementInOne if spec.denies == Denies::Nobody => Some("turns nobody away"),
-            Needs::JudgementInOne if spec.most <= 100 => Some("starts a process for each stranger"),
+            Needs::Judgement | Needs::JudgementInOne if spec.denies == Denies::NoPeer => Some("denies no peer"),
+            Needs::JudgementInOne if spec.most <= 100 => Some("starts a process for each denial"),
             Needs::Judgement | Needs::JudgementInOne => None,
         }
     }
@@ -158,9 +158,9 @@ impl Workload {
         (self.run)(bench, spec)
     }
 
-    /// The lies of the floor's that it has to notice.
+    /// The floor's wrong answers that it has to notice.
     pub fn lies(&self, bench: &Bench) -> Vec<Lie> {
-        // Time for many more answers than that, however busy the machine is; the first false one ends it.
+        // Time for many more answers than that, however busy the machine is; the first wrong one ends it.
         let patient = Duration::from_secs(30);
         // Not while the connections are opened, but in what follows: the metered exchanges, or the echo at the end.
         let echo = Lie { option: "--lie", nth: bench.many(self.connections) + 40, span: patient };
@@ -168,7 +168,7 @@ impl Workload {
         match self.needs {
             Needs::Nothing => vec![echo],
             Needs::Judgement => vec![denial],
-            // What the strangers saw is asked at the end.
+            // The other users' clients report at the end.
             Needs::JudgementInOne => vec![echo, Lie { span: Duration::from_secs(1), ..denial }],
             // A server afresh for each connection.
             Needs::Activation => vec![Lie { nth: 1, ..echo }],
@@ -181,7 +181,7 @@ impl Bench {
         self.work.join("echo.sock")
     }
 
-    /// `n` connections, or a tenth of the many where only the working is shown.
+    /// `n` connections, or a tenth of a large number with `--quick`.
     fn many(&self, n: u32) -> u32 {
         if self.quick && n > 100 { n / 10 } else { n }
     }
@@ -266,7 +266,7 @@ fn connect(bench: &Bench, spec: &Spec, clients: u32) -> Result<Figures> {
     finish(client::open(&socket, 1, 32, 1)?)?;
     let figures =
         metered(&server, || server.within(bench.span + PATIENCE, || client::connects(&socket, clients, bench.span)))?;
-    // Those that are metered the client just closes, as its users would; what the server does at a proper end shows here.
+    // The client just closes the measured connections. The server's work at an orderly end is measured here.
     finish(client::open(&socket, FINISHED, 32, 1)?)?;
     Ok(figures)
 }
@@ -279,11 +279,11 @@ fn idle(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let before = server.anonymous_kib()?;
     let conns = client::open(&socket, bench.many(10_000), 32, 1)?;
     let more = server.anonymous_kib()?.saturating_sub(before) * 1024;
-    // What a server puts off for a moment belongs to the connections that have just come, not to their idleness.
+    // Work that a server defers for a moment belongs to the new connections, not to idle ones.
     let (quiet, span) = if bench.quick { (IDLE / 100, IDLE / 100) } else { (SETTLED, bench.span.max(IDLE)) };
     settle(&server, quiet)?;
     let (sleeps, cpu) = (server.sleeps()?, server.cpu()?);
-    // Not to await anything: how often the server wakes while nothing happens is the figure.
+    // This sleep awaits no event: the figure is how often the server wakes while nothing happens.
     std::thread::sleep(span);
     let wakeups = server.sleeps()?.saturating_sub(sleeps) as f64 / span.as_secs_f64();
     let spent = server.cpu()?.saturating_sub(cpu);
@@ -312,8 +312,8 @@ fn settle(server: &Server, quiet: Duration) -> Result<()> {
     Ok(())
 }
 
-/// The uids that the strangers have; they need no account.
-const STRANGERS: [u32; 2] = [60_001, 60_002];
+/// The uids of the flooding clients; they need no account.
+const DENIED_UIDS: [u32; 2] = [60_001, 60_002];
 
 fn message(spec: &Spec) -> &'static str {
     if spec.denies == Denies::WithMessage { "Unauthorized access\n" } else { "" }
@@ -323,7 +323,7 @@ fn denied(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let socket = bench.socket();
     let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
     finish(client::open(&socket, 1, 32, 1)?)?;
-    metered(&server, || Stranger::start(STRANGERS[0], &socket, message(spec), bench.span)?.end())
+    metered(&server, || DeniedClient::start(DENIED_UIDS[0], &socket, message(spec), bench.span)?.end())
 }
 
 fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
@@ -332,50 +332,52 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let mut conns = client::open(&socket, 1, 32, 1)?;
     let mut quiet = Run::default();
     conns[0].ping(bench.span, Duration::ZERO, &mut quiet)?;
-    // The strangers go on for longer than the measurement, so that none of it is quiet.
+    // The flood lasts longer than the measurement, so that no part of it is quiet.
     let span = bench.span * 2;
-    let mut strangers =
-        STRANGERS.iter().map(|&uid| Stranger::start(uid, &socket, message(spec), span)).collect::<Result<Vec<_>>>()?;
-    strangers.iter_mut().try_for_each(Stranger::started)?;
+    let mut flood = DENIED_UIDS
+        .iter()
+        .map(|&uid| DeniedClient::start(uid, &socket, message(spec), span))
+        .collect::<Result<Vec<_>>>()?;
+    flood.iter_mut().try_for_each(DeniedClient::started)?;
     let mut figures = metered(&server, || {
         let mut run = Run::default();
         conns[0].ping(bench.span, Duration::ZERO, &mut run).map(|()| run)
     })?;
-    // The server's time went to the strangers; per line of the admitted one it says nothing.
+    // The server's time went to the denials; divided by the admitted client's lines it means nothing.
     figures.remove(&Figure::Cpu);
     figures.insert(Figure::QuietP99, percentiles(&mut quiet)[&Figure::P99]);
-    let mut turned_away = 0;
-    for stranger in strangers {
-        turned_away += stranger.end()?.lines;
+    let mut denials = 0;
+    for client in flood {
+        denials += client.end()?.lines;
     }
-    figures.insert(Figure::Strangers, turned_away as f64 / span.as_secs_f64());
+    figures.insert(Figure::Denials, denials as f64 / span.as_secs_f64());
     finish(conns)?;
     Ok(figures)
 }
 
-/// A process of another user that connects and is turned away.
-struct Stranger {
+/// A process of another user that connects and is denied.
+struct DeniedClient {
     child: Child,
     said: BufReader<std::process::ChildStdout>,
 }
 
-/// The command line by which this program starts itself as a stranger.
-pub const STRANGER: &str = "stranger";
+/// The command line by which this program starts itself as a denied client.
+pub const DENIED_CLIENT: &str = "denied-client";
 
-impl Stranger {
+impl DeniedClient {
     fn start(uid: u32, socket: &Path, message: &str, span: Duration) -> Result<Self> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg(STRANGER).arg(uid.to_string()).arg(socket).arg(message).arg(span.as_millis().to_string());
+        command.arg(DENIED_CLIENT).arg(uid.to_string()).arg(socket).arg(message).arg(span.as_millis().to_string());
         let mut child = command.arg(std::process::id().to_string()).stdout(Stdio::piped()).spawn()?;
-        let said = child.stdout.take().ok_or_else(|| Error::other("no pipe from the stranger"))?;
+        let said = child.stdout.take().ok_or_else(|| Error::other("no pipe from the denied client"))?;
         Ok(Self { child, said: BufReader::new(said) })
     }
 
-    /// Returns when the stranger is about to connect. It cannot wait for longer than the stranger lives.
+    /// Returns when the client is about to connect, or has exited.
     fn started(&mut self) -> Result<()> {
         let mut said = String::new();
         self.said.read_line(&mut said)?;
-        if said == "started\n" { Ok(()) } else { Err(Error::other(format!("a stranger said {said:?}"))) }
+        if said == "started\n" { Ok(()) } else { Err(Error::other(format!("a denied client said {said:?}"))) }
     }
 
     fn end(mut self) -> Result<Run> {
@@ -383,10 +385,10 @@ impl Stranger {
         self.said.read_to_string(&mut said)?;
         let status = self.child.wait()?;
         if status.signal() == Some(Signal::SIGALRM as i32) {
-            return Err(Error::new(ErrorKind::TimedOut, "a stranger waits for its denial"));
+            return Err(Error::new(ErrorKind::TimedOut, "a denied client got no answer in time"));
         }
         if !status.success() {
-            return Err(Error::other(format!("a stranger ended with {status}")));
+            return Err(Error::other(format!("a denied client ended with {status}")));
         }
         if let Some(wrong) = said.lines().find_map(|l| l.strip_prefix(WRONG)) {
             return Err(Error::new(ErrorKind::InvalidData, wrong));
@@ -398,19 +400,19 @@ impl Stranger {
     }
 }
 
-impl Drop for Stranger {
-    /// Where the run has failed before its end. Of one that has ended already there is nothing left to kill.
+impl Drop for DeniedClient {
+    /// For a run that has failed before its end. If the client has exited, this does nothing.
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// How a stranger begins the line that tells of a wrong answer.
+/// How a denied client begins the line that tells of a wrong answer.
 const WRONG: &str = "wrong: ";
 
-/// The stranger's own side: becomes the user, connects for the time given, and says what it saw.
-pub fn stranger(args: &[String]) -> Result<()> {
+/// The denied client's own side: switches to the user, connects for the time given, and reports the result.
+pub fn denied_client(args: &[String]) -> Result<()> {
     let [uid, socket, message, millis, parent] = args else {
         return Err(Error::other("uid socket message milliseconds parent"));
     };
@@ -420,8 +422,9 @@ pub fn stranger(args: &[String]) -> Result<()> {
     nix::unistd::setgid(id.into())?;
     nix::unistd::setuid(id.into())?;
     let span = Duration::from_millis(number(millis)?.into());
-    // A server that does not answer must not hold up the benchmark, nor may the stranger outlive it: the one signal ends
-    // it in time, the other with whom it belongs to. Both after it has become the user, which would undo the second.
+    // A server that does not answer must not delay the benchmark: the alarm ends this process in time. A denied client must
+    // not outlive the benchmark: its parent's death ends it. Both are set after the switch of user, which would clear
+    // the second.
     SigSet::empty().thread_set_mask()?;
     nix::unistd::alarm::set(u32::try_from((span + PATIENCE).as_secs()).map_err(Error::other)?.saturating_add(1));
     nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;

@@ -164,6 +164,64 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
     Ok((count, Some(unsafe { data.cast::<libc::ucred>().read_unaligned() })))
 }
 
+/// Room for as many descriptors as one message carries (SCM_MAX_FD in the kernel's net/scm.h).
+#[repr(C)]
+union AllDescriptors {
+    header: libc::cmsghdr,
+    // SAFETY: CMSG_SPACE computes, it touches no memory.
+    bytes: [u8; unsafe { libc::CMSG_SPACE((253 * size_of::<RawFd>()) as u32) } as usize],
+}
+
+/// A message and what came with it.
+pub(crate) struct Received {
+    /// How many bytes are in the buffer.
+    pub(crate) length: usize,
+    pub(crate) fds: Vec<OwnedFd>,
+    /// False where the message is longer than the buffer.
+    pub(crate) is_whole: bool,
+}
+
+/// recvmsg(2) of one message with its descriptors, which are close-on-exec. With `peek` the message stays where it is, and
+/// the descriptors are duplicates. The kernel closes the descriptors for which the process has no numbers left. Never waits.
+pub(crate) fn receive_descriptors(socket: BorrowedFd<'_>, buffer: &mut [u8], peek: bool) -> io::Result<Received> {
+    let mut control = MaybeUninit::<AllDescriptors>::zeroed();
+    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_iov = &mut part;
+    message.msg_iovlen = 1;
+    message.msg_control = control.as_mut_ptr().cast();
+    message.msg_controllen = size_of::<AllDescriptors>() as _;
+    let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC | if peek { libc::MSG_PEEK } else { 0 };
+    // SAFETY: buffer and control outlive the call, and the lengths are theirs.
+    let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
+    let length = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    let mut fds = Vec::new();
+    // SAFETY: the kernel has set msg_controllen to what it wrote; the macro checks it against a header's size.
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(&message) };
+    while !next.is_null() {
+        // SAFETY: not null, so a whole header is there, in aligned memory of ours.
+        let header = unsafe { next.read() };
+        if header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_RIGHTS {
+            // SAFETY: CMSG_LEN computes, it touches no memory.
+            let data_length = (header.cmsg_len as usize).saturating_sub(unsafe { libc::CMSG_LEN(0) } as usize);
+            // SAFETY: behind the header, within what the kernel wrote.
+            let data = unsafe { libc::CMSG_DATA(next) }.cast::<RawFd>();
+            for index in 0..data_length / size_of::<RawFd>() {
+                // SAFETY: `index` numbers are there by cmsg_len, which is the kernel's.
+                let place = unsafe { data.add(index) };
+                // SAFETY: as above; read_unaligned asks for no alignment.
+                let fd = unsafe { place.read_unaligned() };
+                // SAFETY: the kernel has just installed it for us; each number is read once.
+                fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
+            }
+        }
+        // SAFETY: `next` is a header in `message`, whose lengths the kernel has set.
+        next = unsafe { libc::CMSG_NXTHDR(&message, next) };
+    }
+    Ok(Received { length, fds, is_whole: message.msg_flags & libc::MSG_TRUNC == 0 })
+}
+
 /// recvmsg(2) with MSG_PEEK: how many bytes are there, and whether descriptors are among them. Takes neither. On a
 /// socket with SO_PASSCRED there is room for `credentials` and nothing else, on any other for nothing: what does not
 /// fit is descriptors, if no further ancillary data is turned on. Waits only with `may_wait`, where the socket does.

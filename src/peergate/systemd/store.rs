@@ -15,6 +15,10 @@ use crate::clock::{later, poll_timeout};
 #[derive(Clone, Debug)]
 pub struct Store {
     capacity: usize,
+    /// The manager has no store, or has said that it takes nothing.
+    is_closed: bool,
+    /// The manager has said how much it takes.
+    says_capacity: bool,
     outlet: Option<Outlet>,
 }
 
@@ -37,8 +41,9 @@ impl Store {
             std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| path.as_encoded_bytes().starts_with(b"@"));
         let outlet = Notifier::from_env().outlet;
         let present = outlet.is_some() && !is_abstract;
-        let capacity = number("FDSTORE").or_else(|| number(fallback)).filter(|_| present).unwrap_or(0);
-        Self { capacity, outlet }
+        let said = number("FDSTORE");
+        let capacity = said.or_else(|| number(fallback)).filter(|_| present).unwrap_or(0);
+        Self { capacity, is_closed: is_abstract || said == Some(0), says_capacity: said.is_some(), outlet }
     }
 
     /// How many descriptors it takes.
@@ -55,6 +60,31 @@ impl Store {
         let message = message(&[NotifyState::FdStore, NotifyState::FdName(name)]);
         let outlet = self.outlet()?;
         fds.chunks(MOST_AT_ONCE).try_for_each(|batch| outlet.send_with(&message, batch, TAKEN_WITHIN))
+    }
+
+    /// Puts one descriptor into the store under `name` and waits until the manager has processed it. The manager does not
+    /// watch it: it keeps a socket whose other end is closed (`FDPOLL=0`, systemd 246). Also tried if the manager does not
+    /// say how much it takes (before systemd 254).
+    ///
+    /// # Errors
+    /// NotConnected if there is no store; TimedOut after `patience`; what sendmsg(2) reports.
+    pub(crate) fn put_unwatched(&self, name: &str, fd: BorrowedFd<'_>, patience: Duration) -> io::Result<()> {
+        let until = later(Instant::now(), patience);
+        let outlet = self.outlet.as_ref().filter(|_| !self.is_closed).ok_or(io::ErrorKind::NotConnected)?;
+        let state = [NotifyState::FdStore, NotifyState::Custom("FDPOLL=0"), NotifyState::FdName(name)];
+        outlet.send_with(&message(&state), &[fd], patience)?;
+        barrier(outlet, until)
+    }
+
+    /// How many milliseconds after a barrier the manager may still close a descriptor that it does not keep. A manager that
+    /// has said that it has room keeps it.
+    pub(crate) fn closes_within(&self) -> u8 {
+        if self.says_capacity { 0 } else { CLOSED_WITHIN }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn at(address: &std::path::Path) -> Self {
+        Self { capacity: 0, is_closed: false, says_capacity: false, outlet: Outlet::to(address.as_os_str()) }
     }
 
     fn outlet(&self) -> io::Result<&Outlet> {
@@ -96,16 +126,18 @@ impl Store {
     /// # Errors
     /// TimedOut after `patience`; NotConnected if there is no store; what pipe(2) or sendmsg(2) reports.
     pub fn settle(&self, patience: Duration) -> io::Result<()> {
-        let outlet = self.outlet()?;
-        let until = later(Instant::now(), patience);
-        let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-        outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], patience)?;
-        drop(theirs);
-        let mut question = [PollFd::new(ours.as_fd(), PollFlags::empty())];
-        match poll(&mut question, poll_timeout(Some(until)))? {
-            0 => Err(io::ErrorKind::TimedOut.into()),
-            _ => Ok(()),
-        }
+        barrier(self.outlet()?, later(Instant::now(), patience))
+    }
+}
+
+fn barrier(outlet: &Outlet, until: Instant) -> io::Result<()> {
+    let (ours, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    let left = until.saturating_duration_since(Instant::now());
+    outlet.send_with(&message(&[NotifyState::Custom("BARRIER=1")]), &[theirs.as_fd()], left)?;
+    drop(theirs);
+    match poll(&mut [PollFd::new(ours.as_fd(), PollFlags::empty())], poll_timeout(Some(until)))? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 
@@ -115,8 +147,10 @@ mod tests {
 
     #[test]
     fn without_a_store_no_descriptor_counts_as_stored() {
-        let (store, (ours, _theirs)) =
-            (Store { capacity: 0, outlet: None }, std::os::unix::net::UnixDatagram::pair().unwrap());
+        let (store, (ours, _theirs)) = (
+            Store { capacity: 0, is_closed: false, says_capacity: false, outlet: None },
+            std::os::unix::net::UnixDatagram::pair().unwrap(),
+        );
         assert_eq!(store.put("x", &[ours.as_fd()]).unwrap_err().kind(), io::ErrorKind::NotConnected);
         assert_eq!(store.settle(Duration::ZERO).unwrap_err().kind(), io::ErrorKind::NotConnected);
     }
