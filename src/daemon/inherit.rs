@@ -117,15 +117,15 @@ fn close_silently(closer: &Closer, socket: impl Into<Stream>) {
     closer.close_with(socket, &Arc::from(&b""[..]));
 }
 
-/// Records that `count` connections of an earlier process stay in the store, where this one was told to make way for a
-/// next one before it took them back.
-pub fn leave_kept<P: Protocol>(count: usize, notifier: &Notifier) {
-    if count == 0 {
+/// Records that connections of an earlier process stay in the store, where this one was told to make way for a next one
+/// before it took them back.
+pub fn leave_kept<P: Protocol>(is_any: bool, notifier: &Notifier) {
+    if !is_any {
         return;
     }
     let audit = Audit::new(audit_settings(&Config::<P>::without_file(Uid::effective())));
     let Ok(journal) = Writer::start(&audit, P::NAME) else { return };
-    audit.write(Record::note(Severity::Notice, format!("{count} connections left to the next process, 0 ended")));
+    audit.write(Record::note(Severity::Notice, "connections of an earlier process left to the next one"));
     finish(journal, notifier);
 }
 

@@ -112,10 +112,10 @@ fn serve<P: Protocol>(options: Serve) -> Result<(), Failure> {
     };
     let notifier = Notifier::from_env();
     if let Ok(Prepared::Stopped { is_final: false }) = prepared {
-        inherit::leave_kept::<P>(handover::count::<P>(&kept), &notifier);
+        inherit::leave_kept::<P>(!kept.is_empty(), &notifier);
         return Ok(());
     }
-    let store = Store::from_env(&format!("{}_FDSTORE_MAX", P::NAME.to_uppercase()));
+    let store = Store::from_env("");
     let inheritance = handover::take_back(kept, &store);
     let (config, signals, bound, requests) = match prepared {
         Ok(Prepared::ToServe { config, signals, bound, requests }) => (*config, signals, bound, requests),

@@ -5,6 +5,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use peergate::audit::Severity;
+use peergate::handover::Left;
 use peergate::journal::Writer;
 use peergate::systemd::{Notifier, Request};
 
@@ -39,10 +40,8 @@ impl<P: Protocol> Service<P> {
                 self.signals.answer(pid, false);
             }
         }
-        let carry = match handover::most_left::<P>(self.store.capacity()) {
-            most if most == 0 || total == 0 || self.signals.stop_is_final() => 0,
-            most => most,
-        };
+        let none_follows = self.signals.stop_is_final() || !self.store.is_present();
+        let carry = if total == 0 || none_follows { 0 } else { usize::MAX };
         self.notifier.extend_timeout(DRAIN * 6);
         let carried = end_workers(&mut self.workers, carry);
         let carried = if carried.is_empty() { Vec::new() } else { self.leave(carried, next_connection) };
@@ -59,19 +58,20 @@ impl<P: Protocol> Service<P> {
         drop(listeners);
     }
 
-    /// Leaves connections to the next process. If they cannot be left, they are ended in order. Returns our copies of those
-    /// that are left.
-    fn leave(&mut self, carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<OwnedFd> {
-        // Time for a batch, and for what follows if the manager does not take it.
-        let takes_time = || self.notifier.extend_timeout(DRAIN * 6);
-        let error = match handover::leave(&carried, next_connection, &self.store, takes_time) {
-            Ok(()) => return carried.into_iter().map(|connection| connection.into_descriptor()).collect(),
-            Err(error) => error,
+    /// Leaves connections to the next process. Those that cannot be left are ended in order. Returns our copies of the others.
+    fn leave(&mut self, mut carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<OwnedFd> {
+        self.notifier.extend_timeout(handover::PATIENCE + DRAIN * 2);
+        let (left, error) = match handover::leave(&carried, next_connection, &self.store) {
+            Ok(Left { connections, stopped_by, .. }) => (connections, stopped_by),
+            Err(error) => (0, Some(error)),
         };
-        handover::retract::<P>(&self.store);
-        self.note(Severity::Warning, format!("the service manager did not take the connections: {error}"));
-        self.end_in_order(carried);
-        Vec::new()
+        let ending = carried.split_off(left);
+        if let Some(error) = error {
+            let text = format!("{} connections cannot be left to the next process: {error}", ending.len());
+            self.note(Severity::Warning, text);
+        }
+        self.end_in_order(ending);
+        carried.into_iter().map(|connection| connection.into_descriptor()).collect()
     }
 
     /// Gives connections in no worker's hands what they are owed and their end of file, from a worker of their own.

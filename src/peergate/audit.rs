@@ -110,7 +110,7 @@ impl fmt::Debug for Audit {
 
 #[derive(Default)]
 struct Shared {
-    queue: Mutex<Queue>,
+    queue: Mutex<RecordQueue>,
     wake: Condvar,
     scope: AtomicU8,
     admitted: AtomicU64,
@@ -120,7 +120,7 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct Queue {
+struct RecordQueue {
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
     /// Taken out by the writer, and not yet reported as written or failed.
@@ -390,11 +390,11 @@ impl Audit {
         queue.journal_is_away = false;
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue> {
+    fn lock(&self) -> MutexGuard<'_, RecordQueue> {
         self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self, queue: MutexGuard<'_, Queue>) {
+    fn wake(&self, queue: MutexGuard<'_, RecordQueue>) {
         let sleeping = queue.sleeping;
         drop(queue);
         if sleeping {
@@ -403,7 +403,7 @@ impl Audit {
     }
 }
 
-impl Queue {
+impl RecordQueue {
     fn has_room(&self) -> bool {
         self.waiting.len() < MOST_WAITING && self.waiting_bytes < MOST_WAITING_BYTES
     }

@@ -27,10 +27,10 @@ const MOST_THREADS: usize = 8;
 const MOST_FOR_ONE: usize = 16;
 
 /// One for the whole process, so that a connection need not refer to it.
-static WAITING: Mutex<Backlog> = Mutex::new(Backlog { sockets: VecDeque::new(), threads: 0 });
+static WAITING: Mutex<ToClose> = Mutex::new(ToClose { sockets: VecDeque::new(), threads: 0 });
 static MORE: Condvar = Condvar::new();
 
-struct Backlog {
+struct ToClose {
     sockets: VecDeque<OwnedFd>,
     /// The first thread does not end.
     threads: usize,
@@ -91,7 +91,7 @@ fn next(rest: impl Fn()) -> Option<OwnedFd> {
     }
 }
 
-fn lock() -> MutexGuard<'static, Backlog> {
+fn lock() -> MutexGuard<'static, ToClose> {
     WAITING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -46,6 +46,11 @@ impl Store {
         Self { capacity, is_closed: is_abstract || said == Some(0), says_capacity: said.is_some(), outlet }
     }
 
+    /// Whether there is a service manager that may keep a descriptor.
+    pub fn is_present(&self) -> bool {
+        self.outlet.is_some() && !self.is_closed
+    }
+
     /// How many descriptors it takes.
     pub fn capacity(&self) -> usize {
         self.capacity
