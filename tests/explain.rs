@@ -133,7 +133,7 @@ fn explain_gives_the_reason_and_the_place_of_the_rule() {
          \x20   users: no, uid 34 is not among 1001\n\
          \x20   user-units: not asked, the other keys settle it\n\
          \x20 no rule matches\n\
-         \x20 (the policy depends on units; --unit tells from which one they would connect)\n"
+         \x20 (the policy depends on units; --unit tells from which one the process would connect)\n"
     );
     assert_eq!(outcome.stdout, why);
     assert_eq!(outcome.stderr, "");

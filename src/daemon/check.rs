@@ -176,7 +176,7 @@ deny.scopes   anyone                                            session-*.scope 
 allow.owner   users self (1000)                                 any                                    -                                                             built in
 allow.backup  users backup (34), gone (unknown) and groups 4-6  backup.service                         connections-per-user 200, line-length 1M, idle-timeout off  built in
 allow.mail    users 5                                           user.slice and user-units a.*, b.scope  -                                                             built in
-Whom no rule matches is denied.
+A peer that no rule matches is denied.
 
 [limits]
 connections = 1024

@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use peergate::handover::{self, Fault, Found, Parcel};
 use peergate::peer::Peer;
-use peergate::service::Store;
+use peergate::systemd::Store;
 use peergate::unit::Units;
 use serde::{Deserialize, Serialize};
 

@@ -52,7 +52,8 @@ use std::time::Duration;
 
 use clap::FromArgMatches;
 use peergate::activation::{self, Listener, Passed, Refused};
-use peergate::service::{Notifier, Request, Signals, Store, request_reload, return_memory};
+use peergate::return_memory;
+use peergate::systemd::{Notifier, Request, Signals, Store, request_reload};
 
 use crate::cli::{Cli, Command, Serve};
 use crate::config::Config;

@@ -11,7 +11,7 @@ use std::time::Instant;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use peergate::service::Beat;
+use peergate::systemd::Heartbeat;
 
 use crate::connection::{Connection, WorkerConfig};
 use crate::protocol::Protocol;
@@ -50,7 +50,7 @@ pub struct Mailbox<P: Protocol> {
     pub epoll: Epoll,
     /// How many connections it serves, including connections in its mailbox.
     pub connections: AtomicUsize,
-    pub beat: Arc<Beat>,
+    pub heartbeat: Arc<Heartbeat>,
 }
 
 struct Mail<P: Protocol> {
@@ -78,7 +78,7 @@ impl<P: Protocol> Mailbox<P> {
             wake,
             epoll,
             connections: AtomicUsize::new(0),
-            beat: Arc::new(Beat::default()),
+            heartbeat: Arc::new(Heartbeat::default()),
         })
     }
 

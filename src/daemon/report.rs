@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
-use peergate::peer::printable;
+use peergate::escape::printable;
 
 use self::entry::Scope;
 use self::show::{Asked, Look};

@@ -9,14 +9,16 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
+use peergate::Wakeup;
 use peergate::activation::Listener;
 use peergate::audit::{Audit, Record, Severity, Totals};
 use peergate::gate::{Gate, Setup};
 use peergate::journal::Writer;
 use peergate::peer::unmapped_ids;
 use peergate::permits::Permits;
-use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
+use peergate::poll_timeout;
+use peergate::systemd::{Notifier, Request, Signals, Store, Watchdog};
 
 use crate::close::Context;
 use crate::config::Config;
@@ -93,7 +95,7 @@ pub struct Service<P: Protocol> {
     ends_at_hangup: bool,
     /// Asked for while something else was under way.
     pub(crate) requests: VecDeque<Request>,
-    pub(crate) activity: Arc<Activity>,
+    pub(crate) wakeup: Arc<Wakeup>,
     pub(crate) watchdog: Option<Watchdog>,
     /// Until then no other thread wakes this one.
     unwatched_until: Instant,
@@ -133,22 +135,22 @@ impl<P: Protocol> Service<P> {
         // Before the gate opens: a new connection gets a place that the earlier ones leave.
         let inherited = Judgement::of(connections, &gate.judge(), &config, &permits, &audit);
         let processors = thread::available_parallelism().map_or(1, Into::into);
-        let activity = Arc::new(Activity::new().map_err(opening)?);
+        let wakeup = Arc::new(Wakeup::new().map_err(opening)?);
         let context = Context {
             audit: audit.clone(),
             closer: gate.closer(),
             judge: gate.judge(),
-            activity: Arc::clone(&activity),
+            wakeup: Arc::clone(&wakeup),
             // On a single processor, a thread that polls keeps the peer from sending anything.
             busy_poll: config.service.busy_poll.filter(|_| processors > 1),
         };
         let workers = start_workers(&config, processors, &context)?;
         let mailboxes = workers.iter().map(Worker::mailbox).collect();
         let first_turn = FirstTurn::new(mailboxes, context.clone(), config.settings.clone());
-        let gate = GateThread::start(gate, first_turn, Arc::clone(&activity)).map_err(opening)?;
-        let watched = workers.iter().map(Worker::watched).chain([gate.watched(), journal.watched()]).collect();
+        let gate = GateThread::start(gate, first_turn, Arc::clone(&wakeup)).map_err(opening)?;
+        let monitored = workers.iter().map(Worker::monitored).chain([gate.monitored(), journal.monitored()]).collect();
         let now = Instant::now();
-        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&activity));
+        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&wakeup));
         let mut service = Self {
             audit,
             permits,
@@ -162,8 +164,8 @@ impl<P: Protocol> Service<P> {
             signals,
             ends_at_hangup,
             requests,
-            activity,
-            watchdog: Watchdog::from_env(watched),
+            wakeup,
+            watchdog: Watchdog::from_env(monitored),
             unwatched_until: now,
             status: Status { said: String::new(), at: now, due: false },
             idle: Idle { totals: Totals::default(), is_present: false, since: now, not_before: now },
@@ -191,7 +193,7 @@ impl<P: Protocol> Service<P> {
         loop {
             let now = Instant::now();
             if now >= self.unwatched_until {
-                self.activity.watch();
+                self.wakeup.arm();
                 self.unwatched_until = now;
             }
             // What happened before the wake-up was armed wakes no thread: look for it now.
@@ -242,16 +244,14 @@ impl<P: Protocol> Service<P> {
         let watchdog = self.watchdog.as_ref().map(Watchdog::due);
         let watch = (self.unwatched_until > Instant::now()).then_some(self.unwatched_until);
         let due = [status, watchdog, watch, self.idle_exit_due(), self.names.due()].into_iter().flatten().min();
-        let timeout = due.map_or(PollTimeout::NONE, until);
-        let mut events = [
-            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.activity.as_fd(), PollFlags::POLLIN),
-        ];
+        let timeout = poll_timeout(due);
+        let mut events =
+            [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN), PollFd::new(self.wakeup.as_fd(), PollFlags::POLLIN)];
         // EINTR or an event: the loop looks at everything anyway.
         let _ = poll(&mut events, timeout);
         if events[1].any() == Some(true) {
             // Enough for now: not each connection is to wake this thread.
-            self.activity.calm();
+            self.wakeup.clear();
             // But an idle exit counts from when the last connection is seen to have ended.
             let pause = self.config.service.idle_exit.map_or(NOTICE_PAUSE, |span| span.min(NOTICE_PAUSE));
             self.unwatched_until = Instant::now() + pause;
@@ -320,11 +320,4 @@ fn describe_foreign(mut names: Vec<String>) -> Option<String> {
     names.dedup();
     let names = names.join(", ");
     (count > 0).then(|| format!("{count} stored file descriptors that are not ours were closed: {names}"))
-}
-
-/// How long to sleep for something that is due then.
-pub fn until(due: Instant) -> PollTimeout {
-    // Rounded up, so as not to wake just before the time.
-    let left = due.saturating_duration_since(Instant::now()).saturating_add(Duration::from_millis(1));
-    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
 }

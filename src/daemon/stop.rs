@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use peergate::audit::Severity;
 use peergate::handover::Left;
 use peergate::journal::Writer;
-use peergate::service::{Notifier, Request};
+use peergate::systemd::{Notifier, Request};
 
 use crate::connection::Connection;
 use crate::handover;

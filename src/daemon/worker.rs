@@ -8,12 +8,13 @@ use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use peergate::audit::Reason;
 use peergate::policy::Verdict;
-use peergate::service::Watched;
+use peergate::poll_timeout;
+use peergate::systemd::Monitored;
 
 use crate::buffers::Buffers;
 use crate::close::{Context, End};
@@ -83,13 +84,9 @@ impl<P: Protocol> Worker<P> {
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let mailbox = Arc::clone(&self.mailbox);
-        Watched {
-            name: format!("worker {}", self.number),
-            beat: Arc::clone(&self.mailbox.beat),
-            nudge: Box::new(move || mailbox.wake()),
-        }
+        Monitored::new(format!("worker {}", self.number), &self.mailbox.heartbeat, move || mailbox.wake())
     }
 
     /// Waits for the thread, once it was told to end.
@@ -146,7 +143,7 @@ impl<P: Protocol> Loop<P> {
     fn run(&mut self) {
         let mut events = [EpollEvent::empty(); 128];
         loop {
-            self.mailbox.beat.answer();
+            self.mailbox.heartbeat.answer();
             let count = self.wait(&mut events);
             for event in &events[..count] {
                 match event.data() {
@@ -236,13 +233,9 @@ impl<P: Protocol> Loop<P> {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let now = Moment::now();
-        let idle = self.timeouts.due().map(|due| due.since(now));
-        let end = self.ending.as_ref().map(|ending| ending.until.saturating_duration_since(Instant::now()));
-        idle.into_iter().chain(end).min().map_or(EpollTimeout::NONE, |left| {
-            // Rounded up, so as not to wake just before the time.
-            EpollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX)
-        })
+        let idle = self.timeouts.due().map(|due| Instant::now() + due.since(Moment::now()));
+        let end = self.ending.as_ref().map(|ending| ending.until);
+        poll_timeout(idle.into_iter().chain(end).min())
     }
 
     fn open_mail(&mut self) {
@@ -498,6 +491,7 @@ mod tests {
     use std::io::{ErrorKind, IoSlice, Read, Write};
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::net::UnixStream;
+    use std::time::Duration;
 
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use peergate::Stream;

@@ -1,5 +1,6 @@
 //! The sections of a configuration that every daemon has.
 
+pub use peergate::audit::RecordScope;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
@@ -49,28 +50,6 @@ impl FromTable for Audit {
             record: table.take("record", &values::RECORD).unwrap_or(default.record),
             burst: table.take("burst", &values::BURST).unwrap_or(default.burst),
             interval: table.take("interval", &values::SPAN).unwrap_or(default.interval),
-        }
-    }
-}
-
-/// Which events are recorded; each scope includes the one before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RecordScope {
-    /// Peers that were turned away.
-    Denials,
-    /// Also peers that were admitted, and what became of their connections.
-    Connections,
-    /// Also each line: its length, never its content.
-    Lines,
-}
-
-impl RecordScope {
-    /// As the file has it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Denials => "denials",
-            Self::Connections => "connections",
-            Self::Lines => "lines",
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ZonedDateTime};
-use peergate::peer::printable;
+use peergate::escape::printable;
 use serde_json::{Value, json};
 
 use super::Program;

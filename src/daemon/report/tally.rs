@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, BufRead};
 use std::sync::Arc;
 
-use peergate::peer::printable;
+use peergate::escape::printable_again;
 
 use super::entry::{Entry, Scope};
 
@@ -344,7 +344,7 @@ impl Tally {
 /// twice would misquote it.
 fn harmless(text: &str) -> String {
     let end = text.char_indices().nth(LONGEST_TEXT).map_or(text.len(), |(end, _)| end);
-    let mut shown = text[..end].split('\\').map(printable).collect::<Vec<_>>().join("\\");
+    let mut shown = printable_again(&text[..end]);
     let cut = shown.char_indices().nth(LONGEST_TEXT).map(|(cut, _)| cut);
     if let Some(cut) = cut {
         shown.truncate(cut);

@@ -1,13 +1,14 @@
 //! A configuration file's text, and faults with their place in it. Used by [`policy_file`](super), which makes these
 //! names public.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io::{self, Read as _};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::trust;
+use crate::escape::printable_again;
 use crate::ids::Uid;
 
 /// The longest file that is read.
@@ -47,21 +48,17 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_harmless(f, &self.file.to_string_lossy())?;
+        // Keys and values are quoted from a file that may hold anything.
+        f.write_str(&printable_again(&self.file.to_string_lossy()))?;
         if let Some((line, column)) = self.place {
             write!(f, ":{line}:{column}")?;
         }
         f.write_str(": ")?;
-        write_harmless(f, &self.message)
+        f.write_str(&printable_again(&self.message))
     }
 }
 
 impl std::error::Error for Fault {}
-
-/// Keys and values are quoted from a file that may hold anything: they must not forge a line or steer a terminal.
-fn write_harmless(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
-    text.chars().try_for_each(|c| if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) })
-}
 
 /// All faults of a file, in the order of their places; one line each in the [`Display`](fmt::Display) form, and in the
 /// [`Debug`](fmt::Debug) form too: that is what a `main` that returns them prints.
