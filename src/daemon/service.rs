@@ -24,7 +24,7 @@ use crate::close::Context;
 use crate::config::Config;
 use crate::first_turn::FirstTurn;
 use crate::gate_thread::GateThread;
-use crate::handover::Inheritance;
+use crate::handover::{Inheritance, Unusable};
 use crate::in_force::{audit_settings, gate_config, raise_descriptor_limit, record_configuration, worker_config};
 use crate::inherit::Judgement;
 use crate::names::NameSearch;
@@ -174,18 +174,24 @@ impl<P: Protocol> Service<P> {
         if let Some(text) = describe_foreign(foreign) {
             service.note(Severity::Warning, text);
         }
-        let (carried, ended, revoked) = inherited.counts();
-        if carried + ended + revoked > 0 {
-            service.take_over(inherited);
-            let why = unusable.map(|why| format!(" ({why})")).unwrap_or_default();
-            let revoked = if revoked > 0 { format!(", {revoked} revoked") } else { String::new() };
-            let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
-            let text = format!("{carried} connections carried over the restart, {ended} ended{why}{revoked}");
-            service.note(severity, text);
-        }
+        service.go_on_with(inherited, unusable);
         service.status.said = service.status_line();
         service.notifier.ready(&service.status.said);
         Ok(service)
+    }
+
+    /// Goes on with the connections of an earlier process, and records how many.
+    fn go_on_with(&self, inherited: Judgement<P>, unusable: Option<Unusable>) {
+        let (carried, ended, revoked) = inherited.counts();
+        if carried + ended + revoked == 0 {
+            return;
+        }
+        self.take_over(inherited);
+        let why = unusable.map(|why| format!(" ({why})")).unwrap_or_default();
+        let revoked = if revoked > 0 { format!(", {revoked} revoked") } else { String::new() };
+        let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
+        let text = format!("{carried} connections carried over the restart, {ended} ended{why}{revoked}");
+        self.note(severity, text);
     }
 
     /// Does what comes up, until it is time to end.
