@@ -20,7 +20,7 @@ use std::thread;
 use std::time::Duration;
 
 use peergate::audit::{Record, Severity};
-use peergate::policy::file::{self, Faults};
+use peergate::policy_file::{self, Faults};
 use peergate::{
     Admission, Audit, Door, Notifier, Policy, Request, Setup, Signals, Stream, Terms, Uid, Writer, activation,
 };
@@ -77,7 +77,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 fn read(path: &std::path::Path) -> Result<Policy<Access>, Faults> {
-    file::load::<Access, ()>(path, Uid::effective()).map(|loaded| loaded.policy)
+    policy_file::load::<Access, ()>(path, Uid::effective()).map(|loaded| loaded.policy)
 }
 
 /// One connection, on a thread of its own.

@@ -11,7 +11,7 @@ use std::io::{self, BufReader};
 use jiff::tz::TimeZone;
 use peergate::Subject;
 use peergate::ids::{Gid, OVERFLOW_ID, Uid};
-use peergate::policy::file::{Faults, Names, Source};
+use peergate::policy_file::{Faults, Names, Source};
 use peergate::unit::Units;
 
 use echod::echo::Echo;

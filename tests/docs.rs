@@ -53,8 +53,8 @@ fn literals(path: &str) -> BTreeSet<String> {
 #[test]
 fn each_message_id_has_a_catalog_entry_and_each_entry_an_id() {
     let is_id = |text: &String| text.len() == 32 && text.chars().all(|c| c.is_ascii_hexdigit());
-    let ids: BTreeSet<String> = literals("src/peergate/audit.rs").into_iter().filter(is_id).collect();
-    assert!(ids.contains("72261db9963c465c8c6121daadeb1cbc"), "src/peergate/audit.rs no longer holds the ids");
+    let ids: BTreeSet<String> = literals("src/peergate/audit/record.rs").into_iter().filter(is_id).collect();
+    assert!(ids.contains("72261db9963c465c8c6121daadeb1cbc"), "src/peergate/audit/record.rs no longer holds the ids");
     assert_eq!(ids, catalog().into_keys().collect());
 }
 
@@ -218,6 +218,18 @@ fn manual_page_and_shipped_configuration_list_the_same_settings() {
         }
     }
     assert_eq!(documented, settings(&uncommented(&read("packaging/echod.toml"))));
+}
+
+#[test]
+fn manual_page_and_shipped_configuration_show_every_key_of_a_rule() {
+    let page = read("packaging/man/echod.toml.5").replace("\\-", "-");
+    let rules = page.split(".Sh ").find(|section| section.starts_with("RULES\n")).unwrap();
+    let shipped = read("packaging/echod.toml");
+    for key in peergate::policy::keys() {
+        assert!(rules.contains(&format!("\n.It Ic {key}\n")), "the manual page does not list {key}");
+        let is_shown = |line: &str| line.trim_start_matches("# ").starts_with(&format!("{key} = ["));
+        assert!(shipped.lines().any(is_shown), "packaging/echod.toml does not show {key}");
+    }
 }
 
 #[test]

@@ -133,7 +133,7 @@ fn explain_gives_the_reason_and_the_place_of_the_rule() {
          \x20   users: no, uid 34 is not among 1001\n\
          \x20   user-units: not asked, the other keys settle it\n\
          \x20 no rule matches\n\
-         \x20 (the policy depends on units; --unit tells from which one they would connect)\n"
+         \x20 (the policy depends on units; --unit tells from which one the process would connect)\n"
     );
     assert_eq!(outcome.stdout, why);
     assert_eq!(outcome.stderr, "");
@@ -300,5 +300,28 @@ fn groups_may_be_given_only_with_a_uid() {
         let outcome = run(Command::new(env!("CARGO_BIN_EXE_echod")).arg("explain").args(arguments));
         assert_eq!(outcome.code, 2, "{arguments:?}: {}", outcome.stderr);
         assert!(outcome.stderr.contains("cannot be used with"), "{}", outcome.stderr);
+    }
+}
+
+#[test]
+fn check_shows_and_explain_explains_every_key_of_a_rule() {
+    /// A key, its value in a file, and the key that it needs beside it.
+    const EXAMPLES: [(&str, &str, &str); 4] = [
+        ("users", "2000-2999", ""),
+        ("groups", "3000-3999", ""),
+        ("units", "backup.service", ""),
+        ("user-units", "mail.service", "users = [5]\n"),
+    ];
+    for key in peergate::policy::keys() {
+        let example = EXAMPLES.iter().find(|(name, ..)| *name == key);
+        let (_, value, beside) = example.unwrap_or_else(|| panic!("no example of the key {key}"));
+        let text = format!("[allow.example]\n{beside}{key} = ['{value}']\n");
+        let configuration = Configuration::new(&format!("key-{key}"), &text);
+        let checked = configuration.run(&["check"]);
+        let line = checked.stdout.lines().find(|line| line.starts_with("allow.example")).unwrap_or_default();
+        assert!(line.contains(value), "{key}: {line}");
+        let explained = configuration.run(&["explain", "--uid", "5"]).stdout;
+        let finding = format!("\n    {key}: ");
+        assert!(explained.contains(&finding), "{key}: {explained}");
     }
 }

@@ -753,7 +753,7 @@ fn a_stop_does_not_wait_for_a_reload_that_waits_for_a_lookup() {
         assert!(status.success(), "{stderr}");
         let stored = std::mem::take(&mut manager.received.lock().store);
         if keep {
-            assert_eq!(stored.len(), 1, "the socket with the connection: {stderr}");
+            assert_eq!(stored.len(), 1, "the connection, in one socket: {stderr}");
         } else {
             client.expect_end("> half");
             assert_eq!(stored.len(), 0);

@@ -4,12 +4,13 @@
 #![allow(clippy::unwrap_used)]
 
 use std::cell::Cell;
+use std::collections::BTreeSet;
 use std::io;
 
 use peergate::Subject;
 use peergate::ids::{Gid, OVERFLOW_ID, Uid};
-use peergate::policy::file::{self, Fault, Loaded, Names, Source};
-use peergate::policy::{Group, Kind, Name, Policy, Rule, User, Verdict};
+use peergate::policy::{self, Group, Kind, Name, Policy, Rule, User, Verdict};
+use peergate::policy_file::{self, Fault, Loaded, Names, Source};
 use peergate::unit::Units;
 
 /// A subject that counts how often its units are read.
@@ -291,13 +292,15 @@ impl Names for NoUsers {
 fn decisions_and_explanations_agree_with_the_model() {
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
     let (mut by_default, mut admitted, mut unknown, mut left_out) = (0, 0, 0, 0);
+    let mut keys = BTreeSet::new();
     for round in 0..3000 {
         let most = if round % 50 == 0 { 80 } else { 8 };
         let entries: Vec<_> = (0..random.below(most)).map(|number| random.entry(number)).collect();
         let me = *random.pick(&[1, 1000, 65_534]);
         let policy = Policy::new(entries.iter().map(rule), Uid::new(me)).unwrap();
+        keys.extend(policy.rules().flat_map(|rule| rule.keys(ME)).map(|(key, _)| key));
         let text = toml(&entries);
-        let read = file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &NoUsers).unwrap();
+        let read = policy_file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &NoUsers).unwrap();
         for _ in 0..20 {
             let subject = random.subject();
             let (expected, needs_units) = model::decide(&entries, &subject);
@@ -319,15 +322,16 @@ fn decisions_and_explanations_agree_with_the_model() {
             } else {
                 asked_for_less.complete = false;
             }
-            asked_for_less.units = subject.units.filter(|_| needs.units);
+            asked_for_less.units = subject.units.filter(|_| needs.process);
             assert_eq!(decide(&policy, &asked_for_less), expected, "with {needs:?} alone\n{text}");
 
-            left_out += u32::from(policy.depends_on_units() && !needs.units);
+            left_out += u32::from(policy.depends_on_units() && !needs.process);
             by_default += u32::from(expected == "default");
             admitted += u32::from(explanation.is_admitted());
             unknown += u32::from(!subject.complete || !Uid::new(subject.uid).is_known());
         }
     }
+    assert_eq!(keys, policy::keys().collect(), "the keys that the model knows");
     // All kinds of cases occurred; otherwise the agreement would mean little.
     for count in [by_default, admitted, unknown, left_out] {
         assert!(
@@ -380,7 +384,7 @@ const ME: Uid = Uid::new(1000);
 const OWNER: &str = "[allow.owner]\nusers = ['self']\n";
 
 fn load(text: &str) -> Result<Loaded<(), ()>, String> {
-    file::parse(&Source::new("f", text), ME, &Database).map_err(|faults| faults.to_string())
+    policy_file::parse(&Source::new("f", text), ME, &Database).map_err(|faults| faults.to_string())
 }
 
 /// The faults of a file, or its warnings.
@@ -623,7 +627,7 @@ fn a_unit_name_that_could_forge_an_explanation_is_ignored() {
 fn a_rule_built_in_code_is_checked_like_one_from_a_file() {
     let error = |rule: Rule<()>| Policy::new([rule], ME).unwrap_err().to_string();
     let owner = || Rule::allow("owner", ());
-    assert!(error(owner()).starts_with("allow.owner: the rule says nothing about whom it is for; expected"));
+    assert!(error(owner()).starts_with("allow.owner: the rule does not say which peers it is for; expected"));
     assert!(error(owner().users(Vec::<User>::new())).contains("`users` is empty"));
     assert!(error(owner().groups(Vec::<Group>::new())).contains("`groups` is empty"));
     assert!(error(owner().units(Vec::<String>::new())).contains("`units` is empty"));
@@ -662,7 +666,7 @@ fn all_faults_of_a_file_are_reported_with_place_and_expectation() {
          database to answer",
         "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `units`, `user-units` \
          (a deny rule has no terms)",
-        "f:4:7: `deny.empty` does not say whom it is for; expected `users`, `groups` or `units` in it",
+        "f:4:7: `deny.empty` does not say which peers it is for; expected `users`, `groups` or `units` in it",
         &format!("f:6:10: the range \"2999-2000\", which runs backwards; {USERS}"),
         &format!("f:6:23: `4294967295` is no id; {ID}"),
         &format!("f:6:35: \"4294967295\" in \"1-4294967295\", which is no id from 0 to 4294967294; {USERS}"),
@@ -718,14 +722,14 @@ fn an_allow_rule_for_a_missing_account_is_a_warning() {
     assert_eq!(
         messages_of(text),
         [
-            "f:2:10: the user \"mallory\" does not exist, so this value matches nobody until it is found; expected a user the system knows",
-            "f:3:11: the group \"gone\" does not exist, so this value matches nobody until it is found; expected a group the system knows",
+            "f:2:10: the user \"mallory\" does not exist, so this value matches no peer until it is found; expected a user the system knows",
+            "f:3:11: the group \"gone\" does not exist, so this value matches no peer until it is found; expected a group the system knows",
         ]
     );
     assert_eq!(decide(&load(text).unwrap().policy, &TestSubject::new(1001, &[4], None)), "allow.staff");
     assert_eq!(
         messages_of("[allow.old]\nusers = ['mallory']\n")[0],
-        "f:1:8: allow.old can match nobody as it stands; expected a user or group that exists here"
+        "f:1:8: allow.old can match no peer as it stands; expected a user or group that exists here"
     );
 }
 
@@ -735,7 +739,7 @@ fn a_failed_lookup_is_a_warning_in_allow_and_a_fault_in_deny() {
     assert_eq!(
         messages_of(allow),
         [
-            "f:2:10: the user \"ldap\" could not be looked up (timed out), so this value matches nobody until it is found; \
+            "f:2:10: the user \"ldap\" could not be looked up (timed out), so this value matches no peer until it is found; \
           expected the user database to answer"
         ]
     );
@@ -752,7 +756,7 @@ fn a_name_with_the_overflow_id_stays_unknown() {
     let loaded = load("[allow.staff]\nusers = ['broken', 'alice']\n").unwrap();
     assert_eq!(loaded.unknown, [Name::User("broken".into())]);
     assert_eq!(decide(&loaded.policy, &TestSubject::new(1001, &[1001], None)), "allow.staff");
-    assert_eq!(file::look_up(&loaded.unknown, &Database), []);
+    assert_eq!(policy_file::look_up(&loaded.unknown, &Database), []);
 }
 
 /// What [`Database`] answers later.
@@ -785,7 +789,7 @@ fn names_found_later_take_effect_and_nothing_else_changes() {
     assert_eq!((&unknown[..], unanswered), (&names[..], Vec::new()));
     assert_eq!(decide(&policy, &TestSubject::new(7, &[7], None)), "default");
 
-    let found = file::look_up(&unknown, &Later);
+    let found = policy_file::look_up(&unknown, &Later);
     assert_eq!(found, [(names[0].clone(), 7), (names[2].clone(), 70)]);
     let later = policy.with_ids(&found).unwrap();
     assert_eq!(later.unknown_names(), [names[1].clone(), names[3].clone()]);
@@ -816,7 +820,7 @@ fn a_file_that_admits_no_peer_is_a_warning() {
     for text in ["", "# nothing\n", "[deny.x]\nusers = ['alice']\n"] {
         assert_eq!(
             messages_of(text),
-            ["f:1:1: no allow rule, so everyone is denied; expected one such as [allow.owner]"]
+            ["f:1:1: no allow rule, so every peer is denied; expected one such as [allow.owner]"]
         );
     }
 }
@@ -829,11 +833,11 @@ fn a_rule_that_an_earlier_one_hides_is_a_warning() {
     };
     assert_eq!(
         hidden("[allow.range]\nusers = ['2100-2199']\n[deny.contractors]\nusers = ['2000-2999']\n"),
-        ["f:1:8: allow.range never decides: deny.contractors (line 3) comes first for everyone it is for"]
+        ["f:1:8: allow.range never decides: deny.contractors (line 3) comes first for every peer it is for"]
     );
     assert_eq!(
         hidden("[allow.any]\nusers = ['any']\n[allow.adm]\ngroups = ['adm']\n"),
-        ["f:3:8: allow.adm never decides: allow.any (line 1) comes first for everyone it is for"]
+        ["f:3:8: allow.adm never decides: allow.any (line 1) comes first for every peer it is for"]
     );
     // Two rules together may hide a third. A rule with another condition hides none.
     assert_eq!(hidden("[allow.a]\nusers = ['1-5']\n[allow.b]\nusers = ['6-9']\n[allow.c]\nusers = ['4-8']\n").len(), 1);
@@ -848,7 +852,7 @@ fn a_rule_reported_as_hidden_never_decides() {
     let mut hidden = 0;
     for _ in 0..2000 {
         let entries: Vec<_> = (0..random.below(10)).map(|number| random.entry(number)).collect();
-        let loaded = file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &NoUsers).unwrap();
+        let loaded = policy_file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &NoUsers).unwrap();
         let told = loaded.warnings.iter().filter(|warning| warning.message().contains("never decides"));
         let names: Vec<_> = told.map(|warning| warning.message().split(' ').next().unwrap()).collect();
         hidden += names.len();
@@ -866,10 +870,10 @@ fn a_rule_reported_as_hidden_never_decides() {
 
 /// Parses any text, and checks that the result is sound.
 fn check_any(text: &str) {
-    match file::parse::<(), ()>(&Source::new("f", text), ME, &Database) {
+    match policy_file::parse::<(), ()>(&Source::new("f", text), ME, &Database) {
         Ok(loaded) => {
             // Whatever the rules on users say, they do not admit an unmapped user.
-            let by_users = loaded.policy.rules().all(|rule| rule.listed_users().is_some());
+            let by_users = loaded.policy.rules().all(|rule| rule.keys(ME).any(|(key, _)| key == "users"));
             let unmapped = TestSubject::new(OVERFLOW_ID, &[OVERFLOW_ID], None);
             assert!(!by_users || matches!(loaded.policy.decide(&unmapped), Verdict::Denied(_)), "{text:?}");
         }

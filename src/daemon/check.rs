@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 use std::path::Path;
 
-use peergate::policy::{Group, Rule, User};
+use peergate::policy::Rule;
 
 use crate::config::Config;
 use crate::config::values::show_span;
@@ -53,7 +53,7 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
         let rows: Vec<[String; 5]> = std::iter::once(head).chain(rows).collect();
         f.write_char('\n')?;
         write_aligned(f, &rows)?;
-        writeln!(f, "Whom no rule matches is denied.\n")?;
+        writeln!(f, "A peer that no rule matches is denied.\n")?;
 
         let span = |span: Option<_>| span.map_or("off".to_owned(), |span| format!("\"{}\"", show_span(span)));
         let or_off = |text: String| if text == "off" { "\"off\"".to_owned() } else { text };
@@ -81,25 +81,21 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
 /// One rule's line of the table.
 fn row<P: Protocol>(rule: &Rule<Terms<P>>, me: peergate::ids::Uid) -> [String; 5] {
     let or_dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
-    let users = rule.listed_users().map(|users| {
-        let each = users.iter().map(|user| match user {
-            User::Me => format!("self ({me})"),
-            other => other.to_string(),
-        });
-        format!("users {}", list(each))
-    });
-    let groups = rule.listed_groups().map(|groups| format!("groups {}", list(groups.iter().map(Group::to_string))));
-    let who: Vec<String> = users.into_iter().chain(groups).collect();
-    let who = if who.is_empty() { "anyone".to_owned() } else { who.join(" and ") };
-    let units = rule.listed_units().map(|units| list(units.iter().cloned()));
-    let user_units = rule.listed_user_units().map(|units| format!("user-units {}", list(units.iter().cloned())));
-    let units: Vec<String> = units.into_iter().chain(user_units).collect();
-    let units = if units.is_empty() { "any".to_owned() } else { units.join(" and ") };
+    // The column of units needs no word for them.
+    let shown = |(key, values): (&str, Vec<String>)| match (key, list(values.into_iter())) {
+        ("units", units) => units,
+        (key, values) => format!("{key} {values}"),
+    };
+    let (units, who): (Vec<_>, Vec<_>) = rule.keys(me).partition(|(key, _)| key.ends_with("units"));
+    let joined = |keys: Vec<_>, none: &str| {
+        if keys.is_empty() { none.to_owned() } else { keys.into_iter().map(shown).collect::<Vec<_>>().join(" and ") }
+    };
+    let (who, units) = (joined(who, "anyone"), joined(units, "any"));
     let place = rule.place().map_or("built in".to_owned(), ToString::to_string);
     [rule.name().to_string(), who, units, or_dash(terms(rule.terms())), place]
 }
 
-/// The values of a key: as many as fit, at least the first, and how many there are where those are not all.
+/// The values of a key: as many as fit, at least the first. If not all fit, their number follows.
 fn list(values: impl ExactSizeIterator<Item = String>) -> String {
     let count = values.len();
     let mut shown = String::new();
@@ -141,7 +137,7 @@ fn write_aligned<const N: usize>(f: &mut fmt::Formatter<'_>, rows: &[[String; N]
 #[cfg(test)]
 mod tests {
     use peergate::ids::Uid;
-    use peergate::policy::Policy;
+    use peergate::policy::{Group, Policy, User};
     use std::sync::Arc;
 
     use super::*;
@@ -180,7 +176,7 @@ deny.scopes   anyone                                            session-*.scope 
 allow.owner   users self (1000)                                 any                                    -                                                             built in
 allow.backup  users backup (34), gone (unknown) and groups 4-6  backup.service                         connections-per-user 200, line-length 1M, idle-timeout off  built in
 allow.mail    users 5                                           user.slice and user-units a.*, b.scope  -                                                             built in
-Whom no rule matches is denied.
+A peer that no rule matches is denied.
 
 [limits]
 connections = 1024

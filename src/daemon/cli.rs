@@ -61,10 +61,10 @@ pub enum Command {
     },
 }
 
-/// Whom to judge, and by which file.
+/// The user or process to judge, and the file to judge by.
 #[derive(Debug, Args)]
 pub struct Explain {
-    /// Whom to judge.
+    /// The user or process to judge.
     #[command(flatten)]
     pub who: Who,
 
@@ -85,7 +85,7 @@ pub struct Explain {
     pub config: Option<PathBuf>,
 }
 
-/// One of three ways to name somebody.
+/// One of three ways to name a user or a process.
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub struct Who {

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use peergate::Wakeup;
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::gate::{Closer, Judge};
 use peergate::ids::Uid;
 use peergate::peer::Peer;
 use peergate::policy::Rule;
-use peergate::service::Activity;
 
 use crate::buffers::Buffers;
 use crate::connection::Connection;
@@ -29,7 +29,7 @@ pub struct Context {
     pub closer: Closer,
     pub judge: Judge,
     /// Hears of each connection that ends.
-    pub activity: Arc<Activity>,
+    pub wakeup: Arc<Wakeup>,
     pub busy_poll: Option<Duration>,
 }
 
@@ -117,7 +117,7 @@ impl Context {
                 self.closer.close_with(socket, &Arc::from(message));
             }
         }
-        self.activity.stir();
+        self.wakeup.notify();
     }
 
     fn record<P: Protocol>(&self, connection: &mut Connection<P>, end: &End<P>, refusal: Option<&Refusal>) {
@@ -195,7 +195,7 @@ impl<'a> ClosingRecord<'a> {
 
     fn revoked(&mut self, audit: &Audit, reason: Reason, rule: &str, text: String) {
         let details = self.peer.details(&self.socket);
-        self.peer.release_process();
+        self.peer.close_pidfd();
         let mut record = self.record(Record::note(Event::Revoked, text), Some(reason), rule);
         record.about = Some(About::peer(self.peer, details));
         audit.write(record);

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use peergate::ids::Uid;
-use peergate::policy::file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 use peergate::policy::{Name, Policy};
+use peergate::policy_file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 
 use self::sections::Sections;
 use crate::exit_code;
@@ -139,20 +139,20 @@ impl<P: Protocol> Config<P> {
         }
     }
 
-    /// Makes a configuration of a file's text. `me` is whom "self" stands for.
+    /// Makes a configuration of a file's text. "self" stands for `me`.
     ///
     /// # Errors
     /// Everything that is wrong with the file.
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
         let Loaded { policy, application, warnings, unanswered, .. } =
-            file::parse::<Terms<P>, Sections<P>>(source, me, names)?;
+            policy_file::parse::<Terms<P>, Sections<P>>(source, me, names)?;
         let Sections { limits, audit, service, settings } = application;
         let source = Some(source.path().to_path_buf());
         Ok(Self { policy: Arc::new(policy), limits, audit, service, settings, source, warnings, unanswered })
     }
 }
 
-/// Whom "self" stands for: the user whose rights this process uses.
+/// The user that "self" stands for: the effective one of this process.
 fn me() -> Uid {
     Uid::new(nix::unistd::geteuid().as_raw())
 }

@@ -27,7 +27,7 @@ pub struct WorkerConfig<P: Protocol> {
     pub policy: Arc<Policy<Terms<P>>>,
     /// How long a connection may be silent, unless its rule says otherwise; `None`: without end.
     pub idle_timeout: Option<Duration>,
-    /// Whether the sender of every piece of data must be the user who was judged.
+    /// Whether every piece of data must come from the user that was judged.
     pub verify: bool,
     /// The protocol's own.
     pub settings: P::Settings,
@@ -101,7 +101,7 @@ impl<P: Protocol> Inherited<P> {
     pub fn without_state(socket: OwnedFd, number: u64, fate: Fate) -> Option<Self> {
         let mut peer = Peer::credentials_of(&socket).ok()?;
         peer.forget_groups();
-        // What came may have been sent before the kernel was asked by whom. The socket still knows whether it was.
+        // The socket still knows whether the kernel was asked to attach credentials.
         let pass_credentials = getsockopt(&socket, sockopt::PassCred).unwrap_or(false);
         let progress = Progress { pass_credentials, ..Progress::new(number) };
         Some(Self { socket, peer, progress, protocol: P::start(), fate })
@@ -185,7 +185,7 @@ impl<P: Protocol> Connection<P> {
         protocol.turn(&mut io)
     }
 
-    /// From now on each piece of data must come from the user who was judged, or need not any more. What was sent before
+    /// From now on each piece of data must come from the user that was judged, or need not any more. What was sent before
     /// cannot be attested afterwards: false where some of it is read and not yet answered, and the connection must end.
     /// What is still in the queue shows when it is read.
     #[must_use]

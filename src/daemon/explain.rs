@@ -1,4 +1,4 @@
-//! `explain`: how the policy judges somebody, and why.
+//! `explain`: how the policy judges a user or a process, and why.
 //!
 //! The verdict is the one that the service would give: [`Policy::explain`](peergate::policy::Policy::explain) asks
 //! the code that serves.
@@ -8,8 +8,7 @@ use std::fmt;
 use peergate::Subject;
 use peergate::ids::{Gid, Uid};
 use peergate::peer::{MOST_GROUPS, Peer};
-use peergate::policy::User;
-use peergate::policy::file::{Names as _, SystemNames};
+use peergate::policy_file::{Names as _, SystemNames};
 use peergate::unit::Units;
 
 use crate::cli::{Explain, Who};
@@ -17,7 +16,7 @@ use crate::config::Config;
 use crate::protocol::Protocol;
 use crate::{exit_code, output, vouching};
 
-/// Somebody who is not connected.
+/// A peer that is not connected.
 #[derive(Debug)]
 struct Described {
     uid: Uid,
@@ -54,10 +53,10 @@ impl Subject for Described {
     }
 }
 
-/// Why nobody can be judged.
+/// Why there is no verdict.
 #[derive(Debug, PartialEq, Eq)]
 enum Failure {
-    /// The command line names nobody: EX_USAGE.
+    /// The command line names no user: EX_USAGE.
     Usage(String),
     /// The system gives no answer about them: EX_OSERR.
     System(String),
@@ -80,7 +79,7 @@ impl fmt::Display for Failure {
 }
 
 /// Prints the verdict and the way to it. Returns the status to exit with: 0 admitted, 1 denied, 64 the command line
-/// names nobody, 71 the system tells nothing of the process, or as
+/// names no user, 71 the system tells nothing of the process, or as
 /// [`LoadError::exit_code`](crate::config::LoadError::exit_code) says.
 pub fn run<P: Protocol>(asked: &Explain) -> u8 {
     let config = match Config::<P>::load(asked.config.as_deref()) {
@@ -103,12 +102,13 @@ pub fn run<P: Protocol>(asked: &Explain) -> u8 {
         text += &format!("  ({supplementary} supplementary groups; of more than {MOST_GROUPS} none can be told)\n");
     }
     if asked.who.pid.is_none() && asked.unit.is_none() && config.policy.depends_on_units() {
-        text += "  (the policy depends on units; --unit tells from which one they would connect)\n";
+        text += "  (the policy depends on units; --unit tells from which one the process would connect)\n";
     }
-    if config.policy.rules().filter_map(|rule| rule.listed_users()).any(|users| users.contains(&User::Me)) {
-        let me = config.policy.me();
+    let me = config.policy.me();
+    let by_self = format!("self ({me})");
+    if config.policy.rules().flat_map(|rule| rule.keys(me)).any(|(_, values)| values.contains(&by_self)) {
         text += &format!(
-            "  (`self` is whoever asks, uid {me} here; to a service it is the user that the service runs as)\n"
+            "  (`self` is the user that asks, uid {me} here; to a service it is the user that the service runs as)\n"
         );
     }
     for reservation in vouching::reservations(&config) {
@@ -118,7 +118,7 @@ pub fn run<P: Protocol>(asked: &Explain) -> u8 {
     u8::from(!explanation.is_admitted())
 }
 
-/// Whom the command line names, and how many supplementary groups they have.
+/// The peer that the command line names, and how many supplementary groups it has.
 fn somebody(asked: &Explain) -> Result<(Box<dyn Subject>, usize), Failure> {
     let units = asked.unit.as_deref().map(unit).transpose()?;
     match &asked.who {
@@ -166,7 +166,7 @@ fn group(name: &str) -> Result<Gid, Failure> {
     found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)
 }
 
-/// The units around somebody in this one: a name, or a path as in a control group.
+/// The units around a process in this one: a name, or a path as in a control group.
 fn unit(path: &str) -> Result<Units, Failure> {
     Units::from_path(path).ok_or_else(|| {
         Failure::Usage(format!(

@@ -212,7 +212,7 @@ mod tests {
             client
         }
 
-        /// The numbers of those whom the worker was given by now, in that order.
+        /// The numbers of the connections that the worker was given by now, in that order.
         fn handed_over(&self) -> Vec<u64> {
             let number = |message| match message {
                 Message::Admit { connection, generation, .. } => {

@@ -5,9 +5,10 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
+use peergate::Wakeup;
 use peergate::activation::Listener;
 use peergate::gate::{Admission, Closer, Gate, GateConfig};
-use peergate::service::{Activity, Beat, Watched};
+use peergate::systemd::{Heartbeat, Monitored};
 
 use crate::first_turn::FirstTurn;
 use crate::protocol::Protocol;
@@ -17,7 +18,7 @@ use crate::terms::Terms;
 pub struct GateThread<P: Protocol> {
     commands: mpsc::Sender<Command<P>>,
     closer: Closer,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     thread: Option<thread::JoinHandle<Vec<Listener>>>,
 }
 
@@ -31,19 +32,19 @@ enum Command<P: Protocol> {
 }
 
 impl<P: Protocol> GateThread<P> {
-    /// Starts the thread. `activity` hears of each connection that is judged.
+    /// Starts the thread. `wakeup` hears of each connection that is judged.
     ///
     /// # Errors
     /// What starting a thread says.
-    pub fn start(gate: Gate<Terms<P>>, first_turn: FirstTurn<P>, activity: Arc<Activity>) -> io::Result<Self> {
+    pub fn start(gate: Gate<Terms<P>>, first_turn: FirstTurn<P>, wakeup: Arc<Wakeup>) -> io::Result<Self> {
         let (commands, received) = mpsc::channel();
-        let (closer, beat) = (gate.closer(), Arc::new(Beat::default()));
-        let mut running = Loop { gate, first_turn, commands: received, activity, beat: Arc::clone(&beat) };
+        let (closer, heartbeat) = (gate.closer(), Arc::new(Heartbeat::default()));
+        let mut running = Loop { gate, first_turn, commands: received, wakeup, heartbeat: Arc::clone(&heartbeat) };
         let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || {
             running.run();
             running.gate.finish()
         })?;
-        Ok(Self { commands, closer, beat, thread: Some(thread) })
+        Ok(Self { commands, closer, heartbeat, thread: Some(thread) })
     }
 
     /// Puts a configuration in force and returns its generation. By then every connection that an earlier one admitted is in
@@ -75,9 +76,9 @@ impl<P: Protocol> GateThread<P> {
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let closer = self.closer.clone();
-        Watched { name: "gate".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || closer.wake()) }
+        Monitored::new("gate", &self.heartbeat, move || closer.wake())
     }
 
     fn ask<A>(&self, command: impl FnOnce(mpsc::Sender<A>) -> Command<P>) -> Option<A> {
@@ -96,19 +97,19 @@ struct Loop<P: Protocol> {
     gate: Gate<Terms<P>>,
     first_turn: FirstTurn<P>,
     commands: mpsc::Receiver<Command<P>>,
-    activity: Arc<Activity>,
-    beat: Arc<Beat>,
+    wakeup: Arc<Wakeup>,
+    heartbeat: Arc<Heartbeat>,
 }
 
 impl<P: Protocol> Loop<P> {
     fn run(&mut self) {
         let mut admitted = Vec::new();
         loop {
-            self.beat.answer();
+            self.heartbeat.answer();
             // While connections come close together, looking again costs less than sleeping.
             let timeout = self.first_turn.goes_on_looking().then_some(Duration::ZERO);
             if self.gate.turn(timeout, &mut admitted) {
-                self.activity.stir();
+                self.wakeup.notify();
             }
             self.serve(&mut admitted);
             while let Ok(command) = self.commands.try_recv() {

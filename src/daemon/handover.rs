@@ -2,8 +2,8 @@
 //!
 //! The service's own bytes are the number of the next connection. A connection's bytes begin with the version of this format
 //! and with whether anything is pending, which a program of another version can read too; then comes, written by postcard:
-//! its peer's units, its progress, the protocol's state. Who the peer is, is not believed from there: the kernel tells it
-//! again, fixed at connect, from the socket itself.
+//! its peer's units, its progress, the protocol's state. The peer's credentials are not among them: the
+//! kernel tells them again, fixed at connect, from the socket itself.
 
 use std::fmt;
 use std::io;
@@ -13,7 +13,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use peergate::handover::{self, Fault, Found, Parcel};
 use peergate::peer::Peer;
-use peergate::service::Store;
+use peergate::systemd::Store;
 use peergate::unit::Units;
 use serde::{Deserialize, Serialize};
 
@@ -132,7 +132,7 @@ fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
     fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
-/// Leaves `connections` to the next process, and returns how many of them, from the first on. Of the others it says why.
+/// Leaves `connections` to the next process, and returns how many of them, from the first on, and why not the rest.
 ///
 /// # Errors
 /// See [`handover::leave`]: then none was left.

@@ -8,7 +8,7 @@ use peergate::audit::{self, Audit, Event, Record, Severity};
 use peergate::gate::GateConfig;
 use peergate::permits::Limits;
 
-use crate::config::{Config, RecordScope, Verify};
+use crate::config::{Config, Verify};
 use crate::connection::WorkerConfig;
 use crate::protocol::Protocol;
 use crate::terms::Terms;
@@ -35,11 +35,7 @@ pub fn worker_config<P: Protocol>(config: &Config<P>) -> WorkerConfig<P> {
 /// What the record goes by.
 pub fn audit_settings<P: Protocol>(config: &Config<P>) -> audit::Settings {
     let mut settings = audit::Settings::default();
-    settings.scope = match config.audit.record {
-        RecordScope::Denials => audit::Scope::Denials,
-        RecordScope::Connections => audit::Scope::Connections,
-        RecordScope::Lines => audit::Scope::Lines,
-    };
+    settings.scope = config.audit.record;
     settings.burst = config.audit.burst;
     settings.interval = config.audit.interval;
     settings

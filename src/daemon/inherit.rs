@@ -6,13 +6,14 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use peergate::Stream;
+use peergate::Wakeup;
 use peergate::audit::{Audit, Reason, Record, Severity};
 use peergate::gate::{Closer, Gate, Judge, Setup};
 use peergate::ids::Uid;
 use peergate::journal::Writer;
 use peergate::permits::Permits;
 use peergate::policy::Verdict;
-use peergate::service::{Activity, Notifier};
+use peergate::systemd::Notifier;
 
 use crate::close::{ClosingRecord, Context};
 use crate::config::{Config, Verify};
@@ -73,7 +74,7 @@ fn judge<P: Protocol>(
             return Judged::Revoked(one.socket);
         }
     };
-    one.peer.release_process();
+    one.peer.close_pidfd();
     one.peer.forget_groups();
     let permit = permits.resume(one.peer.uid());
     let fate = one.fate;
@@ -155,7 +156,7 @@ fn end_unjudged<P: Protocol>(inheritance: Inheritance<P>, config: &Config<P>, au
         audit: audit.clone(),
         closer: gate.closer(),
         judge: gate.judge(),
-        activity: Arc::new(Activity::new()?),
+        wakeup: Arc::new(Wakeup::new()?),
         busy_poll: None,
     };
     let mut settings = worker_config(config);

@@ -52,7 +52,8 @@ use std::time::Duration;
 
 use clap::FromArgMatches;
 use peergate::activation::{self, Listener, Passed, Refused};
-use peergate::service::{Notifier, Request, Signals, Store, request_reload, return_memory};
+use peergate::return_memory;
+use peergate::systemd::{Notifier, Request, Signals, Store, request_reload};
 
 use crate::cli::{Cli, Command, Serve};
 use crate::config::Config;
@@ -174,7 +175,7 @@ fn nothing_to_listen_on<P: Protocol>(ignored: Option<String>) -> String {
     }
 }
 
-/// What can go wrong before any connection is served, those of an earlier process included.
+/// What can go wrong before any connection is served or taken back.
 fn prepare<P: Protocol>(options: &Serve) -> Result<Prepared<P>, Failure> {
     // From here on a signal to stop is heard, and what we bound is removed.
     let signals =

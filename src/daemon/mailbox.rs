@@ -11,12 +11,12 @@ use std::time::Instant;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use peergate::service::Beat;
+use peergate::systemd::Heartbeat;
 
 use crate::connection::{Connection, WorkerConfig};
 use crate::protocol::Protocol;
 
-/// The token of the wake-up; all others are places of connections.
+/// The token of the wake-up; every other token is the place of a connection.
 pub const TOKEN_WAKE: u64 = u64::MAX;
 
 /// How many connections may wait here for something to happen on one of them.
@@ -33,7 +33,7 @@ pub enum Message<P: Protocol> {
     /// A connection of an earlier process.
     Resume(Box<Connection<P>>),
     Configure(WorkerConfig<P>, u64, mpsc::Sender<()>),
-    /// Bring up to `carry` connections to rest and hand them back; end the others in order by `until`.
+    /// Bring up to `carry` connections to rest and hand them back; end the rest in order by `until`.
     End {
         carry: usize,
         until: Instant,
@@ -48,9 +48,9 @@ pub struct Mailbox<P: Protocol> {
     asleep: AtomicBool,
     wake: EventFd,
     pub epoll: Epoll,
-    /// How many connections it serves, those on their way to it included.
+    /// How many connections it serves, including connections in its mailbox.
     pub connections: AtomicUsize,
-    pub beat: Arc<Beat>,
+    pub heartbeat: Arc<Heartbeat>,
 }
 
 struct Mail<P: Protocol> {
@@ -78,7 +78,7 @@ impl<P: Protocol> Mailbox<P> {
             wake,
             epoll,
             connections: AtomicUsize::new(0),
-            beat: Arc::new(Beat::default()),
+            heartbeat: Arc::new(Heartbeat::default()),
         })
     }
 
@@ -122,7 +122,7 @@ impl<P: Protocol> Mailbox<P> {
     }
 
     /// Tells posters whether the worker is about to sleep; the answer: whether it may. Said before the last look at the
-    /// mail, so that whoever posts after that look wakes it.
+    /// mail, so that a post after that look wakes it.
     pub fn sleeps(&self, asleep: bool) -> bool {
         self.asleep.store(asleep, Ordering::SeqCst);
         !self.has_mail()

@@ -7,9 +7,9 @@ use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use peergate::Wakeup;
 use peergate::policy::Name;
-use peergate::policy::file::{self, SystemNames};
-use peergate::service::Activity;
+use peergate::policy_file::{self, SystemNames};
 
 /// The pause before the first look. Each that finds nothing doubles it.
 const FIRST_PAUSE: Duration = Duration::from_secs(5);
@@ -26,7 +26,7 @@ pub struct NameSearch {
     due: Instant,
     look: Option<Look>,
     /// Wakes the main thread when a look has ended.
-    activity: Arc<Activity>,
+    wakeup: Arc<Wakeup>,
 }
 
 struct Look {
@@ -36,12 +36,12 @@ struct Look {
 }
 
 impl NameSearch {
-    pub fn new(names: Vec<Name>, activity: Arc<Activity>) -> Self {
+    pub fn new(names: Vec<Name>, wakeup: Arc<Wakeup>) -> Self {
         let due = Instant::now() + FIRST_PAUSE;
-        Self { names, pause: FIRST_PAUSE, due, look: None, activity }
+        Self { names, pause: FIRST_PAUSE, due, look: None, wakeup }
     }
 
-    /// Looks for these names from now on: those of a configuration that was put into force.
+    /// Looks for these names from now on: the names of a configuration that was put in force.
     pub fn set_names(&mut self, names: Vec<Name>, now: Instant) {
         self.names = names;
         self.pause = FIRST_PAUSE;
@@ -84,14 +84,14 @@ impl NameSearch {
 
     fn start_look(&mut self, now: Instant) {
         let (result, found) = mpsc::channel();
-        let (names, activity) = (self.names.clone(), Arc::clone(&self.activity));
+        let (names, wakeup) = (self.names.clone(), Arc::clone(&self.wakeup));
         let look = move || {
-            let _ = result.send(file::look_up(&names, &SystemNames));
-            activity.stir();
+            let _ = result.send(policy_file::look_up(&names, &SystemNames));
+            wakeup.notify();
         };
         match thread::Builder::new().name("names".to_owned()).spawn(look) {
             Ok(_) => self.look = Some(Look { found, superseded: false }),
-            // Not on this thread, which others wait for.
+            // Not on this thread, which the daemon waits for.
             Err(_) => self.look_later(now),
         }
     }
@@ -121,7 +121,7 @@ mod tests {
     #[test]
     fn pauses_grow_to_five_minutes_and_a_configuration_starts_them_over() {
         let nobody = vec![Name::User("no such user".to_owned())];
-        let mut search = NameSearch::new(nobody.clone(), Arc::new(Activity::new().unwrap()));
+        let mut search = NameSearch::new(nobody.clone(), Arc::new(Wakeup::new().unwrap()));
         let pauses: Vec<u64> = (0..8)
             .map(|_| {
                 let now = search.due().unwrap();
@@ -141,7 +141,7 @@ mod tests {
     #[test]
     fn what_is_found_is_told_once() {
         let root = Name::User("root".to_owned());
-        let mut search = NameSearch::new(vec![root.clone()], Arc::new(Activity::new().unwrap()));
+        let mut search = NameSearch::new(vec![root.clone()], Arc::new(Wakeup::new().unwrap()));
         let now = search.due().unwrap();
         assert_eq!(look(&mut search, now), [(root, 0)]);
         search.set_names(Vec::new(), now);
@@ -151,7 +151,7 @@ mod tests {
     #[test]
     fn a_look_that_began_for_another_configuration_is_not_used() {
         let root = vec![Name::User("root".to_owned())];
-        let mut search = NameSearch::new(root.clone(), Arc::new(Activity::new().unwrap()));
+        let mut search = NameSearch::new(root.clone(), Arc::new(Wakeup::new().unwrap()));
         let now = search.due().unwrap();
         assert!(search.turn(now).is_empty() && search.look.is_some());
         search.set_names(root, now);

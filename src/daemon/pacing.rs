@@ -1,10 +1,10 @@
-//! Looking again before sleeping: to be woken costs more than to look, as long as the next line comes soon.
+//! Looking again before sleeping: a wake-up costs more than a look, as long as the next message comes soon.
 //!
-//! Waking a sleeping thread costs tens of microseconds on a virtual processor, on both sides. Whoever looks
-//! for a while before it sleeps saves that. So that an idle or slow service never spins, a look follows only
-//! upon a sleep that was short, and when looks are in vain again and again, each doubles how many short sleeps
-//! must come first. Between looks others get the processor; where they keep it, there is nothing to be saved: whoever
-//! sleeps is put before them when it is woken, whoever has yielded waits behind them.
+//! Waking a sleeping thread costs tens of microseconds on a virtual processor, on both sides. A thread that looks for a while
+//! before it sleeps saves that. So that an idle or slow service never spins, a look follows only upon a short sleep, and
+//! repeated looks in vain double the number of short sleeps that must come first. Between looks the thread yields the
+//! processor. Where other threads keep it, looking saves nothing: the scheduler puts a thread that wakes from sleep before
+//! them, and a thread that has yielded behind them.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -16,13 +16,13 @@ const FORGIVEN: u32 = 3;
 /// Looks in vain that count: after so many only one in 1,024 short sleeps is followed by another look.
 const MOST_IN_VAIN: u32 = FORGIVEN + 10;
 
-/// Whoever gives way and gets the processor back later than this has given it to others who want it for themselves. A
+/// A thread that yields and gets the processor back later than this has yielded it to threads that want it for themselves. A
 /// peer that answers takes less.
 const LONG_ABSENCE: Duration = Duration::from_micros(25);
-/// And later than this also where something has come by then: it would have come sooner to one who sleeps. No peer that
-/// answers takes as long, and those who want the processor for themselves get it for longer at a time.
+/// And later than this also where something has come by then: a sleeping thread would have got it sooner. No peer that answers
+/// takes as long, and a thread that wants the processor for itself gets it for longer at a time.
 const TOO_LONG_ABSENCE: Duration = Duration::from_micros(500);
-/// For how many times as long as they kept it nothing is looked for: so no more than about a twentieth is lost to them.
+/// For how many times that absence nothing is looked for: so no more than about a twentieth of the time is lost.
 const ABSENCES: u32 = 16;
 
 /// Whether to look again, and for how long.
@@ -35,9 +35,9 @@ pub struct Pacing {
     in_vain: u32,
     /// Short sleeps to come before the next look.
     sleeps_due: u32,
-    /// For how long others have just kept the processor, unless that was worth it.
+    /// How long other threads have just kept the processor, unless that was worth it.
     absence: Option<Duration>,
-    /// Until then others want the processor.
+    /// Until then other threads want the processor.
     crowded_until: Option<Instant>,
 }
 
@@ -67,8 +67,8 @@ impl Pacing {
         self.sleeps_due = (1 << self.in_vain.saturating_sub(FORGIVEN)) - 1;
     }
 
-    /// Lets others have the processor before the next look: the peer may be waiting for it. False where they kept it last
-    /// time, and nothing had come when we got it back, or they kept it too long: then it is time to sleep.
+    /// Yields the processor before the next look: the peer may be waiting for it. False where other threads kept it last time
+    /// and nothing had come when this one got it back, or kept it too long: then it is time to sleep.
     pub fn gives_way(&mut self) -> bool {
         self.gives_way_by(thread::yield_now)
     }
@@ -105,7 +105,7 @@ impl Pacing {
         count
     }
 
-    /// Somebody came, so long after the one before: as good as an event that ends a sleep, or found by looking.
+    /// A connection came, so long after the one before: as good as an event that ends a sleep, or found by looking.
     pub fn came_after(&mut self, pause: Duration, now: Instant) {
         let Some(span) = self.span else { return };
         match self.last_event {

@@ -8,7 +8,7 @@ use peergate::audit::{About, Audit, Event, Reason, Record};
 use peergate::ids::Uid;
 use peergate::peer::Peer;
 use peergate::policy::RuleName;
-use peergate::policy::file::Table;
+use peergate::policy_file::Table;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -131,7 +131,7 @@ pub enum Turn {
     Closed,
     /// The peer is refused, and has been told: see [`Protocol::refusal`].
     Refused,
-    /// Data came from this user, who is not the one who was judged; `None`: without credentials.
+    /// Data came from this user, which is not the one that was judged; `None`: without credentials.
     SenderMismatch(Option<Uid>),
     /// The peer sent file descriptors, which are not taken. What came before them is answered.
     DescriptorsReceived,
@@ -181,7 +181,7 @@ pub struct Io<'a, P: Protocol> {
     pub lines: Lines<'a>,
 }
 
-/// The connection to the peer. Where the senders of data are verified, each piece of it must come from the user who was
+/// The connection to the peer. Where the senders of data are verified, each piece of it must come from the user that was
 /// judged.
 #[derive(Debug)]
 pub struct PeerStream<'a> {

@@ -6,15 +6,16 @@ use std::sync::mpsc::{self, TryRecvError};
 use std::thread;
 use std::time::Instant;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use peergate::audit::{Event, Record, Severity};
-use peergate::service::Request;
+use peergate::poll_timeout;
+use peergate::systemd::{Request, Watchdog};
 
 use crate::config::Config;
 use crate::in_force::{audit_settings, describe, gate_config, record_configuration, worker_config};
 use crate::names::Found;
 use crate::protocol::Protocol;
-use crate::service::{Service, until};
+use crate::service::Service;
 
 impl<P: Protocol> Service<P> {
     /// All or nothing: either the whole file is in force when this returns, or nothing has changed.
@@ -57,29 +58,29 @@ impl<P: Protocol> Service<P> {
         let path = self.config_path.clone();
         let load_here = move || Config::<P>::load(path.as_deref()).map_err(|error| error.to_string());
         let (result, loaded) = mpsc::channel();
-        let (load, activity) = (load_here.clone(), Arc::clone(&self.activity));
+        let (load, wakeup) = (load_here.clone(), Arc::clone(&self.wakeup));
         let load = move || {
             let _ = result.send(load());
             // Not a descriptor of its own: there may be none left.
-            activity.stir();
+            wakeup.notify();
         };
         // Where no thread can be started, the channel is closed at once.
         let _ = thread::Builder::new().name("reload".to_owned()).spawn(load);
         loop {
             // The thread may have finished before the wake-up was armed: look afterwards.
-            self.activity.watch();
+            self.wakeup.arm();
             match loaded.try_recv() {
                 Ok(result) => return result,
                 Err(TryRecvError::Disconnected) => return load_here(),
                 Err(TryRecvError::Empty) => {}
             }
-            let timeout = self.watchdog.as_ref().map_or(PollTimeout::NONE, |watchdog| until(watchdog.due()));
+            let timeout = poll_timeout(self.watchdog.as_ref().map(Watchdog::due));
             let mut events = [
                 PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.activity.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.wakeup.as_fd(), PollFlags::POLLIN),
             ];
             let _ = poll(&mut events, timeout);
-            self.activity.calm();
+            self.wakeup.clear();
             self.feed_watchdog();
             while let Some(request) = self.next_request() {
                 if request == Request::Stop {

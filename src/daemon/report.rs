@@ -1,8 +1,8 @@
-//! `report`: who was turned away, how often and why, from the journal.
+//! `report`: which peers were turned away, how often and why, from the journal.
 //!
 //! journalctl(1) reads the journal for us, one line of JSON for each entry, and these are added up as they come. Which
 //! entries are believed to be ours is told in [`entry`]. journalctl is asked for all journals that the caller may
-//! read, not for those of --system or --user: in which file journald keeps an entry depends on its configuration
+//! read, without --system or --user: in which file journald keeps an entry depends on its configuration
 //! (SplitMode=, Storage=), the fields that it vouches for don't.
 
 pub mod entry;
@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use jiff::tz::TimeZone;
-use peergate::peer::printable;
+use peergate::escape::printable;
 
 use self::entry::Scope;
 use self::show::{Asked, Look};

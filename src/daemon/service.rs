@@ -9,20 +9,22 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
+use peergate::Wakeup;
 use peergate::activation::Listener;
 use peergate::audit::{Audit, Record, Severity, Totals};
 use peergate::gate::{Gate, Setup};
 use peergate::journal::Writer;
 use peergate::peer::unmapped_ids;
 use peergate::permits::Permits;
-use peergate::service::{Activity, Notifier, Request, Signals, Store, Watchdog};
+use peergate::poll_timeout;
+use peergate::systemd::{Notifier, Request, Signals, Store, Watchdog};
 
 use crate::close::Context;
 use crate::config::Config;
 use crate::first_turn::FirstTurn;
 use crate::gate_thread::GateThread;
-use crate::handover::Inheritance;
+use crate::handover::{Inheritance, Unusable};
 use crate::in_force::{audit_settings, gate_config, record_configuration, record_descriptor_limit, worker_config};
 use crate::inherit::Judgement;
 use crate::names::NameSearch;
@@ -48,7 +50,7 @@ pub struct Start<P: Protocol> {
     pub store: Store,
     pub notifier: Notifier,
     pub signals: Signals,
-    /// A hangup is that of the terminal in whose foreground the service runs, and ends it.
+    /// The service runs in the foreground of a terminal: a hangup ends it.
     pub ends_at_hangup: bool,
     /// Received while the configuration was read.
     pub requests: VecDeque<Request>,
@@ -93,7 +95,7 @@ pub struct Service<P: Protocol> {
     ends_at_hangup: bool,
     /// Asked for while something else was under way.
     pub(crate) requests: VecDeque<Request>,
-    pub(crate) activity: Arc<Activity>,
+    pub(crate) wakeup: Arc<Wakeup>,
     pub(crate) watchdog: Option<Watchdog>,
     /// Until then no other thread wakes this one.
     unwatched_until: Instant,
@@ -133,22 +135,22 @@ impl<P: Protocol> Service<P> {
         // Before the gate opens: a new connection gets a place that the earlier ones leave.
         let inherited = Judgement::of(connections, &gate.judge(), &config, &permits, &audit);
         let processors = thread::available_parallelism().map_or(1, Into::into);
-        let activity = Arc::new(Activity::new().map_err(opening)?);
+        let wakeup = Arc::new(Wakeup::new().map_err(opening)?);
         let context = Context {
             audit: audit.clone(),
             closer: gate.closer(),
             judge: gate.judge(),
-            activity: Arc::clone(&activity),
+            wakeup: Arc::clone(&wakeup),
             // On a single processor, a thread that polls keeps the peer from sending anything.
             busy_poll: config.service.busy_poll.filter(|_| processors > 1),
         };
         let workers = start_workers(&config, processors, &context)?;
         let mailboxes = workers.iter().map(Worker::mailbox).collect();
         let first_turn = FirstTurn::new(mailboxes, context.clone(), config.settings.clone());
-        let gate = GateThread::start(gate, first_turn, Arc::clone(&activity)).map_err(opening)?;
-        let watched = workers.iter().map(Worker::watched).chain([gate.watched(), journal.watched()]).collect();
+        let gate = GateThread::start(gate, first_turn, Arc::clone(&wakeup)).map_err(opening)?;
+        let monitored = workers.iter().map(Worker::monitored).chain([gate.monitored(), journal.monitored()]).collect();
         let now = Instant::now();
-        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&activity));
+        let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&wakeup));
         let mut service = Self {
             audit,
             permits,
@@ -162,8 +164,8 @@ impl<P: Protocol> Service<P> {
             signals,
             ends_at_hangup,
             requests,
-            activity,
-            watchdog: Watchdog::from_env(watched),
+            wakeup,
+            watchdog: Watchdog::from_env(monitored),
             unwatched_until: now,
             status: Status { said: String::new(), at: now, due: false },
             idle: Idle { totals: Totals::default(), is_present: false, since: now, not_before: now },
@@ -172,18 +174,24 @@ impl<P: Protocol> Service<P> {
         if let Some(text) = describe_foreign(foreign) {
             service.note(Severity::Warning, text);
         }
-        let (carried, ended, revoked) = inherited.counts();
-        if carried + ended + revoked > 0 {
-            service.take_over(inherited);
-            let why = unusable.map(|why| format!(" ({why})")).unwrap_or_default();
-            let revoked = if revoked > 0 { format!(", {revoked} revoked") } else { String::new() };
-            let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
-            let text = format!("{carried} connections carried over the restart, {ended} ended{why}{revoked}");
-            service.note(severity, text);
-        }
+        service.go_on_with(inherited, unusable);
         service.status.said = service.status_line();
         service.notifier.ready(&service.status.said);
         Ok(service)
+    }
+
+    /// Goes on with the connections of an earlier process, and records how many.
+    fn go_on_with(&self, inherited: Judgement<P>, unusable: Option<Unusable>) {
+        let (carried, ended, revoked) = inherited.counts();
+        if carried + ended + revoked == 0 {
+            return;
+        }
+        self.take_over(inherited);
+        let why = unusable.map(|why| format!(" ({why})")).unwrap_or_default();
+        let revoked = if revoked > 0 { format!(", {revoked} revoked") } else { String::new() };
+        let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
+        let text = format!("{carried} connections carried over the restart, {ended} ended{why}{revoked}");
+        self.note(severity, text);
     }
 
     /// Does what comes up, until it is time to end.
@@ -191,7 +199,7 @@ impl<P: Protocol> Service<P> {
         loop {
             let now = Instant::now();
             if now >= self.unwatched_until {
-                self.activity.watch();
+                self.wakeup.arm();
                 self.unwatched_until = now;
             }
             // What happened before the wake-up was armed wakes no thread: look for it now.
@@ -242,16 +250,14 @@ impl<P: Protocol> Service<P> {
         let watchdog = self.watchdog.as_ref().map(Watchdog::due);
         let watch = (self.unwatched_until > Instant::now()).then_some(self.unwatched_until);
         let due = [status, watchdog, watch, self.idle_exit_due(), self.names.due()].into_iter().flatten().min();
-        let timeout = due.map_or(PollTimeout::NONE, until);
-        let mut events = [
-            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
-            PollFd::new(self.activity.as_fd(), PollFlags::POLLIN),
-        ];
+        let timeout = poll_timeout(due);
+        let mut events =
+            [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN), PollFd::new(self.wakeup.as_fd(), PollFlags::POLLIN)];
         // EINTR or an event: the loop looks at everything anyway.
         let _ = poll(&mut events, timeout);
         if events[1].any() == Some(true) {
             // Enough for now: not each connection is to wake this thread.
-            self.activity.calm();
+            self.wakeup.clear();
             // But an idle exit counts from when the last connection is seen to have ended.
             let pause = self.config.service.idle_exit.map_or(NOTICE_PAUSE, |span| span.min(NOTICE_PAUSE));
             self.unwatched_until = Instant::now() + pause;
@@ -320,11 +326,4 @@ fn describe_foreign(mut names: Vec<String>) -> Option<String> {
     names.dedup();
     let names = names.join(", ");
     (count > 0).then(|| format!("{count} stored file descriptors that are not ours were closed: {names}"))
-}
-
-/// How long to sleep for something that is due then.
-pub fn until(due: Instant) -> PollTimeout {
-    // Rounded up, so as not to wake just before the time.
-    let left = due.saturating_duration_since(Instant::now()).saturating_add(Duration::from_millis(1));
-    PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
 }

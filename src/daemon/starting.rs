@@ -13,7 +13,8 @@ use std::thread;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use peergate::service::{Activity, Request, Signals};
+use peergate::Wakeup;
+use peergate::systemd::{Request, Signals};
 
 use crate::config::{Config, LoadError};
 use crate::protocol::Protocol;
@@ -35,20 +36,20 @@ pub fn load<P: Protocol>(
     signals: &Signals,
     requests: &mut VecDeque<Request>,
 ) -> io::Result<Outcome<P>> {
-    let activity = Arc::new(Activity::new()?);
+    let wakeup = Arc::new(Wakeup::new()?);
     let (result, loaded) = mpsc::channel();
     let load = {
-        let (path, activity) = (path.map(Path::to_path_buf), Arc::clone(&activity));
+        let (path, wakeup) = (path.map(Path::to_path_buf), Arc::clone(&wakeup));
         move || {
             let _ = result.send(Config::load(path.as_deref()));
-            activity.stir();
+            wakeup.notify();
         }
     };
     // If no thread can be started, the channel is closed at once.
     let _ = thread::Builder::new().name("start".to_owned()).spawn(load);
     loop {
         // The thread may have finished before the wake-up was armed: look afterwards.
-        activity.watch();
+        wakeup.arm();
         while let Some(request) = signals.next() {
             if request == Request::Stop {
                 return Ok(Outcome::Stopped);
@@ -59,9 +60,9 @@ pub fn load<P: Protocol>(
             Ok(result) => result,
             Err(TryRecvError::Disconnected) => Config::load(path),
             Err(TryRecvError::Empty) => {
-                let awaited = [signals.as_fd(), activity.as_fd()];
+                let awaited = [signals.as_fd(), wakeup.as_fd()];
                 let _ = poll(&mut awaited.map(|fd| PollFd::new(fd, PollFlags::POLLIN)), PollTimeout::NONE);
-                activity.calm();
+                wakeup.clear();
                 continue;
             }
         };

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use peergate::audit::Severity;
 use peergate::handover::Left;
 use peergate::journal::Writer;
-use peergate::service::{Notifier, Request};
+use peergate::systemd::{Notifier, Request};
 
 use crate::connection::Connection;
 use crate::handover;
@@ -27,7 +27,7 @@ impl<P: Protocol> Service<P> {
     /// Accepts no further connection, leaves the live ones to the next process or ends them in order, and writes what is left
     /// of the record.
     pub(crate) fn stop(mut self, journal: Writer) {
-        // Counted before a peer can notice: a connection that its peer closes then is one of those that ended.
+        // Counted before a peer can notice: a connection that its peer closes then has ended too.
         let total = self.permits.total();
         self.notifier.stopping("stopping");
         let next_connection = self.gate.stop_accepting();
@@ -58,7 +58,7 @@ impl<P: Protocol> Service<P> {
         drop(listeners);
     }
 
-    /// Leaves connections to the next process. Those that cannot be left are ended in order. Returns our copies of the others.
+    /// Leaves connections to the next process. A connection that cannot be left is ended in order. Returns our copies of the sockets that were left.
     fn leave(&mut self, mut carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<OwnedFd> {
         self.notifier.extend_timeout(handover::PATIENCE + DRAIN * 2);
         let (left, error) = match handover::leave(&carried, next_connection, &self.store) {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use peergate::policy::file::{FromTable, Table};
+use peergate::policy_file::{FromTable, Table};
 
 use crate::config::values;
 use crate::protocol::{Protocol, RuleKeys};

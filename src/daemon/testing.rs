@@ -4,14 +4,14 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use peergate::Stream;
+use peergate::Wakeup;
 use peergate::audit::{Audit, Settings as AuditSettings};
 use peergate::gate::{Admission, Gate, Setup};
 use peergate::ids::Uid;
 use peergate::peer::Peer;
 use peergate::permits::Permits;
 use peergate::policy::Policy;
-use peergate::policy::file::Table;
-use peergate::service::Activity;
+use peergate::policy_file::Table;
 use serde::{Deserialize, Serialize};
 
 use crate::buffers::Buffers;
@@ -146,8 +146,8 @@ pub fn config(policy: &Arc<Policy<Terms<Lines>>>) -> WorkerConfig<Lines> {
 pub fn context(policy: &Arc<Policy<Terms<Lines>>>) -> (Context, Gate<Terms<Lines>>) {
     let audit = Audit::new(AuditSettings::default());
     let gate = Gate::new(Setup::without_listeners(Arc::clone(policy), audit.clone())).unwrap();
-    let activity = Arc::new(Activity::new().unwrap());
-    (Context { audit, closer: gate.closer(), judge: gate.judge(), activity, busy_poll: None }, gate)
+    let wakeup = Arc::new(Wakeup::new().unwrap());
+    (Context { audit, closer: gate.closer(), judge: gate.judge(), wakeup, busy_poll: None }, gate)
 }
 
 /// A connection as the gate admits it, and its other end.

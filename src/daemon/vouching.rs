@@ -3,8 +3,6 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use peergate::policy::{Group, User};
-
 use crate::config::Config;
 use crate::protocol::Protocol;
 
@@ -34,12 +32,7 @@ pub fn reservations<P: Protocol>(config: &Config<P>) -> Vec<String> {
 }
 
 fn has_names<P: Protocol>(config: &Config<P>) -> bool {
-    let names_a_user = |users: &[User]| users.iter().any(|user| matches!(user, User::Named(..)));
-    let names_a_group = |groups: &[Group]| groups.iter().any(|group| matches!(group, Group::Named(..)));
-    config
-        .policy
-        .rules()
-        .any(|rule| rule.listed_users().is_some_and(names_a_user) || rule.listed_groups().is_some_and(names_a_group))
+    !config.policy.known_names().is_empty() || !config.policy.unknown_names().is_empty()
 }
 
 /// The sources of users and groups that are not known to be local.

@@ -8,12 +8,13 @@ use std::net::Shutdown;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use nix::sys::epoll::{EpollEvent, EpollTimeout};
 use peergate::audit::Reason;
 use peergate::policy::Verdict;
-use peergate::service::Watched;
+use peergate::poll_timeout;
+use peergate::systemd::Monitored;
 
 use crate::buffers::Buffers;
 use crate::close::{Context, End};
@@ -60,7 +61,7 @@ impl<P: Protocol> Worker<P> {
         Arc::clone(&self.mailbox)
     }
 
-    /// How many connections it serves, those on their way to it included.
+    /// How many connections it serves, including connections in its mailbox.
     pub fn connections(&self) -> usize {
         self.mailbox.connections.load(Ordering::Relaxed)
     }
@@ -76,20 +77,16 @@ impl<P: Protocol> Worker<P> {
         self.mailbox.post(Message::Configure(config, generation, done));
     }
 
-    /// Ends the worker: up to `carry` connections come back through `reply` at rest, the others get what they are owed and
+    /// Ends the worker: up to `carry` connections come back through `reply` at rest, the rest get what they are owed and
     /// an end of file. After `until` no peer is waited for.
     pub fn end(&self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Box<Connection<P>>>>) {
         self.mailbox.post(Message::End { carry, until, reply });
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let mailbox = Arc::clone(&self.mailbox);
-        Watched {
-            name: format!("worker {}", self.number),
-            beat: Arc::clone(&self.mailbox.beat),
-            nudge: Box::new(move || mailbox.wake()),
-        }
+        Monitored::new(format!("worker {}", self.number), &self.mailbox.heartbeat, move || mailbox.wake())
     }
 
     /// Waits for the thread, once it was told to end.
@@ -146,7 +143,7 @@ impl<P: Protocol> Loop<P> {
     fn run(&mut self) {
         let mut events = [EpollEvent::empty(); 128];
         loop {
-            self.mailbox.beat.answer();
+            self.mailbox.heartbeat.answer();
             let count = self.wait(&mut events);
             for event in &events[..count] {
                 match event.data() {
@@ -192,7 +189,7 @@ impl<P: Protocol> Loop<P> {
     }
 
     /// Serves the one peer that talks without sleeping in between, as long as that pays. Its socket is looked at, not the
-    /// epoll: one system call less for each message. `Some`: how many events there are for others. `None`: time to sleep.
+    /// epoll: one system call less for each message. `Some`: how many events there are for other connections. `None`: time to sleep.
     fn look(&mut self, events: &mut [EpollEvent]) -> Option<usize> {
         let slot = usize::try_from(self.last_heard).ok()?;
         let (mut turns, mut looks) = (0, 0);
@@ -236,13 +233,9 @@ impl<P: Protocol> Loop<P> {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let now = Moment::now();
-        let idle = self.timeouts.due().map(|due| due.since(now));
-        let end = self.ending.as_ref().map(|ending| ending.until.saturating_duration_since(Instant::now()));
-        idle.into_iter().chain(end).min().map_or(EpollTimeout::NONE, |left| {
-            // Rounded up, so as not to wake just before the time.
-            EpollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(EpollTimeout::MAX)
-        })
+        let idle = self.timeouts.due().map(|due| Instant::now() + due.since(Moment::now()));
+        let end = self.ending.as_ref().map(|ending| ending.until);
+        poll_timeout(idle.into_iter().chain(end).min())
     }
 
     fn open_mail(&mut self) {
@@ -338,7 +331,7 @@ impl<P: Protocol> Loop<P> {
 
     /// Ends a connection that is in no place any more.
     fn close(&mut self, connection: Box<Connection<P>>, end: End<P>) {
-        // While everything ends, a connection whose echo is out ends because of that.
+        // While everything ends, a connection with nothing left to send ends because of that.
         let is_last = matches!(end, End::Closed) && self.ending.is_some();
         let end = if is_last { End::Ended(Reason::Stopping) } else { end };
         self.context.close(connection, end, &self.config.settings, &mut self.buffers, &self.mailbox);
@@ -371,7 +364,7 @@ impl<P: Protocol> Loop<P> {
     /// Judges a connection by the policy in force. `None`: it stays.
     fn judge_again(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
         let verdict = self.context.judge.judge(&mut connection.peer, &connection.socket, &self.config.policy);
-        connection.peer.release_process();
+        connection.peer.close_pidfd();
         connection.peer.forget_groups();
         match verdict {
             Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),
@@ -418,7 +411,7 @@ impl<P: Protocol> Loop<P> {
         }
     }
 
-    /// Brings every connection to rest: some to be carried over, the others to their end.
+    /// Brings every connection to rest: some to be carried over, the rest to their end.
     fn end(&mut self, carry: usize, until: Instant, reply: mpsc::Sender<Vec<Box<Connection<P>>>>) {
         let mut carried = Vec::new();
         // A connection that stays for now is put back, with an entry of its own.
@@ -498,6 +491,7 @@ mod tests {
     use std::io::{ErrorKind, IoSlice, Read, Write};
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::os::unix::net::UnixStream;
+    use std::time::Duration;
 
     use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
     use peergate::Stream;

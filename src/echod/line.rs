@@ -9,7 +9,7 @@ use memchr::{memchr, memchr_iter};
 /// What stands before each line that comes back.
 const PROMPT: &[u8] = b"> ";
 
-/// What a peer hears whose line is too long.
+/// What a peer gets whose line is too long.
 pub const TOO_LONG: &[u8] = b"Line too long\n";
 
 /// How far the echo of some received bytes has come.

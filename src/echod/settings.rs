@@ -1,6 +1,6 @@
 //! What the echo may be told by its configuration.
 
-use peergate::policy::file::Table;
+use peergate::policy_file::Table;
 use peergate_daemon::config::values::{SIZE, show_size};
 use peergate_daemon::protocol;
 

@@ -1,493 +1,73 @@
-//! What is recorded and what is counted; the event ids.
+//! The queue of records between the gate and the thread that writes them.
 //!
-//! The gate and whoever serves behind it hand their records over here and go on at once. One thread
-//! ([`journal`](crate::journal)) takes them out again and writes them. In between, a flood is thinned:
-//! the first [`burst`](Settings::burst) denials of each user and reason in an interval are kept whole, the
-//! rest become a number that a summary tells at the interval's end. Nothing is lost on the way, so that
+//! The gate and the service put a record into the queue and never wait. One thread ([`journal`](crate::journal)) takes
+//! the records out and writes them. A flood is thinned: the first [`burst`](Settings::burst) denials of each user and
+//! reason in an interval become records. The rest are counted, and a summary at the end of the interval gives the number.
+//! No denial is lost on the way:
 //!
 //! > denials that clients saw = records of verdict *denied* + the counts of summaries for the reasons
 //! > *policy* and *no-credentials*
 //!
-//! Memory is bounded whatever happens: so many records wait at most, so many users are told apart.
+//! Memory is bounded: the queue has a length, and the number of users that are counted separately has a limit.
 //!
-//! Whoever accepts without a [`Door`](crate::Door) hands in what it would:
-//!
-//! ```
-//! use std::os::unix::net::UnixStream;
-//! use std::sync::Arc;
-//! use peergate::{Audit, Peer, Policy, Uid, Verdict};
-//!
-//! let (audit, nobody) = (Audit::default(), Policy::<()>::new([], Uid::effective())?);
-//! let (guest, _theirs) = UnixStream::pair()?;
-//! let (mut peer, listener) = (Peer::of(&guest)?, Arc::from("/run/hello.sock"));
-//! if let Verdict::Denied(rule) = nobody.decide(&peer) {
-//!     audit.denied(&mut peer, &guest, &listener, rule.map(|rule| rule.name()));
-//! }
-//! assert_eq!(audit.totals().denied, 1);
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
+//! A service that accepts without a [`Gate`](crate::Gate) makes the same records itself (`examples/tokio_echo.rs`).
 
-use std::borrow::Cow;
-use std::collections::{HashMap, VecDeque};
-use std::fmt::{self, Write as _};
+mod record;
+mod window;
+
+use std::collections::VecDeque;
+use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::clock::later;
-use crate::ids::{Gid, Uid};
-use crate::peer::{Details, MOST_GROUPS, Peer};
+pub use record::{About, At, Event, Reason, Record, Severity};
+
+use record::counted;
+use window::{MOST_TRACKED, Windows};
+
+use crate::ids::Uid;
+use crate::peer::Peer;
 use crate::permits::LimitExceeded;
 use crate::policy::RuleName;
-use crate::subject::Subject as _;
 
-/// How many supplementary groups a record lists: about as many as are of use to a reader, and no more than what else
-/// the record holds.
-const MOST_GROUPS_WRITTEN: usize = 64;
-/// Records that may wait for the journal; what comes on top is counted instead.
+/// How many records may wait for the journal. Denials beyond it are counted.
 const MOST_WAITING: usize = 4096;
 /// Bytes that waiting records may hold, roughly.
 const MOST_WAITING_BYTES: usize = 4 << 20;
-/// Users and reasons told apart; whoever comes on top shares one count for each reason.
-const MOST_TRACKED: usize = 1024;
-
-/// What happened. Each has a MESSAGE_ID of its own, explained in the journal's catalog.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Event {
-    /// A peer was turned away by the policy.
-    Denied,
-    /// A peer that the policy admits was turned away by a limit.
-    Refused,
-    /// Denials, refusals or cut-offs that were counted, not written one by one.
-    Summary,
-    /// A peer was admitted.
-    Admitted,
-    /// An admitted connection has ended.
-    Closed,
-    /// A line came back to its sender.
-    Line,
-    /// A configuration is in force.
-    ConfigLoaded,
-    /// A configuration was refused; the one before it stays.
-    ConfigRefused,
-    /// An admitted connection was cut off: the policy, or its sender, has changed.
-    Revoked,
-    /// Anything else worth a line, without an id.
-    Note(Severity),
-}
-
-/// How grave it is; syslog(3)'s levels by other names.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Severity {
-    /// LOG_ERR, 3.
-    Error,
-    /// LOG_WARNING, 4.
-    Warning,
-    /// LOG_NOTICE, 5.
-    Notice,
-    /// LOG_INFO, 6.
-    Info,
-}
-
-/// A [`Note`](Event::Note).
-impl From<Severity> for Event {
-    fn from(severity: Severity) -> Self {
-        Self::Note(severity)
-    }
-}
-
-impl Event {
-    /// The journal's MESSAGE_ID (systemd.journal-fields(7)): 128 bits in hexadecimal.
-    pub const fn message_id(self) -> Option<&'static str> {
-        Some(match self {
-            Self::Denied => "72261db9963c465c8c6121daadeb1cbc",
-            Self::Refused => "a45920b1da8c42cb8c4acbd02e5140bf",
-            Self::Summary => "e00fb3280d1140dca1192a4f029b14b6",
-            Self::Admitted => "fb07ecd99a40415abb029457009dd51a",
-            Self::Closed => "9aa9a5f08d08409e9e656c48f20bf4f8",
-            Self::Line => "b4a1cf2d2f5c4b0f9d0f5ab96f3f1c27",
-            Self::ConfigLoaded => "b07bc66e288e48eba96896e38dfe1144",
-            Self::ConfigRefused => "00e1479225c6488a9e2fed748c43c786",
-            Self::Revoked => "765ab08f733d46e1a5b6850cc41b9003",
-            Self::Note(_) => return None,
-        })
-    }
-
-    /// The field GATE_VERDICT, for events that are one.
-    pub const fn verdict(self) -> Option<&'static str> {
-        Some(match self {
-            Self::Denied => "denied",
-            Self::Refused => "refused",
-            Self::Summary => "summary",
-            Self::Admitted => "admitted",
-            Self::Closed => "closed",
-            Self::Revoked => "revoked",
-            Self::Line | Self::ConfigLoaded | Self::ConfigRefused | Self::Note(_) => return None,
-        })
-    }
-
-    /// The field PRIORITY.
-    pub const fn severity(self) -> Severity {
-        match self {
-            Self::ConfigRefused => Severity::Error,
-            Self::Denied | Self::Refused | Self::Summary | Self::Revoked => Severity::Warning,
-            Self::ConfigLoaded => Severity::Notice,
-            Self::Admitted | Self::Closed | Self::Line => Severity::Info,
-            Self::Note(severity) => severity,
-        }
-    }
-}
-
-/// Why a peer was turned away or a connection ended: the field GATE_REASON.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Reason {
-    /// A deny rule, or no rule at all.
-    Policy,
-    /// The kernel would not say who it is.
-    NoCredentials,
-    /// Data came from another user than the one who was judged, without credentials, or with file descriptors.
-    Sender,
-    /// This user's connections are used up.
-    UserLimit,
-    /// All connections are used up.
-    TotalLimit,
-    /// A line was longer than allowed.
-    LineLength,
-    /// Nothing came for longer than allowed.
-    Idle,
-    /// The service is going down.
-    Stopping,
-}
-
-impl Reason {
-    /// The word in GATE_REASON.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Policy => "policy",
-            Self::NoCredentials => "no-credentials",
-            Self::Sender => "sender",
-            Self::UserLimit => "user-limit",
-            Self::TotalLimit => "total-limit",
-            Self::LineLength => "line-length",
-            Self::Idle => "idle",
-            Self::Stopping => "stopping",
-        }
-    }
-
-    const fn is_denial(self) -> bool {
-        matches!(self, Self::Policy | Self::NoCredentials)
-    }
-}
-
-impl From<LimitExceeded> for Reason {
-    fn from(excess: LimitExceeded) -> Self {
-        match excess {
-            LimitExceeded::User => Self::UserLimit,
-            LimitExceeded::Total => Self::TotalLimit,
-        }
-    }
-}
-
-/// Who a record is about.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct About {
-    /// PEER_UID.
-    pub uid: Uid,
-    /// PEER_GID; a summary has none, it stands for all of the user's.
-    pub gid: Option<Gid>,
-    /// PEER_GROUPS: the effective group and the supplementary ones, of these 64 at most; empty where they cannot
-    /// be told, and where the record is not about a connection's start.
-    pub groups: Box<[Gid]>,
-    /// How many supplementary groups the kernel counted, where they are not all in `groups`.
-    pub groups_left_out: Option<usize>,
-    /// PEER_PID.
-    pub pid: Option<i32>,
-    /// PEER_COMM, PEER_UNIT, PEER_LABEL.
-    pub details: Details,
-}
-
-impl About {
-    /// Everything a record may tell of `peer`, details included.
-    pub fn peer(peer: &Peer, details: Details) -> Self {
-        let (gids, count) = (peer.gids(), peer.supplementary_groups());
-        let listed = if peer.gids_complete() { gids.len().min(1 + MOST_GROUPS_WRITTEN) } else { 0 };
-        let is_cut = count > MOST_GROUPS || 0 < listed && listed < gids.len();
-        let (groups, groups_left_out) = (gids[..listed].into(), is_cut.then_some(count));
-        let (gid, pid) = (Some(peer.gid()), peer.pid());
-        Self { uid: peer.uid(), gid, groups, groups_left_out, pid, details }
-    }
-
-    /// What a summary tells of a user.
-    fn user(uid: Uid) -> Self {
-        let (gid, groups, groups_left_out, pid, details) = (None, Box::default(), None, None, Details::default());
-        Self { uid, gid, groups, groups_left_out, pid, details }
-    }
-
-    /// What is still known of `peer` when its connection ends.
-    pub fn former(peer: &Peer) -> Self {
-        let unit = peer.remembered_units().map(|units| crate::peer::printable(units.name()));
-        let details = Details { unit, ..Details::default() };
-        Self { details, pid: peer.pid(), gid: Some(peer.gid()), ..Self::user(peer.uid()) }
-    }
-}
-
-/// Where a peer connected: the listening socket's address, and the connection's number where it has one.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct At<'a> {
-    /// GATE_SOCKET.
-    pub listener: &'a Arc<str>,
-    /// GATE_CONNECTION.
-    pub connection: Option<u64>,
-}
-
-impl<'a> From<&'a Arc<str>> for At<'a> {
-    fn from(listener: &'a Arc<str>) -> Self {
-        Self { listener, connection: None }
-    }
-}
-
-impl<'a> From<(&'a Arc<str>, u64)> for At<'a> {
-    fn from((listener, connection): (&'a Arc<str>, u64)) -> Self {
-        Self { listener, connection: Some(connection) }
-    }
-}
-
-/// One record, before it is written. Absent fields are left out of the journal.
-#[derive(Clone, Debug)]
-#[non_exhaustive]
-pub struct Record {
-    /// MESSAGE_ID, PRIORITY and GATE_VERDICT follow from it.
-    pub event: Event,
-    /// GATE_REASON.
-    pub reason: Option<Reason>,
-    /// GATE_RULE: the deciding rule's full name, or `default`.
-    pub rule: Option<Arc<str>>,
-    /// GATE_SOCKET: the address of the listening socket.
-    pub socket: Option<Arc<str>>,
-    /// GATE_CONNECTION.
-    pub connection: Option<u64>,
-    /// GATE_COUNT; summaries only.
-    pub count: Option<u64>,
-    /// GATE_LINES.
-    pub lines: Option<u64>,
-    /// GATE_BYTES.
-    pub bytes: Option<u64>,
-    /// GATE_DURATION_USEC.
-    pub duration: Option<Duration>,
-    /// The PEER_ fields.
-    pub about: Option<About>,
-    /// What MESSAGE says beyond the fields, or all it says.
-    pub text: Option<String>,
-    /// How many of those it stands for standard error has told of already.
-    told: u64,
-    /// How many records that were not written it tells of.
-    stands_for_missing: u64,
-}
-
-/// "1 line", "2 lines".
-fn counted(number: u64, what: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {what}{plural}")
-}
-
-/// The name of a program, which whoever starts it may choose, as it can stand in parentheses: none of its own closes them.
-fn closed_by_the_last(comm: &str) -> Cow<'_, str> {
-    match comm.trim_end_matches(')') {
-        head if head.contains(')') => Cow::Owned(head.replace(')', "\\x29") + &comm[head.len()..]),
-        _ => Cow::Borrowed(comm),
-    }
-}
-
-impl Record {
-    /// A record of `event` with no field set.
-    pub fn new(event: Event) -> Self {
-        Self {
-            event,
-            reason: None,
-            rule: None,
-            socket: None,
-            connection: None,
-            count: None,
-            lines: None,
-            bytes: None,
-            duration: None,
-            about: None,
-            text: None,
-            told: 0,
-            stands_for_missing: 0,
-        }
-    }
-
-    fn at(event: Event, at: At<'_>, rule: Option<&RuleName>) -> Self {
-        Self {
-            rule: Some(rule.map_or("default", RuleName::as_str).into()),
-            socket: Some(Arc::clone(at.listener)),
-            connection: at.connection,
-            ..Self::new(event)
-        }
-    }
-
-    /// A record that only says `text`: of an event, or of no more than a [`Severity`].
-    pub fn note(event: impl Into<Event>, text: impl Into<String>) -> Self {
-        Self { text: Some(text.into()), ..Self::new(event.into()) }
-    }
-
-    /// The field MESSAGE. `user` is the name of the user the record is about, where there is one.
-    pub fn message(&self, user: Option<&str>) -> String {
-        let mut out = String::new();
-        // Writing to a String cannot fail.
-        let _ = self.write_message(user, &mut out).and_then(|()| self.write_groups_left_out(&mut out));
-        out
-    }
-
-    fn write_message(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
-        let text = self.text.as_deref();
-        let verb = match self.event {
-            Event::Denied => "Denied",
-            Event::Refused => "Refused",
-            Event::Summary if self.reason.is_some_and(Reason::is_denial) => "Denied",
-            Event::Summary if self.reason == Some(Reason::Sender) => "Revoked",
-            Event::Summary => "Refused",
-            Event::Admitted => "Admitted",
-            Event::Closed => "Closed",
-            Event::Line => "Line of",
-            Event::Revoked => "Revoked",
-            Event::ConfigLoaded | Event::ConfigRefused | Event::Note(_) => {
-                return out.write_str(text.unwrap_or_default());
-            }
-        };
-        out.write_str(verb)?;
-        self.write_who(user, out)?;
-        match self.event {
-            Event::Summary => {
-                let (count, seconds) = (self.count.unwrap_or(0), self.duration.unwrap_or_default().as_secs_f64());
-                let why = if self.reason == Some(Reason::Policy) { "by policy".into() } else { self.why() };
-                write!(out, " {count} more times in {seconds:.1} s: {why}")
-            }
-            Event::Admitted => write!(out, " by {}", self.rule.as_deref().unwrap_or("default")),
-            Event::Closed => {
-                let (lines, bytes) = (self.lines.unwrap_or(0), self.bytes.unwrap_or(0));
-                write!(
-                    out,
-                    ": {}, {} in {:.1} s",
-                    counted(lines, "line"),
-                    counted(bytes, "byte"),
-                    self.duration.unwrap_or_default().as_secs_f64()
-                )?;
-                if self.reason.is_some() { write!(out, "; {}", self.why()) } else { Ok(()) }
-            }
-            Event::Line => write!(out, ": {}", counted(self.bytes.unwrap_or(0), "byte")),
-            _ => match text {
-                Some(text) => write!(out, ": {text}"),
-                None => write!(out, ": {}", self.why()),
-            },
-        }
-    }
-
-    fn write_groups_left_out(&self, out: &mut String) -> std::fmt::Result {
-        match self.about.as_ref().and_then(|about| about.groups_left_out) {
-            Some(count) if count > MOST_GROUPS => {
-                write!(out, " ({count} supplementary groups, of which none can be told; at most {MOST_GROUPS} can)")
-            }
-            Some(count) => {
-                write!(out, " (the first {MOST_GROUPS_WRITTEN} of {count} supplementary groups are in the record)")
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn write_who(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
-        let Some(about) = &self.about else {
-            return out.write_str(if self.event == Event::Summary { " peers" } else { " a peer" });
-        };
-        match user {
-            Some(user) => write!(out, " {user} (uid {})", about.uid)?,
-            None => write!(out, " uid {}", about.uid)?,
-        }
-        if let Some(gid) = about.gid {
-            write!(out, " gid {gid}")?;
-        }
-        if let Some(pid) = about.pid {
-            write!(out, " pid {pid}")?;
-        }
-        if let Some(comm) = &about.details.comm {
-            write!(out, " ({})", closed_by_the_last(comm))?;
-        }
-        if let Some(unit) = &about.details.unit {
-            write!(out, " in {unit}")?;
-        }
-        Ok(())
-    }
-
-    fn why(&self) -> Cow<'static, str> {
-        Cow::Borrowed(match (self.reason, self.rule.as_deref()) {
-            (Some(Reason::Policy), Some(rule)) if rule != "default" => return format!("{rule} denies it").into(),
-            (Some(Reason::Policy), _) => "no rule allows it",
-            (Some(Reason::NoCredentials), _) => "the kernel would not tell its credentials",
-            (Some(Reason::Sender), _) => "its data came from another user, or with file descriptors",
-            (Some(Reason::UserLimit), _) => "too many connections of this user",
-            (Some(Reason::TotalLimit), _) => "too many connections in all",
-            (Some(Reason::LineLength), _) => "a line was too long",
-            (Some(Reason::Idle), _) => "nothing came for too long",
-            (Some(Reason::Stopping), _) => "the service is stopping",
-            (None, _) => "no reason given",
-        })
-    }
-
-    /// Without those whom standard error has told of; `None` where it has of all.
-    pub(crate) fn untold(&self) -> Option<Cow<'_, Self>> {
-        match self.count.map(|count| count.saturating_sub(self.told)) {
-            Some(0) => None,
-            count if count == self.count => Some(Cow::Borrowed(self)),
-            count => Some(Cow::Owned(Self { count, ..self.clone() })),
-        }
-    }
-
-    fn weight(&self) -> usize {
-        let about = self.about.as_ref().map_or(0, |about| {
-            let details = [&about.details.comm, &about.details.unit, &about.details.label];
-            let details: usize = details.into_iter().flatten().map(String::len).sum();
-            about.groups.len() * size_of::<Gid>() + details
-        });
-        size_of::<Self>() + about + self.text.as_ref().map_or(0, String::len)
-    }
-
-    /// How many denials or refusals the record stands for.
-    fn stands_for(&self) -> u64 {
-        match self.event {
-            Event::Denied | Event::Refused => 1,
-            Event::Summary => self.count.unwrap_or(0),
-            _ => 0,
-        }
-    }
-}
 
 /// How much is written in full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[non_exhaustive]
-pub enum Scope {
-    /// Who was turned away.
+pub enum RecordScope {
+    /// Denials and refusals.
     Denials,
-    /// Also who was admitted, and how each connection ended.
+    /// Also admissions, and how each connection ended.
     Connections,
     /// Also each line: its length, never its content.
     Lines,
 }
 
-/// What an administrator sets.
+impl RecordScope {
+    /// The word in a configuration.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Denials => "denials",
+            Self::Connections => "connections",
+            Self::Lines => "lines",
+        }
+    }
+}
+
+/// The settings that an administrator makes.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Settings {
     /// How much is written in full.
-    pub scope: Scope,
-    /// How many denials or refusals of each user and reason, or connections cut off for their sender's sake, are written
-    /// in full in an interval.
+    pub scope: RecordScope,
+    /// How many denials, refusals, and connections revoked because of their sender are written in full, for each user
+    /// and reason in an interval.
     pub burst: u32,
     /// How long an interval is.
     pub interval: Duration,
@@ -495,11 +75,11 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { scope: Scope::Denials, burst: 10, interval: Duration::from_secs(10) }
+        Self { scope: RecordScope::Denials, burst: 10, interval: Duration::from_secs(10) }
     }
 }
 
-/// How often what happened since the start.
+/// The number of each decision since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Totals {
@@ -511,7 +91,7 @@ pub struct Totals {
     pub refused: u64,
 }
 
-/// Where records are handed over. Cheap to clone; all clones are one.
+/// The queue. Clones share it.
 #[derive(Clone)]
 pub struct Audit(Arc<Shared>);
 
@@ -528,27 +108,27 @@ impl fmt::Debug for Audit {
     }
 }
 
+#[derive(Default)]
 struct Shared {
-    state: Mutex<State>,
+    queue: Mutex<RecordQueue>,
     wake: Condvar,
     scope: AtomicU8,
     admitted: AtomicU64,
     denied: AtomicU64,
     refused: AtomicU64,
-    given_up: AtomicBool,
+    too_late: AtomicBool,
 }
 
-struct State {
-    settings: Settings,
+#[derive(Default)]
+struct RecordQueue {
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
-    /// Taken out by the writer, which has not said yet what came of it.
+    /// Taken out by the writer, and not yet reported as written or failed.
     in_hand: Option<Record>,
-    /// How many records the writer has dealt with.
+    /// How many records the writer has finished with.
     dealt_with: u64,
-    windows: HashMap<(Option<Uid>, Reason), Window>,
-    next_tick: Option<Instant>,
-    /// Records that no summary stands for and that found no room or no journal, since the last time we said so.
+    windows: Windows,
+    /// Records that were not written and are in no summary, since the last note that gave their number.
     unwritten: u64,
     /// The last record did not reach the journal, or standard error where there is none.
     journal_is_away: bool,
@@ -557,18 +137,7 @@ struct State {
     closed: bool,
 }
 
-/// One user's denials, or refusals, for one reason in the interval that runs.
-struct Window {
-    since: Instant,
-    written: u32,
-    counted: u64,
-    /// Of those counted, how many standard error has told of: only the journal is still to hear of them.
-    told: u64,
-    first_counted: Instant,
-    last_counted: Instant,
-}
-
-/// What the writing thread is to do next.
+/// The next step of the writer.
 #[allow(clippy::large_enum_variant)] // it lives for as long as a record takes to write, once
 pub(crate) enum Next {
     Write(Record),
@@ -576,55 +145,35 @@ pub(crate) enum Next {
     Finished,
 }
 
-/// What is owed to a journal that is away is tried no sooner than this after the last time.
+/// How long to wait before summaries are tried again with a journal that could not be reached.
 const LOOK_FOR_JOURNAL: Duration = Duration::from_secs(1);
 
 impl Audit {
-    /// An empty one. Nothing is written until a [`journal::Writer`](crate::journal::Writer) takes out.
+    /// An empty queue. Records stay in it until there is a [`journal::Writer`](crate::journal::Writer).
     pub fn new(settings: Settings) -> Self {
-        let state = State {
-            settings,
-            waiting: VecDeque::new(),
-            waiting_bytes: 0,
-            in_hand: None,
-            dealt_with: 0,
-            windows: HashMap::new(),
-            next_tick: None,
-            unwritten: 0,
-            journal_is_away: false,
-            sleeping: false,
-            nudged: false,
-            closed: false,
-        };
-        Self(Arc::new(Shared {
-            state: Mutex::new(state),
-            wake: Condvar::new(),
-            scope: AtomicU8::new(settings.scope as u8),
-            admitted: AtomicU64::new(0),
-            denied: AtomicU64::new(0),
-            refused: AtomicU64::new(0),
-            given_up: AtomicBool::new(false),
-        }))
+        let audit = Self(Arc::default());
+        audit.set(settings);
+        audit
     }
 
-    /// Replaces the settings, and says what was counted under the old ones.
+    /// Replaces the settings. What was counted under the old ones becomes summaries.
     pub fn set(&self, settings: Settings) {
         self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
-        let mut state = self.lock();
-        // First, because the summary to come is due by the new interval: the old one may have been hours.
-        state.settings = settings;
-        state.summarize(Instant::now(), true);
-        self.wake(state);
+        let mut queue = self.lock();
+        // Before the summaries: the next one is due by the new interval.
+        (queue.windows.burst, queue.windows.interval) = (settings.burst, settings.interval);
+        queue.summarize(Instant::now(), true);
+        self.wake(queue);
     }
 
     /// Whether admissions and ends of connections are written.
     pub fn writes_connections(&self) -> bool {
-        self.0.scope.load(Ordering::Relaxed) >= Scope::Connections as u8
+        self.0.scope.load(Ordering::Relaxed) >= RecordScope::Connections as u8
     }
 
     /// Whether each line is written.
     pub fn writes_lines(&self) -> bool {
-        self.0.scope.load(Ordering::Relaxed) >= Scope::Lines as u8
+        self.0.scope.load(Ordering::Relaxed) >= RecordScope::Lines as u8
     }
 
     /// Records that `peer` was denied by `rule`, or because no rule allows it.
@@ -632,7 +181,7 @@ impl Audit {
         self.turned_away_peer(Event::Denied, Reason::Policy, peer, socket, at.into(), rule);
     }
 
-    /// Records that `peer` was admitted by `rule`, but found no place.
+    /// Records that `rule` admits `peer`, but a limit was reached.
     pub fn refused<'a>(
         &self,
         peer: &mut Peer,
@@ -644,7 +193,7 @@ impl Audit {
         self.turned_away_peer(Event::Refused, excess.into(), peer, socket, at.into(), Some(rule));
     }
 
-    /// Records that somebody was denied of whom the kernel would tell nothing ([`Peer::of`] failed).
+    /// Records that a peer was denied whose credentials could not be read ([`Peer::of`] failed).
     pub fn unidentified<'a>(&self, at: impl Into<At<'a>>) {
         self.turned_away(Event::Denied, Reason::NoCredentials, None, || Record {
             reason: Some(Reason::NoCredentials),
@@ -652,13 +201,11 @@ impl Audit {
         });
     }
 
-    /// Records that `peer` was admitted by `rule`. Counted in any case, written where the settings say so.
+    /// Counts that `rule` admitted `peer`. Writes a record if the settings say so.
     pub fn admitted<'a>(&self, peer: &mut Peer, socket: &impl AsFd, at: impl Into<At<'a>>, rule: &RuleName) {
         self.0.admitted.fetch_add(1, Ordering::Relaxed);
         if self.writes_connections() {
-            let details = peer.details(socket);
-            let about = Some(About::peer(peer, details));
-            self.write(Record { about, ..Record::at(Event::Admitted, at.into(), Some(rule)) });
+            self.write(Record::at(Event::Admitted, at.into(), Some(rule)).about(peer, socket));
         }
     }
 
@@ -671,15 +218,14 @@ impl Audit {
         at: At<'_>,
         rule: Option<&RuleName>,
     ) {
-        self.turned_away(event, reason, Some(peer.uid()), || {
-            let details = peer.details(socket);
-            let about = Some(About::peer(peer, details));
-            Record { reason: Some(reason), about, ..Record::at(event, at, rule) }
+        self.turned_away(event, reason, Some(peer.uid()), || Record {
+            reason: Some(reason),
+            ..Record::at(event, at, rule).about(peer, socket)
         });
     }
 
-    /// Counts a peer turned away, and either keeps a record of it, made by `record`, or adds one to the
-    /// next summary. `record` is called only where its work is not in vain.
+    /// Counts a denial or refusal. Either the record that `record` makes is kept, or the next summary counts one more.
+    /// `record` is called only for a record that is kept.
     pub fn turned_away(&self, event: Event, reason: Reason, uid: Option<Uid>, record: impl FnOnce() -> Record) {
         match event {
             Event::Denied => &self.0.denied,
@@ -687,54 +233,53 @@ impl Audit {
         }
         .fetch_add(1, Ordering::Relaxed);
         let now = Instant::now();
-        let mut state = self.lock();
-        // The writer learns of a count at the interval's end; wake it only if it knows of no interval.
-        let known = state.next_tick.is_some();
-        state.end_intervals(now);
-        if !state.has_room() || !state.may_write(uid, reason, now) {
-            state.count(uid, reason, 1, now);
-            return if known { drop(state) } else { self.wake(state) };
+        let mut queue = self.lock();
+        // A writer that waits for the end of an interval need not be woken for a count.
+        let known = queue.windows.next_tick().is_some();
+        queue.end_intervals(now);
+        if !queue.has_room() || !queue.windows.may_write(uid, reason, now) {
+            queue.windows.count(uid, reason, 1, 0, now);
+            return if known { drop(queue) } else { self.wake(queue) };
         }
-        // Made without the lock: it asks the kernel and /proc.
-        drop(state);
+        // Without the lock: `record` reads from the kernel and /proc.
+        drop(queue);
         let record = record();
-        let mut state = self.lock();
-        state.push(record);
-        self.wake(state);
+        let mut queue = self.lock();
+        queue.push(record);
+        self.wake(queue);
     }
 
-    /// Keeps a record that no summary stands for. Where there is no room it is only counted, and the
-    /// journal is told how many are missing.
+    /// Puts a record into the queue. If there is no room it is left out, and a note gives the number of records left out.
     pub fn write(&self, record: Record) {
-        let mut state = self.lock();
+        let mut queue = self.lock();
         match (record.event, record.reason) {
-            // Peers can bring this about as often as they like: the first are written, the rest counted, as with denials.
+            // A peer can cause any number of these: as with denials, the first are written and the rest counted.
             (Event::Revoked, Some(reason)) if reason != Reason::Policy => {
                 let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
-                state.end_intervals(now);
-                if state.has_room() && state.may_write(uid, reason, now) {
-                    state.push(record);
+                queue.end_intervals(now);
+                if queue.has_room() && queue.windows.may_write(uid, reason, now) {
+                    queue.push(record);
                 } else {
-                    state.count(uid, reason, 1, now);
+                    queue.windows.count(uid, reason, 1, 0, now);
                 }
             }
-            // Bounded by what an administrator does: reloads, and the connections that each of them ends.
-            (Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused, _) => state.push(record),
-            _ if state.has_room_for_the_admitted() => state.push(record),
-            _ => state.unwritten += 1,
+            // Only a reload causes these: the administrator bounds their number.
+            (Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused, _) => queue.push(record),
+            _ if queue.has_room_for_the_admitted() => queue.push(record),
+            _ => queue.unwritten += 1,
         }
-        self.wake(state);
+        self.wake(queue);
     }
 
-    /// Puts everything counted into summaries; the writer ends once it has written what waits.
+    /// Turns all counts into summaries. The writer ends when the queue is empty.
     pub(crate) fn close(&self) {
-        let mut state = self.lock();
-        state.closed = true;
-        state.summarize(Instant::now(), true);
-        self.wake(state);
+        let mut queue = self.lock();
+        queue.closed = true;
+        queue.summarize(Instant::now(), true);
+        self.wake(queue);
     }
 
-    /// How often what happened since the start.
+    /// The number of each decision since the start.
     pub fn totals(&self) -> Totals {
         Totals {
             admitted: self.0.admitted.load(Ordering::Relaxed),
@@ -743,153 +288,151 @@ impl Audit {
         }
     }
 
-    /// Whether everything to be written has been. What is counted is not: it waits for its summary.
+    /// Whether every record has been written. Counts that wait for their summary are ignored.
     pub fn is_written(&self) -> bool {
-        let state = self.lock();
-        state.waiting.is_empty() && state.in_hand.is_none()
+        let queue = self.lock();
+        queue.waiting.is_empty() && queue.in_hand.is_none()
     }
 
-    /// How many records the writer has dealt with so far.
+    /// How many records the writer has finished with.
     pub(crate) fn dealt_with(&self) -> u64 {
         self.lock().dealt_with
     }
 
-    /// Takes everything from the writer that it has not dealt with, the record in its hands included.
-    pub(crate) fn give_up(&self) -> Vec<Record> {
-        let mut state = self.lock();
-        self.0.given_up.store(true, Ordering::Relaxed);
-        let mut left: Vec<_> = state.in_hand.take().into_iter().collect();
-        left.extend(state.waiting.drain(..));
-        state.waiting_bytes = 0;
+    /// Takes all records that are not written from the writer, also the one it is writing.
+    pub(crate) fn take_unwritten(&self) -> Vec<Record> {
+        let mut queue = self.lock();
+        self.0.too_late.store(true, Ordering::Relaxed);
+        let mut left: Vec<_> = queue.in_hand.take().into_iter().collect();
+        left.extend(queue.waiting.drain(..));
+        queue.waiting_bytes = 0;
         left
     }
 
-    /// What records that will not be written one by one come to: a summary for each user and reason, and a note of how
-    /// many others there are. For when there is no writer any more.
+    /// The summaries that stand for `left`, one for each user and reason, and a note that gives the number of the
+    /// remaining records. Called when the writer has ended.
     pub(crate) fn sum_up(&self, left: &[Record]) -> Vec<Record> {
-        let mut state = self.lock();
-        left.iter().for_each(|record| state.count_again(record, record.told));
-        state.summarize(Instant::now(), true);
-        std::iter::from_fn(|| state.pop()).collect()
+        let mut queue = self.lock();
+        left.iter().for_each(|record| queue.count_again(record, record.on_stderr));
+        queue.summarize(Instant::now(), true);
+        std::iter::from_fn(|| queue.pop()).collect()
     }
 
-    pub(crate) fn has_given_up(&self) -> bool {
-        self.0.given_up.load(Ordering::Relaxed)
+    pub(crate) fn is_too_late(&self) -> bool {
+        self.0.too_late.load(Ordering::Relaxed)
     }
 
-    /// Makes the writer look around, so that it can show that it is alive.
+    /// Wakes the writer, so that it answers the watchdog.
     pub(crate) fn nudge(&self) {
-        let mut state = self.lock();
-        state.nudged = true;
-        self.wake(state);
+        let mut queue = self.lock();
+        queue.nudged = true;
+        self.wake(queue);
     }
 
     /// Waits for something to write.
     pub(crate) fn next(&self) -> Next {
-        let mut state = self.lock();
+        let mut queue = self.lock();
         loop {
             let now = Instant::now();
-            state.end_intervals(now);
-            if let Some(record) = state.pop() {
-                state.in_hand = Some(record.clone());
+            queue.end_intervals(now);
+            if let Some(record) = queue.pop() {
+                queue.in_hand = Some(record.clone());
                 return Next::Write(record);
             }
-            if std::mem::take(&mut state.nudged) {
+            if std::mem::take(&mut queue.nudged) {
                 return Next::Nothing;
             }
-            if state.closed {
+            if queue.closed {
                 return Next::Finished;
             }
-            state.sleeping = true;
-            state = match state.next_tick {
+            queue.sleeping = true;
+            queue = match queue.windows.next_tick() {
                 Some(due) => {
                     let pause = due.saturating_duration_since(now);
-                    self.0.wake.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0
+                    self.0.wake.wait_timeout(queue, pause).unwrap_or_else(PoisonError::into_inner).0
                 }
-                None => self.0.wake.wait(state).unwrap_or_else(PoisonError::into_inner),
+                None => self.0.wake.wait(queue).unwrap_or_else(PoisonError::into_inner),
             };
-            state.sleeping = false;
+            queue.sleeping = false;
         }
     }
 
-    /// The record in hand is about to go to standard error. False where it has been taken away
-    /// ([`give_up`](Self::give_up)) and is told there in another way.
-    pub(crate) fn let_go(&self) -> bool {
-        self.lock().let_go().is_some()
+    /// The record in hand is about to be written to standard error. False if
+    /// [`take_unwritten`](Self::take_unwritten) has taken it: then it is written from there.
+    pub(crate) fn release(&self) -> bool {
+        self.lock().release().is_some()
     }
 
-    /// A record that was [let go](Self::let_go) has found no journal, and was written to standard error as a whole, or
-    /// not (`told`).
+    /// A [released](Self::release) record could not be written to the journal. `on_stderr` says whether all of it was
+    /// written to standard error, `is_owed` whether the journal must get it later.
     ///
-    /// If a journal is owed it (`is_owed`), or standard error did not take it, what it stands for is for a summary later
-    /// on; one that stands for nobody turned away is counted among those that are missing.
-    pub(crate) fn missed(&self, record: &Record, is_owed: bool, told: bool) {
-        let mut state = self.lock();
-        state.journal_is_away = is_owed || !told;
+    /// If it is owed, or not on standard error either, a later summary counts what it stands for. A record that stands
+    /// for no denial or refusal is added to the number of records left out.
+    pub(crate) fn write_failed(&self, record: &Record, is_owed: bool, on_stderr: bool) {
+        let mut queue = self.lock();
+        queue.journal_is_away = is_owed || !on_stderr;
         match record.event {
-            // To count a note that standard error has told would never end: it may be the one that says how many are
-            // missing.
-            Event::Note(_) if told || state.closed => {}
-            Event::Note(_) => state.unwritten += record.stands_for_missing.max(1),
-            _ if told && !is_owed => {}
+            // A note on standard error is not counted: it may be the one that gives this very number, without end.
+            Event::Note(_) if on_stderr || queue.closed => {}
+            Event::Note(_) => queue.unwritten += record.stands_for_missing.max(1),
+            _ if on_stderr && !is_owed => {}
             _ => {
-                let on_stderr = if told { record.stands_for() } else { record.told };
-                state.count_again(record, on_stderr);
+                let on_stderr = if on_stderr { record.stands_for() } else { record.on_stderr };
+                queue.count_again(record, on_stderr);
             }
         }
     }
 
-    /// The record in hand has reached the journal.
-    pub(crate) fn got_through(&self) {
-        let mut state = self.lock();
-        state.let_go();
-        state.journal_is_away = false;
+    /// The record in hand is in the journal.
+    pub(crate) fn written(&self) {
+        let mut queue = self.lock();
+        queue.release();
+        queue.journal_is_away = false;
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, RecordQueue> {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self, state: MutexGuard<'_, State>) {
-        let sleeping = state.sleeping;
-        drop(state);
+    fn wake(&self, queue: MutexGuard<'_, RecordQueue>) {
+        let sleeping = queue.sleeping;
+        drop(queue);
         if sleeping {
             self.0.wake.notify_one();
         }
     }
 }
 
-impl State {
+impl RecordQueue {
     fn has_room(&self) -> bool {
         self.waiting.len() < MOST_WAITING && self.waiting_bytes < MOST_WAITING_BYTES
     }
 
-    /// A quarter of the room is kept free of what peers bring about as they like without being turned away (admissions,
-    /// ends, lines): they must not keep anybody's denial from being written.
+    /// Admissions, ends and lines may fill three quarters of the queue. Admitted peers cause any number of them, and the
+    /// last quarter is kept for denials.
     fn has_room_for_the_admitted(&self) -> bool {
         self.waiting.len() < MOST_WAITING / 4 * 3 && self.waiting_bytes < MOST_WAITING_BYTES / 4 * 3
     }
 
-    fn let_go(&mut self) -> Option<Record> {
+    fn release(&mut self) -> Option<Record> {
         self.dealt_with += 1;
         self.in_hand.take()
     }
 
-    /// Of those that the record stands for, standard error has told of `told`.
-    fn count_again(&mut self, record: &Record, told: u64) {
+    /// Counts again what `record` stands for. `on_stderr` of these are on standard error.
+    fn count_again(&mut self, record: &Record, on_stderr: u64) {
         let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
         let (reason, count) = match (record.event, record.reason, record.stands_for()) {
             (Event::Revoked, Some(reason), _) if reason != Reason::Policy => (reason, 1),
             (_, Some(reason), count @ 1..) => (reason, count),
             _ => return self.unwritten += 1,
         };
-        self.count(uid, reason, count, now);
-        self.window(uid, reason, now).told += told;
+        self.windows.count(uid, reason, count, on_stderr, now);
     }
 
-    /// Also where the writer is held up: the first of the next interval are to be written too.
+    /// Called with every denial too: a writer that waits must not make an interval longer.
     fn end_intervals(&mut self, now: Instant) {
-        if self.next_tick.is_some_and(|due| due <= now) {
+        if self.windows.next_tick().is_some_and(|due| due <= now) {
             self.summarize(now, false);
         }
     }
@@ -909,95 +452,27 @@ impl State {
         let record = self.waiting.pop_front()?;
         self.waiting_bytes -= record.weight();
         if self.waiting.is_empty() {
-            // A flood is over: give its memory back.
+            // After a flood the memory is given back.
             self.waiting.shrink_to(64);
         }
         Some(record)
     }
 
-    /// Whether this one is still among the first of its interval; if so it is taken as written.
-    fn may_write(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> bool {
-        let burst = self.settings.burst;
-        let window = self.window(uid, reason, now);
-        let first = window.written < burst;
-        window.written += u32::from(first);
-        first
-    }
-
-    fn count(&mut self, uid: Option<Uid>, reason: Reason, count: u64, now: Instant) {
-        let window = self.window(uid, reason, now);
-        if window.counted == 0 {
-            window.first_counted = now;
-        }
-        window.last_counted = now;
-        window.counted += count;
-    }
-
-    fn window(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> &mut Window {
-        let full = self.windows.len() >= MOST_TRACKED && !self.windows.contains_key(&(uid, reason));
-        let key = (if full { None } else { uid }, reason);
-        let interval = self.settings.interval;
-        self.next_tick.get_or_insert(later(now, interval));
-        self.windows.entry(key).or_insert_with(|| Window {
-            since: now,
-            written: 0,
-            counted: 0,
-            told: 0,
-            first_counted: now,
-            last_counted: now,
-        })
-    }
-
-    /// Ends the intervals that are over (all of them if `now_or_never`), each with its summary.
-    fn summarize(&mut self, now: Instant, now_or_never: bool) {
-        let interval = self.settings.interval;
-        // They have room of their own, beyond what any records take: each stands for as many as there were. But a journal
-        // that does not take what waits already must not be given ever more of them.
-        let room = self.closed || self.waiting.len() < MOST_WAITING + MOST_TRACKED;
-        let mut summaries = Vec::new();
-        self.windows.retain(|(uid, reason), window| {
-            let over = now.saturating_duration_since(window.since) >= interval;
-            if window.counted > 0 && (over || now_or_never) {
-                if !room {
-                    return true;
-                }
-                summaries.push(window.summary(*uid, *reason));
-                (window.counted, window.told) = (0, 0);
-                if over {
-                    (window.since, window.written) = (now, 0);
-                }
-                return true;
-            }
-            !over
-        });
-        summaries.into_iter().for_each(|summary| self.push(summary));
-        let earliest = self.windows.values().map(|window| later(window.since, interval)).min();
-        // Where there was no room, look again in an interval's time, not at once; nor for a journal that was not there.
+    /// Ends the intervals that are over, or all of them, each with its summary.
+    fn summarize(&mut self, now: Instant, all: bool) {
+        // Summaries have room beyond that of records, because each stands for many. This room is bounded too: the journal
+        // may take nothing for a long time.
+        let has_room = self.closed || self.waiting.len() < MOST_WAITING + MOST_TRACKED;
         let soonest = if self.journal_is_away { now + LOOK_FOR_JOURNAL } else { now };
-        self.next_tick = earliest.map(|due| if due <= now { later(now, interval) } else { due }.max(soonest));
-        if self.windows.is_empty() {
-            self.windows.shrink_to(64);
-        }
-    }
-}
-
-impl Window {
-    fn summary(&self, uid: Option<Uid>, reason: Reason) -> Record {
-        let about = uid.map(About::user);
-        Record {
-            reason: Some(reason),
-            count: Some(self.counted),
-            told: self.told,
-            duration: Some(self.last_counted.saturating_duration_since(self.first_counted)),
-            about,
-            ..Record::new(Event::Summary)
-        }
+        let summaries = self.windows.end(now, all, has_room, soonest);
+        summaries.into_iter().for_each(|summary| self.push(summary));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ids::Gid;
 
     fn audit(burst: u32) -> Audit {
         Audit::new(Settings { burst, interval: Duration::from_secs(3600), ..Settings::default() })
@@ -1020,12 +495,12 @@ mod tests {
         out
     }
 
-    /// The record in hand finds no journal, and standard error takes it.
-    fn miss(audit: &Audit, is_owed: bool) -> bool {
+    /// The record in hand is written to standard error instead of the journal.
+    fn write_to_stderr(audit: &Audit, is_owed: bool) -> bool {
         let record = audit.lock().in_hand.clone();
-        let has_let_go = audit.let_go();
-        record.iter().for_each(|record| audit.missed(record, is_owed, true));
-        has_let_go
+        let is_released = audit.release();
+        record.iter().for_each(|record| audit.write_failed(record, is_owed, true));
+        is_released
     }
 
     fn sum(records: &[Record]) -> u64 {
@@ -1033,23 +508,23 @@ mod tests {
     }
 
     #[test]
-    fn what_standard_error_does_not_take_is_counted_again() {
+    fn a_record_that_standard_error_does_not_take_is_counted_again() {
         let audit = audit(2);
         (0..5).for_each(|_| deny(&audit, 1000));
         audit.write(Record::note(Severity::Notice, "a note"));
         let lose = || {
             let Next::Write(record) = audit.next() else { panic!("nothing to write") };
-            assert!(audit.let_go());
-            audit.missed(&record, false, false);
+            assert!(audit.release());
+            audit.write_failed(&record, false, false);
         };
         (0..3).for_each(|_| lose());
         audit.set(Settings { burst: 2, interval: Duration::from_secs(3600), ..Settings::default() });
-        // The summary too, and it stands for as many as before.
+        // A lost summary is counted again too.
         lose();
         audit.close();
         let records = drain(&audit);
         assert_eq!((sum(&records), records.len()), (5, 2), "{records:?}");
-        assert!(records.iter().all(|record| record.untold().is_some_and(|untold| untold.count == record.count)));
+        assert!(records.iter().all(|record| record.not_on_stderr().is_some_and(|rest| rest.count == record.count)));
         let missing = records.iter().find_map(|record| record.text.as_deref()).unwrap();
         assert!(missing.starts_with("1 record was not written"), "{missing}");
     }
@@ -1069,10 +544,10 @@ mod tests {
     }
 
     #[test]
-    fn users_beyond_those_tracked_share_a_summary_without_uid() {
+    fn users_beyond_the_tracked_ones_share_a_summary_without_uid() {
         let audit = audit(0);
         (0..5000).for_each(|uid| deny(&audit, uid));
-        assert!(audit.lock().windows.len() <= MOST_TRACKED + 1);
+        assert!(audit.lock().windows.by_user.len() <= MOST_TRACKED + 1);
         audit.close();
         let records = drain(&audit);
         assert_eq!(sum(&records), 5000);
@@ -1082,7 +557,7 @@ mod tests {
     }
 
     #[test]
-    fn what_finds_no_room_is_counted_and_none_is_lost() {
+    fn denials_that_find_no_room_are_counted() {
         let audit = audit(u32::MAX);
         (0..10_000).for_each(|_| deny(&audit, 1000));
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
@@ -1096,14 +571,14 @@ mod tests {
     }
 
     #[test]
-    fn those_cut_off_for_their_senders_sake_are_written_and_counted_as_the_denied_are() {
+    fn revocations_for_a_sender_are_written_and_counted_as_denials_are() {
         let audit = audit(10);
         (0..10_000).for_each(|_| audit.write(revoked(1000, Reason::Sender)));
         audit.write(revoked(1001, Reason::Sender));
-        // What an administrator's reload brings about is written one by one.
+        // Revocations by a reload are written one by one.
         (0..20).for_each(|_| audit.write(revoked(1000, Reason::Policy)));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(miss(&audit, true));
+        assert!(write_to_stderr(&audit, true));
         audit.close();
         let records = drain(&audit);
         let written = |reason| {
@@ -1115,18 +590,18 @@ mod tests {
     }
 
     #[test]
-    fn whatever_the_admitted_do_there_is_room_for_denials_and_their_summaries() {
+    fn lines_of_admitted_peers_leave_room_for_denials_and_summaries() {
         let audit = audit(10);
         (0..10_000).for_each(|_| audit.write(Record::new(Event::Line)));
         (0..30).for_each(|_| deny(&audit, 1000));
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING / 4 * 3 + 10);
-        // Nor does a flood of denials leave no room for what they are summed up in.
+        // A flood of denials leaves room for their summaries.
         (0..MOST_WAITING as u32).for_each(|uid| deny(&audit, 2000 + uid % 500));
         assert_eq!(audit.lock().waiting.len(), MOST_WAITING);
         let sum_up = || audit.lock().summarize(Instant::now(), true);
         sum_up();
-        assert_eq!(audit.lock().windows.values().map(|window| window.counted).sum::<u64>(), 0);
-        // They have a bound too.
+        assert_eq!(audit.lock().windows.by_user.values().map(|window| window.counted).sum::<u64>(), 0);
+        // Summaries are bounded too.
         for _ in 0..10 {
             (0..500).for_each(|uid| deny(&audit, 2000 + uid));
             sum_up();
@@ -1137,21 +612,21 @@ mod tests {
     }
 
     #[test]
-    fn records_that_the_journal_missed_are_told_when_it_is_back() {
+    fn a_note_gives_the_number_of_unwritten_records_when_the_journal_is_back() {
         let audit = audit(10);
         let lose = |event| {
             audit.write(Record::new(event));
             assert!(matches!(audit.next(), Next::Write(_)));
-            assert!(miss(&audit, true));
+            assert!(write_to_stderr(&audit, true));
         };
         lose(Event::Admitted);
         lose(Event::ConfigLoaded);
         lose(Event::Note(Severity::Warning));
         audit.nudge();
-        assert!(matches!(audit.next(), Next::Nothing), "while it is away there is no use in saying so");
+        assert!(matches!(audit.next(), Next::Nothing), "no note while the journal is away");
         audit.write(Record::new(Event::Admitted));
         assert!(matches!(audit.next(), Next::Write(_)));
-        audit.got_through();
+        audit.written();
         let Next::Write(note) = audit.next() else { panic!("it is back") };
         assert_eq!(note.text.as_deref(), Some("2 records were not written: the journal was too slow, or away"));
     }
@@ -1161,7 +636,7 @@ mod tests {
         let audit = audit(10);
         (0..25).for_each(|_| deny(&audit, 1000));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(miss(&audit, true));
+        assert!(write_to_stderr(&audit, true));
         audit.close();
         let records = drain(&audit);
         assert_eq!(sum(&records), 25);
@@ -1169,15 +644,15 @@ mod tests {
     }
 
     #[test]
-    fn who_gives_up_gets_the_record_in_hand_too_and_the_writer_keeps_none() {
+    fn take_unwritten_takes_the_record_in_hand_too() {
         let audit = audit(3);
         (0..7).for_each(|_| deny(&audit, 1000));
         audit.write(Record::new(Event::Admitted));
         assert!(matches!(audit.next(), Next::Write(_)) && !audit.is_written());
         audit.close();
-        let left = audit.give_up();
+        let left = audit.take_unwritten();
         assert_eq!((left.len(), sum(&left)), (5, 7));
-        assert!(audit.is_written() && !miss(&audit, true), "somebody else has it");
+        assert!(audit.is_written() && !write_to_stderr(&audit, true), "it was taken");
         assert!(matches!(audit.next(), Next::Finished));
         let sums = audit.sum_up(&left[1..]);
         assert_eq!((sums.len(), sums[0].count), (2, Some(6)));
@@ -1185,43 +660,25 @@ mod tests {
     }
 
     #[test]
-    fn of_a_summary_only_what_was_not_told_before_is_told() {
+    fn a_summary_on_standard_error_leaves_out_what_is_there_already() {
         let audit = audit(1);
         (0..5).for_each(|_| deny(&audit, 1000));
         assert!(matches!(audit.next(), Next::Write(_)));
-        assert!(miss(&audit, true));
+        assert!(write_to_stderr(&audit, true));
         audit.close();
         let summary = drain(&audit).pop().unwrap();
-        assert_eq!((summary.count, summary.untold().unwrap().count), (Some(5), Some(4)));
-        assert!(miss(&audit, true));
+        assert_eq!((summary.count, summary.not_on_stderr().unwrap().count), (Some(5), Some(4)));
+        assert!(write_to_stderr(&audit, true));
         audit.lock().summarize(Instant::now(), true);
         let summary = drain(&audit).pop().unwrap();
-        assert_eq!((summary.count, summary.untold().is_none()), (Some(5), true));
-        audit.got_through();
+        assert_eq!((summary.count, summary.not_on_stderr().is_none()), (Some(5), true));
+        audit.written();
         (0..3).for_each(|_| deny(&audit, 1000));
         audit.lock().summarize(Instant::now(), true);
-        assert_eq!(drain(&audit).pop().unwrap().untold().unwrap().count, Some(3), "the journal has the others");
-    }
-
-    #[test]
-    fn a_program_cannot_call_itself_what_reads_as_the_rest_of_a_message() {
-        let message = |comm: &str| {
-            let details = Details { comm: Some(comm.into()), unit: Some("a.scope".into()), label: None };
-            let about = About { pid: Some(2), details, ..About::user(Uid::new(1)) };
-            Record { about: Some(about), ..Record::new(Event::Denied) }.message(None)
-        };
-        assert_eq!(message("x) in b.service"), "Denied uid 1 pid 2 (x\\x29 in b.service) in a.scope: no reason given");
-        assert_eq!(message("(sd-pam)"), "Denied uid 1 pid 2 ((sd-pam)) in a.scope: no reason given");
-    }
-
-    #[test]
-    fn a_denial_reads_as_the_contract_has_it() {
-        let details = Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), label: None };
-        let about = About { gid: Some(Gid::new(1001)), pid: Some(4242), details, ..About::user(Uid::new(1001)) };
-        let record = Record { reason: Some(Reason::Policy), about: Some(about), ..Record::new(Event::Denied) };
         assert_eq!(
-            record.message(Some("guest")),
-            "Denied guest (uid 1001) gid 1001 pid 4242 (nc) in session-3.scope: no rule allows it"
+            drain(&audit).pop().unwrap().not_on_stderr().unwrap().count,
+            Some(3),
+            "the journal has the first five"
         );
     }
 }

@@ -55,20 +55,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{setsockopt, sockopt};
 
 use self::closing::{Closings, Outgoing};
 use self::decision::{Decision, ask};
 use self::over_limit::{OverLimit, Waiting};
 use self::reserve::Reserve;
-use crate::activation::Listener;
 use crate::audit::{At, Audit, Record, Severity};
-use crate::baggage::Stream;
+use crate::clock::{later, poll_timeout};
+use crate::fd_passing::Stream;
 use crate::peer::Peer;
 use crate::permits::{LimitExceeded, Permit, Permits, Terms};
 use crate::policy::{Policy, Rule, Verdict};
 use crate::sys;
+use crate::systemd::activation::Listener;
 
 pub use self::closing::Closer;
 pub use self::config::{GateConfig, Replies, Setup};
@@ -273,17 +274,10 @@ impl<T: Terms> Gate<T> {
     }
 
     fn wait(&self, timeout: Option<Duration>, events: &mut [EpollEvent]) -> usize {
-        let due = self.deadline().map(|due| {
-            // Rounded up, so as not to wake just before the time.
-            due.saturating_duration_since(Instant::now()) + Duration::from_millis(1)
-        });
-        let timeout = match timeout.into_iter().chain(due).min() {
-            Some(Duration::ZERO) => EpollTimeout::ZERO,
-            Some(timeout) => EpollTimeout::try_from(timeout).unwrap_or(EpollTimeout::MAX),
-            None => EpollTimeout::NONE,
-        };
+        let until = timeout.map(|timeout| later(Instant::now(), timeout));
+        let due = self.deadline().into_iter().chain(until).min();
         // EINTR is as good as a timeout: the caller polls again.
-        self.epoll.wait(events, timeout).unwrap_or(0)
+        self.epoll.wait(events, poll_timeout(due)).unwrap_or(0)
     }
 
     /// Accepts no more connections: a client that connects from now on stays in the listener's queue, for the next process.
@@ -495,7 +489,7 @@ impl<T: Terms> Gate<T> {
         admitted: &mut Vec<Admission<T>>,
     ) {
         self.audit.admitted(&mut peer, &arrival.socket, self.at(&arrival), rule.name());
-        peer.release_process();
+        peer.close_pidfd();
         peer.forget_groups();
         let pass_credentials = self.pass_credentials;
         let unattested = match arrival.unattested {

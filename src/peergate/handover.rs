@@ -56,7 +56,7 @@
 //! use std::time::Duration;
 //!
 //! use peergate::handover::{self, Found, Parcel};
-//! use peergate::service::Store;
+//! use peergate::systemd::Store;
 //! use peergate::activation;
 //!
 //! # fn serve(_: Vec<activation::Listener>, _: Vec<UnixStream>) -> Vec<UnixStream> { Vec::new() }
@@ -88,8 +88,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
 use crate::peer;
-use crate::service::Store;
 use crate::sys;
+use crate::systemd::Store;
 use queue::{Batch, Queue, SEND_BUFFER};
 
 pub use inherited::{Found, Inherited};

@@ -1,11 +1,24 @@
-//! Records become journal entries, on a thread of their own, through tracing and tracing-journald.
+//! Writes records to the journal, on a thread of its own, through tracing and tracing-journald.
 //!
-//! Sole user of tracing-journald. That crate sends with a blocking socket and swallows errors; so before each record
-//! this module makes sure that journald is there and takes one more, waiting as long as it must (nobody waits for us).
-//! Where no journal can be reached, the record goes to standard error as a line of text (stderr.rs). If there was
-//! a journal before, or standard error does not take the line, a denial or refusal is counted into a summary for later.
-//! While standard error is not read this thread waits, with a sign of life, and looks for the journal meanwhile. In the
-//! end, what a journal has not taken for long enough goes to standard error too.
+//! Sole user of tracing-journald. That crate sends on a blocking socket and reports no errors. So before each record this
+//! module waits until journald is there and has room for one more. No other thread waits for this one.
+//!
+//! If no journal can be reached, the record goes to standard error as a line of text (stderr.rs). If there was a
+//! journal before, or standard error does not take the line, a denial or refusal is counted again, for a later summary.
+//! While standard error is not read, this thread waits, answers the watchdog, and tries the journal in between. When the
+//! service ends, records that the journal does not take in time go to standard error as well.
+//!
+//! # Whether a record was written
+//!
+//! A record that is lost must be counted again, but tracing-journald drops the error of its sendmsg(2). Nothing in its
+//! interface tells, and no other way is as good:
+//!
+//! - To look again whether journald is there misses a restart in between, and a lack of memory or descriptors.
+//! - To send the datagram from here would be a second implementation of the crate's only task.
+//! - To read the record back from the journal takes rights that the service does not have.
+//!
+//! But errno belongs to the thread, and the crate's last system call is made on this one. So [`was_sent`] clears errno
+//! before the record and reads it after: the one place that depends on how the crate is made.
 
 use std::collections::HashMap;
 use std::io;
@@ -22,78 +35,78 @@ use tracing::dispatcher::{self, Dispatch};
 use tracing_subscriber::layer::SubscriberExt;
 
 use crate::audit::{Audit, Next, Record, Severity};
+use crate::escape::printable;
 use crate::ids::{Gid, Uid};
-use crate::peer::printable;
-use crate::service::{Beat, Watched};
 use crate::stderr::Stderr;
+use crate::systemd::{Heartbeat, Monitored};
 
 /// journald's native socket (systemd-journald.service(8)).
 const SOCKET: &str = "/run/systemd/journal/socket";
 
-/// How long a user's name stays known before the user database is asked again.
+/// How long a user's name is remembered before the user database is asked again.
 const NAMES_LAST: Duration = Duration::from_secs(10);
 /// How many users' names are remembered at once.
 const MOST_NAMES: usize = 1024;
-/// How much is sent from one socket before the next is opened. What journald has not read yet counts against its
-/// sender's buffer (net.core.wmem_default, 208 KiB), and once that is full send(2) waits, which [`Journal::is_ready`]
-/// could not see: journald's queue, which it does see, holds more than that (net.unix.max_dgram_qlen, 512 by systemd).
+/// How many bytes are sent from one socket before the next is opened.
+///
+/// Datagrams that journald has not read count against the sender's buffer (net.core.wmem_default, 208 KiB). When it is full
+/// send(2) waits, and [`Journal::is_ready`] cannot see that: it sees the queue of journald, which holds more
+/// (net.unix.max_dgram_qlen, 512 by systemd).
 const SENT_FROM_ONE: usize = 64 * 1024;
 /// What a datagram costs its sender besides its bytes, at most.
 const DATAGRAM: usize = 1024;
 
-/// How long one step of waiting for standard error takes. In between the thread gives a sign of life.
+/// How long one step of waiting for standard error takes. The watchdog is answered in between.
 const STEP: Duration = Duration::from_millis(250);
-/// How long the end waits for standard error that takes nothing. It is less than for a journal: systemd starts a journal
-/// again, but no reader of a pipe.
+/// How long the end waits for standard error that takes nothing. The journal gets longer, because systemd restarts it.
 const STDERR_PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long standard error may take for what a journal has not taken in the end.
+/// How long standard error may take for the records that remain at the end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
-/// The thread that writes.
+/// The thread that writes records.
 #[derive(Debug)]
 pub struct Writer {
     thread: thread::JoinHandle<()>,
     finished: Receiver<()>,
     audit: Audit,
     identifier: String,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     stderr: Stderr,
 }
 
 impl Writer {
-    /// Starts to write what `audit` takes in. `identifier` becomes SYSLOG_IDENTIFIER.
+    /// Starts to write the records of `audit`. `identifier` becomes SYSLOG_IDENTIFIER.
     ///
     /// # Errors
-    /// What starting a thread says.
+    /// What starting a thread reports.
     pub fn start(audit: &Audit, identifier: &str) -> io::Result<Self> {
-        let beat = Arc::new(Beat::default());
+        let heartbeat = Arc::new(Heartbeat::default());
         let stderr = Stderr::start()?;
-        let mut journal = Journal::new(identifier.to_owned(), Arc::clone(&beat), audit.clone(), stderr.clone());
+        let mut journal = Journal::new(identifier.to_owned(), Arc::clone(&heartbeat), audit.clone(), stderr.clone());
         let (finishing, finished) = mpsc::channel();
         let run = move || {
             journal.run();
-            // The other end waits for this or is gone.
             let _ = finishing.send(());
         };
         let thread = thread::Builder::new().name("journal".to_owned()).spawn(run)?;
-        Ok(Self { thread, finished, audit: audit.clone(), identifier: identifier.to_owned(), beat, stderr })
+        Ok(Self { thread, finished, audit: audit.clone(), identifier: identifier.to_owned(), heartbeat, stderr })
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let audit = self.audit.clone();
-        Watched { name: "journal".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || audit.nudge()) }
+        Monitored::new("journal", &self.heartbeat, move || audit.nudge())
     }
 
-    /// Writes what waits, summaries included, and ends. Where nothing gets through for as long as `patience`, in whole
-    /// seconds and at least one, what is left goes to standard error.
+    /// Writes the remaining records and summaries, and ends. If nothing can be written for `patience`, in whole seconds
+    /// and at least one, the rest goes to standard error.
     pub fn finish(self, patience: Duration) {
         self.finish_while(|stalled| stalled < patience);
     }
 
-    /// As [`finish`](Self::finish); `has_patience` is asked every second, and told for how long nothing has got through.
-    /// For a service that has to tell its manager that it takes longer.
+    /// As [`finish`](Self::finish). `has_patience` is called every second with the time since the last record was written.
+    /// For a service that tells its manager that the stop takes longer.
     pub fn finish_while(self, mut has_patience: impl FnMut(Duration) -> bool) {
         self.audit.close();
         let (mut dealt_with, mut since) = (self.audit.dealt_with(), Instant::now());
@@ -104,9 +117,9 @@ impl Writer {
             let stalled = since.elapsed();
             let takes_nothing = stalled >= STDERR_PATIENCE && self.stderr.is_awaited();
             if takes_nothing || !has_patience(stalled) {
-                // The thread is not waited for: what holds it up may be no journal, but the user database.
+                // The thread is not joined: it may be waiting for the user database.
                 let until = Instant::now() + if takes_nothing { Duration::ZERO } else { LAST_WORDS };
-                tell_the_rest(&self.audit, &self.identifier, &self.stderr, until);
+                write_rest(&self.audit, &self.identifier, &self.stderr, until);
                 return;
             }
         }
@@ -114,11 +127,11 @@ impl Writer {
     }
 }
 
-/// Gives up on the journal: what has not been written goes to standard error, as far as it takes that by then.
-fn tell_the_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instant) {
-    let rest = audit.give_up();
-    // Standard error may be the stopped journal too, and has room for some of it then: for each record as long as it
-    // takes one more at once, in the end for what the others come to, all in one.
+/// Writes the remaining records to standard error instead of the journal, as many as it takes until then.
+fn write_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instant) {
+    let rest = audit.take_unwritten();
+    // Standard error may lead to the same stopped journal and have little room. Records are written one by one while there
+    // is room at once, and the rest as summaries in one text.
     let left = || until.saturating_duration_since(Instant::now());
     let mut one_by_one = 0;
     for record in &rest {
@@ -126,7 +139,7 @@ fn tell_the_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instan
             if !stderr.has_room() || !stderr.begin(line, Duration::ZERO) {
                 break;
             }
-            // What it is still writing when time is up has been handed over, and comes before the sums.
+            // A line that is still being written counts as written: it comes before the summaries.
             if stderr.outcome(left()) == Some(false) {
                 break;
             }
@@ -140,20 +153,20 @@ fn tell_the_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instan
     }
 }
 
-/// The record as a line of text; `None` where standard error has told it all before.
+/// The record as a line of text; `None` if all of it is on standard error already.
 fn line(record: &Record, user: Option<&str>, identifier: &str) -> Option<String> {
     let level = match record.event.severity() {
         Severity::Error => "error: ",
         Severity::Warning => "warning: ",
         Severity::Notice | Severity::Info => "",
     };
-    Some(format!("{identifier}: {level}{}\n", record.untold()?.message(user)))
+    Some(format!("{identifier}: {level}{}\n", record.not_on_stderr()?.message(user)))
 }
 
 struct Journal {
     audit: Audit,
     identifier: String,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     probe: Option<UnixDatagram>,
     journald: Option<Dispatch>,
     sent: usize,
@@ -165,12 +178,12 @@ struct Journal {
 }
 
 impl Journal {
-    fn new(identifier: String, beat: Arc<Beat>, audit: Audit, stderr: Stderr) -> Self {
+    fn new(identifier: String, heartbeat: Arc<Heartbeat>, audit: Audit, stderr: Stderr) -> Self {
         Self {
             audit,
             identifier,
-            beat,
-            // At once: later there may be no descriptor for it.
+            heartbeat,
+            // Opened now: there may be no descriptor left later.
             probe: UnixDatagram::unbound().ok(),
             journald: None,
             sent: 0,
@@ -185,16 +198,16 @@ impl Journal {
     fn run(&mut self) {
         self.namespace_is_partial = crate::peer::unmapped_ids().is_some();
         loop {
-            self.beat.answer();
+            self.heartbeat.answer();
             match self.audit.next() {
                 Next::Write(record) => self.write(&record),
                 Next::Nothing => {}
                 Next::Finished => {
-                    // What standard error did not take when it was its turn.
+                    // Records that standard error did not take.
                     let sums = self.audit.sum_up(&[]);
                     let lines: String = sums.iter().filter_map(|sum| line(sum, None, &self.identifier)).collect();
                     if !lines.is_empty() && self.wait_for_stderr(false) {
-                        let _ = self.tell(lines, false);
+                        let _ = self.write_to_stderr(lines, false);
                     }
                     return;
                 }
@@ -203,42 +216,42 @@ impl Journal {
     }
 
     fn write(&mut self, record: &Record) {
-        let beat = Arc::clone(&self.beat);
-        // The user database may be far away: too far, when there is no time left.
-        let asked = record.about.as_ref().filter(|_| !self.audit.has_given_up());
-        let user = asked.and_then(|about| beat.excused(|| self.name_of(about.uid)));
+        let heartbeat = Arc::clone(&self.heartbeat);
+        // The user database may be on another machine. It is not asked when time is over.
+        let asked = record.about.as_ref().filter(|_| !self.audit.is_too_late());
+        let user = asked.and_then(|about| heartbeat.suspended(|| self.name_of(about.uid)));
         let message = record.message(user.as_deref());
         loop {
             if self.is_ready() {
                 self.was_reached = true;
-                // Others may have taken the place that was free a moment ago; then sending waits for the next one.
-                if beat.excused(|| self.emit(record, user.as_deref(), &message)) {
-                    return self.audit.got_through();
+                // Another sender may take the free place first. Then sending waits for the next one.
+                if heartbeat.suspended(|| self.emit(record, user.as_deref(), &message)) {
+                    return self.audit.written();
                 }
             }
-            if self.audit.has_given_up() {
+            if self.audit.is_too_late() {
                 return;
             }
             if self.wait_for_stderr(true) {
                 break;
             }
         }
-        if self.audit.let_go() {
+        if self.audit.release() {
             let line = line(record, user.as_deref(), &self.identifier);
-            let told = line.is_none_or(|line| self.tell(line, true));
-            self.audit.missed(record, self.was_reached, told);
+            let told = line.is_none_or(|line| self.write_to_stderr(line, true));
+            self.audit.write_failed(record, self.was_reached, told);
         }
     }
 
-    /// Waits until standard error has dealt with the line before. False where the journal is back, if `looks` for it, or
-    /// it is too late.
+    /// Waits until standard error has finished the line before. False if time is over, or with `looks` if the journal is
+    /// back.
     fn wait_for_stderr(&mut self, looks: bool) -> bool {
         self.await_stderr(looks, |stderr| stderr.outcome(STEP).map(|_| true)).unwrap_or(false)
     }
 
-    /// Whether standard error has taken the whole of it. What is not known while there is time to wait is taken for told:
-    /// it comes before everything else that is handed over.
-    fn tell(&mut self, text: String, looks: bool) -> bool {
+    /// Whether standard error has taken all of `text`. If that is not known in time it counts as taken: the text is written
+    /// before everything that comes later.
+    fn write_to_stderr(&mut self, text: String, looks: bool) -> bool {
         self.stderr.begin(text, STEP) && self.await_stderr(looks, |stderr| stderr.outcome(STEP)).unwrap_or(true)
     }
 
@@ -247,14 +260,14 @@ impl Journal {
             self.stderr.set_awaited(true);
             let answer = question(&self.stderr);
             self.stderr.set_awaited(false);
-            self.beat.answer();
-            if answer.is_some() || self.audit.has_given_up() || (looks && self.takes_one()) {
+            self.heartbeat.answer();
+            if answer.is_some() || self.audit.is_too_late() || (looks && self.takes_one()) {
                 return answer;
             }
         }
     }
 
-    /// Whether journald can be reached and takes one more; waits while it can be reached but takes nothing.
+    /// Whether journald can be reached and has room for one more record. Waits while it is reachable but full.
     fn is_ready(&mut self) -> bool {
         if !self.takes_one() {
             return false;
@@ -262,25 +275,24 @@ impl Journal {
         if self.journald.is_some() && self.sent < SENT_FROM_ONE {
             return true;
         }
-        // To open one sends an empty datagram: that took the place we waited for.
+        // A new socket sends an empty datagram, which took the free place.
         self.connect() && self.takes_one()
     }
 
     fn takes_one(&mut self) -> bool {
-        // connect(2) fails where nothing is bound to the path, as after systemd-journald.socket was
-        // stopped, and finds the new socket after it was started again.
+        // connect(2) each time: it fails while systemd-journald.socket is stopped, and finds the new socket after a start.
         let Ok(probe) = self.probe.take().map_or_else(UnixDatagram::unbound, Ok) else { return false };
         if probe.connect(SOCKET).is_err() {
-            // Kept: there may be no descriptor for another one when journald is back.
+            // Kept: there may be no descriptor left when journald is back.
             self.probe = Some(probe);
             return false;
         }
         let takes_one = loop {
-            // A connected datagram socket polls writable only while the receiver's queue has room.
+            // A connected datagram socket is writable only while the queue of the receiver has room.
             let mut question = [PollFd::new(probe.as_fd(), PollFlags::POLLOUT)];
             match poll(&mut question, PollTimeout::from(250_u16)) {
-                Ok(0) if self.audit.has_given_up() => break false,
-                Ok(0) => self.beat.answer(),
+                Ok(0) if self.audit.is_too_late() => break false,
+                Ok(0) => self.heartbeat.answer(),
                 Ok(_) => {
                     let answer = question[0].revents().unwrap_or(PollFlags::empty());
                     break answer.contains(PollFlags::POLLOUT) && !answer.contains(PollFlags::POLLERR);
@@ -294,29 +306,28 @@ impl Journal {
     }
 
     fn connect(&mut self) -> bool {
-        // It sends an empty datagram, and others may have taken the place that was free a moment ago.
-        let beat = Arc::clone(&self.beat);
-        let Ok(layer) = beat.excused(tracing_journald::layer) else {
-            // Out of descriptors, most likely, since journald was there a moment ago: better one that may have to wait.
+        // It sends an empty datagram, and another sender may take the free place first.
+        let heartbeat = Arc::clone(&self.heartbeat);
+        let Ok(layer) = heartbeat.suspended(tracing_journald::layer) else {
+            // Probably out of descriptors. The old socket still works, but may have to wait.
             return self.journald.is_some();
         };
-        // No prefix: the contract's field names are the journal's. The crate's own mapping of
-        // levels to priorities loses nothing: INFO is notice (5), DEBUG is info (6).
+        // No prefix: fields have the names of the documentation. The crate maps INFO to notice (5) and DEBUG to info (6).
         let layer = layer.with_field_prefix(None).with_syslog_identifier(self.identifier.clone());
         self.journald = Some(Dispatch::new(tracing_subscriber::registry().with(layer)));
         self.sent = 0;
         true
     }
 
-    /// Sends the record. False where it is lost: journald went away since [`is_ready`](Self::is_ready) looked, or there
-    /// was no descriptor or memory to send it with.
+    /// Sends the record. False if it is lost: journald has gone since [`is_ready`](Self::is_ready), or there was no
+    /// descriptor or memory to send it.
     fn emit(&mut self, record: &Record, user: Option<&str>, message: &str) -> bool {
         let Some(journald) = &self.journald else { return false };
         let about = record.about.as_ref();
         let details = about.map(|about| &about.details);
         let groups = about.filter(|about| !about.groups.is_empty()).map(|about| join(&about.groups));
         self.sent += DATAGRAM + 2 * message.len() + groups.as_ref().map_or(0, String::len);
-        // One list of fields, four levels: tracing wants the level when it is compiled.
+        // tracing needs the level at compile time.
         macro_rules! event {
             ($level:expr) => {
                 tracing::event!(
@@ -344,32 +355,17 @@ impl Journal {
                 )
             };
         }
-        // tracing-journald keeps the error of its last system call to itself; the thread's errno still has it. Only
-        // what says that nobody is there counts, or that there was nothing to send with (a large record takes a memfd):
-        // EMSGSIZE, for one, is followed by another way to send.
-        Errno::clear();
-        dispatcher::with_default(journald, || match record.event.severity() {
-            Severity::Error => event!(tracing::Level::ERROR),
-            Severity::Warning => event!(tracing::Level::WARN),
-            Severity::Notice => event!(tracing::Level::INFO),
-            Severity::Info => event!(tracing::Level::DEBUG),
-        });
-        !matches!(
-            Errno::last(),
-            Errno::ENOENT
-                | Errno::ECONNREFUSED
-                | Errno::ECONNRESET
-                | Errno::ENOTCONN
-                | Errno::EPIPE
-                | Errno::ENOTDIR
-                | Errno::EMFILE
-                | Errno::ENFILE
-                | Errno::ENOMEM
-                | Errno::ENOBUFS
-        )
+        was_sent(|| {
+            dispatcher::with_default(journald, || match record.event.severity() {
+                Severity::Error => event!(tracing::Level::ERROR),
+                Severity::Warning => event!(tracing::Level::WARN),
+                Severity::Notice => event!(tracing::Level::INFO),
+                Severity::Info => event!(tracing::Level::DEBUG),
+            });
+        })
     }
 
-    /// The user's name, from the user database, now and then afresh.
+    /// The name of the user, from the user database.
     fn name_of(&mut self, uid: Uid) -> Option<String> {
         if !uid.is_known() && self.namespace_is_partial {
             return Some("unmapped".to_owned());
@@ -386,12 +382,18 @@ impl Journal {
     }
 }
 
+/// Whether the datagram that `send` makes tracing-journald send is in the queue of journald. The [module](self) says why
+/// errno is read. Only errors count after which the crate tries no other way: after EMSGSIZE it sends a memfd.
+fn was_sent(send: impl FnOnce()) -> bool {
+    const IS_AWAY: [Errno; 6] =
+        [Errno::ENOENT, Errno::ENOTDIR, Errno::ECONNREFUSED, Errno::ECONNRESET, Errno::ENOTCONN, Errno::EPIPE];
+    const LACKS: [Errno; 4] = [Errno::EMFILE, Errno::ENFILE, Errno::ENOMEM, Errno::ENOBUFS];
+    Errno::clear();
+    send();
+    let error = Errno::last();
+    !IS_AWAY.contains(&error) && !LACKS.contains(&error)
+}
+
 fn join(groups: &[Gid]) -> String {
-    groups.iter().enumerate().fold(String::new(), |mut list, (i, group)| {
-        if i > 0 {
-            list.push(',');
-        }
-        list.push_str(&group.raw().to_string());
-        list
-    })
+    groups.iter().map(|group| group.raw().to_string()).collect::<Vec<_>>().join(",")
 }

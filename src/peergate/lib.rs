@@ -1,30 +1,29 @@
-//! The gate in front of a local service: who is on the other end, may they in, and a record of who was
-//! turned away.
+//! A gate for local services: it asks the kernel which process connected, decides by a policy whether to admit the
+//! connection, and records every denial.
 //!
-//! A service on an AF_UNIX stream socket can ask the kernel who connected. This library asks, judges the
-//! answer by a [policy], keeps [limits](permits), and records every verdict in the systemd [journal]. It does not
-//! know what happens behind the gate; `echod`, the echo service in this package, is only its first user.
+//! For services on AF_UNIX stream sockets. The gate judges each connection by a [policy], keeps [limits](permits), and
+//! writes records to the systemd [journal]. It knows no protocol: an admitted connection is handed to the service.
 //!
 //! # The path of one connection
 //!
-//! 1. [`activation`] adopts the listening sockets that systemd passed.
-//! 2. [`peer`] asks the kernel who connected: [`Peer`].
+//! 1. [`activation`] takes over the listening sockets that systemd passed.
+//! 2. [`peer`] asks the kernel for the credentials of the process that connected: [`Peer`].
 //! 3. [`policy`] gives a [`Verdict`]: admitted by a rule, or denied.
-//! 4. [`permits`] hands out a [`Permit`], or says which limit is in the way.
-//! 5. [`audit`] counts every verdict and keeps the record, [`journal`] writes it.
-//! 6. [`gate`] does all that on a thread of its own, and sees off whoever is turned away. A service with
-//!    another runtime leaves it out and calls the others itself.
+//! 4. [`permits`] gives a [`Permit`], or the limit that is reached.
+//! 5. [`audit`] counts the verdict and keeps the record. [`journal`] writes it.
+//! 6. [`gate`] does all of this, and closes in order the connections that it turns away. It is a value that a service polls
+//!    ([`Gate`]), or a thread ([`Door`]). A service with another runtime can also call the parts itself.
 //!
-//! In either case the connection is a [`Stream`]: strangers may send file descriptors along with their data, and with a
-//! bare socket it could take hours to read from it or to close it ([`baggage`]).
+//! An admitted connection is a [`Stream`]. A peer may send file descriptors with its data, and with an ordinary socket it
+//! could make a read or a close last for hours ([`fd_passing`]).
 //!
-//! [`service`] is the service manager's side: readiness, watchdog, signals, reload, the descriptor store.
+//! [`systemd`] is for the service manager: readiness, watchdog, signals, reload, the file descriptor store.
 //!
-//! The names that most services need are here at the root; the modules hold the rest.
+//! The names that most services need are at the root of the crate.
 //!
 //! # A service behind the gate
 //!
-//! The whole of it; who may in are its own user and alice:
+//! A whole service, which admits its own user and alice:
 //!
 //! ```no_run
 //! use std::io::Write;
@@ -33,15 +32,15 @@
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
 //!     let rules = [Rule::allow("owner", ()).users([User::Me]), Rule::allow("friends", ()).users([User::named("alice")?])];
-//!     peergate::serve("hello", Policy::new(rules, Uid::effective())?, |mut guest| {
-//!         let _ = writeln!(guest.socket, "Hello, uid {}, by {}", guest.peer.uid(), guest.rule.name());
+//!     peergate::serve("hello", Policy::new(rules, Uid::effective())?, |mut admission| {
+//!         let _ = writeln!(admission.socket, "Hello, uid {}, by {}", admission.peer.uid(), admission.rule.name());
 //!     })?;
 //!     Ok(())
 //! }
 //! ```
 //!
-//! [`serve`] is made of calls that a service can make itself, to do something else in between: to put a changed policy
-//! into force, say, and to give each guest a thread.
+//! [`serve`] consists of calls that a service can make itself. This one puts a changed policy into force on a reload, and
+//! has a thread for each connection:
 //!
 //! ```no_run
 //! use std::io::{self, Read, Write};
@@ -49,17 +48,17 @@
 //! use std::thread;
 //!
 //! use peergate::{Admission, Audit, Door, Notifier, Policy, Request, Setup, Signals, Uid, Writer, activation};
-//! use peergate::policy::file;
+//! use peergate::policy_file;
 //!
-//! fn read_policy() -> Result<Policy<()>, file::Faults> {
-//!     file::load::<(), ()>("/etc/hello.toml", Uid::effective()).map(|loaded| loaded.policy)
+//! fn read_policy() -> Result<Policy<()>, policy_file::Faults> {
+//!     policy_file::load::<(), ()>("/etc/hello.toml", Uid::effective()).map(|loaded| loaded.policy)
 //! }
 //!
-//! fn talk(mut guest: Admission<()>) -> io::Result<()> {
-//!     guest.socket.set_nonblocking(false)?; // on a thread of its own it may wait
+//! fn talk(mut admission: Admission<()>) -> io::Result<()> {
+//!     admission.socket.set_nonblocking(false)?; // this thread may wait
 //!     let mut word = [0; 64];
-//!     let length = guest.socket.read(&mut word)?;
-//!     guest.socket.write_all(&word[..length]) // guest.permit, its place in the limits, is taken until it returns
+//!     let length = admission.socket.read(&mut word)?;
+//!     admission.socket.write_all(&word[..length]) // the connection counts until admission.permit is dropped
 //! }
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -68,7 +67,7 @@
 //!     let audit = Audit::default();
 //!     let setup = Setup::new(passed.listeners, read_policy()?, audit.clone())?;
 //!     let journal = Writer::start(&audit, "hello")?;
-//!     let mut door = Door::open(setup, |guest| _ = thread::spawn(|| talk(guest)))?;
+//!     let mut door = Door::open(setup, |admission| _ = thread::spawn(|| talk(admission)))?;
 //!     let notifier = Notifier::from_env();
 //!     notifier.ready("serving");
 //!     while let Request::Reload { .. } = signals.wait()? {
@@ -85,68 +84,59 @@
 //! }
 //! ```
 //!
-//! # The gate's parts, under another runtime
+//! # The gate's parts in another runtime
 //!
-//! Everything that takes a socket takes [`AsFd`](std::os::fd::AsFd), so it may be tokio's as well as the standard
-//! library's (`examples/tokio_echo.rs`):
+//! A function that takes a socket takes [`AsFd`](std::os::fd::AsFd): a socket of tokio serves as well as one of the
+//! standard library (`examples/tokio_echo.rs`).
 //!
-//! ```
-//! use std::os::unix::net::UnixStream;
-//! use peergate::{Peer, Policy, Rule, Uid, User, Verdict};
+//! # Requirements
 //!
-//! let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
+//! Linux 5.3 or later; [`peer`] says which fact needs which kernel. Units need Linux 6.5: before it an allow rule with
+//! units matches no peer, and a deny rule with units matches as if it had none. Activation, the journal and the file
+//! descriptor store need systemd 252 or later. Without systemd [`activation::bind`] makes a listener, records go to
+//! standard error, messages to the service manager are left out, and signals work as with it.
 //!
-//! let (ours, _theirs) = UnixStream::pair()?;
-//! match policy.decide(&Peer::of(&ours)?) {
-//!     Verdict::Admitted(rule) => assert_eq!(rule.name().as_str(), "allow.owner"),
-//!     Verdict::Denied(_) => unreachable!("we are the owner"),
-//! }
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
-//!
-//! # What it rests on
-//!
-//! Linux 5.3 or later ([`peer`] says which fact needs which kernel) and, for activation, the journal and the
-//! descriptor store, systemd 252 or later. Units need Linux 6.5: on an older one an allow rule with units matches
-//! nobody, and a deny rule with units everybody whom its other keys match. Where there is no systemd,
-//! [`activation::bind`] makes a listener, records go to standard error, and nobody hears of readiness; signals are caught
-//! all the same. No public function panics.
+//! No public function panics.
 
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
-// They panic where writing fails.
+// These macros panic when a write fails.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 #![warn(missing_debug_implementations)]
 
-pub mod activation;
 pub mod audit;
-pub mod baggage;
 mod clock;
-mod disposal;
+mod deferred_close;
+pub mod escape;
+pub mod fd_passing;
 pub mod gate;
 pub mod handover;
-pub mod ids;
+pub mod identity;
 pub mod journal;
-mod outlet;
-pub mod peer;
+mod memory;
 pub mod permits;
 pub mod policy;
+pub mod policy_file;
 mod serve;
-pub mod service;
 mod stderr;
-mod subject;
 mod sys;
-pub mod unit;
+pub mod systemd;
+mod wakeup;
 
-pub use activation::Listener;
 pub use audit::Audit;
-pub use baggage::Stream;
+#[doc(hidden)]
+pub use clock::poll_timeout;
+pub use fd_passing::Stream;
 pub use gate::{Admission, Door, Gate, GateConfig, Setup};
+pub use identity::subject::Subject;
+pub use identity::{ids, peer, unit};
 pub use ids::{Gid, Uid};
 pub use journal::Writer;
+pub use memory::return_memory;
 pub use peer::Peer;
 pub use permits::{Limits, Permit, Permits, Terms};
 pub use policy::{Group, Policy, Rule, User, Verdict};
 pub use serve::serve;
-pub use service::{Notifier, Request, Signals};
-pub use subject::Subject;
+pub use systemd::activation::{self, Listener};
+pub use systemd::{Notifier, Request, Signals};
+pub use wakeup::Wakeup;

@@ -1,17 +1,17 @@
-//! Who holds how many connections. A [`Permit`] gives its place back when it is dropped, on whichever
-//! thread and for whatever reason, so the count is the number of permits alive and never drifts.
+//! How many connections each user holds. A [`Permit`] gives its place back when it is dropped, on any thread. So the count
+//! is always the number of permits alive.
 //!
 //! ```
 //! use peergate::permits::LimitExceeded;
 //! use peergate::{Limits, Permits, Uid};
 //!
-//! let (limits, alice, bob) = (Permits::new(), Uid::new(1000), Uid::new(1001));
-//! let caps = Limits::new(10, 1);
-//! let first = limits.acquire(alice, &caps, &())?;
-//! assert_eq!(limits.acquire(alice, &caps, &()).unwrap_err(), LimitExceeded::User);
-//! assert_eq!(limits.acquire(bob, &Limits::new(1, 1), &()).unwrap_err(), LimitExceeded::Total);
+//! let (permits, alice, bob) = (Permits::new(), Uid::new(1000), Uid::new(1001));
+//! let limits = Limits::new(10, 1);
+//! let first = permits.acquire(alice, &limits, &())?;
+//! assert_eq!(permits.acquire(alice, &limits, &()).unwrap_err(), LimitExceeded::User);
+//! assert_eq!(permits.acquire(bob, &Limits::new(1, 1), &()).unwrap_err(), LimitExceeded::Total);
 //! drop(first);
-//! assert!(limits.acquire(bob, &caps, &()).is_ok());
+//! assert!(permits.acquire(bob, &limits, &()).is_ok());
 //! # Ok::<(), LimitExceeded>(())
 //! ```
 
@@ -21,10 +21,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::ids::Uid;
 
-/// The terms of a rule that the gate itself needs to know. Implement it for your own type of terms;
-/// the default answers leave every limit to the general [`Limits`].
+/// The terms of a rule that the gate needs to know. Implement it for your own type of terms. By default the general
+/// [`Limits`] hold.
 pub trait Terms: Send + Sync + 'static {
-    /// How many connections each user admitted by the rule may hold at once, where the rule says so.
+    /// How many connections each user admitted by the rule may hold, if the rule says so.
     fn connections_per_user(&self) -> Option<u32> {
         None
     }
@@ -36,33 +36,33 @@ impl Terms for () {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Limits {
-    /// In all.
+    /// Of all users together.
     pub connections: usize,
-    /// For each user id, unless the rule that admits them says otherwise.
+    /// Of each user id, unless the rule that admits it says otherwise.
     pub connections_per_user: u32,
 }
 
 impl Limits {
-    /// So many in all, so many for each user.
+    /// A limit for all users together and one for each user.
     pub const fn new(connections: usize, connections_per_user: u32) -> Self {
         Self { connections, connections_per_user }
     }
 }
 
-/// 1,024 in all, 64 for each user.
+/// 1,024 of all users together, 64 of each user.
 impl Default for Limits {
     fn default() -> Self {
         Self::new(1024, 64)
     }
 }
 
-/// Which limit stood in the way.
+/// The limit that is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum LimitExceeded {
-    /// This user holds as many as allowed.
+    /// That for this user.
     User,
-    /// All users together do.
+    /// That for all users together.
     Total,
 }
 
@@ -77,7 +77,7 @@ impl fmt::Display for LimitExceeded {
 
 impl std::error::Error for LimitExceeded {}
 
-/// Counts the permits alive. Cheap to clone; all clones count together.
+/// Counts the permits alive. Clones share one count.
 #[derive(Clone, Default)]
 pub struct Permits {
     counts: Arc<Mutex<Counts>>,
@@ -90,30 +90,30 @@ struct Counts {
 }
 
 impl Permits {
-    /// No permit given yet.
+    /// No permit is alive.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// A permit for `uid`, if that leaves no more than `caps` allow, or the terms of the rule that admits them
-    /// ([`Rule::terms`](crate::Rule::terms)) where these say otherwise.
+    /// A permit for `uid` within `limits`. The terms of the rule that admits it ([`Rule::terms`](crate::Rule::terms)) may
+    /// set another limit for the user.
     ///
     /// # Errors
-    /// [`LimitExceeded`]: which of the limits would be exceeded; the user's own is named first.
-    pub fn acquire(&self, uid: Uid, caps: &Limits, terms: &impl Terms) -> Result<Permit, LimitExceeded> {
-        let per_user = terms.connections_per_user().unwrap_or(caps.connections_per_user);
+    /// The limit that is reached; that for the user, if both are.
+    pub fn acquire(&self, uid: Uid, limits: &Limits, terms: &impl Terms) -> Result<Permit, LimitExceeded> {
+        let per_user = terms.connections_per_user().unwrap_or(limits.connections_per_user);
         let mut counts = self.lock();
         let held = counts.by_user.get(&uid).copied().unwrap_or(0);
         if held >= per_user {
             return Err(LimitExceeded::User);
         }
-        if counts.total >= caps.connections {
+        if counts.total >= limits.connections {
             return Err(LimitExceeded::Total);
         }
         Ok(self.grant(&mut counts, uid))
     }
 
-    /// A permit for a connection that was admitted before this process began, over any limit.
+    /// A permit without limits, for a connection that an earlier process has admitted.
     pub fn resume(&self, uid: Uid) -> Permit {
         let mut counts = self.lock();
         self.grant(&mut counts, uid)
@@ -131,7 +131,7 @@ impl Permits {
     }
 
     fn lock(&self) -> MutexGuard<'_, Counts> {
-        // Nothing below can panic half-way, so a poisoned count is still a true one.
+        // No code that holds the lock can panic half-way: a poisoned count is still right.
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -142,8 +142,8 @@ impl fmt::Debug for Permits {
     }
 }
 
-/// The right to one connection, given back when dropped.
-#[must_use = "a permit that is dropped admits nobody"]
+/// The right to one connection, given back when it is dropped.
+#[must_use = "a permit that is dropped does not count"]
 pub struct Permit {
     counts: Arc<Mutex<Counts>>,
     uid: Uid,
@@ -177,16 +177,16 @@ mod tests {
 
     #[test]
     fn the_limit_is_reached_but_never_passed() {
-        let limits = Permits::new();
-        let caps = Limits::new(10, 3);
-        let held: Vec<_> = (0..3).map(|_| limits.acquire(ALICE, &caps, &()).unwrap()).collect();
-        assert_eq!(limits.acquire(ALICE, &caps, &()).unwrap_err(), LimitExceeded::User);
-        assert_eq!(limits.acquire(BOB, &Limits::new(3, 3), &()).unwrap_err(), LimitExceeded::Total);
-        let bob = limits.acquire(BOB, &Limits::new(4, 3), &()).unwrap();
-        assert_eq!(limits.total(), 4);
+        let permits = Permits::new();
+        let limits = Limits::new(10, 3);
+        let held: Vec<_> = (0..3).map(|_| permits.acquire(ALICE, &limits, &()).unwrap()).collect();
+        assert_eq!(permits.acquire(ALICE, &limits, &()).unwrap_err(), LimitExceeded::User);
+        assert_eq!(permits.acquire(BOB, &Limits::new(3, 3), &()).unwrap_err(), LimitExceeded::Total);
+        let bob = permits.acquire(BOB, &Limits::new(4, 3), &()).unwrap();
+        assert_eq!(permits.total(), 4);
         drop((held, bob));
-        assert_eq!(limits.total(), 0);
-        assert!(limits.lock().by_user.is_empty(), "a user without connections costs nothing");
+        assert_eq!(permits.total(), 0);
+        assert!(permits.lock().by_user.is_empty(), "a user without connections costs nothing");
     }
 
     #[test]
@@ -197,19 +197,19 @@ mod tests {
                 self.0
             }
         }
-        let (limits, caps) = (Permits::new(), Limits::new(10, 1));
-        let _held = [1, 2].map(|_| limits.acquire(ALICE, &caps, &Own(Some(2))).unwrap());
-        assert_eq!(limits.acquire(ALICE, &caps, &Own(Some(2))).unwrap_err(), LimitExceeded::User);
-        assert_eq!(limits.acquire(ALICE, &caps, &Own(None)).unwrap_err(), LimitExceeded::User);
-        assert_eq!(limits.acquire(BOB, &caps, &Own(Some(0))).unwrap_err(), LimitExceeded::User);
+        let (permits, limits) = (Permits::new(), Limits::new(10, 1));
+        let _held = [1, 2].map(|_| permits.acquire(ALICE, &limits, &Own(Some(2))).unwrap());
+        assert_eq!(permits.acquire(ALICE, &limits, &Own(Some(2))).unwrap_err(), LimitExceeded::User);
+        assert_eq!(permits.acquire(ALICE, &limits, &Own(None)).unwrap_err(), LimitExceeded::User);
+        assert_eq!(permits.acquire(BOB, &limits, &Own(Some(0))).unwrap_err(), LimitExceeded::User);
     }
 
     #[test]
     fn a_place_given_back_can_be_taken_again() {
-        let (limits, caps) = (Permits::new(), Limits::new(1, 1));
+        let (permits, limits) = (Permits::new(), Limits::new(1, 1));
         for _ in 0..100 {
-            let permit = limits.acquire(ALICE, &caps, &()).unwrap();
-            assert!(limits.acquire(ALICE, &caps, &()).is_err());
+            let permit = permits.acquire(ALICE, &limits, &()).unwrap();
+            assert!(permits.acquire(ALICE, &limits, &()).is_err());
             drop(permit);
         }
     }

@@ -1,11 +1,10 @@
 //! The policy: named rules, and the decision about one subject.
 //!
-//! Pure: no sockets, no clock, no log, no files, no user database. Everyone may import it; it imports only
-//! [`ids`](crate::ids), [`unit`](crate::unit) and [`Subject`]. (Its submodule [`mod@file`], which reads a policy from
-//! a file, does touch files and the user database, and imports this one.)
+//! Pure: no sockets, no clock, no log, no files, no user database. It imports only [`ids`](crate::ids),
+//! [`unit`](crate::unit) and [`Subject`]. [`policy_file`](crate::policy_file) reads a policy from a file.
 //!
 //! Deny rules are consulted first, then allow rules, each in the order given; the first that matches decides.
-//! Whom no rule matches is denied. Inside a rule every key must hold; inside a key any value may.
+//! A subject that no rule matches is denied. Inside a rule every key must hold; inside a key any value may.
 //!
 //! ```
 //! use peergate::ids::{Gid, Uid};
@@ -13,9 +12,9 @@
 //! use peergate::policy::{Policy, Rule, User, Verdict};
 //! use peergate::unit::Units;
 //!
-//! struct Somebody(Uid, Vec<Gid>);
+//! struct Process(Uid, Vec<Gid>);
 //!
-//! impl Subject for Somebody {
+//! impl Subject for Process {
 //!     fn uid(&self) -> Uid {
 //!         self.0
 //!     }
@@ -48,31 +47,31 @@
 //!     me,
 //! )?;
 //!
-//! let owner = Somebody(me, vec![Gid::new(1000)]);
+//! let owner = Process(me, vec![Gid::new(1000)]);
 //! assert!(matches!(policy.decide(&owner), Verdict::Admitted(rule) if *rule.terms() == Access::Update));
 //!
-//! let staff = Somebody(Uid::new(1001), vec![Gid::new(1001), Gid::new(50)]);
+//! let staff = Process(Uid::new(1001), vec![Gid::new(1001), Gid::new(50)]);
 //! assert!(matches!(policy.decide(&staff), Verdict::Admitted(rule) if rule.name().as_str() == "allow.staff"));
 //!
-//! let contractor = Somebody(Uid::new(2001), vec![Gid::new(50)]);
+//! let contractor = Process(Uid::new(2001), vec![Gid::new(50)]);
 //! let Verdict::Denied(Some(rule)) = policy.decide(&contractor) else { panic!() };
 //! assert_eq!(rule.name().as_str(), "deny.contractors");
 //!
-//! let root = Somebody(Uid::new(0), vec![Gid::new(0)]);
+//! let root = Process(Uid::new(0), vec![Gid::new(0)]);
 //! assert!(matches!(policy.decide(&root), Verdict::Denied(None)));
 //! # Ok::<(), peergate::policy::PolicyError>(())
 //! ```
 //!
 //! # What is not known
 //!
-//! The policy decides on what the kernel vouches for, and no more. Each key of a rule holds, does not hold, or
+//! The policy decides on what the kernel vouches for and on nothing else. Each key of a rule holds, does not hold, or
 //! cannot be told:
 //!
-//! - `users`, where the uid names nobody ([`Uid::is_known`]). That includes "any".
-//! - `groups`, where no known group matches, and one of the groups names nobody or the list is incomplete.
+//! - `users`, where the uid is unmapped ([`Uid::is_known`]). That includes "any".
+//! - `groups`, where no known group matches, and one of the groups is unmapped or the list is incomplete.
 //! - `units` and `user-units`, where the peer's units cannot be tied to the very process that connected.
 //!
-//! An allow rule matches only if all of its keys hold, and never for a uid that names nobody. A deny rule matches
+//! An allow rule matches only if all of its keys hold, and never for an unmapped uid. A deny rule matches
 //! unless one of its keys does not hold.
 //!
 //! # Names of units
@@ -80,7 +79,7 @@
 //! A pattern is held against the name of each unit around the peer, one at a time: `*` stands for any run of
 //! characters, `?` for one.
 //!
-//! `units` is held against the names that the *system's* manager gave, and no others. The names that a *user's* manager
+//! `units` is held against the names that the *system's* manager gave, and against no other names. The names that a *user's* manager
 //! gave were chosen by that user at will: any user may call a unit of their own `backup.service`. `user-units` is held
 //! against these, for processes of that same user only, and only in a rule that has a `users` key too (`users =
 //! ["any"]` is one: it accepts every user's word).
@@ -88,8 +87,7 @@
 //! So `units = ["backup.service"]` means the system's `backup.service`, whatever other keys the rule has, and
 //! `users = ["alice"], user-units = ["mail.service"]` means that unit of alice's own.
 
-pub mod file;
-
+mod condition;
 mod explain;
 mod glob;
 mod index;
@@ -102,16 +100,24 @@ use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::Subject;
 use crate::ids::Uid;
-use crate::subject::Subject;
-use glob::Glob;
+use condition::Ids;
 use index::{Candidates, Index, NONE};
-use matcher::{Asked, Matcher, groups_are_known};
+use matcher::{Asked, Matcher};
 use set::IdSet;
 
+pub(crate) use condition::{Condition, Given, KEYS, Key, sufficient_keys};
+pub use condition::{Group, User};
 pub use explain::Explanation;
 pub use names::Name;
-pub use rule::{Group, Kind, Place, Rule, RuleName, User};
+pub use rule::{Kind, Place, Rule, RuleName};
+pub(crate) use set::HIGHEST;
+
+/// The keys that a rule may have, as a file has them.
+pub fn keys() -> impl Iterator<Item = &'static str> {
+    KEYS.iter().map(|key| key.name)
+}
 
 /// Named rules, in the order of decision, and the tables to decide by.
 #[derive(Debug)]
@@ -119,9 +125,9 @@ pub struct Policy<T> {
     rules: Vec<Arc<Rule<T>>>,
     matchers: Vec<Matcher>,
     index: Option<Index>,
-    /// The number of the first rule with a `groups` key, and of the first with a key about units.
+    /// The number of the first rule with a key about groups, and of the first that depends on the process.
     first_with_groups: u32,
-    first_with_units: u32,
+    first_with_process: u32,
     me: Uid,
 }
 
@@ -131,12 +137,11 @@ pub struct Policy<T> {
 pub struct Needs {
     /// The groups.
     pub groups: bool,
-    /// The unit.
-    pub units: bool,
+    /// The process, for its units.
+    pub process: bool,
 }
 
-/// What the policy says of a subject. [`Verdict::Denied`] names the rule that denies, or nobody's where no rule
-/// matched.
+/// What the policy says of a subject.
 #[must_use]
 #[derive(Debug)]
 pub enum Verdict<'p, T> {
@@ -155,14 +160,14 @@ impl<'p, T> Verdict<'p, T> {
         }
     }
 
-    /// Whether the subject may in.
+    /// Whether the subject is admitted.
     #[must_use]
     pub fn is_admitted(&self) -> bool {
         matches!(self, Self::Admitted(_))
     }
 }
 
-// Derived, these would ask the same of `T`.
+// A derived implementation would ask the same of `T`.
 impl<T> Clone for Verdict<'_, T> {
     fn clone(&self) -> Self {
         *self
@@ -173,10 +178,10 @@ impl<T> Copy for Verdict<'_, T> {}
 
 impl<T> Policy<T> {
     /// A policy of these rules. Deny rules are consulted before allow rules; among its like each keeps its place.
-    /// `me` is whom [`User::Me`] stands for: the user that the service runs as.
+    /// `me` is the user that the service runs as: [`User::Me`].
     ///
     /// # Errors
-    /// A rule without a key, a key without a value, a value that can match nobody by its form, a malformed name, or
+    /// A rule without a key, a key without a value, a value that no id can match, a malformed name, or
     /// two rules of one name.
     pub fn new(rules: impl IntoIterator<Item = Rule<T>>, me: Uid) -> Result<Self, PolicyError> {
         let mut rules: Vec<Arc<Rule<T>>> = rules.into_iter().map(Arc::new).collect();
@@ -194,13 +199,16 @@ impl<T> Policy<T> {
             }
             matchers.push(matcher(rule, me).map_err(|problem| PolicyError::new(rule.name(), problem))?);
         }
-        let index = Index::new(&matchers);
-        let first = |has: fn(&Matcher) -> bool| {
-            (0..NONE).zip(&matchers).find(|(_, matcher)| has(matcher)).map_or(NONE, |(number, _)| number)
+        Ok(Self::of_matchers(rules, matchers, me))
+    }
+
+    fn of_matchers(rules: Vec<Arc<Rule<T>>>, matchers: Vec<Matcher>, me: Uid) -> Self {
+        let first = |needs: fn(&Matcher) -> bool| {
+            (0..NONE).zip(&matchers).find(|(_, matcher)| needs(matcher)).map_or(NONE, |(number, _)| number)
         };
-        let first_with_groups = first(|matcher| matcher.groups.is_some());
-        let first_with_units = first(Matcher::has_units);
-        Ok(Self { rules, matchers, index, first_with_groups, first_with_units, me })
+        let (first_with_groups, first_with_process) = (first(Matcher::needs_groups), first(Matcher::needs_process));
+        let index = Index::new(&matchers);
+        Self { rules, matchers, index, first_with_groups, first_with_process, me }
     }
 
     /// The policy where there is no file: a single rule `allow.owner`, which admits `me`.
@@ -209,19 +217,16 @@ impl<T> Policy<T> {
         T: Default,
     {
         let rule = Rule::allow("owner", T::default()).users([User::Me]);
-        let users = Some(IdSet::new([User::Me.range(me)].into_iter().flatten()));
-        let matchers = vec![Matcher { deny: false, users, groups: None, units: None, user_units: None }];
-        let index = Index::new(&matchers);
-        let (first_with_groups, first_with_units) = (NONE, NONE);
-        Self { rules: vec![Arc::new(rule)], matchers, index, first_with_groups, first_with_units, me }
+        let users = condition::users::OneOf(IdSet::new([(me.raw(), me.raw())]));
+        Self::of_matchers(vec![Arc::new(rule)], vec![Matcher::new(false, vec![Box::new(users)])], me)
     }
 
     /// The verdict on a subject.
     ///
     /// The cost does not depend on the rules that neither the uid nor a gid of the subject touches. Allocates
     /// nothing. Asks [`Subject::units`] at most once, and only if a rule that could still decide depends on it.
-    pub fn decide(&self, who: &dyn Subject) -> Verdict<'_, T> {
-        match self.deciding(who).map(|number| &self.rules[number]) {
+    pub fn decide(&self, subject: &dyn Subject) -> Verdict<'_, T> {
+        match self.deciding(subject).map(|number| &self.rules[number]) {
             Some(rule) if rule.name().kind() == Kind::Allow => Verdict::Admitted(rule),
             rule => Verdict::Denied(rule),
         }
@@ -237,46 +242,46 @@ impl<T> Policy<T> {
         self.rules.len()
     }
 
-    /// Whether there are no rules, so that nobody is admitted.
+    /// Whether there are no rules: then every subject is denied.
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty()
     }
 
-    /// What a decision about this user depends on: what no rule asks for that could still decide need not be asked of
-    /// the kernel. A subject whose other facts are left out gets the same verdict.
+    /// What a decision about this user depends on. The kernel need not be asked for anything else: without it the
+    /// subject gets the same verdict.
     pub fn needs_of(&self, uid: Uid) -> Needs {
         let sure = match &self.index {
             Some(index) if uid.is_known() => index.of_uid(uid.raw()).sure,
             _ => NONE,
         };
-        Needs { groups: self.first_with_groups < sure, units: self.first_with_units < sure }
+        Needs { groups: self.first_with_groups < sure, process: self.first_with_process < sure }
     }
 
     /// Whether any rule has a key `units` or `user-units`.
     pub fn depends_on_units(&self) -> bool {
-        self.first_with_units != NONE
+        self.first_with_process != NONE
     }
 
-    /// Whom [`User::Me`] stands for.
+    /// The user that [`User::Me`] means.
     pub fn me(&self) -> Uid {
         self.me
     }
 
     /// The verdict on a subject, as [`decide`](Self::decide) gives it, and how each rule up to the deciding one came
     /// out, key by key.
-    pub fn explain(&self, who: &dyn Subject) -> Explanation {
-        explain::explain(self, who)
+    pub fn explain(&self, subject: &dyn Subject) -> Explanation {
+        explain::explain(self, subject)
     }
 
     /// The number of the rule that decides.
-    fn deciding(&self, who: &dyn Subject) -> Option<usize> {
-        let asked = Asked::new(who);
+    fn deciding(&self, subject: &dyn Subject) -> Option<usize> {
+        let asked = Asked::new(subject);
         match &self.index {
             Some(index)
-                if who.uid().is_known()
+                if subject.uid().is_known()
                     && (self.first_with_groups == NONE
-                        || groups_are_known(who)
-                        || !self.needs_of(who.uid()).groups) =>
+                        || asked.groups_are_known()
+                        || !self.needs_of(subject.uid()).groups) =>
             {
                 self.look_up(index, &asked)
             }
@@ -284,12 +289,12 @@ impl<T> Policy<T> {
         }
     }
 
-    /// As a scan over all rules would, for a subject of whom every id is known.
+    /// The first rule that matches, as a scan over all rules would find it. Every id of the subject must be known.
     fn look_up(&self, index: &Index, asked: &Asked<'_>) -> Option<usize> {
-        let gids = asked.who.gids();
+        let gids = asked.subject.gids();
         let lists = || {
             let of_gids = gids.iter().filter(|gid| index.lists_gid(gid.raw())).map(|gid| index.of_gid(gid.raw()));
-            std::iter::once(index.of_uid(asked.who.uid().raw())).chain(of_gids)
+            std::iter::once(index.of_uid(asked.subject.uid().raw())).chain(of_gids)
         };
         let first_of = |list: &[u32], best: u32| {
             let before = list.iter().copied().take_while(|&number| number < best);
@@ -297,94 +302,60 @@ impl<T> Policy<T> {
         };
 
         let mut best = lists().map(|Candidates { sure, .. }| sure).min().unwrap_or(NONE);
-        // The uid's list comes first; those of the gids are looked through only if there is something in one of them.
+        // The uid's list comes first. The lists of the gids are searched only if there is something in one of them.
         let conditional = || lists().take(if index.has_conditions_on_gids() { usize::MAX } else { 1 });
         for candidates in conditional() {
             best = first_of(candidates.by_ids, best);
         }
-        // Only now those that depend on the unit: of these, only the ones before the best so far are worth asking.
+        // The process is asked only for rules before the best so far.
         for candidates in conditional() {
-            best = first_of(candidates.by_unit, best);
+            best = first_of(candidates.by_process, best);
         }
-        best = first_of(index.anyone(), best);
+        best = first_of(index.of_any(), best);
         (best != NONE).then_some(best as usize)
     }
 }
 
 /// Checks a rule and resolves what can be before a subject is there.
 fn matcher<T>(rule: &Rule<T>, me: Uid) -> Result<Matcher, String> {
-    const EMPTY: &str = "is empty; expected at least one value";
     rule.name().check()?;
-    let users = rule.listed_users().map(|users| {
-        let ranges: Result<Vec<_>, _> = users.iter().map(|user| user.check().map(|()| user.range(me))).collect();
-        if users.is_empty() { Err(format!("`users` {EMPTY}")) } else { Ok(IdSet::new(ranges?.into_iter().flatten())) }
-    });
-    let groups = rule.listed_groups().map(|groups| {
-        let ranges: Result<Vec<_>, _> = groups.iter().map(|group| group.check().map(|()| group.range())).collect();
-        if groups.is_empty() { Err(format!("`groups` {EMPTY}")) } else { Ok(IdSet::new(ranges?.into_iter().flatten())) }
-    });
-    let globs = |key: &str, patterns: Option<&[String]>| {
-        let Some(patterns) = patterns else { return Ok(None) };
-        let globs: Result<Vec<_>, _> = patterns.iter().map(|pattern| Glob::new(pattern)).collect();
-        if patterns.is_empty() { Err(format!("`{key}` {EMPTY}")) } else { globs.map(Some) }
-    };
-    let deny = rule.name().kind() == Kind::Deny;
-    let (users, groups) = (users.transpose()?, groups.transpose()?);
-    let units = globs("units", rule.listed_units())?;
-    let user_units = globs("user-units", rule.listed_user_units())?;
-    if user_units.is_some() && users.is_none() {
-        return Err(format!("{}; expected {}", USER_UNITS_ALONE.0, USER_UNITS_ALONE.1));
-    }
-    if users.is_none() && groups.is_none() && units.is_none() {
-        return Err("the rule says nothing about whom it is for; expected `users`, `groups` or `units`".into());
-    }
-    Ok(Matcher { deny, users, groups, units, user_units })
+    rule.check_keys()?;
+    let tests: Result<Vec<_>, String> = rule.conditions().iter().map(|condition| condition.test(me)).collect();
+    Ok(Matcher::new(rule.name().kind() == Kind::Deny, tests?))
 }
 
-/// What is wrong with a rule that has `user-units` and no `users`, and what was expected.
-const USER_UNITS_ALONE: (&str, &str) = (
-    "`user-units` without `users`, where any user can call a unit of their own by that name",
-    "`users` beside it, to say whose units are meant",
-);
-
 impl<T> Policy<T> {
-    /// Rules that no known subject can reach, because earlier rules decide about everyone they are for; each with
-    /// the earlier rule, or the first of the several, that does.
+    /// Rules that no known subject can reach, because earlier rules decide about every subject that they match. Each
+    /// comes with the first of these earlier rules.
     pub(crate) fn hidden(&self) -> Vec<Hidden<'_, T>> {
         let mut hidden = Vec::new();
         let mut decided_uids = IdSet::default();
         let mut decided_gids = IdSet::default();
-        let everyone = IdSet::new([(0, set::HIGHEST)]);
+        let all = IdSet::new([(0, set::HIGHEST)]);
         for (number, matcher) in self.matchers.iter().enumerate() {
-            let users = matcher.users.as_ref();
-            let by_uid = users.unwrap_or(&everyone).is_subset(&decided_uids);
-            let by_gid = matcher.groups.as_ref().is_some_and(|groups| groups.is_subset(&decided_gids));
-            let empty = users.is_some_and(IdSet::is_empty) || matcher.groups.as_ref().is_some_and(IdSet::is_empty);
-            if (by_uid || by_gid) && !empty {
-                let earlier = self.matchers[..number].iter().position(|earlier| match (by_uid, earlier.one_set()) {
-                    (true, Some((true, set))) => users.unwrap_or(&everyone).overlaps(set),
-                    (false, Some((false, set))) => matcher.groups.as_ref().is_some_and(|groups| groups.overlaps(set)),
+            let (uids, gids) = (matcher.uids().unwrap_or(&all), matcher.gids());
+            let by_uid = uids.is_subset(&decided_uids);
+            let by_gid = gids.is_some_and(|gids| gids.is_subset(&decided_gids));
+            if (by_uid || by_gid) && !matcher.is_empty() {
+                let earlier = self.matchers[..number].iter().position(|earlier| match (by_uid, earlier.only_ids()) {
+                    (true, Some(Ids::Uids(set))) => uids.overlaps(set),
+                    (false, Some(Ids::Gids(set))) => gids.is_some_and(|gids| gids.overlaps(set)),
                     _ => false,
                 });
                 hidden.extend(earlier.map(|earlier| Hidden { rule: &self.rules[number], by: &self.rules[earlier] }));
             }
-            match matcher.one_set() {
-                Some((true, set)) => decided_uids.unite(set),
-                Some((false, set)) => decided_gids.unite(set),
+            match matcher.only_ids() {
+                Some(Ids::Uids(set)) => decided_uids.unite(set),
+                Some(Ids::Gids(set)) => decided_gids.unite(set),
                 None => {}
             }
         }
         hidden
     }
 
-    /// Rules with a key none of whose values names anybody.
-    pub(crate) fn for_nobody(&self) -> impl Iterator<Item = &Arc<Rule<T>>> {
-        let nobody = |set: &Option<IdSet>| set.as_ref().is_some_and(IdSet::is_empty);
-        self.rules
-            .iter()
-            .zip(&self.matchers)
-            .filter(move |(_, m)| nobody(&m.users) || nobody(&m.groups))
-            .map(|(r, _)| r)
+    /// Rules with a key that lists no id at all.
+    pub(crate) fn without_ids(&self) -> impl Iterator<Item = &Arc<Rule<T>>> {
+        self.rules.iter().zip(&self.matchers).filter(|(_, matcher)| matcher.is_empty()).map(|(rule, _)| rule)
     }
 }
 
@@ -392,14 +363,6 @@ impl<T> Policy<T> {
 pub(crate) struct Hidden<'p, T> {
     pub(crate) rule: &'p Arc<Rule<T>>,
     pub(crate) by: &'p Arc<Rule<T>>,
-}
-
-impl Matcher {
-    /// The set of uids (`true`) or gids (`false`) that is all the rule depends on.
-    fn one_set(&self) -> Option<(bool, &IdSet)> {
-        let set = self.users.as_ref().map(|set| (true, set)).or(self.groups.as_ref().map(|set| (false, set)));
-        set.filter(|_| self.is_one_key())
-    }
 }
 
 /// Why rules do not make a policy: which rule, what was found, and what was expected.

@@ -1,49 +1,35 @@
-//! All of a small service in one call. For a service that reloads, or has a runtime of its own: the calls in here are
-//! public too.
+//! A small service in one call. A service that reloads, or has its own runtime, makes the calls in here itself.
 
 use std::io;
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 
-use crate::activation;
 use crate::audit::{Audit, Record, Severity};
+use crate::clock::poll_timeout;
 use crate::gate::{Admission, Door, Setup};
 use crate::journal::Writer;
 use crate::peer::unmapped_ids;
 use crate::permits::Terms;
 use crate::policy::Policy;
-use crate::service::{Notifier, Request, Signals, Watchdog};
+use crate::systemd::{Notifier, Request, Signals, Watchdog, activation};
 
 /// How long the end waits for a journal that takes nothing.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);
 
-/// Serves on the sockets that the service manager passed, until SIGTERM or SIGINT: whoever `policy` admits, within the
-/// default [`Limits`](crate::Limits), goes to `admit`; every denial goes into the journal, under the identifier `name`. The
-/// service manager hears that it is ready (Type=notify), and feeds its watchdog where it set one. A request to reload
-/// finds nothing to do.
+/// Serves on the sockets that the service manager passed, until SIGTERM or SIGINT. `admit` gets each connection that
+/// `policy` admits within the default [`Limits`](crate::Limits). Every denial becomes a record in the journal, under the
+/// identifier `name`. The service manager is notified of readiness (Type=notify), and its watchdog is fed if it has set
+/// one. A reload changes nothing.
 ///
-/// `admit` runs on the gate's thread and must not block ([`Door::open`]): what takes longer than a short answer belongs on
-/// another thread. Call this before the process has a second thread, as the first thing in `main`.
+/// `admit` runs on the gate's thread and must not block ([`Door::open`]): a longer conversation needs a thread of its own.
+/// Call this at the beginning of `main`, before there is a second thread.
 ///
 /// # Errors
-/// InvalidInput where no socket was passed, or one that cannot be served; else what the system says to a thread, an epoll
-/// or signals.
-///
-/// ```no_run
-/// use std::io::Write;
-/// use peergate::{Policy, Rule, Uid, User};
-///
-/// fn main() -> Result<(), Box<dyn std::error::Error>> {
-///     let policy = Policy::new([Rule::allow("owner", ()).users([User::Me])], Uid::effective())?;
-///     peergate::serve("hello", policy, |mut guest| {
-///         let _ = writeln!(guest.socket, "Hello, uid {}", guest.peer.uid());
-///     })?;
-///     Ok(())
-/// }
-/// ```
+/// InvalidInput if no socket was passed, or one that cannot be served; else what starting a thread, epoll(7) or
+/// signalfd(2) reports.
 pub fn serve<T: Terms>(
     name: &str,
     policy: Policy<T>,
@@ -63,7 +49,7 @@ pub fn serve<T: Terms>(
     }
     let outcome = Door::open(setup, admit).and_then(|mut door| {
         let notifier = Notifier::from_env();
-        let mut watchdog = Watchdog::from_env(vec![door.watched(), journal.watched()]);
+        let mut watchdog = Watchdog::from_env(vec![door.monitored(), journal.monitored()]);
         notifier.ready("serving");
         let outcome = attend(&signals, &notifier, watchdog.as_mut(), &audit);
         notifier.stopping("stopping");
@@ -74,7 +60,7 @@ pub fn serve<T: Terms>(
     outcome
 }
 
-/// Until it is time to stop.
+/// Waits until the service is to stop.
 fn attend(
     signals: &Signals,
     notifier: &Notifier,
@@ -94,16 +80,15 @@ fn attend(
                 }
             }
         }
-        let mut timeout = PollTimeout::NONE;
+        let mut due = None;
         if let Some(watchdog) = &mut watchdog {
             let silent = watchdog.tick(notifier).join(", ");
             if !silent.is_empty() {
                 audit.write(Record::note(Severity::Error, format!("no sign of life from: {silent}")));
             }
-            let left = watchdog.due().saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            due = Some(watchdog.due());
         }
-        match poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], timeout) {
+        match poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], poll_timeout(due)) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => return Err(error.into()),
         }

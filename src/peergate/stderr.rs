@@ -28,25 +28,25 @@ use nix::sys::signal::{SigSet, Signal};
 pub(crate) struct Stderr(Arc<Handle>);
 
 #[derive(Debug)]
-struct Handle(Arc<Shared>);
+struct Handle(Arc<StderrThread>);
 
 #[derive(Debug)]
-struct Shared {
-    state: Mutex<State>,
+struct StderrThread {
+    state: Mutex<StderrState>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
-struct State {
+struct StderrState {
     job: Job,
-    /// The journal's thread waits for the text in hand.
+    /// The journal's thread waits for the current text.
     is_awaited: bool,
     is_over: bool,
 }
 
 #[derive(Debug)]
 enum Job {
-    /// Whether the last text was written.
+    /// Whether the last text was written as a whole.
     Done(bool),
     New(String),
     Writing,
@@ -56,17 +56,17 @@ impl Stderr {
     /// Starts the thread.
     ///
     /// # Errors
-    /// What starting a thread says.
+    /// What starting a thread reports.
     pub(crate) fn start() -> io::Result<Self> {
-        let state = State { job: Job::Done(true), is_awaited: false, is_over: false };
-        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
+        let state = StderrState { job: Job::Done(true), is_awaited: false, is_over: false };
+        let shared = Arc::new(StderrThread { state: Mutex::new(state), changed: Condvar::new() });
         let of_thread = Arc::clone(&shared);
         thread::Builder::new().name("stderr".to_owned()).spawn(move || of_thread.run())?;
         Ok(Self(Arc::new(Handle(shared))))
     }
 
-    /// Hands `text` over, once the text before it has been dealt with. False where that takes longer than `patience`:
-    /// then `text` has not been handed over.
+    /// Hands `text` over when the text before it is finished. False if that takes longer than `patience`; then `text` is
+    /// not handed over.
     pub(crate) fn begin(&self, text: String, patience: Duration) -> bool {
         let mut state = self.wait(patience);
         if !matches!(state.job, Job::Done(_)) {
@@ -77,7 +77,7 @@ impl Stderr {
         true
     }
 
-    /// Whether the text handed over last was written as a whole; `None` where that is not known within `patience`.
+    /// Whether the last text was written as a whole; `None` if it is not finished within `patience`.
     pub(crate) fn outcome(&self, patience: Duration) -> Option<bool> {
         match self.wait(patience).job {
             Job::Done(written) => Some(written),
@@ -85,14 +85,14 @@ impl Stderr {
         }
     }
 
-    /// Whether it takes a text at once.
+    /// Whether standard error takes a text at once.
     pub(crate) fn has_room(&self) -> bool {
         let stderr = io::stderr();
         let mut question = [PollFd::new(stderr.as_fd(), PollFlags::POLLOUT)];
         matches!(self.wait(Duration::ZERO).job, Job::Done(_)) && poll(&mut question, PollTimeout::ZERO) == Ok(1)
     }
 
-    /// Notes whether the journal's thread waits for standard error, and not for the journal.
+    /// Notes whether the journal's thread waits for standard error.
     pub(crate) fn set_awaited(&self, is_awaited: bool) {
         self.0.0.lock().is_awaited = is_awaited;
     }
@@ -101,9 +101,9 @@ impl Stderr {
         self.0.0.lock().is_awaited
     }
 
-    /// Waits until the thread has nothing in hand, for as long as `patience`.
-    fn wait(&self, patience: Duration) -> MutexGuard<'_, State> {
-        let is_busy = |state: &mut State| !matches!(state.job, Job::Done(_));
+    /// Waits until the thread has finished, for `patience` at most.
+    fn wait(&self, patience: Duration) -> MutexGuard<'_, StderrState> {
+        let is_busy = |state: &mut StderrState| !matches!(state.job, Job::Done(_));
         let shared = &self.0.0;
         let waited = shared.changed.wait_timeout_while(shared.lock(), patience, is_busy);
         waited.unwrap_or_else(PoisonError::into_inner).0
@@ -117,11 +117,11 @@ impl Drop for Handle {
     }
 }
 
-impl Shared {
+impl StderrThread {
     fn run(&self) {
-        // They would end or stop the process: SIGPIPE where the reader has gone, SIGXFSZ where a file has reached its
-        // limit (setrlimit(2)), SIGTTOU where a terminal wants no output of processes in the background (tcsetattr(3)).
-        // Blocked, they become EPIPE and EFBIG, and the terminal takes the output.
+        // These signals would end or stop the process: SIGPIPE when the reader has gone, SIGXFSZ when a file has reached its
+        // limit (setrlimit(2)), SIGTTOU when a terminal refuses output of background processes (tcsetattr(3)). While they
+        // are blocked write(2) fails with EPIPE or EFBIG, and the terminal takes the output.
         let _ = [Signal::SIGPIPE, Signal::SIGXFSZ, Signal::SIGTTOU].into_iter().collect::<SigSet>().thread_block();
         let mut cut_off = false;
         let mut state = self.lock();
@@ -146,12 +146,12 @@ impl Shared {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, StderrState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// How many bytes were written, and whether these were all.
+/// How many bytes were written, and whether that was all.
 fn write(bytes: &[u8]) -> (usize, bool) {
     let stderr = io::stderr();
     let mut count = 0;

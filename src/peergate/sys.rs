@@ -1,7 +1,6 @@
-//! The few calls that no crate wraps safely: the only unsafe code of the package.
+//! The system calls that no crate wraps safely: the only unsafe code of the library.
 //!
-//! Each function is a thin, total wrapper: it checks what the kernel returns and hands out owned
-//! types. Only the library's own modules may use this one.
+//! Each function is a thin wrapper: it checks what the kernel returns and hands out owned types.
 
 #![allow(unsafe_code)]
 
@@ -12,23 +11,22 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use nix::errno::Errno;
 use nix::sys::signal::SigSet;
 
 /// Linux's `SCM`/`SO` numbers that libc may lack on the oldest version we build with.
 const SO_COOKIE: libc::c_int = 57;
 pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
 
-/// Takes possession of a descriptor that the service manager promised us by number.
+/// Takes ownership of a descriptor that the service manager passed by number.
 ///
 /// Marks it close-on-exec. Fails with EBADF where nothing is open at that number.
-/// May be called once per number and before anything else in the process opens descriptors there;
-/// [`activation`](crate::activation) alone calls it.
+/// May be called once for a number, before any other code of the process opens descriptors there. Only
+/// [`activation`](crate::activation) calls it.
 pub(crate) fn adopt_fd(fd: RawFd) -> io::Result<OwnedFd> {
     // SAFETY: F_SETFD on an arbitrary number has no effect but on that number's flags, or EBADF.
-    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: it is open (just checked), and by the LISTEN_FDS protocol it is ours and nobody else's.
+    Errno::result(unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) })?;
+    // SAFETY: it is open (just checked), and by the LISTEN_FDS protocol this process owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -37,10 +35,8 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     // SAFETY: null address pointers tell the kernel not to write an address.
     let fd = unsafe { libc::accept4(listener.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
-    if fd == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: accept4 returned a new descriptor that nobody else knows.
+    let fd = Errno::result(fd)?;
+    // SAFETY: accept4 returned a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -48,11 +44,8 @@ pub(crate) fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 pub(crate) fn pidfd_open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: takes two integers, writes no memory.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from_raw_os_error(libc::EBADF))?;
-    if fd == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: pidfd_open returned a new descriptor that nobody else knows.
+    let fd = RawFd::try_from(Errno::result(fd)?).map_err(|_| Errno::EBADF)?;
+    // SAFETY: pidfd_open returned a new descriptor, which has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
@@ -78,18 +71,15 @@ pub(crate) fn peer_label<'r>(socket: BorrowedFd<'_>, room: &'r mut [u8]) -> io::
     Ok(room.get(..length as usize).unwrap_or_default())
 }
 
-/// FIONREAD: how many bytes have come that nobody has read yet, unix(7) (as SIOCINQ).
+/// FIONREAD: how many bytes are in the receive queue, unix(7) (as SIOCINQ).
 pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut count: libc::c_int = 0;
     // SAFETY: the kernel writes one int, and `count` outlives the call.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut count) } == -1 {
-        return Err(io::Error::last_os_error());
-    }
+    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &mut count) })?;
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
-/// SO_COOKIE: a number that names this socket, and no other, until the system goes down, whichever
-/// process holds it (socket(7)). Linux 4.6, for every socket family since 4.12.
+/// SO_COOKIE: a number that names this socket alone until the system goes down, in every process (socket(7)). Linux 4.6, for every socket family since 4.12.
 pub(crate) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = MaybeUninit::<u64>::uninit();
     let mut length = size_of::<u64>() as libc::socklen_t;
@@ -105,20 +95,16 @@ pub(crate) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
 pub(crate) fn queue_signal(pid: i32, signal: i32, value: i32) -> io::Result<()> {
     let value = libc::sigval { sival_ptr: value as usize as *mut libc::c_void };
     // SAFETY: the value is a number, never dereferenced on either side.
-    match unsafe { libc::sigqueue(pid, signal, value) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Errno::result(unsafe { libc::sigqueue(pid, signal, value) })?;
+    Ok(())
 }
 
-/// pidfd_send_signal(2): to the very process, whoever has its number by now. Linux 5.1.
+/// pidfd_send_signal(2): to the very process, also where its number has passed on to another. Linux 5.1.
 pub(crate) fn signal_process(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let nothing_more = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: with a null pointer the kernel fills in the sender, as for kill(2); nothing of ours is read or written.
-    match unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, nothing_more, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, nothing_more, 0) })?;
+    Ok(())
 }
 
 /// Room for the credentials of one message and nothing else: descriptors that a peer sends along find none, and the
@@ -130,21 +116,29 @@ union OneCredential {
     bytes: [u8; unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) } as usize],
 }
 
-/// recvmsg(2) on a socket with SO_PASSCRED: how many bytes came, and who sent them (unix(7)); `None` where the kernel
-/// attached nobody. Never waits.
-pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<libc::ucred>)> {
-    let mut control = MaybeUninit::<OneCredential>::zeroed();
-    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+/// A message header for these buffers. It holds pointers to them: they must outlive the call that it is for.
+fn message(parts: &mut [libc::iovec], control: Option<&mut MaybeUninit<OneCredential>>) -> libc::msghdr {
     // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = size_of::<OneCredential>() as _;
+    message.msg_iov = parts.as_mut_ptr();
+    message.msg_iovlen = parts.len() as _;
+    if let Some(control) = control {
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of::<OneCredential>() as _;
+    }
+    message
+}
+
+/// recvmsg(2) on a socket with SO_PASSCRED: how many bytes came, and the sender's credentials (unix(7)); `None` where
+/// the kernel attached none. Never waits.
+pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<libc::ucred>)> {
+    let mut control = MaybeUninit::<OneCredential>::zeroed();
+    let mut parts = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
+    let mut message = message(&mut parts, Some(&mut control));
     let flags = libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
     // SAFETY: buffer and control outlive the call, and the lengths are theirs.
     let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
-    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    let count = Errno::result(count)? as usize;
     // SAFETY: the kernel has set msg_controllen to what it wrote; the macro checks it against a header's size.
     let first = unsafe { libc::CMSG_FIRSTHDR(&message) };
     if first.is_null() {
@@ -232,19 +226,12 @@ pub(crate) fn peek(
     may_wait: bool,
 ) -> io::Result<(usize, bool)> {
     let mut control = MaybeUninit::<OneCredential>::zeroed();
-    let mut part = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
-    // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = &mut part;
-    message.msg_iovlen = 1;
-    if credentials {
-        message.msg_control = control.as_mut_ptr().cast();
-        message.msg_controllen = size_of::<OneCredential>() as _;
-    }
+    let mut parts = [libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() }];
+    let mut message = message(&mut parts, credentials.then_some(&mut control));
     let flags = libc::MSG_PEEK | if may_wait { 0 } else { libc::MSG_DONTWAIT };
     // SAFETY: buffer and control outlive the call, and the lengths are theirs.
     let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
-    let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+    let count = Errno::result(count)? as usize;
     Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0))
 }
 
@@ -266,23 +253,14 @@ pub(crate) fn peek_messages(socket: BorrowedFd<'_>, length: usize, credentials: 
         .collect();
     parts.push(libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 1 });
     let mut control = MaybeUninit::<OneCredential>::zeroed();
-    // SAFETY: a msghdr of zeros and null pointers is a valid, empty one.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = parts.as_mut_ptr();
-    message.msg_iovlen = parts.len() as _;
-    if credentials {
-        message.msg_control = control.as_mut_ptr().cast();
-        message.msg_controllen = size_of::<OneCredential>() as _;
-    }
+    let mut message = message(&mut parts, credentials.then_some(&mut control));
     // SAFETY: scratch, parts and control outlive the call, and the lengths are theirs. At the null address the kernel finds
     // no page to write to, which it answers with EFAULT or by stopping there.
     let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_PEEK | libc::MSG_DONTWAIT) };
-    match usize::try_from(count) {
-        Ok(count) => Ok((count, message.msg_flags & libc::MSG_CTRUNC != 0)),
-        Err(_) => match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::EFAULT) => Ok((0, false)),
-            error => Err(error),
-        },
+    match Errno::result(count) {
+        Ok(count) => Ok((count as usize, message.msg_flags & libc::MSG_CTRUNC != 0)),
+        Err(Errno::EFAULT) => Ok((0, false)),
+        Err(error) => Err(error.into()),
     }
 }
 
@@ -299,10 +277,8 @@ impl Interruptions {
         let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
         action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
         // SAFETY: the handler touches nothing.
-        if unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) } == -1 {
-            return Err(io::Error::last_os_error());
-        }
-        // Whoever started this thread may have blocked every signal.
+        Errno::result(unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) })?;
+        // The thread that started this one may have blocked every signal.
         signal_set(&[signal]).thread_unblock()?;
         // SAFETY: all zeros is a valid sigevent.
         let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
@@ -312,10 +288,8 @@ impl Interruptions {
         event.sigev_notify_thread_id = unsafe { libc::gettid() };
         let mut timer = std::ptr::null_mut();
         // SAFETY: both outlive the call, which writes the timer's name.
-        match unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) } {
-            0 => Ok(Self(timer)),
-            _ => Err(io::Error::last_os_error()),
-        }
+        Errno::result(unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut timer) })?;
+        Ok(Self(timer))
     }
 
     /// From now on once in each `period`; with zero, no more.
@@ -324,10 +298,8 @@ impl Interruptions {
             libc::timespec { tv_sec: period.as_secs() as libc::time_t, tv_nsec: period.subsec_nanos() as libc::c_long };
         let setting = libc::itimerspec { it_interval: period, it_value: period };
         // SAFETY: the timer is ours and lives; the setting outlives the call.
-        match unsafe { libc::timer_settime(self.0, 0, &setting, std::ptr::null_mut()) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
+        Errno::result(unsafe { libc::timer_settime(self.0, 0, &setting, std::ptr::null_mut()) })?;
+        Ok(())
     }
 }
 
@@ -417,9 +389,9 @@ fn entry<E, R>(
         let mut found = std::ptr::null_mut();
         match call(entry.as_mut_ptr(), room.as_mut_ptr().cast(), size, &mut found) {
             0 if found.is_null() => return Ok(None),
-            // SAFETY: on success it points to `entry`, filled in, whose strings are in `room`; both live until here.
+            // SAFETY: on success it points to `entry`, filled in, with its strings in `room`; both live until here.
             0 => return Ok(Some(read(unsafe { &*found }))),
-            // Some sources say so where the others say "nothing found" (getpwnam(3), ERRORS).
+            // Some sources report "nothing found" as an error (getpwnam(3), ERRORS).
             libc::ENOENT | libc::ESRCH => return Ok(None),
             libc::ERANGE if size < MOST_ROOM => size *= 4,
             libc::EINTR => {}
@@ -462,10 +434,10 @@ pub(crate) fn option(socket: BorrowedFd<'_>, option: libc::c_int) -> io::Result<
 pub(crate) fn set_option(socket: BorrowedFd<'_>, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
     let length = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the value outlives the call, and the length is its own.
-    match unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const value).cast(), length) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Errno::result(unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, (&raw const value).cast(), length)
+    })?;
+    Ok(())
 }
 
 /// The set of these signals. By number, because nix has no names for the real-time ones.
@@ -490,8 +462,6 @@ fn getsockopt(
     length: &mut libc::socklen_t,
 ) -> io::Result<()> {
     // SAFETY: every caller passes a buffer of at least `*length` bytes that outlives the call.
-    match unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, value, length) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    Errno::result(unsafe { libc::getsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, value, length) })?;
+    Ok(())
 }

@@ -1,9 +1,10 @@
 //! The sections of a configuration that every daemon has.
 
+pub use peergate::audit::RecordScope;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use peergate::policy::file::{FromTable, Table};
+use peergate::policy_file::{FromTable, Table};
 
 use super::values;
 use crate::protocol::{Protocol, Settings as _};
@@ -53,28 +54,6 @@ impl FromTable for Audit {
     }
 }
 
-/// Which events are recorded; each includes those before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum RecordScope {
-    /// Peers that were turned away.
-    Denials,
-    /// Also peers that were admitted, and what became of their connections.
-    Connections,
-    /// Also each line: its length, never its content.
-    Lines,
-}
-
-impl RecordScope {
-    /// As the file has it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Denials => "denials",
-            Self::Connections => "connections",
-            Self::Lines => "lines",
-        }
-    }
-}
-
 /// `[service]`: how the service works.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
@@ -82,7 +61,7 @@ pub struct Service {
     pub workers: Option<NonZeroUsize>,
     /// How long to look again before sleeping; `None`: not at all.
     pub busy_poll: Option<Duration>,
-    /// How often to make sure that the sender is the user who was judged.
+    /// How often to make sure that the sender is the user that was judged.
     pub verify: Verify,
     /// How long without a connection until the process exits, for systemd to start it again; `None`: never.
     pub idle_exit: Option<Duration>,
@@ -107,7 +86,7 @@ impl FromTable for Service {
     }
 }
 
-/// How often to make sure that the sender is the user who was judged.
+/// How often to make sure that the sender is the user that was judged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verify {
     /// Once, when it connects.

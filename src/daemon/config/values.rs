@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
-use peergate::policy::file::ValueKind;
+use peergate::policy_file::ValueKind;
 
 use super::sections::{RecordScope, Verify};
 

@@ -1,8 +1,8 @@
 //! One line of `journalctl -o json` becomes an [`Entry`], whatever the line holds; and which entries to believe.
 //! Used by [`tally`](super::tally).
 //!
-//! Whoever may reach the journal's socket may write any field but those that begin with an underscore: these
-//! journald adds itself (systemd.journal-fields(7), "trusted fields"). So an entry is believed for who sent it:
+//! Every process that reaches the journal's socket may write any field. Only journald itself adds the fields that begin with
+//! an underscore (systemd.journal-fields(7), "trusted fields"). So an entry is believed by its sender:
 //!
 //! - the system's echod: `_SYSTEMD_UNIT=echo.service`, from a control group where systemd would put it; or `_UID=0`
 //!   with an executable called echod, for root's `echod --listen` outside systemd;
@@ -197,7 +197,7 @@ impl Entry {
     }
 }
 
-/// Whose service to report on.
+/// The service to report on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scope {
     /// The system's.

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use peergate::audit::Event;
-use peergate::peer::printable;
+use peergate::escape::printable;
 
 use super::entry::{self, Scope};
 use super::sources::{self, PERSISTENT, Sources, VOLATILE};

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use jiff::tz::TimeZone;
 use jiff::{Timestamp, ZonedDateTime};
-use peergate::peer::printable;
+use peergate::escape::printable;
 use serde_json::{Value, json};
 
 use super::Program;
@@ -174,7 +174,7 @@ pub fn text(tally: &Tally, asked: Asked<'_>, look: &Look, out: &mut impl Write) 
     let words = [(Verdict::Denied, "Denied: "), (Verdict::Refused, "Refused:"), (Verdict::Revoked, "Revoked:")];
     for (verdict, word) in words {
         let count = tally.total(verdict);
-        // Those come with a reload, or with `verify = "line"`: most never see one.
+        // Revocations come with a reload, or with `verify = "line"`: most never see one.
         if verdict == Verdict::Revoked && count.total() == 0 {
             continue;
         }

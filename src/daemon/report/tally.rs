@@ -7,13 +7,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, BufRead};
 use std::sync::Arc;
 
-use peergate::peer::printable;
+use peergate::escape::printable_again;
 
 use super::entry::{Entry, Scope};
 
 /// The longest line that is looked at. Ours are shorter by far: journalctl leaves out fields above 4 KiB.
 const LONGEST_LINE: usize = 256 << 10;
-/// Pairs of user and reason told apart; whoever comes on top is one of the others.
+/// Pairs of user and reason told apart; further pairs share one count.
 const MOST_ROWS: usize = 16 << 10;
 /// Different units, programs or rules that are named for each row.
 const MOST_NAMED: usize = 8;
@@ -24,14 +24,14 @@ const MOST_MACHINES: usize = 4 << 10;
 /// Characters of a text that are kept.
 const LONGEST_TEXT: usize = 256;
 
-/// By whom a peer was turned away.
+/// What turned a peer away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Verdict {
     /// The policy.
     Denied,
     /// A limit.
     Refused,
-    /// Cut off, after having been admitted: by a new policy, or because their data came from somebody else.
+    /// Cut off, after having been admitted: by a new policy, or because its data came from another user.
     Revoked,
 }
 
@@ -44,7 +44,7 @@ const NO_REASON: &str = "unknown";
 /// Who, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Key {
-    /// By the policy or by a limit, at the door or later.
+    /// By the policy or by a limit, at the start or later.
     pub verdict: Verdict,
     /// One of the contract's words, or "unknown".
     pub reason: &'static str,
@@ -142,7 +142,7 @@ pub struct Lines {
     pub read: u64,
     /// Counted.
     pub believed: u64,
-    /// Sent by somebody else in our name.
+    /// Sent by another program in our name.
     pub left_aside: u64,
     /// Ours, but without what a count needs.
     pub unusable: u64,
@@ -176,7 +176,7 @@ impl Tally {
         }
     }
 
-    /// Whose echod is reported on.
+    /// The service that is reported on.
     pub fn scope(&self) -> Scope {
         self.scope
     }
@@ -234,7 +234,7 @@ impl Tally {
             "summary" => {
                 let verdict = match reason {
                     "policy" | "no-credentials" => Verdict::Denied,
-                    // At the door nobody has sent anything yet.
+                    // When it is denied, a peer may not have sent anything yet.
                     "sender" => Verdict::Revoked,
                     _ => Verdict::Refused,
                 };
@@ -344,7 +344,7 @@ impl Tally {
 /// twice would misquote it.
 fn harmless(text: &str) -> String {
     let end = text.char_indices().nth(LONGEST_TEXT).map_or(text.len(), |(end, _)| end);
-    let mut shown = text[..end].split('\\').map(printable).collect::<Vec<_>>().join("\\");
+    let mut shown = printable_again(&text[..end]);
     let cut = shown.char_indices().nth(LONGEST_TEXT).map(|(cut, _)| cut);
     if let Some(cut) = cut {
         shown.truncate(cut);

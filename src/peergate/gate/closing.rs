@@ -15,11 +15,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, Shutdown, send, shutdown};
 
-use crate::baggage::Stream;
+use crate::clock::poll_timeout;
+use crate::fd_passing::Stream;
 
 /// How long a peer that was turned away may keep its descriptor open on our side.
 const PATIENCE: Duration = Duration::from_millis(900);
@@ -188,9 +189,7 @@ impl Closings {
                 self.begin(epoll, Outgoing::served(socket), &message);
             }
             let Some(due) = self.due() else { return };
-            let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
-            let timeout = EpollTimeout::try_from(left).unwrap_or(EpollTimeout::MAX);
-            let count = epoll.wait(&mut events, timeout).unwrap_or(0);
+            let count = epoll.wait(&mut events, poll_timeout(Some(due))).unwrap_or(0);
             for event in &events[..count] {
                 if self.owns(event.data()) {
                     self.ready(epoll, event.data());

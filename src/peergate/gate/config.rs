@@ -4,10 +4,10 @@ use std::fmt;
 use std::io;
 use std::sync::Arc;
 
-use crate::activation::Listener;
 use crate::audit::Audit;
 use crate::permits::{Limits, Permits};
 use crate::policy::Policy;
+use crate::systemd::activation::Listener;
 
 /// What is in force: replaced as a whole by [`Gate::set_config`](super::Gate::set_config), or only the policy by
 /// [`Gate::set_policy`](super::Gate::set_policy).

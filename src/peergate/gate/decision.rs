@@ -44,7 +44,7 @@ impl Judge {
     /// Asks the kernel for what `policy` depends on in this peer's case, and decides. Where the process has no descriptor
     /// left to ask with, reserved ones are used.
     ///
-    /// The peer may hold a pidfd afterwards, until [`Peer::release_process`].
+    /// The peer may hold a pidfd afterwards, until [`Peer::close_pidfd`].
     pub fn judge<'p, T>(&self, peer: &mut Peer, socket: &impl AsFd, policy: &'p Policy<T>) -> Verdict<'p, T> {
         let mut verdict = ask(peer, socket, policy);
         if !lacks_descriptors(&verdict, peer) {
@@ -55,7 +55,7 @@ impl Judge {
             reserve.free();
             verdict = ask(peer, socket, policy);
             let is_lacking = lacks_descriptors(&verdict, peer);
-            peer.release_process();
+            peer.close_pidfd();
             // If this fails, the gate refills the reserve at the next accept.
             let _ = reserve.refill();
             if !is_lacking {
@@ -71,10 +71,10 @@ impl Judge {
 pub(super) fn ask<'p, T>(peer: &mut Peer, socket: &impl AsFd, policy: &'p Policy<T>) -> Verdict<'p, T> {
     let needs = policy.needs_of(peer.uid());
     if needs.groups {
-        peer.learn_groups(socket);
+        peer.load_groups(socket);
     }
-    if needs.units {
-        peer.hold_process(socket);
+    if needs.process {
+        peer.open_pidfd(socket);
     }
     policy.decide(&*peer)
 }

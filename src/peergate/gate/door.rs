@@ -34,11 +34,11 @@ use std::thread;
 use std::time::Duration;
 
 use super::{Admission, Closer, Gate, GateConfig, Setup};
-use crate::activation::Listener;
 use crate::audit::Severity;
 use crate::permits::Terms;
 use crate::policy::Policy;
-use crate::service::{Beat, Watched};
+use crate::systemd::activation::Listener;
+use crate::systemd::{Heartbeat, Monitored};
 
 /// A running gate, for any thread. Dropped, it is [shut](Self::shut).
 ///
@@ -47,7 +47,7 @@ use crate::service::{Beat, Watched};
 pub struct Door<T> {
     commands: mpsc::Sender<Command<T>>,
     closer: Closer,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     thread: Option<thread::JoinHandle<Vec<Listener>>>,
 }
 
@@ -71,14 +71,14 @@ impl<T: Terms> Door<T> {
     pub fn open(setup: Setup<T>, serve: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
         let gate = Gate::new(setup)?;
         let (commands, received) = mpsc::channel();
-        let (closer, beat) = (gate.closer(), Arc::new(Beat::default()));
+        let (closer, heartbeat) = (gate.closer(), Arc::new(Heartbeat::default()));
         let mut thread_of_gate =
-            Thread { gate, commands: received, serve, beat: Arc::clone(&beat), admitted: Vec::new() };
+            Thread { gate, commands: received, serve, heartbeat: Arc::clone(&heartbeat), admitted: Vec::new() };
         let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || {
             thread_of_gate.run();
             thread_of_gate.gate.finish()
         })?;
-        Ok(Self { commands, closer, beat, thread: Some(thread) })
+        Ok(Self { commands, closer, heartbeat, thread: Some(thread) })
     }
 
     /// Puts a configuration in force, from the very next connection on. Returns its generation: an [`Admission`] of an
@@ -103,9 +103,9 @@ impl<T: Terms> Door<T> {
     }
 
     /// For the watchdog.
-    pub fn watched(&self) -> Watched {
+    pub fn monitored(&self) -> Monitored {
         let closer = self.closer.clone();
-        Watched { name: "gate".to_owned(), beat: Arc::clone(&self.beat), nudge: Box::new(move || closer.wake()) }
+        Monitored::new("gate", &self.heartbeat, move || closer.wake())
     }
 
     /// Shuts the gate if no connection is admitted, waits for a place or is being closed. A client that connects later
@@ -181,14 +181,14 @@ struct Thread<T, F> {
     gate: Gate<T>,
     commands: mpsc::Receiver<Command<T>>,
     serve: F,
-    beat: Arc<Beat>,
+    heartbeat: Arc<Heartbeat>,
     admitted: Vec<Admission<T>>,
 }
 
 impl<T: Terms, F: FnMut(Admission<T>)> Thread<T, F> {
     fn run(&mut self) {
         loop {
-            self.beat.answer();
+            self.heartbeat.answer();
             self.gate.turn(None, &mut self.admitted);
             self.hand_over();
             while let Ok(command) = self.commands.try_recv() {

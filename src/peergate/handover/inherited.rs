@@ -12,8 +12,8 @@ use nix::sys::socket::{SockType, getsockopt, sockopt};
 
 use super::message::{self, Fault, Message, Shape};
 use super::{MOST_INLINE, MOST_PAIRS, Parcel};
-use crate::service::Store;
 use crate::sys::{self, Received};
+use crate::systemd::Store;
 
 /// More than the states of one message can have, and little enough to be read into memory.
 const MOST_ELSEWHERE: u64 = 1 << 30;

@@ -3,11 +3,9 @@
 use std::fmt;
 
 use super::Policy;
-use super::glob::Glob;
-use super::matcher::{Answer, Asked, Matcher, any_fits};
+use super::matcher::{Answer, Asked, Matcher};
 use super::rule::{Kind, Place, Rule, RuleName};
-use crate::subject::Subject;
-use crate::unit::Units;
+use crate::Subject;
 
 /// A verdict and the way to it. Its [`Display`](fmt::Display) form begins with one of
 ///
@@ -40,9 +38,8 @@ pub(super) struct Consulted {
 /// How one key of a rule came out.
 #[derive(Clone, Debug)]
 pub(super) struct Finding {
-    /// `users`, `groups`, `units` or `user-units`.
     pub key: &'static str,
-    /// Whether it holds. `None` where the other keys had settled the matter, so that nobody asked.
+    /// Whether it holds. `None` where it was not asked, because the other keys settle it.
     pub answer: Option<Answer>,
     /// Why, as a phrase: `uid 1001 is not among self (1000)`.
     pub why: String,
@@ -54,7 +51,7 @@ impl Explanation {
         self.rule.as_ref()
     }
 
-    /// Whether the subject may in.
+    /// Whether the subject is admitted.
     pub fn is_admitted(&self) -> bool {
         self.rule.as_ref().is_some_and(|rule| rule.kind() == Kind::Allow)
     }
@@ -114,82 +111,29 @@ pub(super) fn explain<T>(policy: &Policy<T>, who: &dyn Subject) -> Explanation {
 
 fn findings<T>(policy: &Policy<T>, rule: &Rule<T>, matcher: &Matcher, asked: &Asked<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if let (Some(users), Some(answer)) = (rule.listed_users(), matcher.user(asked.who)) {
-        let listed = list(users.iter().map(|user| match user {
-            super::User::Me => format!("self ({})", policy.me),
-            other => other.to_string(),
-        }));
-        let uid = asked.who.uid();
-        let why = match answer {
-            Answer::Yes => format!("uid {uid} is among {listed}"),
-            Answer::No => format!("uid {uid} is not among {listed}"),
-            Answer::Unknown => format!("uid {uid} names nobody here"),
-        };
-        findings.push(Finding { key: "users", answer: Some(answer), why });
-    } else if !matcher.deny && !asked.who.uid().is_known() {
-        let why = format!("uid {} names nobody here, and nobody is admitted", asked.who.uid());
+    if matcher.uids().is_none() && matcher.of_any(asked) == Answer::Unknown {
+        let why = format!("uid {} names no user here, and no such uid is admitted", asked.subject.uid());
         findings.push(Finding { key: "users", answer: Some(Answer::Unknown), why });
     }
-    if let (Some(groups), Some(answer)) = (rule.listed_groups(), matcher.group(asked.who)) {
-        let listed = list(groups.iter().map(ToString::to_string));
-        let set = matcher.groups.as_ref();
-        let hit = asked.who.gids().iter().find(|gid| set.is_some_and(|set| set.contains(gid.raw())));
-        let why = match (answer, hit) {
-            (Answer::Yes, Some(gid)) => format!("gid {gid} is among {listed}"),
-            (Answer::Unknown, _) if !asked.who.gids_complete() => "the list of groups cannot be told".to_owned(),
-            (Answer::Unknown, _) => "one of the gids names no group here".to_owned(),
-            _ => format!("no gid of {} is among {listed}", list(asked.who.gids().iter().map(ToString::to_string))),
-        };
-        findings.push(Finding { key: "groups", answer: Some(answer), why });
-    }
-    if let Some(patterns) = rule.listed_units() {
-        findings.push(units("units", patterns, matcher, asked));
-    }
-    if let Some(patterns) = rule.listed_user_units() {
-        findings.push(units("user-units", patterns, matcher, asked));
+    let is_settled = !matcher.asks_process(asked);
+    for (condition, test) in rule.conditions().iter().zip(matcher.tests()) {
+        let key = condition.key.name;
+        findings.push(if is_settled && test.needs_process() {
+            Finding { key, answer: None, why: "the other keys settle it".to_owned() }
+        } else {
+            let answer = test.answer(asked);
+            let why = test.why(answer, asked, &list(&condition.shown(policy.me)));
+            Finding { key, answer: Some(answer), why }
+        });
     }
     findings
-}
-
-/// How the key `units` or `user-units` came out.
-fn units(key: &'static str, patterns: &[String], matcher: &Matcher, asked: &Asked<'_>) -> Finding {
-    if !matcher.depends_on_unit(matcher.ids(asked.who)) {
-        return Finding { key, answer: None, why: "the other keys settle it".to_owned() };
-    }
-    let is_of_user = key == "user-units";
-    let answer = if is_of_user { matcher.user_unit(asked) } else { matcher.unit(asked) };
-    let listed = list(patterns.iter().cloned());
-    let why = match (answer, asked.units()) {
-        (Some(Answer::Yes), Some(units)) => format!("{} is in {listed}", shown(units)),
-        (_, Some(units)) => {
-            let why = format!("{} is not in {listed}", shown(units));
-            let of_user = |globs: &Option<Vec<Glob>>| {
-                let names = units.user().map_or(&[][..], |(_, names)| names);
-                globs.as_ref().is_some_and(|globs| any_fits(globs, names))
-            };
-            if is_of_user && of_user(&matcher.user_units) {
-                why + " of the process's own user"
-            } else if !is_of_user && of_user(&matcher.units) {
-                why + " of the system's manager (a name that a user chose counts under `user-units`)"
-            } else {
-                why
-            }
-        }
-        (_, None) => "the unit cannot be told".to_owned(),
-    };
-    Finding { key, answer, why }
-}
-
-/// A unit's path, harmless on a terminal.
-fn shown(units: &Units) -> String {
-    units.to_path().escape_debug().to_string()
 }
 
 /// At most this many values are spelled out.
 const SHOWN: usize = 16;
 
-fn list(values: impl ExactSizeIterator<Item = String>) -> String {
+pub(super) fn list(values: &[String]) -> String {
+    let shown = values.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join(", ");
     let rest = values.len().saturating_sub(SHOWN);
-    let shown = values.take(SHOWN).collect::<Vec<_>>().join(", ");
     if rest == 0 { shown } else { format!("{shown} and {rest} more") }
 }

@@ -5,14 +5,14 @@ const IN_UNIT_NAMES: &str = "letters, digits, and any of : - _ . \\ @";
 
 /// A pattern, checked and ready to match.
 #[derive(Clone, Debug)]
-pub(super) struct Glob {
+pub(crate) struct Glob {
     text: Box<str>,
     literal: bool,
 }
 
 impl Glob {
     /// The error says what was found and, after a semicolon, what was expected.
-    pub(super) fn new(text: &str) -> Result<Self, String> {
+    pub(crate) fn new(text: &str) -> Result<Self, String> {
         const EXAMPLE: &str =
             "expected a unit's name such as \"backup.service\", or a pattern such as \"backup@*.service\"";
         if text.is_empty() {
@@ -25,18 +25,12 @@ impl Glob {
         if literal && !crate::unit::is_unit(text) {
             return Err(format!("{text:?} is not the name of a unit that can hold processes; {EXAMPLE}"));
         }
-        let mut shortest = String::with_capacity(text.len());
-        for c in text.chars() {
-            if c != '*' || !shortest.ends_with('*') {
-                shortest.push(c);
-            }
-        }
-        Ok(Self { text: shortest.into(), literal })
+        Ok(Self { text: text.into(), literal })
     }
 
-    /// Whether the whole of `name` fits. Takes at most (length of name) × (length of pattern) steps: only the
-    /// latest `*` is ever tried again, since an earlier one can gain nothing by taking more.
-    pub(super) fn matches(&self, name: &str) -> bool {
+    /// Whether the whole of `name` fits. Takes at most (length of name) × (length of pattern) steps, because only
+    /// the latest `*` is tried again: an earlier one can gain nothing by taking more.
+    pub(crate) fn matches(&self, name: &str) -> bool {
         if self.literal {
             return *self.text == *name;
         }

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 
+use super::condition::Ids;
 use super::matcher::Matcher;
 use super::set::IdSet;
 
@@ -22,8 +23,8 @@ pub(super) struct Candidates<'i> {
     pub(super) sure: u32,
     /// Rules before it that depend on another id too, ascending.
     pub(super) by_ids: &'i [u32],
-    /// Rules before it that depend on the unit, ascending.
-    pub(super) by_unit: &'i [u32],
+    /// Rules before it that depend on the process, ascending.
+    pub(super) by_process: &'i [u32],
 }
 
 /// The look-up tables of a policy.
@@ -33,28 +34,29 @@ pub(super) struct Index {
     groups: Table,
     /// The gids that any of these rules is listed under. Most gids of most subjects are none of them.
     listed_gids: IdSet,
-    /// Rules that depend on nothing but the unit, ascending.
-    anyone: Vec<u32>,
+    /// Rules that depend on nothing but the process, ascending.
+    of_any: Vec<u32>,
 }
 
 impl Index {
     /// `None` where the tables would grow out of proportion to the rules.
     pub(super) fn new(matchers: &[Matcher]) -> Option<Self> {
-        let (mut by_uid, mut by_gid, mut anyone) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut by_uid, mut by_gid, mut of_any) = (Vec::new(), Vec::new(), Vec::new());
         for (number, matcher) in (0..NONE).zip(matchers) {
-            let entry = |set| Entry { number, set, needs_unit: matcher.has_units(), alone: matcher.is_one_key() };
-            match (&matcher.users, &matcher.groups) {
-                // Listed under the rarer of the two, so that few subjects meet it.
-                (Some(users), Some(groups)) if groups.size() < users.size() => by_gid.push(entry(groups)),
-                (Some(users), _) => by_uid.push(entry(users)),
-                (None, Some(groups)) => by_gid.push(entry(groups)),
-                (None, None) => anyone.push(number),
-            }
+            // Listed under the rarest of the ids that it needs, so that few subjects meet it.
+            let rarest = matcher.ids().min_by_key(|ids| ids.set().size());
+            let Some(ids) = rarest else {
+                of_any.push(number);
+                continue;
+            };
+            let list = if matches!(ids, Ids::Uids(_)) { &mut by_uid } else { &mut by_gid };
+            let (needs_process, alone) = (matcher.needs_process(), matcher.is_one_key());
+            list.push(Entry { number, set: ids.set(), needs_process, alone });
         }
         let mut left = MOST_ENTRIES;
         let listed_gids = IdSet::new(by_gid.iter().flat_map(|entry| entry.set.ranges().iter().copied()));
         let (users, groups) = (Table::new(&by_uid, &mut left)?, Table::new(&by_gid, &mut left)?);
-        Some(Self { users, groups, listed_gids, anyone })
+        Some(Self { users, groups, listed_gids, of_any })
     }
 
     pub(super) fn of_uid(&self, uid: u32) -> Candidates<'_> {
@@ -75,16 +77,16 @@ impl Index {
         !self.groups.lists.is_empty()
     }
 
-    /// The rules that depend on nothing but the unit.
-    pub(super) fn anyone(&self) -> &[u32] {
-        &self.anyone
+    /// The rules that depend on nothing but the process.
+    pub(super) fn of_any(&self) -> &[u32] {
+        &self.of_any
     }
 }
 
 struct Entry<'s> {
     number: u32,
     set: &'s IdSet,
-    needs_unit: bool,
+    needs_process: bool,
     /// The set is all that the rule depends on.
     alone: bool,
 }
@@ -103,12 +105,13 @@ struct Table {
 struct Segment {
     sure: u32,
     by_ids: (u32, u32),
-    by_unit: (u32, u32),
+    by_process: (u32, u32),
 }
 
-/// Where in `starts` to look for an id, so that the search does not grow with their number: ids below the last start
-/// are cut into equal pages, about as many as there are starts. Where the starts crowd together in few pages, what is
-/// left is a binary search in one of them.
+/// Where in `starts` to look for an id. Ids below the last start are cut into equal pages, about as many as there are
+/// starts; in a page a binary search is left. It keeps the cost of a decision from growing with the number of rules: in
+/// one run of `benches/policy.rs` a decision by 100 rules took 89 ns and by 10,000 rules 129 ns, with a binary search over
+/// all starts instead 130 and 220 ns.
 #[derive(Debug, Default)]
 struct Directory {
     /// An id shifted by this is its page.
@@ -151,7 +154,7 @@ impl Table {
         }
         edges.sort_unstable();
 
-        let empty = Segment { sure: NONE, by_ids: (0, 0), by_unit: (0, 0) };
+        let empty = Segment { sure: NONE, by_ids: (0, 0), by_process: (0, 0) };
         let mut table =
             Self { starts: vec![0], directory: Directory::default(), segments: vec![empty], lists: Vec::new() };
         let mut active: BTreeSet<usize> = BTreeSet::new();
@@ -176,9 +179,9 @@ impl Table {
     fn begin(&mut self, start: u32, listed: &[&Entry<'_>]) {
         let sure = listed.last().filter(|entry| entry.alone).map_or(NONE, |entry| entry.number);
         let conditional = listed.iter().filter(|entry| !entry.alone);
-        let by_ids = self.list(conditional.clone().filter(|entry| !entry.needs_unit));
-        let by_unit = self.list(conditional.filter(|entry| entry.needs_unit));
-        let segment = Segment { sure, by_ids, by_unit };
+        let by_ids = self.list(conditional.clone().filter(|entry| !entry.needs_process));
+        let by_process = self.list(conditional.filter(|entry| entry.needs_process));
+        let segment = Segment { sure, by_ids, by_process };
         if start == 0 {
             self.segments[0] = segment;
         } else {
@@ -197,7 +200,7 @@ impl Table {
     fn at(&self, id: u32) -> Candidates<'_> {
         let segment = self.segments[self.directory.find(&self.starts, id)];
         let list = |(start, end): (u32, u32)| &self.lists[start as usize..end as usize];
-        Candidates { sure: segment.sure, by_ids: list(segment.by_ids), by_unit: list(segment.by_unit) }
+        Candidates { sure: segment.sure, by_ids: list(segment.by_ids), by_process: list(segment.by_process) }
     }
 }
 
@@ -215,16 +218,24 @@ fn first_to_sure<'e>(entries: impl Iterator<Item = &'e Entry<'e>>) -> Vec<&'e En
 
 #[cfg(test)]
 mod tests {
+    use super::super::condition::Test;
+    use super::super::condition::groups::AnyOf;
+    use super::super::condition::users::OneOf;
     use super::*;
 
+    fn matcher(users: (u32, u32), groups: Option<(u32, u32)>) -> Matcher {
+        let users: Box<dyn Test> = Box::new(OneOf(IdSet::new([users])));
+        let groups = groups.map(|groups| Box::new(AnyOf(IdSet::new([groups]))) as Box<dyn Test>);
+        Matcher::new(false, std::iter::once(users).chain(groups).collect())
+    }
+
     fn users(low: u32, high: u32) -> Matcher {
-        Matcher { deny: false, users: Some(IdSet::new([(low, high)])), groups: None, units: None, user_units: None }
+        matcher((low, high), None)
     }
 
     #[test]
     fn a_segment_lists_no_rule_behind_one_that_needs_only_the_id() {
-        let mut both = users(0, 100);
-        both.groups = Some(IdSet::new([(0, 500)]));
+        let both = matcher((0, 100), Some((0, 500)));
         let index = Index::new(&[both, users(50, 60), users(55, 70)]).unwrap();
         let at = |uid| (index.of_uid(uid).sure, index.of_uid(uid).by_ids.to_vec());
         assert_eq!(at(10), (NONE, vec![0]));
@@ -250,9 +261,7 @@ mod tests {
 
     #[test]
     fn a_rule_with_both_keys_is_listed_under_the_rarer_one() {
-        let mut rule = users(0, 70_000);
-        rule.groups = Some(IdSet::new([(4, 4)]));
-        let index = Index::new(&[rule]).unwrap();
+        let index = Index::new(&[matcher((0, 70_000), Some((4, 4)))]).unwrap();
         assert_eq!(index.of_uid(1000).by_ids, []);
         assert_eq!(index.of_gid(4).by_ids, [0]);
         assert_eq!(index.of_gid(5).by_ids, []);
@@ -263,22 +272,16 @@ mod tests {
         let others: Vec<_> = (0..10_000).map(|n| users(10 * n, 10 * n + 3)).collect();
         let index = Index::new(&others).unwrap();
         for uid in 0..100_000 {
-            let Candidates { sure, by_ids, by_unit } = index.of_uid(uid);
+            let Candidates { sure, by_ids, by_process } = index.of_uid(uid);
             assert_eq!(sure, if uid % 10 < 4 && uid != 65_534 { uid / 10 } else { NONE });
-            assert_eq!((by_ids.len(), by_unit.len()), (0, 0));
+            assert_eq!((by_ids.len(), by_process.len()), (0, 0));
         }
     }
 
     #[test]
     fn rules_that_overlap_everywhere_are_not_tabulated() {
         // Nested ranges, each with a condition besides: every segment would list nearly all of them.
-        let nested = |n: u32| Matcher {
-            deny: false,
-            users: Some(IdSet::new([(n, 60_000 - n)])),
-            groups: Some(IdSet::new([(0, 60_000)])),
-            units: None,
-            user_units: None,
-        };
+        let nested = |n: u32| matcher((n, 60_000 - n), Some((0, 60_000)));
         assert!(Index::new(&(0..100).map(nested).collect::<Vec<_>>()).is_some());
         assert!(Index::new(&(0..5000).map(nested).collect::<Vec<_>>()).is_none());
     }

@@ -2,10 +2,10 @@
 
 use std::cell::OnceCell;
 
-use super::glob::Glob;
+use super::condition::{Ids, Test};
 use super::set::IdSet;
+use crate::Subject;
 use crate::ids::Gid;
-use crate::subject::Subject;
 use crate::unit::Units;
 
 /// Whether a condition holds. The order makes the minimum Kleene's "and".
@@ -20,7 +20,7 @@ pub(super) enum Answer {
 }
 
 impl Answer {
-    fn from(holds: bool) -> Self {
+    pub(super) fn from(holds: bool) -> Self {
         if holds { Self::Yes } else { Self::No }
     }
 }
@@ -28,118 +28,106 @@ impl Answer {
 /// A rule's conditions, with everything resolved that can be before a subject is there.
 #[derive(Debug)]
 pub(super) struct Matcher {
-    pub(super) deny: bool,
-    pub(super) users: Option<IdSet>,
-    pub(super) groups: Option<IdSet>,
-    pub(super) units: Option<Vec<Glob>>,
-    /// Never without `users`.
-    pub(super) user_units: Option<Vec<Glob>>,
+    deny: bool,
+    /// One for each key; the tests that need the process come last.
+    tests: Vec<Box<dyn Test>>,
 }
 
 /// A subject that is asked for its units at most once, and only when a rule depends on them.
 pub(super) struct Asked<'s> {
-    pub(super) who: &'s dyn Subject,
+    pub(super) subject: &'s dyn Subject,
     units: OnceCell<Option<&'s Units>>,
 }
 
 impl<'s> Asked<'s> {
-    pub(super) fn new(who: &'s dyn Subject) -> Self {
-        Self { who, units: OnceCell::new() }
+    pub(super) fn new(subject: &'s dyn Subject) -> Self {
+        Self { subject, units: OnceCell::new() }
     }
 
     pub(super) fn units(&self) -> Option<&'s Units> {
-        *self.units.get_or_init(|| self.who.units())
+        *self.units.get_or_init(|| self.subject.units())
+    }
+
+    /// Whether every group of the subject is listed and has a known id.
+    pub(super) fn groups_are_known(&self) -> bool {
+        self.subject.gids_complete() && self.subject.gids().iter().copied().all(Gid::is_known)
     }
 }
 
 impl Matcher {
-    /// Whether a single key is all that the rule has.
-    pub(super) fn is_one_key(&self) -> bool {
-        let (units, user_units) = (self.units.is_some(), self.user_units.is_some());
-        [self.users.is_some(), self.groups.is_some(), units, user_units].into_iter().filter(|has| *has).count() == 1
+    pub(super) fn new(deny: bool, tests: Vec<Box<dyn Test>>) -> Self {
+        Self { deny, tests }
     }
 
     /// Whether the rule takes the decision: an allow rule if it holds, a deny rule also if that cannot be told.
     pub(super) fn matches(&self, asked: &Asked<'_>) -> bool {
-        let ids = self.ids(asked.who);
-        let answer = if self.depends_on_unit(ids) {
-            let units = self.unit(asked).unwrap_or(Answer::Yes);
-            ids.min(units).min(self.user_unit(asked).unwrap_or(Answer::Yes))
-        } else {
-            ids
-        };
-        self.decides(answer)
+        self.decides(self.answer(&self.tests, asked))
     }
 
-    pub(super) fn decides(&self, answer: Answer) -> bool {
+    /// Whether the tests that need the process can still change what the rule does.
+    pub(super) fn asks_process(&self, asked: &Asked<'_>) -> bool {
+        let first = self.tests.partition_point(|test| !test.needs_process());
+        self.decides(self.answer(&self.tests[..first], asked))
+    }
+
+    /// What these tests say together. Once the rule cannot match any more, the rest are not asked.
+    fn answer(&self, tests: &[Box<dyn Test>], asked: &Asked<'_>) -> Answer {
+        let mut answer = self.of_any(asked);
+        for test in tests {
+            if !self.decides(answer) {
+                break;
+            }
+            answer = answer.min(test.answer(asked));
+        }
+        answer
+    }
+
+    /// The answer without any key. An allow rule admits no uid that is unknown, whatever its keys are.
+    pub(super) fn of_any(&self, asked: &Asked<'_>) -> Answer {
+        if self.deny || asked.subject.uid().is_known() { Answer::Yes } else { Answer::Unknown }
+    }
+
+    fn decides(&self, answer: Answer) -> bool {
         answer == Answer::Yes || self.deny && answer == Answer::Unknown
     }
 
-    /// Whether the rule has a key about units.
-    pub(super) fn has_units(&self) -> bool {
-        self.units.is_some() || self.user_units.is_some()
+    pub(super) fn tests(&self) -> &[Box<dyn Test>] {
+        &self.tests
     }
 
-    /// Whether the unit can still change what the rule does, when its other keys gave `ids`.
-    pub(super) fn depends_on_unit(&self, ids: Answer) -> bool {
-        self.has_units() && self.decides(ids)
+    /// Whether a single key is all that the rule has.
+    pub(super) fn is_one_key(&self) -> bool {
+        self.tests.len() == 1
     }
 
-    /// What the keys `users` and `groups` say together. An allow rule without `users` admits every user, but nobody
-    /// without a name: a uid that stands for all whom this namespace cannot tell apart.
-    pub(super) fn ids(&self, who: &dyn Subject) -> Answer {
-        let anyone = if self.deny || who.uid().is_known() { Answer::Yes } else { Answer::Unknown };
-        let user = self.user(who).unwrap_or(anyone);
-        if user == Answer::No { user } else { user.min(self.group(who).unwrap_or(Answer::Yes)) }
+    pub(super) fn needs_process(&self) -> bool {
+        self.tests.last().is_some_and(|test| test.needs_process())
     }
 
-    /// What the key `users` says; `None` where the rule has none.
-    pub(super) fn user(&self, who: &dyn Subject) -> Option<Answer> {
-        let users = self.users.as_ref()?;
-        let uid = who.uid();
-        Some(if uid.is_known() { Answer::from(users.contains(uid.raw())) } else { Answer::Unknown })
+    pub(super) fn needs_groups(&self) -> bool {
+        self.ids().any(|ids| matches!(ids, Ids::Gids(_)))
     }
 
-    /// What the key `groups` says; `None` where the rule has none.
-    pub(super) fn group(&self, who: &dyn Subject) -> Option<Answer> {
-        let groups = self.groups.as_ref()?;
-        Some(if who.gids().iter().any(|gid| groups.contains(gid.raw())) {
-            Answer::Yes
-        } else if groups_are_known(who) {
-            Answer::No
-        } else {
-            Answer::Unknown
-        })
+    /// The sets of ids of which a subject must have one each.
+    pub(super) fn ids(&self) -> impl Iterator<Item = Ids<'_>> {
+        self.tests.iter().filter_map(|test| test.ids())
     }
 
-    /// What the key `units` says; `None` where the rule has none.
-    pub(super) fn unit(&self, asked: &Asked<'_>) -> Option<Answer> {
-        let patterns = self.units.as_ref()?;
-        let Some(units) = asked.units() else { return Some(Answer::Unknown) };
-        Some(Answer::from(any_fits(patterns, units.system())))
+    /// The set of ids that is all the rule depends on.
+    pub(super) fn only_ids(&self) -> Option<Ids<'_>> {
+        self.ids().next().filter(|_| self.is_one_key())
     }
 
-    /// What the key `user-units` says; `None` where the rule has none. A user chooses the names of their own units, so
-    /// these say something only about that user's own processes.
-    pub(super) fn user_unit(&self, asked: &Asked<'_>) -> Option<Answer> {
-        let patterns = self.user_units.as_ref()?;
-        let Some(units) = asked.units() else { return Some(Answer::Unknown) };
-        let uid = asked.who.uid();
-        Some(match units.user() {
-            Some((_, names)) if !any_fits(patterns, names) => Answer::No,
-            Some(_) if !uid.is_known() => Answer::Unknown,
-            Some((owner, _)) => Answer::from(owner == uid),
-            None => Answer::No,
-        })
+    /// Whether a key lists no id at all.
+    pub(super) fn is_empty(&self) -> bool {
+        self.ids().any(|ids| ids.set().is_empty())
     }
-}
 
-/// Whether one of the patterns fits one of the names.
-pub(super) fn any_fits(patterns: &[Glob], names: &[String]) -> bool {
-    names.iter().any(|name| patterns.iter().any(|pattern| pattern.matches(name)))
-}
+    pub(super) fn uids(&self) -> Option<&IdSet> {
+        self.ids().find_map(|ids| if let Ids::Uids(set) = ids { Some(set) } else { None })
+    }
 
-/// Whether every group of the subject is there and names somebody.
-pub(super) fn groups_are_known(who: &dyn Subject) -> bool {
-    who.gids_complete() && who.gids().iter().copied().all(Gid::is_known)
+    pub(super) fn gids(&self) -> Option<&IdSet> {
+        self.ids().find_map(|ids| if let Ids::Gids(set) = ids { Some(set) } else { None })
+    }
 }

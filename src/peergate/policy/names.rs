@@ -6,8 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::set::HIGHEST;
-use super::{Group, Policy, PolicyError, Rule, User};
-use crate::ids::{Gid, Uid};
+use super::{Policy, PolicyError, Rule};
 
 /// The name of a user or of a group.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -18,46 +17,50 @@ pub enum Name {
     Group(String),
 }
 
+impl Name {
+    pub(super) fn as_str(&self) -> &str {
+        let (Self::User(name) | Self::Group(name)) = self;
+        name
+    }
+
+    /// What has this name: "user" or "group".
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Self::User(_) => "user",
+            Self::Group(_) => "group",
+        }
+    }
+}
+
 /// `user "alice"`.
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::User(name) => write!(f, "user {name:?}"),
-            Self::Group(name) => write!(f, "group {name:?}"),
-        }
+        write!(f, "{} {:?}", self.kind(), self.as_str())
     }
 }
 
 impl<T> Rule<T> {
     /// The names that the rule mentions, each with its id where that is known.
-    fn names(&self) -> impl Iterator<Item = (Name, Option<u32>)> {
-        let users = self.listed_users().unwrap_or_default().iter().filter_map(|user| match user {
-            User::Named(name, uid) => Some((Name::User(name.clone()), uid.map(Uid::raw))),
-            _ => None,
-        });
-        let groups = self.listed_groups().unwrap_or_default().iter().filter_map(|group| match group {
-            Group::Named(name, gid) => Some((Name::Group(name.clone()), gid.map(Gid::raw))),
-            _ => None,
-        });
-        users.chain(groups)
+    fn names(&self) -> impl Iterator<Item = (&Name, Option<u32>)> {
+        self.conditions().iter().flat_map(|condition| condition.names())
     }
 }
 
 impl<T> Policy<T> {
-    /// The names in its rules that have no id, because the user database knew none; each once. They match nobody.
+    /// The names in its rules that have no id, because the user database did not know them, each once. They match no peer.
     pub fn unknown_names(&self) -> Vec<Name> {
         let mut seen = HashSet::new();
         let unknown = self.rules().flat_map(|rule| rule.names()).filter(|(_, id)| id.is_none());
-        unknown.map(|(name, _)| name).filter(|name| seen.insert(name.clone())).collect()
+        unknown.map(|(name, _)| name).filter(|name| seen.insert(*name)).cloned().collect()
     }
 
     /// The names in its rules that have an id, with it.
     pub fn known_names(&self) -> HashMap<Name, u32> {
-        self.rules().flat_map(|rule| rule.names()).filter_map(|(name, id)| Some((name, id?))).collect()
+        self.rules().flat_map(|rule| rule.names()).filter_map(|(name, id)| Some((name.clone(), id?))).collect()
     }
 
-    /// The same policy, in which these ids go with those of its [unknown names](Self::unknown_names) that are listed
-    /// here. A name that has an id keeps it; an id that is none, `u32::MAX`, is passed over.
+    /// The same policy, in which these ids go with its [unknown names](Self::unknown_names). A name that has an id keeps
+    /// it. `u32::MAX` is no id and is ignored.
     ///
     /// # Errors
     /// As [`Policy::new`]: none for rules that it has taken before.
@@ -81,7 +84,7 @@ impl<T> Policy<T> {
         let ids: HashMap<&Name, u32> =
             ids.iter().filter(|(_, id)| *id <= HIGHEST).map(|(name, id)| (name, *id)).collect();
         let rules = self.rules().map(|rule| {
-            let changes = rule.names().any(|(name, id)| id.is_none() && ids.contains_key(&name));
+            let changes = rule.names().any(|(name, id)| id.is_none() && ids.contains_key(name));
             if changes { Arc::new(rule.with_ids(&ids)) } else { Arc::clone(rule) }
         });
         Self::of_rules(rules.collect(), self.me())

@@ -2,20 +2,19 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::Name;
-use super::set::HIGHEST;
-use crate::ids::{Gid, Uid};
+use super::condition::{Condition, KEYS, Key, Value, sufficient_keys};
+use crate::ids::Uid;
 
-/// What a rule does to those it matches.
+/// What a rule does to the peers that it matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Kind {
-    /// Turns them away. Consulted before every allow rule.
+    /// Denies them. Consulted before every allow rule.
     Deny,
-    /// Lets them in.
+    /// Admits them.
     Allow,
 }
 
@@ -37,7 +36,7 @@ pub struct RuleName {
 }
 
 impl RuleName {
-    pub(super) fn new(kind: Kind, name: &str) -> Self {
+    pub(crate) fn new(kind: Kind, name: &str) -> Self {
         Self { kind, full: format!("{}.{name}", kind.as_str()).into() }
     }
 
@@ -57,7 +56,7 @@ impl RuleName {
     }
 
     /// Names go into records and onto terminals, so they are kept to what needs no quoting there.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let name = self.name();
         let fits = name.len() <= 64
             && name.starts_with(|c: char| c.is_ascii_alphanumeric())
@@ -92,132 +91,7 @@ impl fmt::Display for Place {
     }
 }
 
-/// A value of the key `users`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum User {
-    /// `self`: the user that the service runs as.
-    Me,
-    /// `any`: every user whom the kernel can name.
-    Any,
-    /// The user with this id.
-    Id(Uid),
-    /// The users from the first to the last of these ids.
-    Range(Uid, Uid),
-    /// A user by name, with the id that the user database gave when it was asked. `None`: it knows no such user, so
-    /// this value matches nobody.
-    Named(String, Option<Uid>),
-}
-
-/// A value of the key `groups`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Group {
-    /// `any`: every group that the kernel can name.
-    Any,
-    /// The group with this id.
-    Id(Gid),
-    /// The groups from the first to the last of these ids.
-    Range(Gid, Gid),
-    /// A group by name, with the id that the user database gave when it was asked. `None`: it knows no such group,
-    /// so this value matches nobody.
-    Named(String, Option<Gid>),
-}
-
-/// `u32::MAX` is no id, and a range must not run backwards.
-fn check_range(low: u32, high: u32) -> Result<(), String> {
-    if low > high {
-        Err(format!("the range {low}-{high}; expected the lower id first, as in \"{high}-{low}\""))
-    } else if high > HIGHEST {
-        Err(format!("the id {high}; expected at most {HIGHEST}"))
-    } else {
-        Ok(())
-    }
-}
-
-impl User {
-    pub(super) fn check(&self) -> Result<(), String> {
-        self.range(Uid::new(0)).map_or(Ok(()), |(low, high)| check_range(low, high))
-    }
-
-    pub(super) fn range(&self, me: Uid) -> Option<(u32, u32)> {
-        match *self {
-            Self::Me => Some((me.raw(), me.raw())),
-            Self::Any => Some((0, HIGHEST)),
-            Self::Id(uid) => Some((uid.raw(), uid.raw())),
-            Self::Range(low, high) => Some((low.raw(), high.raw())),
-            Self::Named(_, uid) => uid.map(|uid| (uid.raw(), uid.raw())),
-        }
-    }
-}
-
-impl Group {
-    pub(super) fn check(&self) -> Result<(), String> {
-        self.range().map_or(Ok(()), |(low, high)| check_range(low, high))
-    }
-
-    pub(super) fn range(&self) -> Option<(u32, u32)> {
-        match *self {
-            Self::Any => Some((0, HIGHEST)),
-            Self::Id(gid) => Some((gid.raw(), gid.raw())),
-            Self::Range(low, high) => Some((low.raw(), high.raw())),
-            Self::Named(_, gid) => gid.map(|gid| (gid.raw(), gid.raw())),
-        }
-    }
-}
-
-impl From<Uid> for User {
-    fn from(uid: Uid) -> Self {
-        Self::Id(uid)
-    }
-}
-
-impl From<RangeInclusive<u32>> for User {
-    fn from(range: RangeInclusive<u32>) -> Self {
-        Self::Range(Uid::new(*range.start()), Uid::new(*range.end()))
-    }
-}
-
-impl From<Gid> for Group {
-    fn from(gid: Gid) -> Self {
-        Self::Id(gid)
-    }
-}
-
-impl From<RangeInclusive<u32>> for Group {
-    fn from(range: RangeInclusive<u32>) -> Self {
-        Self::Range(Gid::new(*range.start()), Gid::new(*range.end()))
-    }
-}
-
-/// As a file has it; a name is followed by its number: `adm (4)`.
-impl fmt::Display for User {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Me => f.write_str("self"),
-            Self::Any => f.write_str("any"),
-            Self::Id(uid) => write!(f, "{uid}"),
-            Self::Range(low, high) => write!(f, "{low}-{high}"),
-            Self::Named(name, Some(uid)) => write!(f, "{name} ({uid})"),
-            Self::Named(name, None) => write!(f, "{name} (unknown)"),
-        }
-    }
-}
-
-/// As a file has it; a name is followed by its number: `adm (4)`.
-impl fmt::Display for Group {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Any => f.write_str("any"),
-            Self::Id(gid) => write!(f, "{gid}"),
-            Self::Range(low, high) => write!(f, "{low}-{high}"),
-            Self::Named(name, Some(gid)) => write!(f, "{name} ({gid})"),
-            Self::Named(name, None) => write!(f, "{name} (unknown)"),
-        }
-    }
-}
-
-/// One rule: a name, whom it is for, and the terms on which an allow rule admits.
+/// One rule: a name, the keys that say which peers it is for, and the terms on which an allow rule admits.
 ///
 /// Built step by step; [`Policy::new`](super::Policy::new) checks it.
 ///
@@ -229,7 +103,7 @@ impl fmt::Display for Group {
 /// assert!(Policy::new(rules(), Uid::new(0)).is_ok());
 /// assert!(Policy::new(rules().map(|rule| rule.units(["backup.service"])), Uid::new(0)).is_ok());
 ///
-/// // A rule that says nothing about whom it is for admits nobody and is an error.
+/// // A rule without a key is an error: it would say nothing about which peers it is for.
 /// let error = Policy::new([Rule::allow("all", 200)], Uid::new(0)).unwrap_err();
 /// assert!(error.to_string().starts_with("allow.all: "));
 /// ```
@@ -237,10 +111,8 @@ impl fmt::Display for Group {
 pub struct Rule<T> {
     name: RuleName,
     terms: T,
-    users: Option<Vec<User>>,
-    groups: Option<Vec<Group>>,
-    units: Option<Vec<String>>,
-    user_units: Option<Vec<String>>,
+    /// Each key once, in the order of [`KEYS`].
+    conditions: Vec<Condition>,
     place: Option<Place>,
 }
 
@@ -251,7 +123,7 @@ impl<T> Rule<T> {
         Self::new(Kind::Allow, name, terms)
     }
 
-    /// A rule that denies. It has no terms to speak of.
+    /// A rule that denies. Its terms are the type's default.
     pub fn deny(name: &str) -> Self
     where
         T: Default,
@@ -261,38 +133,46 @@ impl<T> Rule<T> {
 
     fn new(kind: Kind, name: &str, terms: T) -> Self {
         let name = RuleName::new(kind, name);
-        Self { name, terms, users: None, groups: None, units: None, user_units: None, place: None }
+        Self { name, terms, conditions: Vec::new(), place: None }
     }
 
-    /// Only for these users (the effective uid). Called again, it adds.
-    #[must_use]
-    pub fn users<U: Into<User>>(mut self, users: impl IntoIterator<Item = U>) -> Self {
-        self.users.get_or_insert_default().extend(users.into_iter().map(Into::into));
+    /// Adds values to a key.
+    pub(super) fn with(mut self, key: &'static Key, values: impl Iterator<Item = Value>) -> Self {
+        self.add(Condition { key, values: values.collect() });
         self
     }
 
-    /// Only for members of one of these groups (the effective gid or a supplementary one). Called again, it adds.
-    #[must_use]
-    pub fn groups<G: Into<Group>>(mut self, groups: impl IntoIterator<Item = G>) -> Self {
-        self.groups.get_or_insert_default().extend(groups.into_iter().map(Into::into));
-        self
+    /// Adds a key. If the rule has it already, the values are added to it.
+    pub(crate) fn add(&mut self, condition: Condition) {
+        let place = |condition: &Condition| KEYS.iter().position(|key| key.name == condition.key.name);
+        let at = self.conditions.partition_point(|other| place(other) < place(&condition));
+        match self.conditions.get_mut(at) {
+            Some(same) if same.key.name == condition.key.name => same.values.extend(condition.values),
+            _ => self.conditions.insert(at, condition),
+        }
     }
 
-    /// Only for processes in a unit of the system's manager whose name fits one of these
-    /// [patterns](super#names-of-units). Called again, it adds.
-    #[must_use]
-    pub fn units<P: Into<String>>(mut self, patterns: impl IntoIterator<Item = P>) -> Self {
-        self.units.get_or_insert_default().extend(patterns.into_iter().map(Into::into));
-        self
+    /// Whether the keys say which peers the rule is for. The error says what was found and what was expected.
+    pub(super) fn check_keys(&self) -> Result<(), String> {
+        if self.conditions.is_empty() {
+            return Err(format!("the rule does not say which peers it is for; expected {}", sufficient_keys()));
+        }
+        let has = |name: &str| self.conditions.iter().any(|condition| condition.key.name == name);
+        let companions = self.conditions.iter().filter_map(|condition| condition.key.companion);
+        match companions.into_iter().find(|(companion, _)| !has(companion)) {
+            Some((_, problem)) => Err(problem.to_owned()),
+            None => Ok(()),
+        }
     }
 
-    /// Only for processes in a unit of the user's own manager whose name fits one of these
-    /// [patterns](super#names-of-units). Called again, it adds. Any user can call a unit of their own as they like, so
-    /// [`Policy::new`](super::Policy::new) refuses a rule that does not also say which [users](Self::users).
-    #[must_use]
-    pub fn user_units<P: Into<String>>(mut self, patterns: impl IntoIterator<Item = P>) -> Self {
-        self.user_units.get_or_insert_default().extend(patterns.into_iter().map(Into::into));
-        self
+    pub(super) fn conditions(&self) -> &[Condition] {
+        &self.conditions
+    }
+
+    /// The rule's keys, each with its values as a file has them; a name is followed by its id, as in `adm (4)`, and
+    /// `self` by `me`.
+    pub fn keys(&self, me: Uid) -> impl Iterator<Item = (&'static str, Vec<String>)> {
+        self.conditions.iter().map(move |condition| (condition.key.name, condition.shown(me)))
     }
 
     /// Notes where the rule is written.
@@ -308,16 +188,7 @@ impl<T> Rule<T> {
         T: Clone,
     {
         let mut rule = self.clone();
-        for user in rule.users.iter_mut().flatten() {
-            if let User::Named(name, uid @ None) = user {
-                *uid = ids.get(&Name::User(name.clone())).copied().map(Uid::new);
-            }
-        }
-        for group in rule.groups.iter_mut().flatten() {
-            if let Group::Named(name, gid @ None) = group {
-                *gid = ids.get(&Name::Group(name.clone())).copied().map(Gid::new);
-            }
-        }
+        rule.conditions.iter_mut().for_each(|condition| condition.set_ids(ids));
         rule
     }
 
@@ -334,25 +205,5 @@ impl<T> Rule<T> {
     /// Where the rule is written, if it comes from a file.
     pub fn place(&self) -> Option<&Place> {
         self.place.as_ref()
-    }
-
-    /// The values of the key `users`; `None` where the rule has no such key.
-    pub fn listed_users(&self) -> Option<&[User]> {
-        self.users.as_deref()
-    }
-
-    /// The values of the key `groups`; `None` where the rule has no such key.
-    pub fn listed_groups(&self) -> Option<&[Group]> {
-        self.groups.as_deref()
-    }
-
-    /// The patterns of the key `units`; `None` where the rule has no such key.
-    pub fn listed_units(&self) -> Option<&[String]> {
-        self.units.as_deref()
-    }
-
-    /// The patterns of the key `user-units`; `None` where the rule has no such key.
-    pub fn listed_user_units(&self) -> Option<&[String]> {
-        self.user_units.as_deref()
     }
 }

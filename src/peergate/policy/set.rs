@@ -3,10 +3,9 @@
 use crate::ids::{OVERFLOW_ID, Uid};
 
 /// The highest id that a process can have; `u32::MAX` is `(uid_t) -1`.
-pub(super) const HIGHEST: u32 = u32::MAX - 1;
+pub(crate) const HIGHEST: u32 = u32::MAX - 1;
 
-/// A set of user or group ids. Never holds an id that names nobody ([`Uid::is_known`]): such an id
-/// is outside every set, whatever the rule says.
+/// A set of user or group ids. It never holds an unmapped id ([`Uid::is_known`]), whatever the rule says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct IdSet {
     /// Inclusive, ascending, with at least one id between one and the next.
@@ -75,7 +74,7 @@ impl IdSet {
     }
 }
 
-/// What remains of a range when the ids that name nobody are taken out of it.
+/// What remains of a range without the unmapped ids.
 fn without_unknown((low, high): (u32, u32)) -> impl Iterator<Item = (u32, u32)> {
     let high = high.min(HIGHEST);
     let below = (low, high.min(OVERFLOW_ID - 1));
@@ -99,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_that_name_nobody_are_in_no_set() {
+    fn unmapped_ids_are_in_no_set() {
         let everyone = IdSet::new([(0, u32::MAX)]);
         assert!(!everyone.contains(OVERFLOW_ID) && !everyone.contains(u32::MAX));
         assert!(everyone.contains(OVERFLOW_ID - 1) && everyone.contains(OVERFLOW_ID + 1) && everyone.contains(HIGHEST));

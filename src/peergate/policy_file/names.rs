@@ -1,12 +1,11 @@
-//! Names of users and groups to ids. Used by [`file`](super), which makes these names public.
+//! Names of users and groups to ids. Used by [`policy_file`](super), which makes these names public.
 
 use std::ffi::CString;
 use std::io;
 use std::path::PathBuf;
 
-use super::super::Name;
-use super::super::set::HIGHEST;
 use crate::ids::{Gid, Uid};
+use crate::policy::{Group, HIGHEST, Name, User};
 use crate::sys;
 
 /// A database of users and groups.
@@ -39,11 +38,11 @@ impl Names for SystemNames {
     }
 }
 
-/// A user, as the user database has them.
+/// An entry of the user database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Account {
-    /// The name; what of it is no UTF-8 is replaced.
+    /// The name; bytes that are not UTF-8 are replaced.
     pub name: String,
     /// The user id.
     pub uid: Uid,
@@ -77,8 +76,8 @@ impl SystemNames {
         Ok(sys::user_by_id(uid.raw())?.map(Account::from))
     }
 
-    /// The groups of a user, the user's own among them: getgrouplist(3). A database that gives no answer is not told
-    /// from one that lists no group.
+    /// The groups of a user, the user's own among them: getgrouplist(3). A database that gives no answer cannot be
+    /// told from one that lists no group.
     ///
     /// # Errors
     /// More groups than a million.
@@ -88,11 +87,11 @@ impl SystemNames {
     }
 }
 
-/// Those of these names that the database knows now, with their ids. A name for which it gives no answer is left out.
+/// Looks names up: the names that the database knows now, with their ids. A name for which it gives no answer is left out.
 ///
-/// With [`Policy::unknown_names`](super::super::Policy::unknown_names) and
-/// [`Policy::with_ids`](super::super::Policy::with_ids) a service looks up again what was not known when its policy was
-/// read. It takes as long as the database does, so not on a thread that somebody waits for.
+/// With [`Policy::unknown_names`](crate::policy::Policy::unknown_names) and
+/// [`Policy::with_ids`](crate::policy::Policy::with_ids) a service looks up again the names that were unknown when its policy was
+/// read. It takes as long as the database does, so call it on a thread that may wait.
 pub fn look_up(wanted: &[Name], names: &dyn Names) -> Vec<(Name, u32)> {
     let id = |name: &Name| match name {
         Name::User(user) => names.uid(user).ok().flatten().map(Uid::raw),
@@ -101,7 +100,7 @@ pub fn look_up(wanted: &[Name], names: &dyn Names) -> Vec<(Name, u32)> {
     wanted.iter().filter_map(|name| Some((name.clone(), id(name).filter(|id| *id <= HIGHEST)?))).collect()
 }
 
-impl super::User {
+impl User {
     /// The user of this name, by the system's user database (getpwnam_r(3)), as it is now.
     ///
     /// # Errors
@@ -122,7 +121,7 @@ impl super::User {
     }
 }
 
-impl super::Group {
+impl Group {
     /// The group of this name, by the system's user database (getgrnam_r(3)), as it is now.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
-//! Sole owner of LISTEN_*: what systemd passed becomes listeners and kept descriptors, each checked.
+//! Socket activation: the descriptors that systemd passed become listeners and stored descriptors, each checked. Sole user
+//! of LISTEN_FDS and its companions (sd_listen_fds(3)), and of listenfd.
 //!
-//! The protocol is sd_listen_fds(3)'s. Call [`adopt`] before the process has a second thread: the
-//! environment is read and cleared here. Where there is no systemd, [`bind`] makes a listener.
+//! Call [`adopt`] before the process has a second thread, because it changes the environment. Without systemd, [`bind`]
+//! makes a listener.
 
 mod bind;
 
@@ -13,19 +14,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use listenfd::ListenFd;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, SockaddrStorage, UnixAddr, getsockname, getsockopt, sockopt,
 };
 use nix::sys::stat::{SFlag, fstat};
 
-use crate::baggage::{self, Stream};
+use crate::fd_passing::{self, Stream};
 use crate::sys;
 
-/// More descriptors than systemd would ever pass; a number above it is a mistake, not a request.
+/// More descriptors than systemd ever passes. A larger number is a mistake.
 const MOST_DESCRIPTORS: usize = 1 << 20;
 
-/// What a path in `sockaddr_un` may hold, unix(7): 108 bytes less the closing NUL.
+/// The longest path in `sockaddr_un`: 108 bytes less the closing NUL, unix(7).
 const LONGEST_PATH: usize = 107;
 
 /// A listening AF_UNIX stream socket, non-blocking and close-on-exec.
@@ -33,29 +33,29 @@ const LONGEST_PATH: usize = 107;
 pub struct Listener {
     fd: OwnedFd,
     address: Arc<str>,
-    /// The file that [`bind`] made, to be removed with the listener.
+    /// The file that [`bind`] made, removed when the listener is dropped.
     bound: Option<bind::Bound>,
 }
 
 impl Listener {
-    /// Where clients find it: a path, or `@name` in the abstract namespace.
+    /// The address for clients: a path, or `@name` in the abstract namespace.
     pub fn address(&self) -> &Arc<str> {
         &self.address
     }
 
-    /// The same socket as the standard library's type, for a runtime that wants it; non-blocking already. Keep
-    /// the listener: with it goes the file that [`bind`] made.
+    /// The same socket as the standard library's type, non-blocking. Keep the listener: when it is dropped, the file that
+    /// [`bind`] made is removed.
     ///
     /// # Errors
-    /// What duplicating the descriptor says, fcntl(2).
+    /// What fcntl(2) reports when it duplicates the descriptor.
     pub fn to_std(&self) -> io::Result<UnixListener> {
         self.fd.try_clone().map(UnixListener::from)
     }
 
-    /// The next one who waits to be let in; non-blocking, close-on-exec. For whoever has no [`Door`](crate::Door).
+    /// The next connection in the backlog, non-blocking and close-on-exec. For a service without a [`Gate`](crate::Gate).
     ///
     /// # Errors
-    /// What accept(2) says; EAGAIN where nobody waits.
+    /// What accept(2) reports; EAGAIN if the backlog is empty.
     pub fn accept(&self) -> io::Result<Stream> {
         sys::accept(self.as_fd()).map(Stream::accepted)
     }
@@ -74,12 +74,12 @@ impl AsFd for Listener {
 }
 
 impl Drop for Listener {
-    /// Removes the file that [`bind`] made, unless somebody has put another in its place.
-    /// An inherited listener is only closed: the socket is systemd's.
+    /// Removes the file that [`bind`] made, unless another file has taken its place. A listener from systemd is only closed.
     fn drop(&mut self) {
         let Some(bound) = &self.bound else { return };
         bound.remove();
-        // Who still waits is closed with the socket, and what they have sent along with them; here that keeps nobody.
+        // The kernel would close connections in the backlog, and the descriptors sent on them, in this thread. `Stream` leaves
+        // that to another one.
         while self.accept().is_ok() {}
     }
 }
@@ -90,21 +90,21 @@ impl Drop for Listener {
 pub struct Passed {
     /// The sockets to serve, in the order given.
     pub listeners: Vec<Listener>,
-    /// Descriptors that an earlier process of this service put into the manager's store, by name.
+    /// Descriptors that an earlier process of this service put into the store, by name.
     pub kept: Vec<(String, OwnedFd)>,
-    /// Why LISTEN_* was there but is none of our business, for a log or an error message.
+    /// Why LISTEN_FDS was set but is not for this process, for a message.
     pub ignored: Option<String>,
 }
 
-/// Why what was passed cannot be served.
+/// Why the descriptors passed cannot be served.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Refused {
-    /// LISTEN_FDS makes no sense.
+    /// LISTEN_FDS is no number of descriptors.
     Count(String),
-    /// Some descriptors are not what they should be: number, name, what it is instead.
+    /// Descriptors of the wrong type: the number, the name, and what it is instead.
     Descriptors(Vec<(i32, String, String)>),
-    /// The kernel refused to prepare a descriptor.
+    /// A system call on a passed descriptor failed.
     System(io::Error),
 }
 
@@ -130,16 +130,15 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-/// Adopts what the service manager passed to this very process, and clears LISTEN_PID and LISTEN_FDS.
+/// Takes over the descriptors that the service manager passed to this process, and clears LISTEN_PID and LISTEN_FDS.
 ///
-/// `is_kept` tells by its name whether a descriptor is one that this service stored itself
-/// (`FDSTORE=1`, `FDNAME=`); such are handed back unexamined, unless they are what is served: a socket
-/// unit may call its socket as it likes (`FileDescriptorName=`). Every other must be a listening
-/// AF_UNIX stream socket. Who connects to it from now on can send no descriptors (Linux 6.16; see
-/// [`baggage`]).
+/// A listening AF_UNIX stream socket is served, whatever its name: a socket unit may give it any
+/// (`FileDescriptorName=`). Another descriptor is returned unchecked if `is_kept` says of its name that the service has
+/// stored it (`FDSTORE=1`, `FDNAME=`), and is an error if not. From now on a peer cannot send descriptors when it connects
+/// to the listeners (Linux 6.16; see [`fd_passing`]).
 ///
 /// # Errors
-/// [`Refused`] names each descriptor that is something else, and what it is.
+/// [`Refused`] names each descriptor of the wrong type.
 pub fn adopt(is_kept: impl Fn(&str) -> bool) -> Result<Passed, Refused> {
     let declared = match Declared::from_env() {
         Ok(Some(declared)) => declared,
@@ -155,22 +154,22 @@ pub fn adopt(is_kept: impl Fn(&str) -> bool) -> Result<Passed, Refused> {
         let Ok(Some(number)) = fds.take_raw_fd(index) else { break };
         let fd = match sys::adopt_fd(number) {
             Ok(fd) => fd,
-            // Beyond the last open one every number is wrong; one of them says it all.
+            // All numbers after it are not open either: one message is enough.
             Err(_) => {
                 wrong.push((number, name, "not open".to_owned()));
                 break;
             }
         };
         match describe(&fd) {
-            Kind::Listener => passed.listeners.push(inherit(fd).map_err(Refused::System)?),
-            Kind::Other(_) if is_kept(&name) => passed.kept.push((name, fd)),
-            Kind::Other(what) => wrong.push((number, name, what)),
+            PassedKind::Listener => passed.listeners.push(inherit(fd).map_err(Refused::System)?),
+            PassedKind::Other(_) if is_kept(&name) => passed.kept.push((name, fd)),
+            PassedKind::Other(what) => wrong.push((number, name, what)),
         }
     }
     if wrong.is_empty() { Ok(passed) } else { Err(Refused::Descriptors(wrong)) }
 }
 
-/// What the environment says, read but not yet believed.
+/// The content of LISTEN_FDS and LISTEN_FDNAMES, before the descriptors are checked.
 #[derive(Debug, PartialEq, Eq)]
 struct Declared {
     count: usize,
@@ -183,28 +182,23 @@ enum Ignored {
     Refused(Refused),
 }
 
+/// An environment variable, if it is set.
+type Variable = Option<String>;
+
 impl Declared {
     fn from_env() -> Result<Option<Self>, Ignored> {
         let text = |name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
         Self::parse(text("LISTEN_FDS"), text("LISTEN_PID"), text("LISTEN_FDNAMES"), std::process::id())
     }
 
-    /// sd_listen_fds(3), stricter than listenfd: without a LISTEN_PID that is ours, nothing is ours.
-    fn parse(
-        fds: Option<String>,
-        pid: Option<String>,
-        names: Option<String>,
-        me: u32,
-    ) -> Result<Option<Self>, Ignored> {
+    /// As sd_listen_fds(3), and stricter than listenfd: LISTEN_PID must be set, to this process.
+    fn parse(fds: Variable, pid: Variable, names: Variable, me: u32) -> Result<Option<Self>, Ignored> {
         let Some(fds) = fds else { return Ok(None) };
+        let ignored = |why: String| Err(Ignored::Reason(why));
         match pid.as_deref() {
-            None | Some("") => {
-                return Err(Ignored::Reason("LISTEN_FDS is set but LISTEN_PID is not: ignored".to_owned()));
-            }
+            None | Some("") => return ignored("LISTEN_FDS is set but LISTEN_PID is not: ignored".to_owned()),
             Some(pid) if pid.parse() != Ok(me) => {
-                return Err(Ignored::Reason(format!(
-                    "LISTEN_PID={pid} is not this process ({me}): LISTEN_FDS ignored"
-                )));
+                return ignored(format!("LISTEN_PID={pid} is not this process ({me}): LISTEN_FDS ignored"));
             }
             Some(_) => {}
         }
@@ -213,19 +207,19 @@ impl Declared {
             _ => return Err(Ignored::Refused(Refused::Count(fds))),
         };
         let names: Vec<String> = names.map(|names| names.split(':').map(str::to_owned).collect()).unwrap_or_default();
-        // As many names as descriptors, or none can be trusted to belong to its neighbour.
+        // With another number of names it is not known which descriptor a name belongs to.
         let names = if names.len() == count { names } else { Vec::new() };
         Ok(Some(Self { count, names }))
     }
 }
 
 /// How many descriptors LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES declare to process `me`, and their names if there is
-/// one for each; or why they are not heeded. Public for the fuzz target alone.
+/// one for each; or why they are ignored. Public only for the fuzz target.
 #[doc(hidden)]
 pub fn declared(
-    fds: Option<String>,
-    pid: Option<String>,
-    names: Option<String>,
+    fds: Variable,
+    pid: Variable,
+    names: Variable,
     me: u32,
 ) -> Result<Option<(usize, Vec<String>)>, String> {
     match Declared::parse(fds, pid, names, me) {
@@ -235,15 +229,15 @@ pub fn declared(
     }
 }
 
-/// What a passed descriptor is.
+/// The type of a passed descriptor.
 #[derive(Debug, PartialEq, Eq)]
-enum Kind {
+enum PassedKind {
     Listener,
     Other(String),
 }
 
-fn describe(fd: &OwnedFd) -> Kind {
-    let other = |what: &str| Kind::Other(what.to_owned());
+fn describe(fd: &OwnedFd) -> PassedKind {
+    let other = |what: &str| PassedKind::Other(what.to_owned());
     let Ok(stat) = fstat(fd) else { return other("unreadable") };
     let format = SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT;
     if format != SFlag::S_IFSOCK {
@@ -255,11 +249,7 @@ fn describe(fd: &OwnedFd) -> Kind {
             _ => "no socket",
         });
     }
-    let family = match getsockname::<SockaddrStorage>(fd.as_raw_fd()) {
-        Ok(address) => address.family(),
-        Err(_) => None,
-    };
-    let family = match family {
+    let family = match getsockname::<SockaddrStorage>(fd.as_raw_fd()).ok().and_then(|address| address.family()) {
         Some(AddressFamily::Unix) => "AF_UNIX",
         Some(AddressFamily::Inet) => "AF_INET",
         Some(AddressFamily::Inet6) => "AF_INET6",
@@ -275,31 +265,26 @@ fn describe(fd: &OwnedFd) -> Kind {
     };
     let listening = getsockopt(fd, sockopt::AcceptConn).unwrap_or(false);
     match (family, kind, listening) {
-        ("AF_UNIX", "stream", true) => Kind::Listener,
+        ("AF_UNIX", "stream", true) => PassedKind::Listener,
         ("AF_UNIX", "stream", false) => other("an AF_UNIX stream socket that does not listen (Accept=yes?)"),
-        (_, _, true) => Kind::Other(format!("a listening {family} {kind} socket")),
-        (_, _, false) => Kind::Other(format!("an {family} {kind} socket")),
+        (_, _, true) => PassedKind::Other(format!("a listening {family} {kind} socket")),
+        (_, _, false) => PassedKind::Other(format!("an {family} {kind} socket")),
     }
 }
 
 fn inherit(fd: OwnedFd) -> io::Result<Listener> {
-    set_nonblocking(&fd)?;
-    baggage::refuse_from_all(&fd);
+    let socket = UnixListener::from(fd);
+    socket.set_nonblocking(true)?;
+    let fd = OwnedFd::from(socket);
+    fd_passing::refuse_from_all(&fd);
     let address = address_of(&fd)?;
     Ok(Listener { fd, address, bound: None })
 }
 
-fn set_nonblocking(fd: &OwnedFd) -> io::Result<()> {
-    let flags = OFlag::from_bits_truncate(fcntl(fd, FcntlArg::F_GETFL)?);
-    fcntl(fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
-    Ok(())
-}
-
-/// The address an AF_UNIX socket is bound to, or was accepted at: a path, or `@name` in the abstract
-/// namespace.
+/// The address an AF_UNIX socket is bound to, or was accepted at: a path, or `@name` in the abstract namespace.
 ///
 /// # Errors
-/// What getsockname(2) says.
+/// What getsockname(2) reports.
 pub fn address_of(socket: &impl AsFd) -> io::Result<Arc<str>> {
     let address: UnixAddr = getsockname(socket.as_fd().as_raw_fd())?;
     Ok(match (address.path(), address.as_abstract()) {
@@ -315,11 +300,11 @@ pub fn address_of(socket: &impl AsFd) -> io::Result<Arc<str>> {
 pub enum BindError {
     /// The path does not fit into a socket address; its length in bytes.
     TooLong(PathBuf, usize),
-    /// Somebody answers there.
+    /// Another service listens there.
     InUse(PathBuf),
-    /// Something that is not a stale socket is in the way.
+    /// A file that is not a stale socket is there.
     Occupied(PathBuf, &'static str),
-    /// The system refused.
+    /// A system call failed.
     System(PathBuf, io::Error),
 }
 
@@ -342,14 +327,14 @@ impl fmt::Display for BindError {
 
 impl std::error::Error for BindError {}
 
-/// Binds and listens at `path`, open to every local user (mode 0666): the policy decides who may stay.
-/// The file is removed when the listener is dropped. Who connects can send no descriptors, as with [`adopt`].
+/// Binds and listens at `path`, open to every local user (mode 0666), because the policy decides. The file is removed when
+/// the listener is dropped. A peer cannot send descriptors when it connects, as with [`adopt`].
 ///
-/// A stale socket there is replaced; one on which somebody still listens is left alone. The umask is changed for a moment:
-/// call this before another thread makes files.
+/// A stale socket is replaced, and a socket that is in use stays. The umask is changed for a moment: call this before
+/// another thread creates files.
 ///
 /// # Errors
-/// [`BindError`] says what is in the way.
+/// [`BindError`] says why not.
 pub fn bind(path: &Path) -> Result<Listener, BindError> {
     bind::listener(path)
 }
@@ -370,7 +355,7 @@ mod tests {
         directory
     }
 
-    /// A connect(2) that waits for room in the queue would hold up the start.
+    /// A connect(2) that waits for room in the backlog would delay the start.
     #[test]
     fn a_service_whose_queue_is_full_is_in_use() {
         let directory = directory("full");

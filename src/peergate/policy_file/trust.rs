@@ -1,11 +1,11 @@
 //! Opens a file that only root and the service's user can have put where it is. Used by [`source`](super::source).
 //!
-//! The owner and the mode of a file say who has written it, not who has put it there: whoever may write a directory on
-//! the way can move an old file of root's into its place. So each directory on the way is held to the rule that the
-//! file is held to, as sshd does with `authorized_keys` (StrictModes), and so are the directories that symbolic links
-//! lead through. The walk begins at the root directory. What has passed can be changed by root and this user alone, so a
-//! path leads to the same place when it is used again. No descriptor is needed but the file's own: a reload takes place
-//! also where there is only one left.
+//! The owner and the mode of a file say which user has written it, not which user has put it there: with write access to
+//! a directory on the way, an old file of root's can be moved into its place. So the rule for the file holds for each
+//! directory on the way too, as in sshd's check of `authorized_keys` (StrictModes), and for the directories that symbolic
+//! links lead through. The walk begins at the root directory. Only root and this user can change a directory that has
+//! passed, so a path leads to the same place when it is used again. The walk needs one descriptor, the file's own: a
+//! reload works with the last one.
 
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
@@ -40,7 +40,7 @@ struct Walk<'a> {
     me: Uid,
     /// The directory reached, by a path without symbolic links.
     reached: PathBuf,
-    /// Whether others may make and remove files there, though none of root's or of this user's: the sticky bit.
+    /// Whether every user may create files there but remove only their own: the sticky bit.
     is_shared: bool,
     /// The owner of the root directory.
     owner_of_all: u32,
@@ -51,8 +51,7 @@ struct Walk<'a> {
 /// A name to look up next.
 struct Step {
     name: OsString,
-    /// Whether a symbolic link says so. Where such a name is missing the link dangles: something is there, only not what
-    /// it leads to.
+    /// Whether it comes from a symbolic link. If such a name is missing, the link dangles.
     by_link: bool,
 }
 
@@ -133,8 +132,7 @@ impl<'a> Walk<'a> {
     }
 
     fn open(&self, here: &Path, status: &FileStat) -> Result<File, ReadError> {
-        // Before it is opened, which can have effects of its own on a device. Again afterwards: its owner may have put
-        // another in its place.
+        // Before it is opened, because opening a device can have effects. Again afterwards: its owner may have replaced it.
         self.judge_file(status)?;
         // Non-blocking: another process may have a lease on it (fcntl(2)).
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
@@ -151,7 +149,7 @@ impl<'a> Walk<'a> {
         if status.st_mode & 0o022 != 0 {
             return self.refuse(writable(status, "0644"));
         }
-        // Where fs.protected_hardlinks is off, anybody can give a file of root's a name in a sticky directory.
+        // Where fs.protected_hardlinks is off, any user can give a file of root's a name in a sticky directory.
         if self.is_shared && status.st_nlink > 1 {
             let names = status.st_nlink;
             return self.refuse(format!(
@@ -163,9 +161,9 @@ impl<'a> Walk<'a> {
 
     /// Root or the service's user; `what` the owner is of, besides the file itself.
     ///
-    /// In a user namespace that does not know root, its directories read as the overflow id's, as do everybody's that it
-    /// does not know. Where the root directory reads so too, these cannot be told from each other, and pass; the file
-    /// itself must still be this user's or root's.
+    /// In a user namespace without root, root's directories show the overflow id as their owner, and so do the directories
+    /// of every user that is not mapped. Where the root directory shows it too, they cannot be told apart, and pass. The
+    /// file itself must still be this user's or root's.
     fn judge_owner(&self, status: &FileStat, what: Option<(&str, &Path)>) -> Result<(), ReadError> {
         let owner = status.st_uid;
         let is_unknown = owner == OVERFLOW_ID && self.owner_of_all == OVERFLOW_ID && what.is_some();
@@ -190,7 +188,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// The names that a path consists of; those of its parts that are no names stay where the walk is.
+/// The names that a path consists of. Its other parts, such as `.`, stay where the walk is.
 fn steps(path: &Path, by_link: bool) -> impl Iterator<Item = Step> {
     let names = path.components().filter_map(|component| match component {
         Component::Normal(name) => Some(name),

@@ -1,6 +1,6 @@
 //! The identifiers that the kernel, the policy and the record share.
 //!
-//! Pure data: everyone may import this module, it imports nobody.
+//! Pure data: this module imports no other.
 
 use std::fmt;
 
@@ -32,8 +32,8 @@ macro_rules! id {
                 self.0
             }
 
-            /// Whether the number names somebody. The overflow id does not: it stands for everyone
-            /// whom this user namespace cannot tell apart. Nor does `-1`.
+            /// Whether the number is an id of its own. The overflow id is not: it stands for every id that this user
+            /// namespace does not map. Nor is `-1`.
             pub const fn is_known(self) -> bool {
                 self.0 != OVERFLOW_ID && self.0 != INVALID_ID
             }

@@ -1,9 +1,8 @@
 //! Which systemd units a process runs in, read from the text of `/proc/PID/cgroup` (cgroups(7)).
 //!
-//! Pure: takes text, returns names. Whether the text belongs to the right process is
-//! [`peer`](crate::peer)'s business.
+//! Pure: takes text, returns names. [`peer`](crate::peer) makes sure that the text belongs to the right process.
 //!
-//! systemd gives each unit a control group whose path repeats the unit's place in the tree:
+//! systemd gives each unit a control group. Its path repeats the unit's place in the tree:
 //!
 //! ```text
 //! /system.slice/backup.service
@@ -29,8 +28,8 @@
 
 use crate::ids::Uid;
 
-/// The longest chain of units that is told: the names that count and the slashes before them, in bytes. The names of a
-/// user's own units are up to that user, and a path may have 4096 bytes; a desktop's longest have about 200.
+/// The longest chain of units that is read: the names that count and the slashes before them, in bytes. Users choose the
+/// names of their own units, and a path may have 4096 bytes. The longest paths of a desktop have about 200.
 const LONGEST: usize = 1024;
 
 /// The longest name of a unit (systemd.unit(5)).
@@ -44,12 +43,12 @@ pub struct Units {
 }
 
 impl Units {
-    /// Reads the contents of `/proc/PID/cgroup`. `None` where no unit can be made out: a process
-    /// outside this control group namespace, a system without systemd.
+    /// Reads the contents of `/proc/PID/cgroup`. `None` where it names no unit: for a process outside this
+    /// control group namespace, and on a system without systemd.
     ///
-    /// Where systemd has a hierarchy of its own (cgroup v1 and hybrid: `name=systemd`) that one
-    /// tells, else the unified one (`0::`). A process at the very top of the former, where systemd puts none, is
-    /// in a system that uses the latter: one booted unified, in a container on a hybrid machine.
+    /// Where systemd has a hierarchy of its own (cgroup v1 and hybrid: `name=systemd`) that one counts, else the unified
+    /// one (`0::`). systemd puts no process at the top of the former. A process there is in a system that uses the latter:
+    /// one booted unified, in a container on a hybrid machine.
     pub(crate) fn from_proc_cgroup(text: &str) -> Option<Self> {
         let path_of = |wanted: fn(&str, &str) -> bool| {
             text.lines().find_map(|line| {
@@ -102,7 +101,7 @@ impl Units {
         &self.system
     }
 
-    /// Where the process belongs to a user's manager: whose, and that manager's units around it,
+    /// Where the process belongs to a user's manager: the uid of that user, and that manager's units around the process,
     /// outermost first. The user chose these names.
     pub fn user(&self) -> Option<(Uid, &[String])> {
         self.user.as_ref().map(|(uid, units)| (*uid, units.as_slice()))
@@ -147,7 +146,7 @@ fn branch<'a>(components: &mut std::iter::Peekable<impl Iterator<Item = &'a str>
 fn is_in_place(name: &str, slice: &str) -> bool {
     match parent_of(name) {
         Some(parent) => parent == slice.strip_suffix(".slice").unwrap_or_default(),
-        // A manager is in a scope of its own; everything else that holds processes can be told to be in any slice.
+        // A manager is in a scope of its own. Any other unit that holds processes can be configured to be in any slice.
         None => name != "init.scope" || slice.is_empty(),
     }
 }
@@ -175,10 +174,10 @@ fn place_of(name: &str) -> String {
 }
 
 /// systemd puts `_` before a name that would collide with the kernel's own files (`_cpu.service`), and before one that
-/// begins so already. `None` where there is a `_` that the systemds known here would not have put there: perhaps a later
-/// one would, for a controller that does not exist yet.
+/// begins so already. `None` where systemd 252 to 262 would not have put the `_`: a later version might,
+/// for a controller that does not exist yet.
 fn unescape(component: &str) -> Option<&str> {
-    // All that systemd 252 to 262 know, with the controllers of cgroup v1.
+    // With the controllers of cgroup v1.
     const KERNELS: [&str; 12] =
         ["cgroup", "cpu", "cpuacct", "cpuset", "io", "blkio", "memory", "devices", "pids", "hugetlb", "misc", "rdma"];
     let Some(name) = component.strip_prefix('_') else { return Some(component) };
@@ -187,8 +186,8 @@ fn unescape(component: &str) -> Option<&str> {
 }
 
 /// The unit types that can have a control group (systemd.resource-control(5)), and the characters that unit names are
-/// made of (systemd.unit(5)). Whoever may make control groups may call one as they like: no name of theirs is to read as
-/// several words of a record.
+/// made of (systemd.unit(5)). A user with the right to make control groups may give one any name: the name must not
+/// read as several words of a record.
 pub(crate) fn is_unit(component: &str) -> bool {
     let Some((name, suffix)) = component.rsplit_once('.') else { return false };
     let fits = |c: char| c.is_ascii_alphanumeric() || ":-_.\\@".contains(c);
@@ -204,14 +203,14 @@ pub(crate) fn is_unit(component: &str) -> bool {
         }
 }
 
-/// The user whose manager is at the end of this chain of units.
+/// The user of the manager at the end of this chain of units.
 fn manager_of(system: &[String]) -> Option<Uid> {
     let [top, slice, unit] = system else { return None };
     let uid = manager(unit)?;
     (top == "user.slice" && *slice == format!("user-{uid}.slice")).then_some(uid)
 }
 
-/// The user whose manager `user@UID.service` is.
+/// The user of the manager `user@UID.service`.
 fn manager(unit: &str) -> Option<Uid> {
     let text = unit.strip_prefix("user@")?.strip_suffix(".service")?;
     let uid: u32 = text.parse().ok()?;
@@ -287,7 +286,7 @@ mod tests {
         ] {
             assert_eq!(Units::from_path(path), None, "{path}");
         }
-        // Below a unit anybody may call anything as they like.
+        // Below a unit a control group may have any name.
         assert_eq!(units("0::/system.slice/a.service/_b.service\n").0, ["system.slice", "a.service"]);
     }
 

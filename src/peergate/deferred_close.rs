@@ -1,12 +1,12 @@
-//! Closes what may be slow to close, on threads that nobody waits for. For [`baggage`](crate::baggage).
+//! Closes sockets whose close(2) may take long, on threads of its own. Used by [`fd_passing`](crate::fd_passing).
 //!
-//! What lies unread on a socket is closed in the thread that reads it or closes the socket, and the peer that sent it
-//! chooses how long that takes (SO_LINGER, socket(7)). To linger is over at a signal; so these threads interrupt themselves
-//! all the time. They read before they close: a socket that is closed with data unread makes the peer's next call fail with
-//! ECONNRESET (unix(7)), although everything it is owed has been sent.
+//! Unread descriptors are closed in the thread that reads them or closes the socket, and the peer decides how long that
+//! takes (SO_LINGER, socket(7)). A signal ends the waiting, so these threads interrupt themselves all the time. They read
+//! before they close: when a socket is closed with unread data, the next call of the peer fails with ECONNRESET (unix(7)),
+//! although it has been sent everything.
 //!
-//! They must not be slower at it than somebody is at sending: each thing that lingers costs its sender about 100 µs to
-//! make, and as long as it waits here it holds a descriptor of ours.
+//! The threads must be as fast as a peer that sends such descriptors. Each costs its sender about 100 µs, and holds a
+//! descriptor of this process until it is closed.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,32 +19,32 @@ use nix::sys::socket::{MsgFlags, recv};
 
 use crate::sys;
 
-/// How often a close that takes its time is interrupted. Once in a millisecond is ten times slower than sending; shorter
-/// than this gains nothing.
+/// How often a close(2) is interrupted. Once in a millisecond would be ten times slower than sending; more often than this
+/// gains nothing.
 const INTERRUPTED_EVERY: Duration = Duration::from_micros(50);
-/// The most threads, and how many sockets wait for each when there is one more.
+/// The number of threads at most, and how many sockets wait for each before there is one more.
 const MOST_THREADS: usize = 8;
 const MOST_FOR_ONE: usize = 16;
 
-/// One for the whole process, so that a connection need not know of it.
-static WAITING: Mutex<Waiting> = Mutex::new(Waiting { sockets: VecDeque::new(), threads: 0 });
+/// One for the whole process, so that a connection need not refer to it.
+static WAITING: Mutex<ToClose> = Mutex::new(ToClose { sockets: VecDeque::new(), threads: 0 });
 static MORE: Condvar = Condvar::new();
 
-struct Waiting {
+struct ToClose {
     sockets: VecDeque<OwnedFd>,
-    /// The first one stays once it is there.
+    /// The first thread does not end.
     threads: usize,
 }
 
-/// Takes the socket from whoever must not wait, reads what is left on it, and closes it. Shut down for reading before, so
-/// that it is no more than a queue can hold.
-pub(crate) fn dispose_of(socket: OwnedFd) {
+/// Reads the unread data of the socket and closes it, on another thread. Shut the socket down for reading before, so that
+/// no more data arrives.
+pub(crate) fn close_later(socket: OwnedFd) {
     let mut waiting = lock();
     waiting.sockets.push_back(socket);
     let wanted = waiting.threads == 0 || waiting.sockets.len() > MOST_FOR_ONE * waiting.threads;
     if wanted && waiting.threads < MOST_THREADS {
-        // No thread to be had: it waits for the next one who comes, rather than be closed here.
-        let spawned = thread::Builder::new().name("disposal".to_owned()).spawn(close_all);
+        // Without a thread the socket waits until the next call, rather than be closed here.
+        let spawned = thread::Builder::new().name("deferred-close".to_owned()).spawn(close_all);
         waiting.threads += usize::from(spawned.is_ok());
     }
     drop(waiting);
@@ -52,7 +52,7 @@ pub(crate) fn dispose_of(socket: OwnedFd) {
 }
 
 fn close_all() {
-    // Without interruptions it takes as long as it takes.
+    // Without interruptions a close(2) may take long.
     let interruptions = sys::Interruptions::of_this_thread().ok();
     let every = |period| interruptions.as_ref().map_or(Ok(()), |one| one.every(period));
     let mut unread = vec![0; 16 * 1024];
@@ -63,7 +63,7 @@ fn close_all() {
     }
 }
 
-/// Without room for them, the descriptors among what is read are closed here.
+/// Reads all data. The descriptors that come with it are closed here.
 fn empty(socket: &OwnedFd, unread: &mut [u8]) {
     loop {
         match recv(socket.as_raw_fd(), unread, MsgFlags::MSG_DONTWAIT) {
@@ -73,14 +73,14 @@ fn empty(socket: &OwnedFd, unread: &mut [u8]) {
     }
 }
 
-/// The next one; `None` where there is none and others see to the next. `rest` is called before waiting.
+/// The next socket; `None` if there is none and another thread will take it. Calls `rest` before it waits.
 fn next(rest: impl Fn()) -> Option<OwnedFd> {
     let mut waiting = lock();
     loop {
         if let Some(socket) = waiting.sockets.pop_front() {
             return Some(socket);
         }
-        // A queue that was long once gives its memory back.
+        // A long queue gives its memory back.
         waiting.sockets.shrink_to(MOST_FOR_ONE);
         if waiting.threads > 1 {
             waiting.threads -= 1;
@@ -91,7 +91,7 @@ fn next(rest: impl Fn()) -> Option<OwnedFd> {
     }
 }
 
-fn lock() -> MutexGuard<'static, Waiting> {
+fn lock() -> MutexGuard<'static, ToClose> {
     WAITING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -102,23 +102,23 @@ mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 
-    use crate::baggage::tests::{lingering, send_along};
+    use crate::fd_passing::tests::{lingering, send_along};
 
     #[test]
-    fn a_hundred_that_would_take_hours_to_close_are_closed_and_few_threads_are_left() {
+    fn a_hundred_lingering_sockets_are_closed_and_one_thread_is_left() {
         let mut ends = Vec::new();
         for _ in 0..100 {
             let (ours, theirs) = UnixStream::pair().unwrap();
             let (bomb, other_end) = lingering();
             send_along(&theirs, &bomb).unwrap();
             drop(bomb);
-            dispose_of(ours.into());
+            close_later(ours.into());
             assert!(lock().threads <= MOST_THREADS);
             ends.push((theirs, other_end));
         }
         for (mut theirs, mut other_end) in ends {
             other_end.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
-            // What was under way when it was closed still arrives; then the end, one way or the other.
+            // Data on the way still arrives; then the end of file or a reset.
             while matches!(other_end.read(&mut [0; 65_536]), Ok(1..)) {}
             assert_eq!(theirs.read(&mut [0]).unwrap_or(0), 0);
         }

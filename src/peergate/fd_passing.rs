@@ -1,17 +1,18 @@
-//! Descriptors that peers send along (SCM_RIGHTS, unix(7)): nobody wants them, and they must not even be thrown away
-//! by a thread that others wait for.
+//! Descriptor passing (SCM_RIGHTS, unix(7)): descriptors from a peer are not accepted, and closing them must not delay the
+//! service.
 //!
-//! A message that is read without room for its descriptors has them closed by the kernel, in the thread that reads; one
-//! that is never read, in the thread that closes the socket. Whoever sent them chooses how long that takes: a TCP
-//! socket with unsent data and SO_LINGER (socket(7)) is closed for as long as it says, hours if need be. So whoever
-//! accepts a connection gets a [`Stream`], with which that cannot happen:
+//! When a message is read without room for its descriptors, the kernel closes them in the reading thread. If it is never
+//! read, the kernel closes them in the thread that closes the socket. The peer decides how long that takes: close(2) of a
+//! TCP socket with unsent data waits for the time in SO_LINGER (socket(7)), which may be hours. A [`Stream`] prevents
+//! that:
 //!
-//! - From Linux 6.16 on the kernel is told to refuse descriptors (SO_PASSRIGHTS), for a listener when it is
-//!   [adopted](crate::activation::adopt) or [bound](crate::activation::bind). The sender gets EPERM.
-//! - Where it could not be told, or was told only after the peer may have sent some (whoever connected before the service
-//!   was started), reading looks first: a peek takes nothing. What came before the descriptors is read, nothing after.
-//! - A socket on which some may lie unread is emptied and closed by threads that nobody waits for, which interrupt
-//!   themselves all the time: to linger is over at a signal.
+//! - From Linux 6.16 on the kernel refuses descriptors (SO_PASSRIGHTS, set on a listener when it is
+//!   [adopted](crate::activation::adopt) or [bound](crate::activation::bind)). The sender gets EPERM.
+//! - If the kernel cannot refuse them, or the peer may have sent some before the option was set (it connected before the
+//!   service was started), each read peeks first, which takes nothing. Data before the descriptors is read, data after
+//!   them is not.
+//! - A socket that may hold unread descriptors is emptied and closed by threads of its own (`deferred_close`). A
+//!   signal ends the waiting for SO_LINGER, and these threads send themselves one all the time.
 
 use std::fmt;
 use std::fs;
@@ -23,120 +24,105 @@ use std::os::unix::net::UnixStream;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv, send, shutdown};
 
-use crate::disposal::dispose_of;
+use crate::deferred_close::close_later;
 use crate::ids::Uid;
 use crate::peer;
 use crate::sys;
 
-/// Whether descriptors may lie among what is unread on a connection.
+/// Whether unread data on a connection may carry descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Baggage {
-    /// The kernel refused them before the peer could send anything, or nothing is unread and nothing can come.
-    Never,
-    /// The kernel refuses them by now. What was sent earlier may carry some.
-    Earlier,
+enum Passing {
+    /// No: the kernel has refused them from the start, or nothing is unread and no more can come.
+    Refused,
+    /// The kernel refuses them now. Data sent earlier may carry some.
+    MaybeQueued,
     /// The kernel cannot refuse them.
     Possible,
 }
 
-/// A connection to a peer who may send what it likes: reading never takes descriptors, and dropping never waits until
-/// the ones that the peer sent are closed.
+/// A connection that takes no descriptors from its peer. Dropping it never waits until descriptors sent by the peer are
+/// closed.
 ///
-/// It reads and writes like a [`UnixStream`], non-blocking if the socket is (that of an [`Admission`](crate::Admission)
-/// is). Where descriptors come next in what is unread, every read fails with
-/// [`InvalidData`](io::ErrorKind::InvalidData): drop it. What came before them is read first.
+/// It reads and writes like a [`UnixStream`], non-blocking if the socket is (the socket of an
+/// [`Admission`](crate::Admission) is). When the next unread data carries descriptors, every read fails with
+/// [`InvalidData`](io::ErrorKind::InvalidData): then drop it. Data before them is read first.
 ///
-/// That holds for reading through this type, by one thread at a time. The descriptor itself ([`AsFd`]) serves to wait
-/// (poll(2), epoll(7), tokio's `AsyncFd`), to write, and to ask who is there.
-///
-/// ```
-/// use std::io::{Read, Write};
-/// use std::os::unix::net::UnixStream;
-/// use peergate::Stream;
-///
-/// let (ours, mut theirs) = UnixStream::pair()?;
-/// let mut guest = Stream::accepted(ours);
-/// theirs.write_all(b"hello")?;
-/// let mut buffer = [0; 64];
-/// assert_eq!(guest.read(&mut buffer)?, 5);
-/// guest.write_all(b"> hello")?;
-/// # Ok::<(), std::io::Error>(())
-/// ```
+/// Read only through this type, from one thread at a time. Use the descriptor ([`AsFd`]) to wait (poll(2), epoll(7), tokio's
+/// `AsyncFd`), to write, and to get the credentials of the peer.
 pub struct Stream {
-    /// There until it is dropped.
+    /// `None` only while it is dropped or converted.
     fd: Option<OwnedFd>,
-    baggage: Baggage,
-    /// Whether the socket is meant to have SO_PASSCRED.
+    passing: Passing,
+    /// Whether the socket is to have SO_PASSCRED.
     credentials: bool,
 }
 
-/// Has the kernel refuse descriptors from those who connect to this listener from now on, where it can.
+/// Makes the kernel refuse descriptors on connections to this listener from now on, if it can.
 pub(crate) fn refuse_from_all(listener: &impl AsFd) {
     let _ = sys::set_option(listener.as_fd(), sys::SO_PASSRIGHTS, 0);
 }
 
 impl Stream {
-    /// A connection that was just accepted, by whomever. [`Listener::accept`](crate::Listener::accept) gives one too.
+    /// A connection that was just accepted, also by other code. [`Listener::accept`](crate::Listener::accept) gives one too.
     ///
-    /// Urgent data (MSG_OOB) becomes ordinary data: no peek would see what comes with it, and nothing is to be lost.
-    /// Where descriptors are possible, other ancillary data is turned off: a peek could not tell one from the other.
+    /// Urgent data (MSG_OOB) becomes ordinary data, because a peek does not see descriptors that come with it. If
+    /// descriptors are possible, other ancillary data is turned off, because a peek cannot tell the two apart.
     pub fn accepted(socket: impl Into<OwnedFd>) -> Self {
         Self::new(socket.into(), false)
     }
 
-    /// As [`accepted`](Self::accepted); with `credentials`, SO_PASSCRED is left to whoever asks for it.
+    /// As [`accepted`](Self::accepted); with `credentials`, SO_PASSCRED is left as it is.
     pub(crate) fn new(fd: OwnedFd, credentials: bool) -> Self {
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
-        let baggage = match sys::option(fd.as_fd(), sys::SO_PASSRIGHTS) {
-            Ok(0) => Baggage::Never,
+        let passing = match sys::option(fd.as_fd(), sys::SO_PASSRIGHTS) {
+            Ok(0) => Passing::Refused,
             _ => only_credentials(fd.as_fd(), credentials),
         };
-        Self { fd: Some(fd), baggage, credentials }
+        Self { fd: Some(fd), passing, credentials }
     }
 
-    /// A connection that another process had before, or other code of this one: what the kernel refuses today it may not
-    /// have refused when the peer sent what is still unread. `credentials`: whether the kernel is to attach the sender's
-    /// credentials to what comes (SO_PASSCRED), as for [`receive`](Self::receive).
+    /// A connection that was used by another process or other code. Unread data may have been sent before the kernel
+    /// refused descriptors. `credentials`: whether the kernel attaches the sender's credentials to arriving data
+    /// (SO_PASSCRED), as for [`receive`](Self::receive).
     pub fn inherited(socket: impl Into<OwnedFd>, credentials: bool) -> Self {
         let fd = socket.into();
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
         let _ = sys::set_option(fd.as_fd(), libc::SO_PASSCRED, credentials.into());
-        let baggage = only_credentials(fd.as_fd(), credentials);
-        Self { fd: Some(fd), baggage, credentials }
+        let passing = only_credentials(fd.as_fd(), credentials);
+        Self { fd: Some(fd), passing, credentials }
     }
 
-    /// As it is on kernels before 6.16. For tests alone.
+    /// As on kernels before 6.16. For tests.
     #[doc(hidden)]
     pub fn unrefused(socket: impl Into<OwnedFd>) -> Self {
         let fd = socket.into();
         let _ = sys::set_option(fd.as_fd(), sys::SO_PASSRIGHTS, 1);
-        Self { fd: Some(fd), baggage: Baggage::Possible, credentials: false }
+        Self { fd: Some(fd), passing: Passing::Possible, credentials: false }
     }
 
-    /// Has the kernel attach the sender's credentials to what comes from now on (SO_PASSCRED, unix(7)), as
-    /// [`GateConfig::pass_credentials`](crate::gate::GateConfig::pass_credentials) does from the start; or no more. Returns within
-    /// how many bytes, from the next to be read on, some may lack them because they came before; 0 where it was asked
-    /// already.
+    /// Sets or clears SO_PASSCRED (unix(7)): the kernel attaches the sender's credentials to data that arrives from now on,
+    /// as [`GateConfig::pass_credentials`](crate::gate::GateConfig::pass_credentials) makes it from the start. Returns how many
+    /// bytes, counted from the next one read, may have arrived before and lack them; 0 if the option was set already.
     pub fn attach_credentials(&mut self, wanted: bool) -> usize {
         self.credentials = wanted;
         if wanted {
             return peer::attach_credentials(self);
         }
         if self.may_linger() {
-            // A look would take credentials for descriptors.
+            // A peek would mistake credentials for descriptors.
             let _ = sys::set_option(self.as_fd(), libc::SO_PASSCRED, 0);
         }
         0
     }
 
-    /// Reads from a socket that has SO_PASSCRED (unix(7); [`GateConfig::pass_credentials`](crate::gate::GateConfig)): how many
-    /// bytes, and the user whose process sent them, by its real uid; `None` where that names nobody. One answer never
-    /// joins what different users sent. Never waits.
+    /// Reads from a socket with SO_PASSCRED (unix(7); [`GateConfig::pass_credentials`](crate::gate::GateConfig)). Returns the
+    /// number of bytes and the real uid of the process that sent them; `None` if the kernel gives no uid. One call never
+    /// joins data of different users. Never waits.
     ///
     /// # Errors
-    /// What recvmsg(2) says; EAGAIN where nothing has come. InvalidData where descriptors come next.
+    /// What recvmsg(2) reports; EAGAIN if there is no data; InvalidData if descriptors come next.
     pub fn receive(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
-        let most = self.look(buffer, false)?;
+        let most = self.peek_first(buffer, false)?;
         let received = peer::receive(self, &mut buffer[..most])?;
         self.note_end(received.0, most);
         Ok(received)
@@ -144,7 +130,7 @@ impl Stream {
 
     /// As [`Read::read`], but never waits.
     pub(crate) fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = self.look(buffer, false)?;
+        let most = self.peek_first(buffer, false)?;
         self.take(&mut buffer[..most], MsgFlags::MSG_DONTWAIT)
     }
 
@@ -154,23 +140,23 @@ impl Stream {
         Ok(count)
     }
 
-    /// After the end of file there is nothing to take, and nothing can come.
+    /// After the end of file no descriptors can come.
     fn note_end(&mut self, count: usize, room: usize) {
         if count == 0 && room > 0 {
-            self.baggage = Baggage::Never;
+            self.passing = Passing::Refused;
         }
     }
 
-    /// How many bytes may be read now, at least one unless `buffer` has no room, and at most what it has room for,
-    /// without taking descriptors. Overwrites `buffer`. May wait, where the socket does and it is told so.
-    fn look(&mut self, buffer: &mut [u8], may_wait: bool) -> io::Result<usize> {
-        if self.baggage == Baggage::Never || buffer.is_empty() {
+    /// How many bytes may be read now without taking descriptors: at least one, and at most the length of `buffer`.
+    /// Overwrites `buffer`. With `may_wait` it waits on a blocking socket.
+    fn peek_first(&mut self, buffer: &mut [u8], may_wait: bool) -> io::Result<usize> {
+        if self.passing == Passing::Refused || buffer.is_empty() {
             return Ok(buffer.len());
         }
-        // Room that no credentials fill would be filled with descriptors.
+        // Room for ancillary data that credentials do not fill would be filled with descriptors.
         let credentials = self.credentials && matches!(sys::option(self.as_fd(), libc::SO_PASSCRED), Ok(1));
-        // Only where no end of looking is to be found need it wait.
-        let waits = may_wait && self.baggage == Baggage::Possible;
+        // With `MaybeQueued` an empty queue ends the peeking, so it must not wait for data.
+        let waits = may_wait && self.passing == Passing::Possible;
         match sys::peek(self.as_fd(), buffer, credentials, waits) {
             Ok((_, true)) => match before_descriptors(self.as_fd(), credentials)? {
                 0 => {
@@ -179,24 +165,24 @@ impl Stream {
                 }
                 before => Ok(before.min(buffer.len())),
             },
-            // At the end of file there is nothing to take either.
+            // At the end of file a read takes no descriptors either.
             Ok((count, false)) => Ok(count.max(1)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.baggage == Baggage::Earlier => {
-                self.baggage = Baggage::Never;
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.passing == Passing::MaybeQueued => {
+                self.passing = Passing::Refused;
                 if may_wait { Ok(buffer.len()) } else { Err(error) }
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Whether dropping this shuts the connection down and leaves the descriptor to another thread, to be closed a
-    /// little later: take it out of an epoll(7) before.
+    /// Whether dropping this shuts the connection down and lets another thread close the descriptor a little later. Remove
+    /// it from an epoll(7) first.
     pub fn may_linger(&self) -> bool {
-        self.baggage != Baggage::Never
+        self.passing != Passing::Refused
     }
 
-    /// Whether descriptors lie anywhere in the queue of this socket, as far as /proc/self/fdinfo tells (Linux 5.10):
-    /// looks at all of it, where reading looks at what comes next.
+    /// Whether any unread data of this socket carries descriptors, by /proc/self/fdinfo (Linux 5.10). A read checks only the
+    /// data that comes next.
     pub fn holds_descriptors(&self) -> bool {
         self.may_linger()
             && fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd())).is_ok_and(|told| {
@@ -205,10 +191,10 @@ impl Stream {
             })
     }
 
-    /// Whether reading and writing return at once instead of waiting for the peer. All copies of the socket change.
+    /// Whether reads and writes return at once instead of waiting. This changes every copy of the descriptor.
     ///
     /// # Errors
-    /// What fcntl(2) says.
+    /// What fcntl(2) reports.
     pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
         let mut flags = OFlag::from_bits_truncate(fcntl(self, FcntlArg::F_GETFL)?);
         flags.set(OFlag::O_NONBLOCK, nonblocking);
@@ -219,34 +205,27 @@ impl Stream {
     /// Ends one direction or both, as [`UnixStream::shutdown`].
     ///
     /// # Errors
-    /// What shutdown(2) says.
+    /// What shutdown(2) reports.
     pub fn shutdown(&self, how: Shutdown) -> io::Result<()> {
         Ok(shutdown(self.as_raw_fd(), as_nix(how))?)
     }
 
-    /// The standard library's type, blocking. **For a thread that nobody else waits for:** to read from it or to drop it
-    /// may take as long as the peer likes, where the peer could send descriptors (see the [module](self)).
+    /// The standard library's type, blocking. **Only for a thread that serves one connection:** if the peer could send
+    /// descriptors, it decides how long a read or the drop takes (see the [module](self)).
     ///
     /// # Errors
-    /// What fcntl(2) says.
+    /// What fcntl(2) reports.
     pub fn into_std(self) -> io::Result<UnixStream> {
         self.set_nonblocking(false)?;
         Ok(UnixStream::from(OwnedFd::from(self)))
     }
-
-    fn fd(&self) -> &OwnedFd {
-        match &self.fd {
-            Some(fd) => fd,
-            None => unreachable!("only `drop` and conversion take it, and nobody has the stream after these"),
-        }
-    }
 }
 
-/// How many bytes come before the first descriptors, where some are unread.
+/// How many bytes come before the first unread descriptors.
 ///
-/// One peek does not tell: it goes on to the next message even when its buffer is full, so that it meets descriptors
-/// wherever they are, and counts the bytes that they came with. So one peek tells where the message with the descriptors
-/// ends, and a second one, with room for everything but that message's last byte, stops in front of it.
+/// One peek is not enough: it continues to the next message even when its buffer is full, so it finds descriptors anywhere
+/// and counts the bytes of their message. So the first peek tells where the message with the descriptors ends. The second
+/// has room for all but the last byte of that message, and stops before it.
 fn before_descriptors(socket: BorrowedFd<'_>, credentials: bool) -> io::Result<usize> {
     match sys::peek_messages(socket, sys::unread(socket)?, credentials)? {
         (count, false) => Ok(count),
@@ -254,14 +233,14 @@ fn before_descriptors(socket: BorrowedFd<'_>, credentials: bool) -> io::Result<u
     }
 }
 
-fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Baggage {
+fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Passing {
     let refused = sys::set_option(socket, sys::SO_PASSRIGHTS, 0).is_ok();
     if !credentials {
         let _ = sys::set_option(socket, libc::SO_PASSCRED, 0);
     }
     let _ = sys::set_option(socket, libc::SO_PASSSEC, 0);
     let _ = sys::set_option(socket, libc::SO_PASSPIDFD, 0);
-    if refused { Baggage::Earlier } else { Baggage::Possible }
+    if refused { Passing::MaybeQueued } else { Passing::Possible }
 }
 
 fn as_nix(how: Shutdown) -> nix::sys::socket::Shutdown {
@@ -274,14 +253,14 @@ fn as_nix(how: Shutdown) -> nix::sys::socket::Shutdown {
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = self.look(buffer, true)?;
-        // What was looked at is there, and nobody has to wait for it.
+        let most = self.peek_first(buffer, true)?;
+        // The data that the peek has seen is there: no read needs to wait.
         let flags = if self.may_linger() { MsgFlags::MSG_DONTWAIT } else { MsgFlags::empty() };
         self.take(&mut buffer[..most], flags)
     }
 }
 
-/// Without SIGPIPE: where the peer has gone, BrokenPipe.
+/// Without SIGPIPE: if the peer has gone, the error is BrokenPipe.
 impl Write for Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Ok(send(self.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
@@ -292,7 +271,7 @@ impl Write for Stream {
     }
 }
 
-/// Writing needs nobody to be kept out.
+/// Several threads may write at a time.
 impl Write for &Stream {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         Ok(send(self.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
@@ -305,13 +284,16 @@ impl Write for &Stream {
 
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd().as_fd()
+        match &self.fd {
+            Some(fd) => fd.as_fd(),
+            None => unreachable!("only `drop` and conversion take it, and the stream ends with these"),
+        }
     }
 }
 
 impl AsRawFd for Stream {
     fn as_raw_fd(&self) -> RawFd {
-        self.fd().as_raw_fd()
+        self.as_fd().as_raw_fd()
     }
 }
 
@@ -322,7 +304,7 @@ impl From<OwnedFd> for Stream {
     }
 }
 
-/// The bare descriptor, for whoever takes over the responsibility: see the [module](self).
+/// The descriptor alone. Reading and closing it may take long: see the [module](self).
 impl From<Stream> for OwnedFd {
     fn from(mut stream: Stream) -> Self {
         match stream.fd.take() {
@@ -334,16 +316,16 @@ impl From<Stream> for OwnedFd {
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Stream({:?}, descriptors: {:?})", self.fd, self.baggage)
+        write!(f, "Stream({:?}, descriptors: {:?})", self.fd, self.passing)
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
         if let (true, Some(fd)) = (self.may_linger(), self.fd.take()) {
-            // The peer sees the end at once.
+            // The peer gets the end of file at once.
             let _ = shutdown(fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
-            dispose_of(fd);
+            close_later(fd);
         }
     }
 }
@@ -358,7 +340,7 @@ pub(crate) mod tests {
 
     use nix::sys::socket::{ControlMessage, sendmsg, setsockopt, sockopt};
 
-    /// A TCP connection with unsent data whose close lingers for hours, and its other end.
+    /// A TCP connection with unsent data, whose close(2) takes hours, and its other end.
     pub(crate) fn lingering() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -401,7 +383,7 @@ pub(crate) mod tests {
             theirs.write_all(b"before").unwrap();
             send_along(&theirs, &theirs).unwrap();
             assert_eq!(stream.read(&mut []).unwrap(), 0, "no room, nothing to look at");
-            // However it is asked, what came before is given.
+            // Data before the descriptors is read, whatever the size of the buffer.
             assert_eq!(stream.read(&mut buffer[..2]).unwrap(), 2);
             assert_eq!(stream.read(&mut buffer).unwrap(), 4);
             for _ in 0..2 {
@@ -414,7 +396,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn what_came_before_descriptors_is_read_to_the_byte_however_it_was_sent() {
+    fn data_before_descriptors_is_read_to_the_byte() {
         let long = vec![b'x'; 70_000];
         for attached in [false, true] {
             for before in [vec![&b"a"[..], b"bc"], vec![&long], vec![&long, b"y", &long], vec![b"x"; 100]] {
@@ -438,24 +420,24 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn where_the_kernel_refuses_them_looking_ends_when_nothing_is_left_from_before() {
+    fn peeking_ends_with_the_queue_where_the_kernel_refuses_descriptors() {
         let (ours, mut theirs) = pair();
         theirs.write_all(b"x").unwrap();
         let mut stream = Stream::accepted(ours);
         // Before Linux 6.16 it cannot.
-        let is_refused = stream.baggage == Baggage::Earlier;
-        let afterwards = if is_refused { Baggage::Never } else { Baggage::Possible };
+        let is_refused = stream.passing == Passing::MaybeQueued;
+        let afterwards = if is_refused { Passing::Refused } else { Passing::Possible };
         assert!(stream.may_linger());
         let mut buffer = [0; 64];
         assert_eq!(stream.read(&mut buffer).unwrap(), 1);
         assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::WouldBlock);
-        assert_eq!(stream.baggage, afterwards);
+        assert_eq!(stream.passing, afterwards);
         assert_eq!(send_along(&theirs, &theirs).is_err(), is_refused);
         drop(theirs);
     }
 
     #[test]
-    fn at_the_end_of_file_nothing_is_left_to_look_for() {
+    fn at_the_end_of_file_peeking_ends() {
         let (ours, theirs) = pair();
         let mut stream = Stream::unrefused(ours);
         theirs.shutdown(Shutdown::Write).unwrap();
@@ -464,7 +446,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_blocking_stream_waits_for_what_comes_whatever_the_kernel_can_refuse() {
+    fn a_blocking_stream_waits_for_data_on_every_kernel() {
         for made in [|ours: UnixStream| Stream::accepted(ours), |ours| Stream::unrefused(ours)] {
             let (ours, mut theirs) = pair();
             let mut stream = made(ours);
@@ -486,7 +468,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn dropping_what_would_take_hours_to_close_keeps_nobody_waiting_and_tells_the_peer_at_once() {
+    fn dropping_a_stream_that_lingers_is_quick_and_the_peer_gets_the_end() {
         for read in [false, true] {
             let (ours, mut theirs) = pair();
             let (bomb, _other_end) = lingering();
@@ -497,7 +479,7 @@ pub(crate) mod tests {
             drop(stream);
             assert_eq!(theirs.read(&mut [0]).unwrap(), 0, "no reset");
         }
-        // The next one's turn comes only when these are closed.
+        // This one is closed after the ones before it.
         let (ours, mut theirs) = pair();
         let also_ours = ours.try_clone().unwrap();
         drop(Stream::unrefused(ours));
@@ -506,7 +488,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn whoever_takes_over_the_descriptor_has_it_open() {
+    fn a_stream_turned_into_a_descriptor_stays_open() {
         let (ours, mut theirs) = pair();
         let mut std = Stream::unrefused(ours).into_std().unwrap();
         theirs.write_all(b"x").unwrap();
@@ -517,7 +499,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn it_is_no_bigger_than_a_socket_must_be() {
+    fn a_stream_takes_eight_bytes() {
         assert!(size_of::<Stream>() <= 8, "each idle connection has one");
     }
 }

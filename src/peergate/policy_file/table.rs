@@ -30,7 +30,7 @@ pub struct Table<'a> {
 /// wants a message of its own about each value, or is made of several parts, takes its keys itself.
 ///
 /// ```
-/// use peergate::policy::file::{self, FromTable, ValueKind, Source, SystemNames, Table};
+/// use peergate::policy_file::{self, FromTable, ValueKind, Source, SystemNames, Table};
 /// use peergate::Uid;
 ///
 /// #[derive(Default)]
@@ -46,7 +46,7 @@ pub struct Table<'a> {
 /// }
 ///
 /// let text = "[allow.owner]\nusers = ['self']\npages = 'many'\n";
-/// let faults = file::parse::<Terms, ()>(&Source::new("x.toml", text), Uid::new(1000), &SystemNames).unwrap_err();
+/// let faults = policy_file::parse::<Terms, ()>(&Source::new("x.toml", text), Uid::new(1000), &SystemNames).unwrap_err();
 /// assert_eq!(faults.to_string(), "x.toml:3:9: `pages`: string \"many\"; expected a number of pages, such as 5");
 /// ```
 pub trait FromTable: Default {

@@ -1,13 +1,12 @@
-//! A listening socket of our own, where there is no systemd. For [`activation`](super) alone.
+//! A listening socket without systemd. Used by [`activation`](super).
 //!
-//! The directory may belong to another user, who can replace it, the socket's file, or a link on the way at any
-//! moment. So the directory is opened once, and files are looked at and removed through that descriptor, without
+//! The directory may belong to another user, and that user can replace the directory, the socket's file, or a link on the
+//! way at any moment. So the directory is opened once, and files are examined and removed through that descriptor, without
 //! following links. The socket's file gets its mode from bind(2) itself: nothing is changed by path afterwards.
 //!
-//! Two starts at once may find the same stale socket. The second must not remove the socket that the first has put in
-//! its place. No lock keeps them apart: whoever may open a file or a directory can hold a lock on it (flock(2)) for as
-//! long as they like. Instead a start claims the stale file itself, by giving it a second name (link(2)), which one
-//! alone can do.
+//! Two starts at the same time may find the same stale socket. The second must not remove the new socket of the first. A
+//! lock (flock(2)) does not help: every user that may open the file or directory can hold it without end. Instead a start
+//! claims the stale file by giving it a second name (link(2)). Only one link(2) can succeed.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -24,22 +23,22 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fchmod, fstat, fstatat, umask};
 use nix::unistd::{UnlinkatFlags, geteuid, linkat, unlinkat};
 
 use super::{BindError, LONGEST_PATH, Listener, address_of};
-use crate::baggage;
+use crate::fd_passing;
 
-/// How often the path is tried, and how long each try waits for another start to remove the stale socket.
+/// How often the path is tried, and how long a try waits until another start has removed the stale socket.
 const TRIES: usize = 200;
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// After so many tries a claim counts as left behind by a start that was killed.
+/// After so many tries a claim counts as one of a start that was killed.
 const CLAIM_LASTS: usize = 100;
 
-/// Read and write for all: the policy decides.
+/// Read and write for all users: the policy decides.
 const MODE: Mode = Mode::from_bits_truncate(0o666);
 
-/// A socket's file, to be removed with its listener.
+/// The file of a socket, removed with its listener.
 #[derive(Debug)]
 pub(super) struct Bound {
-    place: Place,
+    place: DirEntry,
     id: FileId,
 }
 
@@ -50,28 +49,22 @@ impl Bound {
     }
 }
 
-/// A name in a directory that is held open.
+/// A name in an open directory.
 #[derive(Debug)]
-struct Place {
+struct DirEntry {
     directory: OwnedFd,
     name: OsString,
 }
 
-/// Tells a file from every other that exists at the same time. A file exists as long as a socket is bound to it or a
-/// descriptor is open, also without a name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct FileId {
-    device: libc::dev_t,
-    inode: libc::ino_t,
+/// Identifies a file among all that exist at the same time. A file exists while a socket is bound to it or a descriptor is
+/// open, even without a name.
+type FileId = (libc::dev_t, libc::ino_t);
+
+fn id_of(status: &FileStat) -> FileId {
+    (status.st_dev, status.st_ino)
 }
 
-impl From<&FileStat> for FileId {
-    fn from(status: &FileStat) -> Self {
-        Self { device: status.st_dev, inode: status.st_ino }
-    }
-}
-
-/// A file that no socket is bound to any more.
+/// The file of a socket that is closed.
 struct Stale {
     file: OwnedFd,
     id: FileId,
@@ -88,26 +81,26 @@ pub(super) fn listener(path: &Path) -> Result<Listener, BindError> {
     if length == 0 {
         return Err(failed(Errno::ENOENT));
     }
-    let Some(place) = Place::open(path).map_err(failed)? else {
+    let Some(place) = DirEntry::open(path).map_err(failed)? else {
         return Err(BindError::Occupied(path.to_owned(), "a directory"));
     };
     let fd = bind_in(&place, path)?;
     let bound = place.own_socket().map(|id| Bound { place, id });
     let address = address_of(&fd).map_err(system)?;
     let listener = Listener { fd, address, bound };
-    baggage::refuse_from_all(&listener.fd);
+    fd_passing::refuse_from_all(&listener.fd);
     listen(&listener, Backlog::MAXALLOWABLE).map_err(failed)?;
     Ok(listener)
 }
 
 /// Binds a socket at the path, in place of a stale one.
-fn bind_in(place: &Place, path: &Path) -> Result<OwnedFd, BindError> {
+fn bind_in(place: &DirEntry, path: &Path) -> Result<OwnedFd, BindError> {
     let failed = |error: Errno| BindError::System(path.to_owned(), error.into());
     for tried in 0..TRIES {
         if let Some(stale) = place.stale_socket(path)? {
             if place.claim(&stale) || tried >= CLAIM_LASTS {
                 place.remove(stale.id).map_err(failed)?;
-                place.end_claim(stale.id);
+                let _ = place.remove_as(&name_of_claim(stale.id), stale.id);
             } else {
                 thread::sleep(PAUSE);
             }
@@ -121,9 +114,9 @@ fn bind_in(place: &Place, path: &Path) -> Result<OwnedFd, BindError> {
     Err(BindError::InUse(path.to_owned()))
 }
 
-/// A socket whose file has [`MODE`] from the beginning. bind(2) gives the file the mode of the socket's own inode, less
-/// the umask (`unix_bind_bsd` in net/unix/af_unix.c). The umask is the whole process's: it is put back at once, and one
-/// thread at a time changes it, or the second would put back what the first has set.
+/// Binds a socket. Its file has [`MODE`] from the beginning: bind(2) gives the file the mode of the socket's own inode,
+/// less the umask (`unix_bind_bsd` in net/unix/af_unix.c). The umask belongs to the whole process. It is restored at once,
+/// and a lock keeps another thread from restoring the wrong one.
 fn bound_socket(path: &Path) -> nix::Result<OwnedFd> {
     static UMASK: Mutex<()> = Mutex::new(());
     let fd = new_socket(SockType::Stream)?;
@@ -140,8 +133,8 @@ fn new_socket(kind: SockType) -> nix::Result<OwnedFd> {
     socket(AddressFamily::Unix, kind, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, None)
 }
 
-impl Place {
-    /// The directory and the name that a path consists of; `None` where it cannot end in a file, as `..`.
+impl DirEntry {
+    /// The directory and the name of a path; `None` if the path cannot name a file, as `..`.
     fn open(path: &Path) -> nix::Result<Option<Self>> {
         let Some(name) = path.file_name() else { return Ok(None) };
         let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -149,8 +142,7 @@ impl Place {
         Ok(Some(Self { directory, name: name.to_owned() }))
     }
 
-    /// The stale socket that is here; `None` where there is nothing. Anything else is in the way. `path` is what errors
-    /// call this place.
+    /// The stale socket of this name; `None` if there is no file. Another file is an error. `path` is for messages.
     fn stale_socket(&self, path: &Path) -> Result<Option<Stale>, BindError> {
         let failed = |error: Errno| BindError::System(path.to_owned(), error.into());
         let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -172,51 +164,47 @@ impl Place {
         match knock(&file, path, SockType::Stream) {
             Err(Errno::ECONNREFUSED) => {}
             Err(Errno::EPROTOTYPE) => return Err(BindError::Occupied(path.to_owned(), "a socket of another type")),
-            // EAGAIN: so many connections wait there that there is no room for one more.
+            // EAGAIN: the backlog is full.
             Ok(()) | Err(Errno::EAGAIN) => return Err(BindError::InUse(path.to_owned())),
             Err(error) => return Err(failed(error)),
         }
-        // Between its bind(2) and its listen(2) a living socket refuses a connection too. A datagram socket is refused where
-        // no socket is bound to the file, and told of the wrong type where one is.
+        // A socket in use refuses a connection too, between its bind(2) and its listen(2). So a datagram socket connects as
+        // well: the error is ECONNREFUSED if no socket is bound to the file, and EPROTOTYPE if one is.
         match knock(&file, path, SockType::Datagram) {
-            Err(Errno::ECONNREFUSED) => Ok(Some(Stale { id: FileId::from(&status), file })),
+            Err(Errno::ECONNREFUSED) => Ok(Some(Stale { id: id_of(&status), file })),
             Ok(()) | Err(Errno::EPROTOTYPE) => Err(BindError::InUse(path.to_owned())),
             Err(error) => Err(failed(error)),
         }
     }
 
-    /// Whether this start may remove the stale socket. One start alone can give it the second name; the file is named by
-    /// its descriptor, so another that has taken its place is never meant, and one already removed cannot be claimed.
+    /// Whether this start may remove the stale socket. Only one start can give it the second name. The file is named by its
+    /// descriptor, so a file that has taken its place is never claimed, nor one that has been removed.
     fn claim(&self, stale: &Stale) -> bool {
         let file = by_descriptor(&stale.file);
         let claim = name_of_claim(stale.id);
         match linkat(AT_FDCWD, file.as_str(), &self.directory, claim.as_os_str(), AtFlags::AT_SYMLINK_FOLLOW) {
             Ok(()) => true,
             Err(Errno::EEXIST | Errno::ENOENT) => false,
-            // A file of another user's (fs.protected_hardlinks), or no links there: only the look before the removal is left.
+            // A file of another user (fs.protected_hardlinks), or no links on this file system. The check before the removal
+            // must be enough.
             Err(_) => true,
         }
     }
 
-    fn end_claim(&self, id: FileId) {
-        let _ = self.remove_as(&name_of_claim(id), id);
-    }
-
-    /// The socket here that this user has just made. `None` where another user's file is in its place already: that is
-    /// not ours to remove.
+    /// The socket that was just bound. `None` if the file of another user is in its place: that is not removed.
     fn own_socket(&self) -> Option<FileId> {
         let status = self.status(&self.name).ok()?;
         let own = type_of(&status) == SFlag::S_IFSOCK && status.st_uid == geteuid().as_raw();
-        own.then(|| FileId::from(&status))
+        own.then(|| id_of(&status))
     }
 
-    /// Removes the file here if it is still this one.
+    /// Removes the file of this name if it is still the same one.
     fn remove(&self, id: FileId) -> nix::Result<()> {
         self.remove_as(&self.name, id)
     }
 
     fn remove_as(&self, name: &OsStr, id: FileId) -> nix::Result<()> {
-        if !self.status(name).is_ok_and(|status| FileId::from(&status) == id) {
+        if !self.status(name).is_ok_and(|status| id_of(&status) == id) {
             return Ok(());
         }
         match unlinkat(&self.directory, name, UnlinkatFlags::NoRemoveDir) {
@@ -231,19 +219,19 @@ impl Place {
 }
 
 fn name_of_claim(id: FileId) -> OsString {
-    format!(".{}.stale", id.inode).into()
+    format!(".{}.stale", id.1).into()
 }
 
 fn type_of(status: &FileStat) -> SFlag {
     SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT
 }
 
-/// A path to the very file that an O_PATH descriptor stands for, whatever becomes of its name.
+/// A path to the file of an O_PATH descriptor, whatever becomes of its name.
 fn by_descriptor(file: &OwnedFd) -> String {
     format!("/proc/self/fd/{}", file.as_raw_fd())
 }
 
-/// Connects a socket of this type to the file, and closes it. Never waits. `path` serves where /proc is not mounted.
+/// Connects a socket of this type to the file, and closes it. Never waits. `path` is used if /proc is not mounted.
 fn knock(file: &OwnedFd, path: &Path, kind: SockType) -> nix::Result<()> {
     let visitor = new_socket(kind)?;
     match connect(visitor.as_raw_fd(), &UnixAddr::new(by_descriptor(file).as_str())?) {
@@ -268,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_that_start_at_once_one_replaces_the_stale_socket() {
+    fn of_many_starts_at_once_one_replaces_the_stale_socket() {
         const CROWD: usize = 6;
         let directory = directory("crowd");
         let path = directory.join("socket");
@@ -297,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_left_behind_does_not_keep_the_next_start_away() {
+    fn a_claim_left_behind_does_not_stop_the_next_start() {
         let directory = directory("claim");
         let path = directory.join("socket");
         drop(UnixListener::bind(&path).unwrap());

@@ -1,6 +1,6 @@
-//! A socket becomes a [`Peer`]: what the kernel vouches for about the process on the other end.
+//! What the kernel vouches for about the process on the other end of a socket: [`Peer`].
 //!
-//! Sole user of the credentials' socket options (unix(7), socket(7)). Knows the kernel, not the policy.
+//! The only module that uses the socket options for credentials (unix(7), socket(7)). It does not know the policy.
 //!
 //! | fact | from | fixed when | since |
 //! | --- | --- | --- | --- |
@@ -11,12 +11,12 @@
 //! | security label | SO_PEERSEC | connect(2) | Linux 2.6.2 |
 //!
 //! A pid is only a number, and is given to another process once its owner has been waited for. So
-//! whatever is read from `/proc/PID` counts only if the pidfd shows afterwards that the process had
-//! not ended in the meantime: until then its number cannot have passed on.
+//! what is read from `/proc/PID` counts only if the pidfd shows afterwards that the process had not
+//! ended: until then its number cannot have passed on.
 //!
-//! A peer chooses how many groups it has, how deep in the control group tree it is, and sometimes its label, and it is
-//! asked about on threads that all connections share. So each answer is read into room of a fixed size, and one that
-//! does not fit in cannot be told.
+//! A peer chooses how many groups it has, how deep in the control group tree it is, and sometimes its label. The kernel is
+//! asked on threads that all connections share. So each answer is read into a buffer of a fixed size. An answer that does
+//! not fit is unknown.
 
 use std::fs;
 use std::io::{self, Read as _};
@@ -28,43 +28,43 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{UnixAddr, getpeername, getsockopt, setsockopt, sockopt};
 
+use super::subject::Subject;
+use crate::escape::printable;
 use crate::ids::{Gid, OVERFLOW_ID, Uid};
-use crate::subject::Subject;
 use crate::sys;
 use crate::unit::Units;
 
 impl Uid {
-    /// The user whose rights this process uses (geteuid(2)): whom [`User::Me`](crate::policy::User::Me) usually
-    /// stands for.
+    /// The effective user id of this process (geteuid(2)), which [`User::Me`](crate::policy::User::Me) usually means.
     pub fn effective() -> Self {
         Self::new(nix::unistd::geteuid().as_raw())
     }
 }
 
-/// The longest list of supplementary groups that can be told. Of a longer one only the number is told: it fulfils no
-/// allow rule by groups, and a deny rule by groups counts as matched.
+/// The longest list of supplementary groups that is read. Of a longer list only the length is known: an allow rule by
+/// groups does not match, and a deny rule by groups does.
 ///
 /// setgroups(2) takes 65,536 groups, even the same one so many times, and where newgidmap(1) is installed any user may
 /// call it in a user namespace. The lists that directories give are shorter than this: a Windows domain, the richest
 /// source of groups in practice, gives a user 1,015 at most (its access token has room for 1,024).
 pub const MOST_GROUPS: usize = 1024;
 
-/// How much of a file below /proc/PID is read: four control groups' paths of the greatest length, far more than the
-/// dozen short ones that there are, and any command name.
+/// How much of a file below /proc/PID is read: enough for four control group paths of the greatest length, or for any
+/// command name.
 const MOST_PROC: usize = 16 * 1024;
 
-/// How long a label may be. Those of Smack have 255 bytes at most, and a usual one of SELinux some 60.
+/// How long a label may be. Smack's have 255 bytes at most, and a usual one of SELinux some 60.
 const MOST_LABEL: usize = 1024;
 
-/// Room for /proc/PID/status: NGROUPS_MAX groups of 11 characters, and what stands around them.
+/// How much of /proc/PID/status is read: NGROUPS_MAX groups of 11 characters, and the other lines.
 const MOST_STATUS: u64 = 1024 * 1024;
 
-/// Who is on the other end of a connected AF_UNIX socket, as of connect(2).
+/// The process on the other end of a connected AF_UNIX socket, as of connect(2).
 #[derive(Debug)]
 pub struct Peer {
     uid: Uid,
     gid: Gid,
-    /// The effective gid first, then the supplementary ones; no neighbours alike. `None`: not known.
+    /// The effective gid first, then the supplementary ones; no neighbours are equal. `None`: not known.
     groups: Option<Box<[Gid]>>,
     /// How many supplementary groups the kernel counts; 0 until it was asked.
     supplementary: u32,
@@ -74,8 +74,8 @@ pub struct Peer {
     lacked_descriptors: AtomicBool,
 }
 
-/// What a record tells about a peer beyond its ids. Each is absent where it could not be tied to the
-/// very process that connected.
+/// What a record tells about a peer beyond its ids. A field is absent where it could not be tied to the process that
+/// connected.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Details {
@@ -88,15 +88,15 @@ pub struct Details {
 }
 
 impl Peer {
-    /// Asks the kernel everything that a policy may want to know of the peer of `socket`.
+    /// Asks the kernel for everything that a policy may need to know about the peer of `socket`.
     ///
-    /// Holds a descriptor (the pidfd) until [`release_process`](Self::release_process) or drop.
+    /// Holds a descriptor (the pidfd) until [`close_pidfd`](Self::close_pidfd) or drop.
     ///
-    /// Asked of a listening socket the kernel tells of whoever made it listen, and of a pair (socketpair(2)) who made
-    /// that: ask what [`accept`](crate::Listener::accept) returned.
+    /// For a listening socket the kernel tells the process that called listen(2), and for a pair the process that called
+    /// socketpair(2). So ask about the socket that [`accept`](crate::Listener::accept) returned.
     ///
     /// # Errors
-    /// ENOTCONN where the kernel names nobody, as for a socket that is not connected, or not of AF_UNIX; else what
+    /// ENOTCONN where the kernel names no process, as for a socket that is not connected or not of AF_UNIX; else what
     /// getsockopt(2) says. Treat it as a denial.
     ///
     /// ```
@@ -109,7 +109,7 @@ impl Peer {
     /// ```
     pub fn of(socket: &impl AsFd) -> io::Result<Self> {
         let mut peer = Self::credentials_of(socket)?;
-        peer.hold_process(socket);
+        peer.open_pidfd(socket);
         Ok(peer)
     }
 
@@ -119,13 +119,12 @@ impl Peer {
     /// As [`of`](Self::of).
     pub fn credentials_of(socket: &impl AsFd) -> io::Result<Self> {
         let mut peer = Self::ids_of(socket)?;
-        peer.learn_groups(socket);
+        peer.load_groups(socket);
         Ok(peer)
     }
 
     /// As [`of`](Self::of), without process and supplementary groups: one system call. Until
-    /// [`learn_groups`](Self::learn_groups) the groups are incomplete, which no policy that asks for them takes for
-    /// less.
+    /// [`load_groups`](Self::load_groups) the groups are incomplete.
     ///
     /// # Errors
     /// As [`of`](Self::of).
@@ -135,48 +134,55 @@ impl Peer {
         if credentials.uid() == u32::MAX {
             return Err(Errno::ENOTCONN.into());
         }
-        let (uid, gid) = (known_uid(credentials.uid()), known_gid(credentials.gid()));
-        let pid = credentials.pid();
-        let lacked_descriptors = AtomicBool::new(false);
-        let units = OnceLock::new();
-        Ok(Self { uid, gid, groups: None, supplementary: 0, pid, pidfd: None, units, lacked_descriptors })
+        Ok(Self::new(known_uid(credentials.uid()), known_gid(credentials.gid()), credentials.pid()))
     }
 
-    /// Asks for the supplementary groups, unless they are known. They are fixed at connect: to ask later
-    /// gives the same answer. Where the kernel gives none, or more than [`MOST_GROUPS`], they stay incomplete.
-    pub(crate) fn learn_groups(&mut self, socket: &impl AsFd) {
+    fn new(uid: Uid, gid: Gid, pid: i32) -> Self {
+        let (units, lacked_descriptors) = (OnceLock::new(), AtomicBool::new(false));
+        Self { uid, gid, groups: None, supplementary: 0, pid, pidfd: None, units, lacked_descriptors }
+    }
+
+    /// Asks for the supplementary groups, unless they are known. They are fixed at connect(2), so the answer is the same
+    /// later. Where the kernel gives none, or more than [`MOST_GROUPS`], they stay incomplete.
+    pub(crate) fn load_groups(&mut self, socket: &impl AsFd) {
         if self.groups.is_some() {
             return;
         }
         let mut room = [0; MOST_GROUPS];
         let Ok(count) = sys::peer_groups(socket.as_fd(), &mut room) else { return };
-        self.supplementary = u32::try_from(count).unwrap_or(u32::MAX);
-        self.groups = room.get(..count).map(|groups| united(self.gid, groups.iter().copied().map(known_gid)));
+        self.set_groups(count, &room);
     }
 
-    /// Lets go of the groups. Only a decision and its record need them.
+    /// Notes how many supplementary groups there are, and which they are unless there are more than [`MOST_GROUPS`].
+    fn set_groups(&mut self, count: usize, listed: &[u32]) {
+        self.supplementary = u32::try_from(count).unwrap_or(u32::MAX);
+        let groups = listed.get(..count).filter(|groups| groups.len() <= MOST_GROUPS);
+        self.groups = groups.map(|groups| united(self.gid, groups.iter().copied().map(known_gid)));
+    }
+
+    /// Frees the list of groups. Only a decision and its record need it.
     pub fn forget_groups(&mut self) {
         self.groups = None;
     }
 
-    /// How many supplementary groups the kernel counted when it was last asked. Where there are more than
-    /// [`MOST_GROUPS`] of them, it counted them and no more is known.
+    /// How many supplementary groups the kernel counted when it was last asked. Of more than [`MOST_GROUPS`] only the
+    /// number is known.
     pub fn supplementary_groups(&self) -> usize {
         self.supplementary as usize
     }
 
-    /// Takes hold of the process that connected, so that its units can be told. Without effect on
+    /// Opens a pidfd of the process that connected: its units can be told from then on. Without effect on
     /// kernels before 6.5, for a peer in another pid namespace and (before 6.16) for one that has been
     /// waited for already: such a peer has no units.
-    pub(crate) fn hold_process(&mut self, socket: &impl AsFd) {
+    pub(crate) fn open_pidfd(&mut self, socket: &impl AsFd) {
         if self.pidfd.is_none() && self.pid > 0 {
             let pidfd = getsockopt(&socket.as_fd(), sockopt::PeerPidfd);
             self.pidfd = pidfd.map_err(|error| self.note_lack(error)).ok();
         }
     }
 
-    /// Whether something is not known only because there was no descriptor to ask with, since this was last called: to
-    /// ask again, when there is one, may give another answer.
+    /// Whether a question has failed since the last call because no descriptor was free. Asked again, it may have an
+    /// answer.
     pub(crate) fn lacked_descriptors(&self) -> bool {
         self.lacked_descriptors.swap(false, Ordering::Relaxed)
     }
@@ -187,12 +193,12 @@ impl Peer {
         }
     }
 
-    /// Lets go of the process, and with it of the descriptor. Units that were asked for stay known.
-    pub fn release_process(&mut self) {
+    /// Closes the pidfd. Units that were asked for stay known.
+    pub fn close_pidfd(&mut self) {
         self.pidfd = None;
     }
 
-    /// A live process as it would be judged if it connected now: its effective ids and groups from
+    /// A live process, as it would be judged if it connected now: its effective ids and groups from
     /// `/proc/PID/status`, its units as for a peer.
     ///
     /// # Errors
@@ -205,15 +211,16 @@ impl Peer {
         let pidfd = sys::pidfd_open(pid)?;
         let mut status = Vec::new();
         fs::File::open(format!("/proc/{pid}/status"))?.take(MOST_STATUS).read_to_end(&mut status)?;
-        // The process chose its name, which is in there too.
-        let ids = ids_of_status(&String::from_utf8_lossy(&status))
-            .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
+        // The process chose its name, which is in the file too.
+        let ids = ids_of_status(&String::from_utf8_lossy(&status));
+        let (uid, gid, groups) = ids.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
         if has_ended(pidfd.as_fd()) {
             return Err(gone());
         }
-        let (uid, gid, supplementary, groups) = ids;
-        let (units, lacked_descriptors) = (OnceLock::new(), AtomicBool::new(false));
-        Ok(Self { uid, gid, groups, supplementary, pid, pidfd: Some(pidfd), units, lacked_descriptors })
+        let mut peer = Self::new(uid, gid, pid);
+        peer.set_groups(groups.len(), &groups);
+        peer.pidfd = Some(pidfd);
+        Ok(peer)
     }
 
     /// The effective user id.
@@ -226,8 +233,8 @@ impl Peer {
         self.gid
     }
 
-    /// The effective group id and, as far as they are known, all supplementary ones. The gate asks for them where the
-    /// policy depends on them, and lets go of them after the decision; [`details`](Self::details) asks for them again.
+    /// The effective group id and the supplementary ones that are known. The gate asks for them where the policy depends on
+    /// them, and frees them after the decision; [`details`](Self::details) asks for them again.
     pub fn gids(&self) -> &[Gid] {
         self.groups.as_deref().unwrap_or(std::slice::from_ref(&self.gid))
     }
@@ -237,21 +244,21 @@ impl Peer {
         (self.pid > 0).then_some(self.pid)
     }
 
-    /// The systemd units around the process; `None` where they cannot be tied to it. Read at the first
-    /// call, and then remembered, unless there was no descriptor to read with.
+    /// The systemd units around the process; `None` where they cannot be tied to it. Read at the first call and then
+    /// remembered, unless no descriptor was free.
     pub fn units(&self) -> Option<&Units> {
         if let Some(known) = self.units.get() {
             return known.as_deref();
         }
         let read = self.read_proc("cgroup").and_then(|text| Units::from_proc_cgroup(&text)).map(Box::new);
-        // The question was not asked: there is no answer to remember.
+        // The file was not read, so there is no answer to remember.
         if read.is_none() && self.lacked_descriptors.load(Ordering::Relaxed) {
             return None;
         }
         self.units.get_or_init(|| read).as_deref()
     }
 
-    /// Sets what [`units`](Self::units) answers, for a connection that another process judged before us.
+    /// Sets what [`units`](Self::units) answers, for a connection that was judged in the process before this one.
     pub fn remember_units(&self, units: Option<Units>) {
         let _ = self.units.set(units.map(Box::new));
     }
@@ -261,11 +268,11 @@ impl Peer {
         self.units.get().and_then(Option::as_deref)
     }
 
-    /// What a record tells beyond the ids; learns the groups too. Costs several system calls: ask only where one is
+    /// What a record tells beyond the ids; loads the groups too. Costs several system calls: ask only where one is
     /// written.
     pub fn details(&mut self, socket: &impl AsFd) -> Details {
-        self.hold_process(socket);
-        self.learn_groups(socket);
+        self.open_pidfd(socket);
+        self.load_groups(socket);
         Details {
             comm: self.read_proc("comm").map(|comm| printable(comm.strip_suffix('\n').unwrap_or(&comm))),
             unit: self.units().map(|units| printable(units.name())),
@@ -273,7 +280,7 @@ impl Peer {
         }
     }
 
-    /// Reads a file below /proc/PID, and makes sure that the process it told of is ours.
+    /// Reads a file below /proc/PID, and makes sure that it is about the process that connected.
     fn read_proc(&self, file: &str) -> Option<String> {
         let pidfd = self.pidfd.as_ref()?;
         let note_lack = |error: io::Error| self.note_lack(Errno::from_raw(error.raw_os_error().unwrap_or(0)));
@@ -302,29 +309,29 @@ impl Subject for Peer {
     }
 }
 
-/// Reads from a socket that has SO_PASSCRED (unix(7)): see [`Stream::receive`](crate::Stream::receive). Descriptors that
-/// come along are closed: look for them before.
+/// Reads from a socket that has SO_PASSCRED (unix(7)): see [`Stream::receive`](crate::Stream::receive). Descriptors in
+/// the message are closed: look for them before.
 pub(crate) fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
     let (count, sender) = sys::receive(socket.as_fd(), buffer)?;
     Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
 }
 
-/// Sets SO_PASSCRED on a connection just accepted. Returns within how many bytes, from the first on, some may have come
-/// without credentials because the option was not set yet; 0 where it was inherited. None that come later are without.
+/// Sets SO_PASSCRED on a connection just accepted. Returns how many bytes came before, so that they may be without
+/// credentials; 0 where the option was inherited. All later bytes have them.
 pub(crate) fn attach_credentials(socket: &impl AsFd) -> usize {
     let fd = socket.as_fd();
     if getsockopt(&fd, sockopt::PassCred) == Ok(true) {
         return 0;
     }
-    // Where it fails every sender is unknown, which the application takes for a stranger.
+    // If it fails, every sender is unknown, and the application must treat it as a stranger.
     let _ = setsockopt(&fd, sockopt::PassCred, &true);
-    // Whoever sends looks at the option and fills the queue under a lock of this socket. To tell the peer's address the
-    // kernel takes the same lock: after that, who still found the option unset has their data in the queue, to be counted.
+    // A sender looks at the option and fills the queue under a lock of this socket. getpeername(2) takes the same lock. So
+    // when it returns, the data of every sender that found the option unset is in the queue and is counted.
     let _ = getpeername::<UnixAddr>(fd.as_raw_fd());
     sys::unread(fd).unwrap_or(0)
 }
 
-/// The whole of a file; `None` where it cannot be read, or may not have ended where the room does.
+/// A whole file; `None` where it cannot be read or may be longer than the buffer.
 fn read_all<'r>(file: &mut fs::File, room: &'r mut [u8]) -> Option<&'r [u8]> {
     let mut length = 0;
     while length < room.len() {
@@ -339,36 +346,30 @@ fn read_all<'r>(file: &mut fs::File, room: &'r mut [u8]) -> Option<&'r [u8]> {
 }
 
 /// A pidfd polls readable once its process has ended, waited for or not (pidfd_open(2)).
-/// Where the question itself fails, the answer is the safe one.
+/// If poll(2) fails, the process counts as ended.
 fn has_ended(pidfd: BorrowedFd<'_>) -> bool {
     let mut question = [PollFd::new(pidfd, PollFlags::POLLIN)];
     !matches!(poll(&mut question, PollTimeout::ZERO), Ok(0))
 }
 
-/// Reads the effective uid, the effective gid, the number of groups and the groups from the text of /proc/PID/status,
-/// proc(5).
-#[allow(clippy::type_complexity)]
-fn ids_of_status(status: &str) -> Option<(Uid, Gid, u32, Option<Box<[Gid]>>)> {
+/// Reads the effective uid, the effective gid and the supplementary groups from the text of /proc/PID/status, proc(5).
+fn ids_of_status(status: &str) -> Option<(Uid, Gid, Vec<u32>)> {
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
     let effective = |name| field(name)?.split_whitespace().nth(1)?.parse::<u32>().ok();
-    let uid = known_uid(effective("Uid")?);
-    let gid = known_gid(effective("Gid")?);
+    let (uid, gid) = (known_uid(effective("Uid")?), known_gid(effective("Gid")?));
     let groups: Result<Vec<u32>, _> = field("Groups")?.split_whitespace().map(str::parse).collect();
-    let groups = groups.ok()?;
-    let count = u32::try_from(groups.len()).unwrap_or(u32::MAX);
-    let told = groups.len() <= MOST_GROUPS;
-    Some((uid, gid, count, told.then(|| united(gid, groups.into_iter().map(known_gid)))))
+    Some((uid, gid, groups.ok()?))
 }
 
-/// The effective gid is not among what the kernel calls the groups, or only by chance. It sorts them (setgroups(2)), so
-/// that those alike are neighbours.
+/// The effective gid, then the supplementary groups, which may repeat it. The kernel sorts the latter (setgroups(2)), so
+/// that equal ones are neighbours.
 fn united(gid: Gid, supplementary: impl Iterator<Item = Gid>) -> Box<[Gid]> {
     let mut groups: Vec<Gid> = std::iter::once(gid).chain(supplementary.filter(|other| *other != gid)).collect();
     groups.dedup();
     groups.into()
 }
 
-/// The administrator may have moved the overflow ids; to everyone else they are [`OVERFLOW_ID`].
+/// The administrator may have changed the overflow ids. In this library they are always [`OVERFLOW_ID`].
 fn known_uid(raw: u32) -> Uid {
     static OVERFLOW: OnceLock<u32> = OnceLock::new();
     Uid::new(overflow_as_default(raw, &OVERFLOW, "/proc/sys/kernel/overflowuid"))
@@ -385,7 +386,7 @@ fn overflow_as_default(raw: u32, cached: &OnceLock<u32>, file: &str) -> u32 {
 }
 
 /// How much of `/proc/self/uid_map` and `gid_map` is missing: a process in a user namespace that does not
-/// map every id sees all the others as [`OVERFLOW_ID`] (user_namespaces(7)).
+/// map every id sees each unmapped one as [`OVERFLOW_ID`] (user_namespaces(7)).
 ///
 /// `None` where every id is mapped, else a sentence that says what is and what to look for.
 pub fn unmapped_ids() -> Option<String> {
@@ -411,34 +412,6 @@ fn label_text(label: &[u8]) -> Option<String> {
     (!label.is_empty()).then(|| printable(&String::from_utf8_lossy(label)))
 }
 
-/// `text` with every control character, and the backslash that marks one, escaped: what a peer chose
-/// must not move a terminal's cursor or end a line of the record.
-pub fn printable(text: &str) -> String {
-    if text.chars().all(|c| !needs_escape(c)) {
-        return text.to_owned();
-    }
-    text.chars().fold(String::with_capacity(text.len() + 8), |mut out, c| {
-        if needs_escape(c) {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-        out
-    })
-}
-
-/// Controls, and the characters that reorder or hide what stands around them, or show nothing at all: Unicode's format
-/// characters and default ignorables (UAX #44, DerivedCoreProperties).
-fn needs_escape(c: char) -> bool {
-    c.is_control()
-        || c == '\\'
-        || matches!(c,
-            '\u{ad}' | '\u{34f}' | '\u{600}'..='\u{605}' | '\u{61c}' | '\u{6dd}' | '\u{70f}' | '\u{115f}' | '\u{1160}'
-            | '\u{17b4}' | '\u{17b5}' | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
-            | '\u{2060}'..='\u{206f}' | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}'
-            | '\u{fff0}'..='\u{fffb}' | '\u{1bca0}'..='\u{1bca3}' | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -447,7 +420,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_came_before_credentials_were_attached_is_counted_and_what_comes_after_has_them() {
+    fn bytes_that_came_before_credentials_were_attached_are_counted() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(b"before").unwrap();
         assert_eq!(attach_credentials(&ours), 6);
@@ -459,9 +432,9 @@ mod tests {
         assert_eq!(attach_credentials(&ours), 0, "the option was set when it came");
     }
 
-    /// The kernel answers for them all, with nobody's credentials.
+    /// The kernel answers for all of these, with a uid of -1.
     #[test]
-    fn a_socket_that_is_no_connection_to_a_local_process_has_no_peer() {
+    fn a_socket_without_a_local_process_at_its_end_has_no_peer() {
         use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
         use std::net::{TcpListener, TcpStream, UdpSocket};
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -482,23 +455,20 @@ mod tests {
     #[test]
     fn effective_ids_are_read_from_status() {
         let status = "Name:\tx\nUid:\t1000\t0\t1\t2\nGid:\t5\t6\t7\t8\nGroups:\t6 24 27 \n";
-        let (uid, gid, count, gids) = ids_of_status(status).unwrap();
-        assert_eq!((uid, gid, count), (Uid::new(0), Gid::new(6), 3));
-        assert_eq!(&*gids.unwrap(), [Gid::new(6), Gid::new(24), Gid::new(27)]);
+        assert_eq!(ids_of_status(status), Some((Uid::new(0), Gid::new(6), vec![6, 24, 27])));
     }
 
     #[test]
-    fn a_list_of_groups_is_told_up_to_the_bound_and_counted_beyond_it() {
-        let groups = |count: u32| {
-            let list = (0..count).map(|gid| gid.to_string()).collect::<Vec<_>>().join(" ");
-            let (_, _, counted, groups) =
-                ids_of_status(&format!("Uid:\t1\t1\t1\t1\nGid:\t1\t1\t1\t1\nGroups:\t{list} \n")).unwrap();
-            assert_eq!(counted, count);
-            groups.map(|groups| groups.len())
+    fn more_groups_than_the_bound_are_counted_but_not_listed() {
+        let told = |count: u32| {
+            let mut peer = Peer::new(Uid::new(1), Gid::new(0), 1);
+            peer.set_groups(count as usize, &(0..count).collect::<Vec<_>>());
+            assert_eq!(peer.supplementary_groups(), count as usize);
+            peer.groups.map(|groups| groups.len())
         };
-        assert_eq!((groups(0), groups(1024), groups(1025), groups(65_536)), (Some(1), Some(1024), None, None));
+        assert_eq!((told(0), told(1024), told(1025), told(65_536)), (Some(1), Some(1024), None, None));
         let same = united(Gid::new(5), [4, 4, 4, 5, 5, 6, 6].into_iter().map(Gid::new));
-        assert_eq!(*same, [5, 4, 6].map(Gid::new), "those alike need no room of their own");
+        assert_eq!(*same, [5, 4, 6].map(Gid::new), "equal ones are listed once");
     }
 
     #[test]
@@ -510,12 +480,6 @@ mod tests {
             read_all(&mut file, &mut vec![1; room]).map(<[u8]>::len)
         };
         assert_eq!((read(0, 10), read(9, 10), read(10, 10), read(1 << 40, 10)), (Some(0), Some(9), None, None));
-    }
-
-    #[test]
-    fn a_name_chosen_by_a_peer_cannot_move_the_cursor_or_end_the_line() {
-        assert_eq!(printable("a\nb\u{1b}[2J\u{202e}\\"), "a\\nb\\u{1b}[2J\\u{202e}\\\\");
-        assert_eq!(printable("köln"), "köln");
     }
 
     #[test]
@@ -534,7 +498,7 @@ mod tests {
         assert_eq!(peer.read_proc("comm"), None);
         assert_eq!(peer.units(), None);
         let mut held = Peer::credentials_of(&ours).unwrap();
-        held.hold_process(&ours);
+        held.open_pidfd(&ours);
         assert!(held.read_proc("comm").is_some(), "with one there is a name: the pid alone is not what is missing");
     }
 

@@ -22,13 +22,13 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 const SOON: Duration = Duration::from_millis(10);
 const LATE: Duration = Duration::from_millis(500);
 
-/// Cheap to clone; all clones are one.
+/// Clones share the socket and the messages kept.
 #[derive(Clone, Debug)]
-pub(crate) struct Outlet(Arc<Inner>);
+pub(super) struct Outlet(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    /// Open from the start on: the sign of life must not be missing because descriptors have run out.
+    /// Open from the start: the watchdog must be fed when there are no descriptors left.
     socket: UnixDatagram,
     manager: UnixAddr,
     kept: Mutex<Kept>,
@@ -42,8 +42,8 @@ struct Kept {
 }
 
 impl Outlet {
-    /// To the socket of this address, as in NOTIFY_SOCKET: `None` where there can be none.
-    pub(crate) fn to(address: &OsStr) -> Option<Self> {
+    /// To the socket of this address, in the form of NOTIFY_SOCKET; `None` if that is no address.
+    pub(super) fn to(address: &OsStr) -> Option<Self> {
         let manager = match address.as_bytes().strip_prefix(b"@") {
             Some(name) => UnixAddr::new_abstract(name),
             None => UnixAddr::new(address),
@@ -52,13 +52,13 @@ impl Outlet {
         Some(Self(Arc::new(Inner { socket, manager, kept: Mutex::default() })))
     }
 
-    /// Sends a message of which the next one makes up for the loss. Whether it was taken.
-    pub(crate) fn try_send(&self, message: &str) -> bool {
+    /// Sends a message that need not arrive, because the next one replaces it. Whether it was taken.
+    pub(super) fn try_send(&self, message: &str) -> bool {
         self.0.send(message, &[]).is_ok()
     }
 
-    /// Sends a message, now or later. Errors end here: there is no manager left to tell.
-    pub(crate) fn send(&self, kind: String, message: String) {
+    /// Sends a message, now or later. An error means that there is no manager left, and ends here.
+    pub(super) fn send(&self, kind: String, message: String) {
         let mut kept = self.0.lock();
         self.0.send_kept(&mut kept);
         if kept.messages.is_empty() && self.0.send(&message, &[]) != Err(Errno::EAGAIN) {
@@ -68,7 +68,7 @@ impl Outlet {
         kept.messages.push_back((kind, message));
         if !kept.has_thread {
             let inner = Arc::clone(&self.0);
-            // Where there can be no thread, the next message is an occasion to send this one.
+            // Without a thread it is sent with the next message.
             let thread = thread::Builder::new().name("notify".to_owned()).spawn(move || inner.send_later());
             kept.has_thread = thread.is_ok();
         }
@@ -77,8 +77,8 @@ impl Outlet {
     /// Sends a message with descriptors, after the messages kept.
     ///
     /// # Errors
-    /// TimedOut where it is not taken within `patience`; what sendmsg(2) says.
-    pub(crate) fn send_with(&self, message: &str, fds: &[BorrowedFd<'_>], patience: Duration) -> io::Result<()> {
+    /// TimedOut if it is not taken within `patience`; what sendmsg(2) reports.
+    pub(super) fn send_with(&self, message: &str, fds: &[BorrowedFd<'_>], patience: Duration) -> io::Result<()> {
         let until = Instant::now() + patience;
         loop {
             let mut kept = self.0.lock();

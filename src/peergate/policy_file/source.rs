@@ -1,13 +1,14 @@
-//! A configuration file's text, and faults with their place in it. Used by [`file`](super), which makes these
+//! A configuration file's text, and faults with their place in it. Used by [`policy_file`](super), which makes these
 //! names public.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io::{self, Read as _};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use super::trust;
+use crate::escape::printable_again;
 use crate::ids::Uid;
 
 /// The longest file that is read.
@@ -47,21 +48,17 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_harmless(f, &self.file.to_string_lossy())?;
+        // Keys and values are quoted from a file that may hold anything.
+        f.write_str(&printable_again(&self.file.to_string_lossy()))?;
         if let Some((line, column)) = self.place {
             write!(f, ":{line}:{column}")?;
         }
         f.write_str(": ")?;
-        write_harmless(f, &self.message)
+        f.write_str(&printable_again(&self.message))
     }
 }
 
 impl std::error::Error for Fault {}
-
-/// Keys and values are quoted from a file that may hold anything: they must not forge a line or steer a terminal.
-fn write_harmless(f: &mut fmt::Formatter<'_>, text: &str) -> fmt::Result {
-    text.chars().try_for_each(|c| if c.is_control() { write!(f, "{}", c.escape_default()) } else { f.write_char(c) })
-}
 
 /// All faults of a file, in the order of their places; one line each in the [`Display`](fmt::Display) form, and in the
 /// [`Debug`](fmt::Debug) form too: that is what a `main` that returns them prints.
@@ -103,7 +100,7 @@ pub enum ReadError {
     Missing,
     /// The system refused to open or read it, or something on the way to it is not what it should be.
     Unreadable(io::Error),
-    /// It is there, but not to be trusted, or not text.
+    /// It exists, but it is not to be trusted, or it is not text.
     Refused(Fault),
 }
 
@@ -128,9 +125,9 @@ impl Source {
         Self { path: path.as_ref().into(), text, lines }
     }
 
-    /// Reads a file of at most 1 MiB of UTF-8 which only its owner may write, and whose owner is root or `me`. The same
-    /// must hold of each directory on the way, or others could put another file in its place; one with the sticky bit,
-    /// as /tmp, may be written by all.
+    /// Reads a file of at most 1 MiB of UTF-8. Its owner must be root or `me`, and only its owner may write it. The same
+    /// must hold of each directory on the way, or another user could replace the file. A directory with the sticky bit,
+    /// such as /tmp, may be writable by all.
     ///
     /// # Errors
     /// See [`ReadError`]. Never waits, whatever the path leads to.

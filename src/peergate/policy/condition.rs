@@ -1,0 +1,196 @@
+//! The keys of a rule. Used by [`policy`](super) and [`policy_file`](crate::policy_file).
+//!
+//! A key has one module: what it is called, how its values are read, whether they match a subject, and why. To add one,
+//! write its module with a [`Key`] and the method of [`Rule`](super::Rule) that sets it, list it in [`KEYS`], and let the
+//! subject tell what it depends on ([`Subject`](crate::Subject)).
+
+use std::collections::HashMap;
+use std::fmt;
+
+use super::Name;
+use super::matcher::{Answer, Asked};
+use super::set::IdSet;
+use crate::ids::{OVERFLOW_ID, Uid};
+
+pub(super) mod groups;
+mod id;
+mod units;
+pub(super) mod users;
+
+pub use groups::Group;
+pub use users::User;
+
+/// Every key, in the order in which they are asked. The keys that need the process come last.
+pub(crate) static KEYS: [&Key; 4] = [&users::KEY, &groups::KEY, &units::SYSTEM, &units::USER];
+
+/// A key that a rule may have.
+#[derive(Debug)]
+pub(crate) struct Key {
+    /// As a file has it.
+    pub(crate) name: &'static str,
+    /// What one value names.
+    one: &'static str,
+    /// A value, in words.
+    expected: &'static str,
+    /// An array of values as a file has it.
+    pub(crate) example: &'static str,
+    /// The key that a rule must have beside this one, and what is wrong with a rule that has not.
+    pub(crate) companion: Option<(&'static str, &'static str)>,
+    /// Reads a value. The error says what was found and, after a semicolon, what was expected.
+    read: fn(&Given<'_>, &mut LookUp<'_>) -> Result<Value, String>,
+    /// Makes the test of a subject by values and the id of `self`.
+    test: MakeTest,
+}
+
+type MakeTest = fn(&[Value], Uid) -> Result<Box<dyn Test>, String>;
+
+/// The id of a name, or `None` where the name is unknown.
+pub(crate) type LookUp<'l> = dyn FnMut(&Name) -> Result<Option<u32>, String> + 'l;
+
+/// A value in a file.
+#[derive(Debug)]
+pub(crate) enum Given<'v> {
+    Text(&'v str),
+    /// As it is written, and the number if it fits.
+    Integer(String, Option<u32>),
+    /// A value of another type, such as "a boolean".
+    Other(String),
+}
+
+/// A value of a key.
+#[derive(Clone, Debug)]
+pub(super) enum Value {
+    Me,
+    Any,
+    Id(u32),
+    Range(u32, u32),
+    /// With the id that the user database gave when it was asked.
+    Named(Name, Option<u32>),
+    Pattern(String),
+}
+
+/// As a file has it; a name is followed by its id: `adm (4)`.
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Me => f.write_str("self"),
+            Self::Any => f.write_str("any"),
+            Self::Id(id) => write!(f, "{id}"),
+            Self::Range(low, high) => write!(f, "{low}-{high}"),
+            Self::Named(name, Some(id)) => write!(f, "{} ({id})", name.as_str()),
+            Self::Named(name, None) => write!(f, "{} (unknown)", name.as_str()),
+            Self::Pattern(pattern) => f.write_str(pattern),
+        }
+    }
+}
+
+/// A key of one rule, with its values.
+#[derive(Clone, Debug)]
+pub(crate) struct Condition {
+    pub(crate) key: &'static Key,
+    pub(super) values: Vec<Value>,
+}
+
+impl Condition {
+    pub(crate) fn new(key: &'static Key) -> Self {
+        Self { key, values: Vec::new() }
+    }
+
+    /// Reads one more value. Returns a warning if there is one.
+    pub(crate) fn read(&mut self, given: &Given<'_>, look_up: &mut LookUp<'_>) -> Result<Option<String>, String> {
+        let value = (self.key.read)(given, look_up)?;
+        let is_unmapped = matches!(value, Value::Id(OVERFLOW_ID) | Value::Named(_, Some(OVERFLOW_ID)));
+        self.values.push(value);
+        Ok(is_unmapped.then(|| {
+            format!(
+                "the id {OVERFLOW_ID} stands for every {} that cannot be told apart here, so it matches no peer; \
+                 expected another id",
+                self.key.one
+            )
+        }))
+    }
+
+    /// The values as a file has them, for a person to read. `me` is the id of `self`.
+    pub(super) fn shown(&self, me: Uid) -> Vec<String> {
+        let shown = self.values.iter().map(|value| match value {
+            Value::Me => format!("self ({me})"),
+            other => other.to_string(),
+        });
+        shown.collect()
+    }
+
+    /// The test of a subject by these values.
+    pub(super) fn test(&self, me: Uid) -> Result<Box<dyn Test>, String> {
+        if self.values.is_empty() {
+            return Err(format!("`{}` is empty; expected at least one value", self.key.name));
+        }
+        (self.key.test)(&self.values, me)
+    }
+
+    /// The names among the values, with their ids.
+    pub(super) fn names(&self) -> impl Iterator<Item = (&Name, Option<u32>)> {
+        self.values.iter().filter_map(|value| if let Value::Named(name, id) = value { Some((name, *id)) } else { None })
+    }
+
+    /// Sets the ids of names that have none.
+    pub(super) fn set_ids(&mut self, ids: &HashMap<&Name, u32>) {
+        for value in &mut self.values {
+            if let Value::Named(name, id @ None) = value {
+                *id = ids.get(name).copied();
+            }
+        }
+    }
+}
+
+/// The keys that say enough alone, in words: "`users`, `groups` or `units`".
+pub(crate) fn sufficient_keys() -> String {
+    let names = KEYS.iter().filter(|key| key.companion.is_none()).map(|key| format!("`{}`", key.name));
+    match names.collect::<Vec<_>>().as_slice() {
+        [others @ .., last] => format!("{} or {last}", others.join(", ")),
+        [] => String::new(),
+    }
+}
+
+/// The values of one key, ready to be held against a subject.
+pub(super) trait Test: fmt::Debug + Send + Sync {
+    /// Whether the key holds.
+    fn answer(&self, asked: &Asked<'_>) -> Answer;
+
+    /// Why, as a phrase: `uid 1001 is not among self (1000)`.
+    fn why(&self, answer: Answer, asked: &Asked<'_>, listed: &str) -> String;
+
+    /// The ids without which the key does not hold.
+    fn ids(&self) -> Option<Ids<'_>> {
+        None
+    }
+
+    /// Whether the answer depends on the process of the subject, which costs several system calls.
+    fn needs_process(&self) -> bool {
+        false
+    }
+}
+
+/// The ids that a key lists.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Ids<'t> {
+    Uids(&'t IdSet),
+    Gids(&'t IdSet),
+}
+
+impl<'t> Ids<'t> {
+    pub(super) fn set(self) -> &'t IdSet {
+        let (Self::Uids(set) | Self::Gids(set)) = self;
+        set
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_keys_that_need_the_process_are_asked_last() {
+        let needs = KEYS.map(|key| (key.test)(&[], Uid::new(0)).unwrap().needs_process());
+        assert!(needs.is_sorted(), "{needs:?}");
+    }
+}

@@ -1,0 +1,95 @@
+//! The key `users`: the effective uid.
+
+use std::ops::RangeInclusive;
+
+use super::super::Rule;
+use super::super::matcher::{Answer, Asked};
+use super::super::set::IdSet;
+use super::{Given, Ids, Key, Name, Test, Value, id};
+use crate::ids::Uid;
+
+pub(crate) static KEY: Key = Key {
+    name: "users",
+    one: "user",
+    expected: "expected a user's name, an id, a range such as \"2000-2999\", \"self\" or \"any\"",
+    example: "[\"self\", \"alice\", 1001, \"2000-2999\"]",
+    companion: None,
+    read: |given, look_up| match given {
+        Given::Text("self") => Ok(Value::Me),
+        given => id::read(&KEY, given, Name::User, look_up),
+    },
+    test: |values, me| Ok(Box::new(OneOf(id::set(values, me)?))),
+};
+
+/// A value of the key `users`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum User {
+    /// `self`: the user that the service runs as.
+    Me,
+    /// `any`: every user with an id that [is known](Uid::is_known).
+    Any,
+    /// The user with this id.
+    Id(Uid),
+    /// The users from the first to the last of these ids.
+    Range(Uid, Uid),
+    /// A user by name, with the id that the user database gave when it was asked. `None`: the name was unknown, and the
+    /// value matches no peer.
+    Named(String, Option<Uid>),
+}
+
+impl From<Uid> for User {
+    fn from(uid: Uid) -> Self {
+        Self::Id(uid)
+    }
+}
+
+impl From<RangeInclusive<u32>> for User {
+    fn from(range: RangeInclusive<u32>) -> Self {
+        Self::Range(Uid::new(*range.start()), Uid::new(*range.end()))
+    }
+}
+
+impl From<User> for Value {
+    fn from(user: User) -> Self {
+        match user {
+            User::Me => Self::Me,
+            User::Any => Self::Any,
+            User::Id(uid) => Self::Id(uid.raw()),
+            User::Range(low, high) => Self::Range(low.raw(), high.raw()),
+            User::Named(name, uid) => Self::Named(Name::User(name), uid.map(Uid::raw)),
+        }
+    }
+}
+
+impl<T> Rule<T> {
+    /// Only for these users (the effective uid). Called again, it adds.
+    #[must_use]
+    pub fn users<U: Into<User>>(self, users: impl IntoIterator<Item = U>) -> Self {
+        self.with(&KEY, users.into_iter().map(|user| user.into().into()))
+    }
+}
+
+/// Whether the uid is one of these.
+#[derive(Debug)]
+pub(in super::super) struct OneOf(pub(in super::super) IdSet);
+
+impl Test for OneOf {
+    fn answer(&self, asked: &Asked<'_>) -> Answer {
+        let uid = asked.subject.uid();
+        if uid.is_known() { Answer::from(self.0.contains(uid.raw())) } else { Answer::Unknown }
+    }
+
+    fn why(&self, answer: Answer, asked: &Asked<'_>, listed: &str) -> String {
+        let uid = asked.subject.uid();
+        match answer {
+            Answer::Yes => format!("uid {uid} is among {listed}"),
+            Answer::No => format!("uid {uid} is not among {listed}"),
+            Answer::Unknown => format!("uid {uid} names no user here"),
+        }
+    }
+
+    fn ids(&self) -> Option<Ids<'_>> {
+        Some(Ids::Uids(&self.0))
+    }
+}
