@@ -116,7 +116,7 @@ fn serve<P: Protocol>(options: Serve) -> Result<(), Failure> {
         return Ok(());
     }
     in_force::raise_descriptor_limit();
-    let store = Store::from_env("");
+    let store = Store::from_env();
     let inheritance = handover::take_back(kept, &store);
     let (config, signals, bound, requests) = match prepared {
         Ok(Prepared::ToServe { config, signals, bound, requests }) => (*config, signals, bound, requests),
