@@ -34,9 +34,9 @@ UNIT
 }
 
 # One row: 20 restarts with so many connections. Most are in the middle of a line, one in ten (at most 100) does not read,
-# one streams. With 200 connections and more, all together send 10,000 pieces a second.
+# one streams. With 40 connections and more, all together send 2,000 pieces a second.
 _pause_with() { # CONNECTIONS
-    local deaf=$(($1 / 10)) pace=$(($1 / 10))
+    local deaf=$(($1 / 10)) pace=$(($1 / 2))
     rm --force /tmp/claim/stream-{in,out}
     begin_records
     _stream_across /run/echo.sock \
