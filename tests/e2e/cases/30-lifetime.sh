@@ -126,6 +126,40 @@ a_restart_goes_unnoticed_by_a_live_connection() {
     expect "lines over all processes" 3 "$(jq --raw-output .GATE_LINES /tmp/claim/closed)"
 }
 
+# A process in front of the next start waits until it is told to go on: _hold_start, and _go_on.
+_hold_start() {
+    mkfifo /run/claim-start
+    drop_in echo.service <<<$'[Service]\nExecStartPre=+/bin/sh -c "read go </run/claim-start"'
+    trap 'rm --force /run/claim-start; kill "$client" "$answers" 2>/dev/null || true' EXIT
+}
+_go_on() { echo >/run/claim-start; }
+
+what_systemd_does_between_two_processes_loses_no_live_connection() {
+    _policy
+    _open alice
+    _talk_on one
+    printf 'half ' >&"$to"
+    _hold_start
+    systemctl restart --no-block echo.service
+    await_property echo.service SubState start-pre
+    expect "descriptors that systemd keeps" 1 "$(property echo.service NFileDescriptorStore)"
+    systemctl daemon-reload
+    systemctl daemon-reexec
+    printf 'and ' >&"$to"
+    # A restart while a restart is under way.
+    holder=$(property echo.service ControlPID)
+    systemctl restart --no-block echo.service
+    timeout 30 tail --pid="$holder" --follow /dev/null
+    await_property echo.service SubState start-pre
+    expect "descriptors that systemd keeps" 1 "$(property echo.service NFileDescriptorStore)"
+    _go_on
+    await_property echo.service SubState running
+    _say 'half'
+    expect "the line that was cut by the restarts" "> half and half" "$(_hear)"
+    expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
+    expect "admissions" 1 "$(records admitted | wc -l)"
+}
+
 # Does COMMAND so many times while clients stream, and compares every byte. Sets `pause` and `restarted`, in milliseconds:
 # the longest pause of a client, and the longest COMMAND.
 _stream_across() { # SOCKET "CONNECTIONS [OPTION…]" TIMES COMMAND…
@@ -527,6 +561,7 @@ a_service_that_makes_no_progress_is_restarted_by_the_watchdog() {
     journalctl --sync
     journalctl --quiet "$(since)" --output=cat UNIT=echo.service | grep --quiet 'Watchdog timeout' ||
         fail "systemd says nothing of the watchdog"
+    expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
     expect "after" "> x" "$(talk alice 'x\n')"
 }
 
