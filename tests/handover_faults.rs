@@ -321,7 +321,7 @@ fn many(echod: &Echod, count: usize, half: &str) -> Vec<Client> {
     clients
 }
 
-/// How many of them go on after a restart. The others must have got the echo of what they had sent, and a clean end.
+/// How many of the connections go on after a restart. Each other client must have got the rest of its echo, and a clean end.
 #[track_caller]
 fn count_carried(clients: &[Client], half: &str) -> usize {
     let carried = clients.iter().filter(|client| {
@@ -336,7 +336,7 @@ fn count_carried(clients: &[Client], half: &str) -> usize {
     carried.count()
 }
 
-/// As the user `uid`, who needs no privilege to lower a limit of a process of his own.
+/// Done by the process's own user, `uid`: that takes no privilege.
 fn lower_descriptor_limit(echod: &Echod, uid: u32, limit: usize) {
     let (pid, limit) = (echod.pid().to_string(), format!("--nofile={limit}:{limit}"));
     let mut lower = std::process::Command::new("prlimit");
@@ -350,7 +350,7 @@ fn more_connections_than_may_be_in_flight_end_in_order() {
     // Root has no such limit, and each user has one.
     let echod = Start::serving(MANY).run_as("64003:64003:").with_store();
     let clients = many(&echod, 250, "half");
-    // No descriptor is free either, besides those that the gate keeps in reserve.
+    // Now no descriptor is free, except the gate's reserve.
     lower_descriptor_limit(&echod, 64003, LIMIT);
     echod.signal(Signal::SIGTERM);
     echod.wait_for_stderr("connections left to the next process, ");

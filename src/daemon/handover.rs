@@ -24,7 +24,7 @@ use crate::protocol::Protocol;
 const VERSION: u8 = 1;
 /// The name that systemd gives to descriptors that were stored without one.
 const NAMELESS: &str = "stored";
-/// The number of a connection whose state is lost.
+/// Stands for the number of a connection that came without a state.
 const UNKNOWN: u64 = 0;
 /// How long the service manager may take to store one descriptor.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -115,8 +115,8 @@ impl<P: Protocol> Inheritance<P> {
         self.connections.extend(Inherited::without_state(socket, UNKNOWN, fate));
     }
 
-    /// Numbers the connections without a state after all others. With the opening message, the number for the next
-    /// connection may be lost too.
+    /// Gives each connection without a state a number above the known ones. Where the opening message is lost, so is the
+    /// number for the next connection.
     fn number_the_rest(&mut self) {
         let numbers = self.connections.iter().map(|one| one.progress.number);
         self.next_connection = numbers.map(|number| number.saturating_add(1)).fold(self.next_connection, u64::max);
