@@ -27,6 +27,8 @@ use crate::protocol::Protocol;
 const VERSION: u8 = 1;
 /// The name that systemd gives to descriptors that were stored without one.
 const NAMELESS: &str = "stored";
+/// The number of a connection whose state is lost.
+const UNKNOWN: u64 = 0;
 /// How long the service manager may take to store one descriptor.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -86,6 +88,7 @@ pub fn take_back<P: Protocol>(kept: Vec<(String, OwnedFd)>, store: &Store) -> In
             }
         }
     }
+    inheritance.number_the_rest();
     inheritance
 }
 
@@ -112,8 +115,18 @@ impl<P: Protocol> Inheritance<P> {
 
     fn take_without_state(&mut self, socket: OwnedFd, fate: Fate) {
         let _ = set_nonblocking(&socket);
-        self.connections.extend(Inherited::without_state(socket, self.next_connection, fate));
-        self.next_connection += 1;
+        self.connections.extend(Inherited::without_state(socket, UNKNOWN, fate));
+    }
+
+    /// Numbers the connections without a state after all others. With the opening message, the number for the next
+    /// connection may be lost too.
+    fn number_the_rest(&mut self) {
+        let numbers = self.connections.iter().map(|one| one.progress.number);
+        self.next_connection = numbers.map(|number| number.saturating_add(1)).fold(self.next_connection, u64::max);
+        for one in self.connections.iter_mut().filter(|one| one.progress.number == UNKNOWN) {
+            one.progress.number = self.next_connection;
+            self.next_connection = self.next_connection.saturating_add(1);
+        }
     }
 }
 

@@ -57,12 +57,17 @@ pub fn describe<P: Protocol>(config: &Config<P>) -> String {
 }
 
 /// Raises the soft limit on descriptors to the hard one: each connection is a descriptor. The soft limit is 1024 by default
-/// for the sake of select(2), which nothing here uses. A hard limit below what the configuration needs is recorded.
-pub fn raise_descriptor_limit<P: Protocol>(config: &Config<P>, audit: &Audit) {
-    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
-    if soft < hard {
+/// for the sake of select(2), which nothing here uses. Connections of an earlier process need it too: the kernel closes
+/// descriptors of a message for which there is no room.
+pub fn raise_descriptor_limit() {
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
     }
+}
+
+/// Records a hard limit below what the configuration needs.
+pub fn record_descriptor_limit<P: Protocol>(config: &Config<P>, audit: &Audit) {
+    let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
     let connections = config.limits.connections;
     let wanted = connections as u64 + 512;
     if hard < wanted {

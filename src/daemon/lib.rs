@@ -115,7 +115,8 @@ fn serve<P: Protocol>(options: Serve) -> Result<(), Failure> {
         inherit::leave_kept::<P>(!kept.is_empty(), &notifier);
         return Ok(());
     }
-    let store = Store::from_env("");
+    in_force::raise_descriptor_limit();
+    let store = Store::from_env();
     let inheritance = handover::take_back(kept, &store);
     let (config, signals, bound, requests) = match prepared {
         Ok(Prepared::ToServe { config, signals, bound, requests }) => (*config, signals, bound, requests),

@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::first_turn::FirstTurn;
 use crate::gate_thread::GateThread;
 use crate::handover::{Inheritance, Unusable};
-use crate::in_force::{audit_settings, gate_config, raise_descriptor_limit, record_configuration, worker_config};
+use crate::in_force::{audit_settings, gate_config, record_configuration, record_descriptor_limit, worker_config};
 use crate::inherit::Judgement;
 use crate::names::NameSearch;
 use crate::protocol::Protocol;
@@ -63,7 +63,7 @@ pub struct Start<P: Protocol> {
 pub fn run<P: Protocol>(start: Start<P>) -> Result<(), String> {
     let audit = Audit::new(audit_settings(&start.config));
     let journal = Writer::start(&audit, P::NAME).map_err(|error| format!("starting the journal's thread: {error}"))?;
-    raise_descriptor_limit(&start.config, &audit);
+    record_descriptor_limit(&start.config, &audit);
     if let Some(partial) = unmapped_ids() {
         audit.write(Record::note(Severity::Warning, partial));
     }

@@ -80,7 +80,13 @@ impl<P: Protocol> Service<P> {
             return;
         }
         let number = self.workers.len();
-        let Ok(worker) = Worker::start(number, worker_config(&self.config), self.context.clone()) else { return };
+        let worker = match Worker::start(number, worker_config(&self.config), self.context.clone()) {
+            Ok(worker) => worker,
+            Err(error) => {
+                let count = connections.len();
+                return self.note(Severity::Warning, format!("{count} connections cannot be ended in order: {error}"));
+            }
+        };
         connections.into_iter().for_each(|connection| worker.resume(connection));
         end_workers(&mut [worker], 0);
     }

@@ -62,7 +62,7 @@
 //! # fn serve(_: Vec<activation::Listener>, _: Vec<UnixStream>) -> Vec<UnixStream> { Vec::new() }
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let passed = activation::adopt(|name| name == "hello")?;
-//! let store = Store::from_env("");
+//! let store = Store::from_env();
 //! let inherited = handover::take_back(passed.kept, "hello", &store);
 //! let connections = inherited.filter_map(|found| match found {
 //!     Found::Connection(parcel) => Some(UnixStream::from(parcel.socket)),

@@ -39,6 +39,27 @@ impl Client {
         (&self.0).write_all(bytes.as_ref())
     }
 
+    /// Sends as much as the socket takes without reading, so that all buffers are full of echo. Returns what was sent.
+    pub fn clog(&self, line: &[u8]) -> Vec<u8> {
+        self.0.set_nonblocking(true).unwrap();
+        let mut sent = 0;
+        let mut stalls = 0;
+        while stalls < 10 {
+            match (&self.0).write(&line[sent % line.len()..]) {
+                Ok(count) => {
+                    sent += count;
+                    stalls = 0;
+                }
+                Err(_) => {
+                    stalls += 1;
+                    std::thread::sleep(std::time::Duration::from_millis(3));
+                }
+            }
+        }
+        self.0.set_nonblocking(false).unwrap();
+        line.iter().copied().cycle().take(sent).collect()
+    }
+
     pub fn half_close(&self) {
         self.0.shutdown(std::net::Shutdown::Write).unwrap();
     }
@@ -89,6 +110,11 @@ impl Client {
         let (all, end) = self.rest();
         assert_eq!((show(&all), end), (show(bytes.as_ref()), End::Eof));
     }
+}
+
+/// What the service answers to these bytes.
+pub fn answer(input: &[u8]) -> Vec<u8> {
+    input.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [b"> ", line].concat()).collect()
 }
 
 /// Bytes as text for an assertion's message, shortened if long.

@@ -1,11 +1,13 @@
 //! The service manager: systemd's side of sd_notify(3) and the file descriptor store.
 
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::thread;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::{Place, Shared, receive};
 
@@ -16,13 +18,28 @@ pub struct Manager {
     path: PathBuf,
 }
 
+/// A descriptor in the store.
+pub struct Stored {
+    name: String,
+    fd: OwnedFd,
+    /// It was not stored with FDPOLL=0: it is dropped when it hangs up.
+    is_watched: bool,
+}
+
+impl Stored {
+    fn is_gone(&self) -> bool {
+        let mut question = [PollFd::new(self.fd.as_fd(), PollFlags::empty())];
+        self.is_watched && poll(&mut question, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    }
+}
+
 /// What the manager has received from the service.
 #[derive(Default)]
 pub struct Received {
     /// The fields of each datagram, in order.
     pub messages: Vec<Vec<String>>,
     /// The file descriptor store, oldest first.
-    pub store: Vec<(String, OwnedFd)>,
+    pub store: Vec<Stored>,
     /// FileDescriptorStoreMax=.
     pub capacity: usize,
     /// `Some` plays a manager that is too busy: it never closes the descriptors of BARRIER=1, and collects them here.
@@ -47,6 +64,12 @@ impl Received {
         self.messages.iter().filter(|message| message.iter().any(|one| one == field)).count()
     }
 
+    /// What the next process is passed: copies, the newest first, as PID 1 passes them.
+    pub fn passed(&mut self) -> Vec<(String, OwnedFd)> {
+        self.store.retain(|stored| !stored.is_gone());
+        self.store.iter().rev().map(|stored| (stored.name.clone(), stored.fd.try_clone().unwrap())).collect()
+    }
+
     fn take_in(&mut self, text: &str, fds: Vec<OwnedFd>) {
         let fields: Vec<String> = text.lines().map(str::to_owned).collect();
         let has = |field: &str| fields.iter().any(|one| one == field);
@@ -55,11 +78,11 @@ impl Received {
             for fd in fds {
                 // As PID 1: a descriptor beyond the capacity is closed without a word.
                 if self.store.len() < self.capacity {
-                    self.store.push((name.clone(), fd));
+                    self.store.push(Stored { name: name.clone(), fd, is_watched: !has("FDPOLL=0") });
                 }
             }
         } else if has("FDSTOREREMOVE=1") {
-            self.store.retain(|(stored, _)| *stored != name);
+            self.store.retain(|stored| stored.name != name);
         } else if has("BARRIER=1") {
             if let Some(unsettled) = &mut self.unsettled {
                 unsettled.extend(fds);

@@ -13,6 +13,7 @@ mod client;
 mod dir;
 mod fds;
 mod journald;
+mod left;
 mod manager;
 mod peer;
 mod program;
@@ -23,10 +24,11 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-pub use client::{Client, End, show};
+pub use client::{Client, End, answer, show};
 pub use dir::Place;
 pub use fds::{duplicate, lingering, receive, send_along, send_fds};
 pub use journald::{Entry, Journald, stands_for};
+pub use left::{Message, change_left, left};
 pub use manager::{Manager, Received};
 pub use peer::{PeerProcess, flood, peer_program};
 pub use program::{Echod, Start, cpu, descriptors, hung_user_database, memory, summed};

@@ -14,7 +14,7 @@ use std::thread;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::{Client, Journald, Manager, Place, Shared, eventually, peer_program, send_fds};
+use super::{Client, Journald, Manager, Place, Received, Shared, eventually, peer_program, send_fds};
 
 /// How to start the program. Of the environment only PATH is inherited.
 pub struct Start {
@@ -176,7 +176,7 @@ impl Start {
         send_fds(&control, &fds);
         // As PID 1: keep the listeners, but no copy of a stored descriptor.
         let mut sockets = self.sockets;
-        sockets.retain(|(name, _)| !name.starts_with("echod-") && name != "stored");
+        sockets.retain(|(name, _)| name != "echod" && !name.starts_with("echod-") && name != "stored");
         Echod { process, manager, stdout, stderr, sockets, place: self.place, config: self.args.clone() }
     }
 
@@ -196,6 +196,15 @@ impl Start {
         });
         assert!(ready == Some(true), "not ready: {}", echod.stderr());
         echod
+    }
+
+    /// As [`ready`](Self::ready), with a manager that stores as much as the units say.
+    #[track_caller]
+    pub fn with_store(self) -> Echod {
+        const MAX: usize = 4;
+        let manager = Arc::new(Manager::new());
+        manager.received.change(|received| received.capacity = MAX);
+        self.env("FDSTORE", &MAX.to_string()).ready_with(manager)
     }
 
     /// Runs the program until it exits: exit code, standard output, standard error.
@@ -353,10 +362,7 @@ impl Echod {
         let status = self.wait_for_exit();
         assert!(status.success() || status.signal() == Some(9), "{status}: {}", self.stderr());
         let manager = Arc::clone(&self.manager);
-        let mut stored: Vec<_> =
-            manager.received.lock().store.iter().map(|(name, fd)| (name.clone(), fd.try_clone().unwrap())).collect();
-        // PID 1 passes the newest descriptor first.
-        stored.reverse();
+        let mut stored = manager.received.change(Received::passed);
         let mut start = Start::bare().at(&self.place);
         start.args = self.config.clone();
         for (name, fd) in std::mem::take(&mut self.sockets) {

@@ -116,8 +116,11 @@ fn main() -> io::Result<()> {
     let sum = thread::scope(|scope| {
         let mut threads = Vec::new();
         let run = &run;
-        for share in shares {
-            threads.push(scope.spawn(move || converse(share, run)));
+        let step = run.pace / shares.len().max(1) as u32;
+        for (turn, share) in shares.into_iter().enumerate() {
+            // The threads do not send at the same time: their clients would wait for each other, not for the service.
+            let offset = step * turn as u32;
+            threads.push(scope.spawn(move || converse(share, offset, run)));
         }
         for torrent in torrents {
             threads.push(scope.spawn(move || pour(torrent, run)));
@@ -145,7 +148,8 @@ fn main() -> io::Result<()> {
 }
 
 /// The connections of one thread: all send, then all wait for their echo.
-fn converse(mut share: Vec<Connection>, run: &Run) -> Vec<Tally> {
+fn converse(mut share: Vec<Connection>, offset: Duration, run: &Run) -> Vec<Tally> {
+    thread::sleep(offset);
     loop {
         let last = run.is_over();
         for connection in &mut share {

@@ -477,10 +477,10 @@ fn a_manager_that_does_not_answer_keeps_no_connection() {
 fn without_a_manager_nothing_is_left() {
     let (mut clients, mut served) = pairs(2);
     let gone = Store::at(Path::new("@peergate-handover-none"));
-    for store in [Store::from_env(""), gone] {
+    for store in [Store::from_env(), gone] {
         leave(&store, NAME, b"", parcels(&served), PATIENCE).unwrap_err();
     }
-    assert_eq!(leave(&Store::from_env(""), NAME, b"", [], PATIENCE).unwrap().connections, 0);
+    assert_eq!(leave(&Store::from_env(), NAME, b"", [], PATIENCE).unwrap().connections, 0);
     served.clear();
     assert_ended(&mut clients);
 }

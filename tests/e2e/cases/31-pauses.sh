@@ -1,0 +1,59 @@
+# How long a restart makes the clients wait, by the number of live connections. `tests/e2e/run --only 31-pauses` prints the
+# table of benches/README.md. No time is asserted: the pauses depend on the machine, and their ratios are read by hand.
+
+. "$here/cases/30-lifetime.sh"
+
+# The longest of 20 restarts of a unit, in milliseconds.
+_longest_restart() { # UNIT
+    local begin took longest=0
+    systemctl start "$1"
+    for ((i = 0; i < 20; i++)); do
+        begin=${EPOCHREALTIME/./}
+        systemctl restart "$1"
+        took=$((${EPOCHREALTIME/./} - begin))
+        ((took <= longest)) || longest=$took
+    done
+    systemctl stop "$1"
+    echo "$((longest / 1000))"
+}
+
+# A service of Type=notify that does nothing: as a unit of its own, and in the sandbox of echo.service.
+_empty_services() {
+    local program='ExecStart=/usr/bin/perl -MIO::Socket::UNIX -e '\''IO::Socket::UNIX->new(Type => SOCK_DGRAM, Peer => $$ENV{NOTIFY_SOCKET})->send("READY=1"); sleep'\'
+    cat >/run/systemd/system/peer-empty.service <<UNIT
+[Service]
+Type=notify
+$program
+UNIT
+    {
+        printf '[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=notify\n%s\nUser=peer-empty\n' "$program"
+        sed -n '/^DynamicUser=/p; /^NoNewPrivileges=/,$p' /usr/lib/systemd/system/echo.service
+    } >/run/systemd/system/peer-sandboxed.service
+    sed --in-place '1i [Unit]\nStartLimitIntervalSec=0' /run/systemd/system/peer-empty.service
+    systemctl daemon-reload
+}
+
+# One row: 20 restarts with so many connections. Most are in the middle of a line, one in ten (at most 100) does not read,
+# one streams. With 40 connections and more, all together send 2,000 pieces a second.
+_pause_with() { # CONNECTIONS
+    local deaf=$(($1 / 10)) pace=$(($1 / 2))
+    rm --force /tmp/claim/stream-{in,out}
+    begin_records
+    _stream_across /run/echo.sock \
+        "$1 pace=$((pace < 20 ? 20 : pace)) deaf=$((deaf > 100 ? 100 : deaf)) torrents=1" 20 systemctl restart echo.service
+    figure "| $1 | $pause ms | $restarted ms |"
+    expect "descriptors that systemd keeps" 0 "$(property echo.service NFileDescriptorStore)"
+    expect "admissions" "$1" "$(records admitted | wc -l)"
+}
+
+pauses_of_twenty_restarts_with_ten_to_ten_thousand_connections() {
+    local connections
+    _empty_services
+    figure "an empty service, plain and in the same sandbox: longest of 20 restarts" \
+        "$(_longest_restart peer-empty.service) ms, $(_longest_restart peer-sandboxed.service) ms"
+    _policy
+    figure "| connections | longest pause of a client | longest systemctl restart |"
+    for connections in 10 100 4000 10000; do
+        _pause_with "$connections"
+    done
+}
