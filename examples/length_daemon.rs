@@ -9,7 +9,7 @@
 //! 12
 //! $ sudo nc -N -U /tmp/length.sock
 //! Unauthorized access
-//! $ target/debug/examples/length_daemon explain --user root
+//! $ target/debug/examples/length_daemon explain --user root | head -n 1
 //! denied by default
 //! ```
 
@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Serialize, Deserialize)]
 struct Length {
     /// Of the line that has begun.
-    length: u64,
+    length: usize,
     /// Answers that the peer has not taken yet.
     answers: Vec<u8>,
     counters: (u64, u64),
@@ -43,7 +43,10 @@ impl Protocol for Length {
     fn turn(&mut self, io: &mut Io<'_, Self>) -> Turn {
         if self.answers.is_empty() {
             match io.peer.receive(&mut io.buffers.input) {
-                Received::Bytes(count) => io.buffers.input[..count].iter().for_each(|byte| self.take(*byte)),
+                Received::Bytes(count) => {
+                    let input = &io.buffers.input[..count];
+                    input.iter().filter_map(|byte| self.take(*byte)).for_each(|length| io.lines.record(length));
+                }
                 Received::Nothing => return Turn::Idle,
                 Received::End | Received::Broken => return Turn::Closed,
                 Received::SenderMismatch(sender) => return Turn::SenderMismatch(sender),
@@ -63,20 +66,26 @@ impl Protocol for Length {
         self.answers.is_empty() && self.length == 0
     }
 
+    fn owed(&self) -> Vec<u8> {
+        self.answers.clone()
+    }
+
     fn counters(&self) -> Counters {
         Counters { lines: self.counters.0, bytes: self.counters.1 }
     }
 }
 
 impl Length {
-    fn take(&mut self, byte: u8) {
+    /// The length of the line that ends with this byte.
+    fn take(&mut self, byte: u8) -> Option<usize> {
         self.counters.1 += 1;
-        if byte != b'\n' {
-            self.length += 1;
-            return;
-        }
-        self.counters.0 += 1;
-        self.answers.extend_from_slice(format!("{}\n", std::mem::take(&mut self.length)).as_bytes());
+        self.length += 1;
+        (byte == b'\n').then(|| {
+            let length = std::mem::take(&mut self.length);
+            self.counters.0 += 1;
+            self.answers.extend_from_slice(format!("{}\n", length - 1).as_bytes());
+            length
+        })
     }
 }
 

@@ -36,7 +36,7 @@ fn program(example: &str) -> PathBuf {
         let profile = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().to_path_buf();
         let mut cargo = Command::new(env!("CARGO"));
         cargo.args(["build", "--quiet", "--locked", "--offline"]).arg("--target-dir").arg(profile.parent().unwrap());
-        cargo.args(EXAMPLES.into_iter().chain(["peer"]).flat_map(|example| ["--example", example]));
+        cargo.args(EXAMPLES.into_iter().chain(["peer", "length_daemon"]).flat_map(|example| ["--example", example]));
         cargo.args((!cfg!(debug_assertions)).then_some("--release"));
         assert!(
             cargo.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).status().unwrap().success(),
@@ -257,6 +257,15 @@ fn tokio_echo_echoes_to_its_owner_and_denies_another_user() {
     assert!(server.answers_user(nix::unistd::geteuid().as_raw(), &text) == text, "not the bytes that were sent");
     server.signal(Signal::SIGHUP);
     assert_eq!(server.answers_user(ALICE, &text), "Unauthorized access\n");
+    server.stop();
+}
+
+#[test]
+fn length_daemon_serves_its_owner_and_denies_another_user() {
+    let server = Server::start("length", "length_daemon", &[]);
+    server.ready();
+    assert_eq!(server.answers_user(0, "hello\nworld, again\nno end"), "5\n12\n");
+    assert_eq!(server.answers_user(ALICE, "hello\n"), "Unauthorized access\n");
     server.stop();
 }
 

@@ -46,8 +46,6 @@ pub struct FirstTurn<P: Protocol> {
 struct Parked<P: Protocol> {
     connection: Box<Connection<P>>,
     mailbox: Arc<Mailbox<P>>,
-    /// Of the configuration that admitted it.
-    generation: u64,
 }
 
 impl<P: Protocol> FirstTurn<P> {
@@ -65,12 +63,12 @@ impl<P: Protocol> FirstTurn<P> {
             return;
         };
         mailbox.connections.fetch_add(1, Ordering::Relaxed);
-        let (mailbox, generation) = (Arc::clone(mailbox), admission.generation);
+        let mailbox = Arc::clone(mailbox);
         let connection = Box::new(Connection::admitted(admission));
         let now = Instant::now();
         self.pacing.came_after(now.saturating_duration_since(self.last_came), now);
         self.last_came = now;
-        let Some((one, _)) = self.turn(Parked { connection, mailbox, generation }) else { return };
+        let Some((one, _)) = self.turn(Parked { connection, mailbox }) else { return };
         if !self.pacing.is_looking() || !one.is_at_rest() {
             return self.hand_over(one);
         }
@@ -115,7 +113,7 @@ impl<P: Protocol> FirstTurn<P> {
     }
 
     fn hand_over(&mut self, one: Parked<P>) {
-        let Parked { connection, mailbox, generation } = one;
+        let Parked { connection, mailbox } = one;
         let slot = mailbox.take_slot();
         // Before the worker has the connection: from then on it may close it at any time.
         if mailbox.watch(&connection, slot).is_err() {
@@ -123,7 +121,7 @@ impl<P: Protocol> FirstTurn<P> {
             mailbox.free_slot(slot);
             return self.context.close(connection, End::Closed, &self.settings, &mut self.buffers, &mailbox);
         }
-        mailbox.post_quietly(Message::Admit { connection, slot, generation });
+        mailbox.post_quietly(Message::Admit { connection, slot });
     }
 
     /// Looks once at every parked connection.
@@ -206,7 +204,6 @@ mod tests {
             client.set_nonblocking(true).unwrap();
             client.write_all(sends).unwrap();
             admission.permit = self.permits.acquire(self.policy.me(), &Limits::default(), &()).unwrap();
-            admission.generation = self.came;
             self.came += 1;
             self.first_turn.admit(admission);
             client
@@ -215,10 +212,7 @@ mod tests {
         /// The numbers of the connections that the worker was given by now, in that order.
         fn handed_over(&self) -> Vec<u64> {
             let number = |message| match message {
-                Message::Admit { connection, generation, .. } => {
-                    assert_eq!(connection.progress.number, generation, "judged by the ruling that it came with");
-                    connection.progress.number
-                }
+                Message::Admit { connection, .. } => connection.progress.number,
                 _ => unreachable!("nobody gives orders here"),
             };
             self.mailbox.open().into_iter().map(number).collect()

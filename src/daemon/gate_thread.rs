@@ -24,7 +24,7 @@ pub struct GateThread<P: Protocol> {
 
 /// What the thread is asked to do. A sender that is dropped unanswered tells the main thread that the thread has ended.
 enum Command<P: Protocol> {
-    Configure(GateConfig<Terms<P>>, P::Settings, mpsc::Sender<u64>),
+    Configure(GateConfig<Terms<P>>, P::Settings, mpsc::Sender<()>),
     /// The answer: the number that the next connection will have.
     StopAccepting(mpsc::Sender<u64>),
     ShutIfQuiet(mpsc::Sender<bool>),
@@ -39,7 +39,7 @@ impl<P: Protocol> GateThread<P> {
     pub fn start(gate: Gate<Terms<P>>, first_turn: FirstTurn<P>, wakeup: Arc<Wakeup>) -> io::Result<Self> {
         let (commands, received) = mpsc::channel();
         let (closer, heartbeat) = (gate.closer(), Arc::new(Heartbeat::default()));
-        let mut running = Loop { gate, first_turn, commands: received, wakeup, heartbeat: Arc::clone(&heartbeat) };
+        let mut running = GateLoop { gate, first_turn, commands: received, wakeup, heartbeat: Arc::clone(&heartbeat) };
         let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || {
             running.run();
             running.gate.finish()
@@ -47,10 +47,9 @@ impl<P: Protocol> GateThread<P> {
         Ok(Self { commands, closer, heartbeat, thread: Some(thread) })
     }
 
-    /// Puts a configuration in force and returns its generation. By then every connection that an earlier one admitted is in
-    /// a worker's hands.
-    pub fn configure(&self, config: GateConfig<Terms<P>>, settings: P::Settings) -> u64 {
-        self.ask(|answer| Command::Configure(config, settings, answer)).unwrap_or_default()
+    /// Puts a configuration in force. When it returns, every connection that an earlier one admitted is in a worker's mailbox.
+    pub fn configure(&self, config: GateConfig<Terms<P>>, settings: P::Settings) {
+        self.ask(|answer| Command::Configure(config, settings, answer));
     }
 
     /// Accepts no connection from now on; every admitted one is in a worker's hands. Returns the number that the next
@@ -93,7 +92,7 @@ impl<P: Protocol> GateThread<P> {
     }
 }
 
-struct Loop<P: Protocol> {
+struct GateLoop<P: Protocol> {
     gate: Gate<Terms<P>>,
     first_turn: FirstTurn<P>,
     commands: mpsc::Receiver<Command<P>>,
@@ -101,7 +100,7 @@ struct Loop<P: Protocol> {
     heartbeat: Arc<Heartbeat>,
 }
 
-impl<P: Protocol> Loop<P> {
+impl<P: Protocol> GateLoop<P> {
     fn run(&mut self) {
         let mut admitted = Vec::new();
         loop {
@@ -130,7 +129,8 @@ impl<P: Protocol> Loop<P> {
             Command::Configure(config, settings, answer) => {
                 self.first_turn.hand_over_all();
                 self.first_turn.settings = settings;
-                let _ = answer.send(self.gate.set_config(config));
+                self.gate.set_config(config);
+                let _ = answer.send(());
             }
             Command::StopAccepting(answer) => {
                 self.stop_accepting(admitted);

@@ -1,7 +1,8 @@
 //! Live connections over a restart: what [`peergate::handover`] carries for a daemon.
 //!
-//! The service's own bytes are the number of the next connection. A connection's bytes begin with the version of this format
-//! and with whether anything is pending, which a program of another version can read too; then comes, written by postcard:
+//! The service's own bytes are the number of the next connection. A connection's bytes begin with the versions of this
+//! format and of the protocol's state and with whether nothing is pending (1), which a program of another version can read
+//! too; then comes, written by postcard:
 //! its peer's units, its progress, the protocol's state. The peer's credentials are not among them: the
 //! kernel tells them again, fixed at connect, from the socket itself.
 
@@ -20,7 +21,9 @@ use serde::{Deserialize, Serialize};
 use crate::connection::{Connection, Fate, Inherited, Progress};
 use crate::protocol::Protocol;
 
-/// Of what follows in a connection's bytes.
+/// The version of what follows in a connection's bytes, up to the protocol's state, which has a version of its own
+/// ([`Protocol::STATE_VERSION`]). Raise it with any change of [`Content`] or [`Progress`]: connections left by another version
+/// are ended in order.
 const VERSION: u8 = 1;
 /// The name that systemd gives to descriptors that were stored without one.
 const NAMELESS: &str = "stored";
@@ -39,7 +42,7 @@ pub fn is_kept<P: Protocol>(name: &str) -> bool {
 pub struct Inheritance<P: Protocol> {
     /// Its connections, in the order in which they were left.
     pub connections: Vec<Inherited<P>>,
-    /// Why the state of some cannot be used: of the first of them.
+    /// Why the state of some cannot be used: the first reason found.
     pub unusable: Option<Unusable>,
     /// The names of stored descriptors that are not ours, or are of a kind that this program does not know.
     pub foreign: Vec<String>,
@@ -50,8 +53,8 @@ pub struct Inheritance<P: Protocol> {
 /// Why the state of a connection cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unusable {
-    /// It was left by another version of the program.
-    Version(u8),
+    /// It was left by another version of the program: the version of this format, and of the protocol's state.
+    Version(u8, u8),
     /// It is cut off or corrupted.
     Corrupt,
     /// The message that it was in cannot be used.
@@ -61,8 +64,8 @@ pub enum Unusable {
 impl fmt::Display for Unusable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Version(version) => {
-                write!(f, "their state is of version {version}, this program knows version {VERSION}")
+            Self::Version(version, state) => {
+                write!(f, "their state is of version {version}.{state}, which this program does not know")
             }
             Self::Corrupt => write!(f, "their state is cut off or corrupted"),
             Self::Message(fault) => fault.fmt(f),
@@ -94,7 +97,7 @@ impl<P: Protocol> Inheritance<P> {
         // Another process that held it may have changed that.
         let _ = set_nonblocking(&socket);
         let Ok(mut peer) = Peer::credentials_of(&socket) else {
-            self.foreign.push(P::NAME.to_owned());
+            self.unusable.get_or_insert(Unusable::Corrupt);
             return;
         };
         // Judging asks for them again, one connection at a time.
@@ -157,19 +160,23 @@ struct Content<U, R, S> {
 fn state_of<P: Protocol>(connection: &Connection<P>) -> Vec<u8> {
     let Connection { peer, progress, protocol, .. } = connection;
     let content = Content { units: peer.remembered_units().map(Units::to_path), progress, protocol };
-    let bytes = vec![VERSION, protocol.is_at_rest().into()];
+    let bytes = vec![VERSION, P::STATE_VERSION, protocol.is_at_rest().into()];
     // What cannot be written is ended in order by the next process.
     postcard::to_extend(&content, bytes).unwrap_or_default()
 }
 
 fn restore<P: Protocol>(bytes: &[u8], peer: &Peer) -> Result<(Progress, P), (Unusable, Fate)> {
-    let [version, is_at_rest, content @ ..] = bytes else { return Err((Unusable::Corrupt, Fate::EndsAtOnce)) };
+    let [version, state_version, is_at_rest, content @ ..] = bytes else {
+        return Err((Unusable::Corrupt, Fate::EndsAtOnce));
+    };
     let fate = if *is_at_rest == 1 { Fate::EndsInOrder } else { Fate::EndsAtOnce };
-    if *version != VERSION {
-        return Err((Unusable::Version(*version), fate));
+    if (*version, *state_version) != (VERSION, P::STATE_VERSION) {
+        return Err((Unusable::Version(*version, *state_version), fate));
     }
-    let content: Content<Option<String>, Progress, P> =
-        postcard::from_bytes(content).map_err(|_| (Unusable::Corrupt, fate))?;
+    let content: Content<Option<String>, Progress, P> = match postcard::take_from_bytes(content) {
+        Ok((content, [])) => content,
+        _ => return Err((Unusable::Corrupt, fate)),
+    };
     if let Some(units) = content.units.as_deref().and_then(Units::from_path) {
         peer.remember_units(Some(units));
     }
@@ -214,11 +221,15 @@ mod tests {
         for (held, fate) in [(&b""[..], Fate::EndsInOrder), (b"half", Fate::EndsAtOnce)] {
             let (left, _theirs) = at_rest(held);
             let bytes = state_of(&left);
-            for end in 2..bytes.len() {
+            for end in 3..bytes.len() {
                 assert_eq!(restored(&bytes[..end]).unwrap_err(), (Unusable::Corrupt, fate), "{end} bytes");
             }
+            let longer = [&bytes[..], &[0]].concat();
+            assert_eq!(restored(&longer).unwrap_err(), (Unusable::Corrupt, fate));
             let later = [&[9], &bytes[1..]].concat();
-            assert_eq!(restored(&later).unwrap_err(), (Unusable::Version(9), fate));
+            assert_eq!(restored(&later).unwrap_err(), (Unusable::Version(9, 1), fate));
+            let later_state = [&bytes[..1], &[7], &bytes[2..]].concat();
+            assert_eq!(restored(&later_state).unwrap_err(), (Unusable::Version(1, 7), fate));
         }
         assert_eq!(restored(b"").unwrap_err(), (Unusable::Corrupt, Fate::EndsAtOnce));
     }

@@ -27,12 +27,10 @@ pub enum Message<P: Protocol> {
     Admit {
         connection: Box<Connection<P>>,
         slot: usize,
-        /// Of the configuration that admitted it.
-        generation: u64,
     },
     /// A connection of an earlier process.
     Resume(Box<Connection<P>>),
-    Configure(WorkerConfig<P>, u64, mpsc::Sender<()>),
+    Configure(WorkerConfig<P>, mpsc::Sender<()>),
     /// Bring up to `carry` connections to rest and hand them back; end the rest in order by `until`.
     End {
         carry: usize,

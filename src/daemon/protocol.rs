@@ -33,11 +33,19 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
     /// What it is, in one sentence, for `--help`.
     const ABOUT: &'static str;
 
+    /// The version of the state. Raise it whenever the fields of the type that implements this change in number, order or
+    /// type: the state is written field by field, without names (postcard), and the bytes of another version are not read.
+    /// A connection left by another version is ended in order.
+    const STATE_VERSION: u8 = 1;
+
     /// The state of a connection that was just admitted.
     fn start() -> Self;
 
-    /// One turn, because what [`waits_for`](Self::waits_for) says can be done. A bounded piece of work: other connections
-    /// wait.
+    /// One turn: a bounded piece of work, because other connections wait. It is called when what
+    /// [`waits_for`](Self::waits_for) says can be done, and also on suspicion: right after the admission (with 4 KiB in
+    /// `io.buffers.input`, where a worker has 64 KiB), while a thread looks again before it sleeps, and a bounded number of
+    /// times when the service stops. So it must say [`Turn::Idle`] exactly when nothing was done: anything else counts as a
+    /// sign of life for the idle timeout.
     fn turn(&mut self, io: &mut Io<'_, Self>) -> Turn;
 
     /// What the next turn waits for.
@@ -55,7 +63,8 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
         !self.is_at_rest()
     }
 
-    /// What is owed to the peer where the connection is ended now and nothing more is read.
+    /// What is owed to the peer where the connection is ended now (an idle timeout, a stop) and nothing more is read. Override
+    /// it where the state holds output: the default drops that.
     fn owed(&self) -> Vec<u8> {
         Vec::new()
     }
@@ -73,7 +82,8 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
     /// What the record of a closed connection counts.
     fn counters(&self) -> Counters;
 
-    /// `settings` without a limit that could cut off what an earlier process has accepted.
+    /// `settings` without a limit that could cut off what an earlier process has accepted. Used where a process that cannot
+    /// serve ends the connections of an earlier one.
     fn unlimited(settings: Self::Settings) -> Self::Settings {
         settings
     }
@@ -129,7 +139,7 @@ pub enum Turn {
     Progress,
     /// The connection is over: the peer has closed it, or broken it off.
     Closed,
-    /// The peer is refused, and has been told: see [`Protocol::refusal`].
+    /// The peer is refused: see [`Protocol::refusal`]. What the peer has not been told yet is sent as the connection closes.
     Refused,
     /// Data came from this user, which is not the one that was judged; `None`: without credentials.
     SenderMismatch(Option<Uid>),
@@ -153,11 +163,11 @@ pub struct Refusal {
     pub reason: Reason,
     /// What MESSAGE says.
     pub text: String,
-    /// What the peer has yet to be told.
+    /// What of the message is left to send.
     pub message: &'static [u8],
 }
 
-/// What the record of a closed connection counts.
+/// What the record of a closed connection counts. A line is one message of the protocol, whatever that is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// GATE_LINES.
@@ -252,7 +262,7 @@ impl PeerStream<'_> {
     }
 }
 
-/// Records of single lines: their length, never their content.
+/// Records of single lines (messages of the protocol): their length, never their content.
 #[derive(Clone, Copy, Debug)]
 pub struct Lines<'a> {
     pub(crate) audit: &'a Audit,
@@ -269,6 +279,9 @@ impl Lines<'_> {
 
     /// Records a line of so many bytes.
     pub fn record(&self, length: usize) {
+        if !self.are_recorded() {
+            return;
+        }
         let mut record = Record::new(Event::Line);
         record.rule = Some(self.rule.as_str().into());
         record.connection = Some(self.connection);

@@ -96,10 +96,10 @@ impl<P: Protocol> Service<P> {
     fn put_in_force(&mut self, config: Config<P>) {
         self.audit.set(audit_settings(&config));
         // First the gate, so that no further connection is admitted by the old policy; then the live connections.
-        let generation = self.gate.configure(gate_config(&config), config.settings.clone());
+        self.gate.configure(gate_config(&config), config.settings.clone());
         let (done, finished) = mpsc::channel();
         for worker in &self.workers {
-            worker.configure(worker_config(&config), generation, done.clone());
+            worker.configure(worker_config(&config), done.clone());
         }
         drop(done);
         // One word from each; then the channel is closed.

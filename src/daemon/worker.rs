@@ -51,7 +51,7 @@ impl<P: Protocol> Worker<P> {
     /// What epoll, eventfd or starting a thread say.
     pub fn start(number: usize, config: WorkerConfig<P>, context: Context) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox::new(&config)?);
-        let mut running = Loop::new(Arc::clone(&mailbox), config, context);
+        let mut running = WorkerLoop::new(Arc::clone(&mailbox), config, context);
         let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || running.run())?;
         Ok(Self { mailbox, number, thread: Some(thread) })
     }
@@ -73,8 +73,8 @@ impl<P: Protocol> Worker<P> {
     }
 
     /// Puts a configuration in force and judges every connection by it. `done` hears when that is finished.
-    pub fn configure(&self, config: WorkerConfig<P>, generation: u64, done: mpsc::Sender<()>) {
-        self.mailbox.post(Message::Configure(config, generation, done));
+    pub fn configure(&self, config: WorkerConfig<P>, done: mpsc::Sender<()>) {
+        self.mailbox.post(Message::Configure(config, done));
     }
 
     /// Ends the worker: up to `carry` connections come back through `reply` at rest, the rest get what they are owed and
@@ -97,11 +97,10 @@ impl<P: Protocol> Worker<P> {
     }
 }
 
-struct Loop<P: Protocol> {
+struct WorkerLoop<P: Protocol> {
     mailbox: Arc<Mailbox<P>>,
     context: Context,
     config: WorkerConfig<P>,
-    generation: u64,
     /// Each in its place, which is the token of its events.
     connections: Vec<Option<Box<Connection<P>>>>,
     /// How many places are taken.
@@ -121,14 +120,13 @@ struct Ending<P: Protocol> {
     reply: mpsc::Sender<Vec<Box<Connection<P>>>>,
 }
 
-impl<P: Protocol> Loop<P> {
+impl<P: Protocol> WorkerLoop<P> {
     fn new(mailbox: Arc<Mailbox<P>>, config: WorkerConfig<P>, context: Context) -> Self {
         let pacing = Pacing::new(context.busy_poll);
         Self {
             mailbox,
             context,
             config,
-            generation: 0,
             connections: Vec::new(),
             present: 0,
             timeouts: Timeouts::default(),
@@ -241,28 +239,15 @@ impl<P: Protocol> Loop<P> {
     fn open_mail(&mut self) {
         for message in self.mailbox.open() {
             match message {
-                Message::Admit { connection, slot, generation } => self.admit(connection, slot, generation),
+                Message::Admit { connection, slot } => self.put(slot, connection),
                 Message::Resume(connection) => self.resume(connection),
-                Message::Configure(config, generation, done) => {
-                    self.configure(config, generation);
+                Message::Configure(config, done) => {
+                    self.configure(config);
                     let _ = done.send(());
                 }
                 Message::End { carry, until, reply } => self.end(carry, until, reply),
             }
         }
-    }
-
-    /// Takes over a connection that has had its first turn on the gate's thread, and is in the epoll already.
-    fn admit(&mut self, mut connection: Box<Connection<P>>, slot: usize, generation: u64) {
-        // Judged just before a reload that this worker has already been through.
-        if generation < self.generation {
-            if let Some(end) = self.judge_again(&mut connection) {
-                self.mailbox.free_slot(slot);
-                return self.close(connection, end);
-            }
-            self.renew_interest(slot, &connection);
-        }
-        self.put(slot, connection);
     }
 
     fn resume(&mut self, connection: Box<Connection<P>>) {
@@ -337,10 +322,9 @@ impl<P: Protocol> Loop<P> {
         self.context.close(connection, end, &self.config.settings, &mut self.buffers, &self.mailbox);
     }
 
-    /// A new configuration: every connection is judged again, by the credentials it had at connect.
-    fn configure(&mut self, config: WorkerConfig<P>, generation: u64) {
+    /// A new configuration: every connection is judged again, by its ids at connect and its units as first read.
+    fn configure(&mut self, config: WorkerConfig<P>) {
         let before = std::mem::replace(&mut self.config, config);
-        self.generation = generation;
         self.timeouts.clear();
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
@@ -519,7 +503,7 @@ mod tests {
         let policy = owner();
         let (context, _gate) = context(&policy);
         let config = WorkerConfig { idle_timeout: Some(Duration::from_secs(86_400)), ..config(&policy) };
-        let mut serving = Loop::new(Arc::new(Mailbox::new(&config).unwrap()), config, context);
+        let mut serving = WorkerLoop::new(Arc::new(Mailbox::new(&config).unwrap()), config, context);
         let mut clients = Vec::new();
         for connection in 0..2000 {
             let slot = serving.mailbox.take_slot();
@@ -548,13 +532,13 @@ mod tests {
             let policy = owner();
             let (context, _gate) = context(&policy);
             let config = WorkerConfig { idle_timeout: before, ..config(&policy) };
-            let mut serving = Loop::new(Arc::new(Mailbox::new(&config).unwrap()), config.clone(), context);
+            let mut serving = WorkerLoop::new(Arc::new(Mailbox::new(&config).unwrap()), config.clone(), context);
             let slot = serving.mailbox.take_slot();
             let (admission, _client) = admission(&policy, 1);
             let mut connection = Connection::admitted(admission);
             connection.progress.active = Moment::now().checked_sub(hour / 2).unwrap();
             serving.put(slot, Box::new(connection));
-            serving.configure(WorkerConfig { idle_timeout: Some(hour / 4), ..config }, 1);
+            serving.configure(WorkerConfig { idle_timeout: Some(hour / 4), ..config });
             serving.expire();
             assert_eq!(serving.present, usize::from(!is_noted), "{before:?}");
         }

@@ -1,8 +1,15 @@
 //! The keys of a rule. Used by [`policy`](super) and [`policy_file`](crate::policy_file).
 //!
-//! A key has one module: what it is called, how its values are read, whether they match a subject, and why. To add one,
-//! write its module with a [`Key`] and the method of [`Rule`](super::Rule) that sets it, list it in [`KEYS`], and let the
-//! subject tell what it depends on ([`Subject`](crate::Subject)).
+//! A key has one module: what it is called, how its values are read, whether they match a subject, and why. Index, policy file,
+//! `explain`, `check` and the look-up of names go by that and name no key. To add one:
+//!
+//! - write its module with a [`Key`] and the method of [`Rule`](super::Rule) that sets it, and list it in [`KEYS`];
+//! - where it depends on a new fact: let [`Subject`](crate::Subject) tell it (with a default of "not known") and
+//!   [`Peer`](crate::Peer) ask the kernel for it, cache it in [`Asked`], and, where it cannot be asked again after the peer's
+//!   process has ended, carry it over a restart (the daemon's handover.rs) and let `explain` be told it (cli.rs, explain.rs).
+//!
+//! Tests fail until the manual page, the shipped configuration, an example for `check` and `explain`, and the slow model of
+//! tests/policy.rs know the key.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -159,7 +166,8 @@ pub(super) trait Test: fmt::Debug + Send + Sync {
     /// Why, as a phrase: `uid 1001 is not among self (1000)`.
     fn why(&self, answer: Answer, asked: &Asked<'_>, listed: &str) -> String;
 
-    /// The ids without which the key does not hold.
+    /// The ids of the subject itself (its own uid, its own groups) without which the key does not hold: the index looks rules
+    /// up by them. Ids of any other kind do not belong here.
     fn ids(&self) -> Option<Ids<'_>> {
         None
     }
