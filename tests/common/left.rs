@@ -25,7 +25,7 @@ impl Message {
         Self { bytes: b"hello".to_vec(), fds }
     }
 
-    /// Changes the state of each connection, which begins with its version and with whether the connection is at rest.
+    /// Changes the state of each connection. It begins with two versions and with whether the connection is at rest (1).
     pub fn change_states(&mut self, mut change: impl FnMut(&mut Vec<u8>)) {
         let count = u32::from_le_bytes(self.bytes[TABLE - 4..TABLE].try_into().unwrap()) as usize;
         let mut rest = self.bytes.split_off(TABLE + count * ENTRY);
