@@ -160,8 +160,8 @@ what_systemd_does_between_two_processes_loses_no_live_connection() {
     expect "admissions" 1 "$(records admitted | wc -l)"
 }
 
-# Does COMMAND so many times while clients stream, and compares every byte. Sets `pause` and `restarted`, in milliseconds:
-# the longest pause of a client, and the longest COMMAND.
+# Does COMMAND so many times while clients stream, and compares every byte. Sets, in milliseconds: `pause`, the longest
+# pause of a client; `longest` and `median`, how long COMMAND took.
 _stream_across() { # SOCKET "CONNECTIONS [OPTION…]" TIMES COMMAND…
     local socket=$1 options connections times=$3 begin line carried
     read -r -a options <<<"$2"
@@ -178,13 +178,14 @@ _stream_across() { # SOCKET "CONNECTIONS [OPTION…]" TIMES COMMAND…
     exec {hold}>/tmp/claim/stream-in
     read -r -t 120 -u "$says" line
     expect "the client" ready "$line"
-    restarted=0
+    local took=()
     for ((i = 0; i < times; i++)); do
         begin=${EPOCHREALTIME/./}
         "$@" || fail "time $i: $* failed"
-        begin=$(((${EPOCHREALTIME/./} - begin) / 1000))
-        ((begin <= restarted)) || restarted=$begin
+        took+=("$(((${EPOCHREALTIME/./} - begin) / 1000))")
     done
+    mapfile -t took < <(printf '%s\n' "${took[@]}" | sort --numeric-sort)
+    median=${took[times / 2]} longest=${took[-1]}
     exec {hold}>&-
     wait "$client"
     line=$(tail --lines=1 /tmp/claim/stream-out)
@@ -192,7 +193,7 @@ _stream_across() { # SOCKET "CONNECTIONS [OPTION…]" TIMES COMMAND…
     # What the service itself says of it: each connection, each time.
     carried=$(records all | jq --raw-output .MESSAGE |
         awk '/ connections carried over the restart, / { carried += $1; ended += $7 } END { print carried + 0, ended + 0 }')
-    figure "$times times, at most $restarted ms each, ${carried% *} connections carried: $line"
+    figure "$times times, at most $longest ms each, median $median ms, ${carried% *} connections carried: $line"
     expect "what the client saw" "connections=$connections cut=0 lost=0 doubled=0 wrong=0" "${line%% lines=*}"
     expect "connections carried, ended instead" "$((connections * times)) 0" "$carried"
 }
