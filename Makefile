@@ -17,7 +17,7 @@ run:
 test: check check-root e2e package-test bench-quick
 
 # Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.
-root_tests := access equation examples handover identity journals lifecycle names newcomer outside record
+root_tests := access equation examples handover handover_faults identity journals lifecycle names newcomer outside record
 other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
 
 # The checks that need neither root nor a booted systemd. As root, all tests of the workspace.

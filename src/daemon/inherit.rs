@@ -18,6 +18,8 @@ use peergate::systemd::Notifier;
 use crate::close::{ClosingRecord, Context};
 use crate::config::{Config, Verify};
 use crate::connection::{Connection, Fate, Inherited};
+use crate::first_turn::FirstTurn;
+use crate::gate_thread::GateThread;
 use crate::handover::Inheritance;
 use crate::in_force::{audit_settings, worker_config};
 use crate::protocol::Protocol;
@@ -161,7 +163,11 @@ fn end_unjudged<P: Protocol>(inheritance: Inheritance<P>, config: &Config<P>, au
     };
     let mut settings = worker_config(config);
     settings.settings = P::unlimited(settings.settings);
+    let of_new_connections = settings.settings.clone();
     let worker = Worker::start(0, settings, context.clone())?;
+    let first_turn = FirstTurn::new(vec![worker.mailbox()], context.clone(), of_new_connections);
+    // It closes in order what the worker has ended, while the worker still waits for other peers.
+    let mut gate = GateThread::start(gate, first_turn, Arc::clone(&context.wakeup))?;
     for one in inheritance.connections {
         if one.fate == Fate::EndsAtOnce {
             close_silently(&context.closer, one.socket);
@@ -171,6 +177,6 @@ fn end_unjudged<P: Protocol>(inheritance: Inheritance<P>, config: &Config<P>, au
         worker.resume(Box::new(Connection::resumed(one, Arc::clone(rule), permit)));
     }
     end_workers(&mut [worker], 0);
-    gate.finish();
+    gate.shut();
     Ok(())
 }
