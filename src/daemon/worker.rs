@@ -56,7 +56,7 @@ impl<P: Protocol> Worker<P> {
         Ok(Self { mailbox, number, thread: Some(thread) })
     }
 
-    /// Where connections are handed over, for the [`FirstTurn`](crate::first_turn::FirstTurn).
+    /// Where connections are handed over, for the first turn.
     pub fn mailbox(&self) -> Arc<Mailbox<P>> {
         Arc::clone(&self.mailbox)
     }

@@ -1,4 +1,4 @@
-//! The echo: one connection's state and its turns. Reads what is there, frames it ([`line`]), writes it back.
+//! The echo: one connection's state and its turns. Reads what is there, frames it ([`mod@line`]), writes it back.
 
 use peergate::audit::Reason;
 use peergate_daemon::buffers::{Buffers, SMALL, grow};

@@ -1,7 +1,7 @@
 //! echod: a line echo that answers only to the local users its policy names.
 //!
 //! The gate is [`peergate`], everything that makes a daemon is [`peergate_daemon`]. What remains is the echo: its framing
-//! ([`line`]), one connection's state and turns ([`echo`]), its [`settings`].
+//! ([`mod@line`]), one connection's state and turns ([`echo`]), its [`settings`].
 
 // The tests count allocations, and an allocator cannot be written without.
 #![cfg_attr(not(test), forbid(unsafe_code))]

@@ -17,7 +17,7 @@
 //! - To send the datagram from here would be a second implementation of the crate's only task.
 //! - To read the record back from the journal takes rights that the service does not have.
 //!
-//! But errno belongs to the thread, and the crate's last system call is made on this one. So [`was_sent`] clears errno
+//! But errno belongs to the thread, and the crate's last system call is made on this one. So `was_sent` clears errno
 //! before the record and reads it after: the one place that depends on how the crate is made.
 
 use std::collections::HashMap;

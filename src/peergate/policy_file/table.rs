@@ -33,7 +33,7 @@ pub struct Table<'a> {
 /// use peergate::policy_file::{self, FromTable, ValueKind, Source, SystemNames, Table};
 /// use peergate::Uid;
 ///
-/// #[derive(Default)]
+/// #[derive(Debug, Default)]
 /// struct Terms {
 ///     pages: Option<u64>,
 /// }
