@@ -522,7 +522,7 @@ fn in_a_user_namespace_without_root_the_users_file_is_read() {
     needs_root();
     let place = Place::new();
     let program = place.path("echod");
-    fs::copy(env!("CARGO_BIN_EXE_echod"), &program).unwrap();
+    common::copy_program(env!("CARGO_BIN_EXE_echod"), &program);
     let home = directory(place.path("home"), ALICE, 0o755);
     let file = place.file("home/echod.toml", common::OWNER);
     let check = || {

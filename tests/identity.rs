@@ -653,7 +653,7 @@ fn a_set_uid_peer_connects_as_effective_and_sends_as_real_user() {
 /// A copy of the helper program that every user may run.
 fn helper_for_all(place: &Path) -> PathBuf {
     let copy = place.join("peer");
-    fs::copy(common::peer_program(), &copy).unwrap();
+    common::copy_program(common::peer_program(), &copy);
     copy
 }
 

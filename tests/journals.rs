@@ -184,7 +184,8 @@ fn as_stranger(program: &Path, directory: &Path) -> Output {
 fn an_unreadable_journal_file_is_named_in_an_incomplete_report() {
     let files = Files::new("unreadable");
     let program = files.0.join("echod");
-    fs::copy(env!("CARGO_BIN_EXE_echod"), &program).unwrap();
+    // Not by this process: a child that another test forks meanwhile would hold the file open (ETXTBSY).
+    assert!(Command::new("cp").arg(env!("CARGO_BIN_EXE_echod")).arg(&program).status().unwrap().success());
     let theirs = files.denials("a.journal", ALPHA, "alpha", 3);
     chown(&theirs, Some(STRANGER), None).unwrap();
     let output = as_stranger(&program, &files.0);

@@ -123,7 +123,7 @@ impl Start {
         self.options.extend(["--as".to_owned(), ids.to_owned()]);
         // Other users may not be able to enter the build directory.
         let copy = self.place.path("echod");
-        fs::copy(&self.program, &copy).unwrap();
+        copy_program(&self.program, &copy);
         self.program = copy;
         self
     }
@@ -419,4 +419,10 @@ pub fn hung_user_database(place: &Place) -> [String; 8] {
     nix::unistd::mkfifo(&passwd, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
     let script = "mount --bind \"$0\" /etc/passwd && exec \"$@\"";
     ["unshare", "-m", "--propagation", "private", "sh", "-c", script, passwd.to_str().unwrap()].map(str::to_owned)
+}
+
+/// Copies a program that is to be run at once. A process of its own writes it: a child that another test forks meanwhile
+/// would hold the file open (ETXTBSY).
+pub fn copy_program(from: impl AsRef<Path>, to: impl AsRef<Path>) {
+    assert!(Command::new("cp").arg(from.as_ref()).arg(to.as_ref()).status().unwrap().success());
 }
