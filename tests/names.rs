@@ -152,7 +152,10 @@ fn a_database_that_never_answers_blocks_only_one_thread() {
     database.add("group", "club:x:64100:");
     // The C library may close a pipe unread, for it cannot seek in one: that ends the lookup too.
     let written = fs::write(&pipe, "newcomer:x:64001:64001::/:/bin/sh\n");
-    assert!(written.as_ref().is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) || written.is_ok(), "{written:?}");
+    assert!(
+        written.as_ref().is_err_and(|error| error.kind() == ErrorKind::BrokenPipe) || written.is_ok(),
+        "{written:?}"
+    );
     echod.wait_for_stderr("Names found and in force: group \"club\" (64100)");
     echoes(&echod, "64002:64100");
     denied(&echod, "64001:64001");
