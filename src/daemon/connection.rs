@@ -21,7 +21,7 @@ use crate::moment::Moment;
 use crate::protocol::{Interest, Io, Lines, PeerStream, Protocol, Turn};
 use crate::terms::Terms;
 
-/// What all connections of a worker live by; replaced as a whole at a reload.
+/// The settings of all connections of a worker, replaced as a whole at a reload.
 pub struct WorkerConfig<P: Protocol> {
     /// Judges them anew at a reload.
     pub policy: Arc<Policy<Terms<P>>>,
@@ -73,7 +73,7 @@ impl Progress {
 
 /// A connection that an earlier process left, not yet judged.
 pub struct Inherited<P: Protocol> {
-    /// The peer's end.
+    /// Its socket, which is connected to the peer.
     pub socket: OwnedFd,
     /// As the kernel tells of it now.
     pub peer: Peer,
@@ -124,7 +124,7 @@ impl<P: Protocol> Inherited<P> {
 pub struct Connection<P: Protocol> {
     /// First, so that its place is free before the peer can see the end of file.
     pub permit: Permit,
-    /// The peer's end.
+    /// Its socket, which is connected to the peer.
     pub socket: Stream,
     /// As the gate judged it.
     pub peer: Peer,
