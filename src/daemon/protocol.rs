@@ -179,7 +179,7 @@ pub struct Counters {
 /// What a turn works with.
 #[derive(Debug)]
 pub struct Io<'a, P: Protocol> {
-    /// The peer's end.
+    /// Receives from the peer and sends to it.
     pub peer: PeerStream<'a>,
     /// Memory of this thread.
     pub buffers: &'a mut Buffers,
