@@ -199,7 +199,7 @@ fn load<P: Protocol>(location: Location, me: Uid, names: &dyn Names) -> Result<C
     let (path, named) = match location {
         Location::Named(path) => (path, true),
         Location::Default(path) => (path, false),
-        Location::Nowhere => return Ok(Config::without_file(me)),
+        Location::Nowhere => return Ok(built_in(me, names)),
         Location::Unknown(error) => {
             let message = format!(
                 "cannot be looked for: the home directory of uid {me} is unknown ({error}); expected an \
@@ -210,13 +210,23 @@ fn load<P: Protocol>(location: Location, me: Uid, names: &dyn Names) -> Result<C
     };
     match Source::read(&path, me) {
         Ok(source) => Config::from_source(&source, me, names).map_err(LoadError::Refused),
-        Err(ReadError::Missing) if !named => Ok(Config::without_file(me)),
+        Err(ReadError::Missing) if !named => Ok(built_in(me, names)),
         Err(ReadError::Refused(fault)) => Err(LoadError::Refused(Faults(vec![fault]))),
         Err(error) if named => Err(LoadError::NoInput { path, error }),
         Err(error) => {
             let message = format!("cannot be read ({error}); expected a file that uid {me} may read, or none");
             Err(LoadError::Refused(Faults(vec![Fault::of_file(&path, message)])))
         }
+    }
+}
+
+/// What a service goes by where there is no file. A user's subordinate ids count as that user here too.
+fn built_in<P: Protocol>(me: Uid, names: &dyn Names) -> Config<P> {
+    let config = Config::without_file(me);
+    // Only what a deny rule depends on is a fault.
+    match policy_file::with_accounts(Policy::owner_only(me), names) {
+        Ok((policy, warnings)) => Config { policy: Arc::new(policy), warnings, ..config },
+        Err(_) => config,
     }
 }
 

@@ -78,7 +78,7 @@ fn judge<P: Protocol>(
     };
     one.peer.close_pidfd();
     one.peer.forget_groups();
-    let permit = permits.resume(one.peer.uid());
+    let permit = permits.resume(config.policy.owner_of(one.peer.uid()));
     let fate = one.fate;
     let mut connection = Connection::resumed(one, rule, permit);
     if connection.verify(config.service.verify == Verify::Line) {

@@ -3,6 +3,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
+use peergate::policy_file::SystemNames;
+
 use crate::config::Config;
 use crate::protocol::Protocol;
 
@@ -11,6 +13,9 @@ use crate::protocol::Protocol;
 const LOCAL: [&str; 10] =
     ["files", "compat", "systemd", "sss", "db", "extrausers", "altfiles", "cache", "mymachines", "winbind"];
 
+/// The databases of users and groups in nsswitch.conf(5).
+const DATABASES: [&str; 3] = ["passwd", "group", "initgroups"];
+
 /// What may come out differently where the service runs, a sentence each.
 ///
 /// The service manager sets `$CONFIGURATION_DIRECTORY` for the service, and for a check that runs as the service does.
@@ -18,8 +23,7 @@ pub fn reservations<P: Protocol>(config: &Config<P>) -> Vec<String> {
     if std::env::var_os("CONFIGURATION_DIRECTORY").is_some() {
         return Vec::new();
     }
-    let names = has_names(config).then(|| fs::read_to_string("/etc/nsswitch.conf").unwrap_or_default());
-    let distant = names.as_deref().map(distant_sources).unwrap_or_default();
+    let distant = if has_names(config) { distant_sources(SystemNames::sources(&DATABASES)) } else { Vec::new() };
     let lookup = (!distant.is_empty()).then(|| {
         format!(
             "names were looked up outside of the service's sandbox, and /etc/nsswitch.conf names {}: if that is asked over \
@@ -35,19 +39,10 @@ fn has_names<P: Protocol>(config: &Config<P>) -> bool {
     !config.policy.known_names().is_empty() || !config.policy.unknown_names().is_empty()
 }
 
-/// The sources of users and groups that are not known to be local.
-fn distant_sources(nsswitch: &str) -> Vec<&str> {
-    let databases = ["passwd", "group", "initgroups"];
-    let lines = nsswitch.lines().filter_map(|line| line.split('#').next()?.split_once(':'));
-    let sources = lines.filter(|(database, _)| databases.contains(&database.trim()));
-    // In brackets: what to do after the source before them.
-    let words = sources.flat_map(|(_, sources)| {
-        sources.split('[').flat_map(|part| part.rsplit(']').next().unwrap_or_default().split_whitespace())
-    });
-    let mut distant: Vec<_> = words.filter(|source| !LOCAL.contains(source)).collect();
-    distant.sort_unstable();
-    distant.dedup();
-    distant
+/// The sources that are not known to be local.
+fn distant_sources(mut sources: Vec<String>) -> Vec<String> {
+    sources.retain(|source| !LOCAL.contains(&source.as_str()));
+    sources
 }
 
 /// Root reads every file; the units' service is not root.
@@ -71,8 +66,8 @@ mod tests {
 
     #[test]
     fn only_sources_that_may_ask_over_a_network_are_named() {
-        assert_eq!(distant_sources("passwd: files systemd\ngroup:\tfiles [SUCCESS=merge] sss\nhosts: dns\n"), [""; 0]);
-        let text = "passwd: files hesiod # nis\n#group: ldap\ngroup: files[NOTFOUND=return]nis hesiod\nshadow: x\n";
-        assert_eq!(distant_sources(text), ["hesiod", "nis"]);
+        let distant = |sources: &[&str]| distant_sources(sources.iter().map(ToString::to_string).collect());
+        assert_eq!(distant(&["files", "systemd", "sss"]), [""; 0]);
+        assert_eq!(distant(&["files", "hesiod", "nis"]), ["hesiod", "nis"]);
     }
 }

@@ -441,7 +441,7 @@ impl<T: Terms> Gate<T> {
             Decision::Admitted { peer, rule, permit } => self.admit(arrival, peer, rule, permit, admitted),
             Decision::OverLimit { peer, rule, exceeded } => {
                 let (since, now) = waited.unwrap_or_else(|| (Instant::now(), Instant::now()));
-                let waiting = Waiting { arrival, uid: peer.uid(), since };
+                let waiting = Waiting { arrival, uid: self.config.policy.owner_of(peer.uid()), since };
                 if !self.accepting || !waiting.may_go_on_waiting(now) {
                     return self.refuse(waiting.arrival, peer, &rule, exceeded);
                 }
@@ -472,7 +472,7 @@ impl<T: Terms> Gate<T> {
             Verdict::Denied(rule) => Decision::Denied { rule: rule.map(Arc::clone), peer },
             Verdict::Admitted(rule) => {
                 let rule = Arc::clone(rule);
-                match self.permits.acquire(peer.uid(), &self.config.limits, rule.terms()) {
+                match self.permits.acquire(policy.owner_of(peer.uid()), &self.config.limits, rule.terms()) {
                     Ok(permit) => Decision::Admitted { peer, rule, permit },
                     Err(exceeded) => Decision::OverLimit { peer, rule, exceeded },
                 }

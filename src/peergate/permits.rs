@@ -95,7 +95,8 @@ impl Permits {
         Self::default()
     }
 
-    /// A permit for `uid` within `limits`. The terms of the rule that admits it ([`Rule::terms`](crate::Rule::terms)) may
+    /// A permit for `uid` within `limits`. Of a subordinate id, ask for its owner's
+    /// ([`Policy::owner_of`](crate::Policy::owner_of)). The terms of the rule that admits it ([`Rule::terms`](crate::Rule::terms)) may
     /// set another limit for the user.
     ///
     /// # Errors

@@ -87,6 +87,7 @@
 //! So `units = ["backup.service"]` means the system's `backup.service`, whatever other keys the rule has, and
 //! `users = ["alice"], user-units = ["mail.service"]` means that unit of alice's own.
 
+mod accounts;
 mod condition;
 mod explain;
 mod glob;
@@ -102,11 +103,12 @@ use std::sync::Arc;
 
 use crate::Subject;
 use crate::ids::Uid;
-use condition::Ids;
+use condition::{Ids, Known};
 use index::{Candidates, Index, NONE};
 use matcher::{Asked, Matcher};
 use set::IdSet;
 
+pub use accounts::{Accounts, SubordinateRange};
 pub(crate) use condition::{Condition, Given, KEYS, Key, sufficient_keys};
 pub use condition::{Group, User};
 pub use explain::Explanation;
@@ -129,6 +131,7 @@ pub struct Policy<T> {
     first_with_groups: u32,
     first_with_process: u32,
     me: Uid,
+    accounts: Arc<Accounts>,
 }
 
 /// What a decision depends on besides the uid: see [`Policy::needs_of`].
@@ -186,29 +189,29 @@ impl<T> Policy<T> {
     pub fn new(rules: impl IntoIterator<Item = Rule<T>>, me: Uid) -> Result<Self, PolicyError> {
         let mut rules: Vec<Arc<Rule<T>>> = rules.into_iter().map(Arc::new).collect();
         rules.sort_by_key(|rule| rule.name().kind() == Kind::Allow);
-        Self::of_rules(rules, me)
+        Self::of_rules(rules, me, Arc::default())
     }
 
     /// A policy of rules that are in their order.
-    fn of_rules(rules: Vec<Arc<Rule<T>>>, me: Uid) -> Result<Self, PolicyError> {
+    fn of_rules(rules: Vec<Arc<Rule<T>>>, me: Uid, accounts: Arc<Accounts>) -> Result<Self, PolicyError> {
         let mut names = HashSet::new();
         let mut matchers = Vec::with_capacity(rules.len());
         for rule in &rules {
             if !names.insert(rule.name().as_str()) {
                 return Err(PolicyError::new(rule.name(), "a second rule of this name; expected each name once"));
             }
-            matchers.push(matcher(rule, me).map_err(|problem| PolicyError::new(rule.name(), problem))?);
+            matchers.push(matcher(rule, me, &accounts).map_err(|problem| PolicyError::new(rule.name(), problem))?);
         }
-        Ok(Self::of_matchers(rules, matchers, me))
+        Ok(Self::of_matchers(rules, matchers, me, accounts))
     }
 
-    fn of_matchers(rules: Vec<Arc<Rule<T>>>, matchers: Vec<Matcher>, me: Uid) -> Self {
+    fn of_matchers(rules: Vec<Arc<Rule<T>>>, matchers: Vec<Matcher>, me: Uid, accounts: Arc<Accounts>) -> Self {
         let first = |needs: fn(&Matcher) -> bool| {
             (0..NONE).zip(&matchers).find(|(_, matcher)| needs(matcher)).map_or(NONE, |(number, _)| number)
         };
         let (first_with_groups, first_with_process) = (first(Matcher::needs_groups), first(Matcher::needs_process));
         let index = Index::new(&matchers);
-        Self { rules, matchers, index, first_with_groups, first_with_process, me }
+        Self { rules, matchers, index, first_with_groups, first_with_process, me, accounts }
     }
 
     /// The policy where there is no file: a single rule `allow.owner`, which admits `me`.
@@ -217,8 +220,28 @@ impl<T> Policy<T> {
         T: Default,
     {
         let rule = Rule::allow("owner", T::default()).users([User::Me]);
-        let users = condition::users::OneOf(IdSet::new([(me.raw(), me.raw())]));
-        Self::of_matchers(vec![Arc::new(rule)], vec![Matcher::new(false, vec![Box::new(users)])], me)
+        let users = condition::users::OneOf::new(IdSet::new([(me.raw(), me.raw())]));
+        Self::of_matchers(vec![Arc::new(rule)], vec![Matcher::new(false, vec![Box::new(users)])], me, Arc::default())
+    }
+
+    /// The same policy, in which deny rules also match what these accounts say, and [`owner_of`](Self::owner_of) goes by
+    /// them.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new): none for rules that it has taken before.
+    pub fn with_accounts(&self, accounts: Accounts) -> Result<Self, PolicyError> {
+        Self::of_rules(self.rules.clone(), self.me, Arc::new(accounts))
+    }
+
+    /// What the policy knows of users besides its rules.
+    pub fn accounts(&self) -> &Accounts {
+        &self.accounts
+    }
+
+    /// The user to whom this uid is subordinate (/etc/subuid); of any other uid, itself. What counts by user goes by this:
+    /// a user with subordinate ids is otherwise many.
+    pub fn owner_of(&self, uid: Uid) -> Uid {
+        self.accounts.owner_of(uid)
     }
 
     /// The verdict on a subject.
@@ -317,11 +340,13 @@ impl<T> Policy<T> {
 }
 
 /// Checks a rule and resolves what can be before a subject is there.
-fn matcher<T>(rule: &Rule<T>, me: Uid) -> Result<Matcher, String> {
+fn matcher<T>(rule: &Rule<T>, me: Uid, accounts: &Arc<Accounts>) -> Result<Matcher, String> {
     rule.name().check()?;
     rule.check_keys()?;
-    let tests: Result<Vec<_>, String> = rule.conditions().iter().map(|condition| condition.test(me)).collect();
-    Ok(Matcher::new(rule.name().kind() == Kind::Deny, tests?))
+    let is_deny = rule.name().kind() == Kind::Deny;
+    let known = Known { me, accounts: is_deny.then_some(accounts) };
+    let tests: Result<Vec<_>, String> = rule.conditions().iter().map(|condition| condition.test(&known)).collect();
+    Ok(Matcher::new(is_deny, tests?))
 }
 
 impl<T> Policy<T> {
@@ -329,28 +354,41 @@ impl<T> Policy<T> {
     /// comes with the first of these earlier rules.
     pub(crate) fn hidden(&self) -> Vec<Hidden<'_, T>> {
         let mut hidden = Vec::new();
-        let mut decided_uids = IdSet::default();
-        let mut decided_gids = IdSet::default();
+        // The ids that earlier rules decide about alone.
+        let (mut decided_uids, mut decided_gids) = (IdSet::default(), IdSet::default());
         let all = IdSet::new([(0, set::HIGHEST)]);
         for (number, matcher) in self.matchers.iter().enumerate() {
-            let (uids, gids) = (matcher.uids().unwrap_or(&all), matcher.gids());
-            let by_uid = uids.is_subset(&decided_uids);
-            let by_gid = gids.is_some_and(|gids| gids.is_subset(&decided_gids));
-            if (by_uid || by_gid) && !matcher.is_empty() {
-                let earlier = self.matchers[..number].iter().position(|earlier| match (by_uid, earlier.only_ids()) {
-                    (true, Some(Ids::Uids(set))) => uids.overlaps(set),
-                    (false, Some(Ids::Gids(set))) => gids.is_some_and(|gids| gids.overlaps(set)),
-                    _ => false,
+            let is_decided = |ids: &Ids<'_>| {
+                ids.uids().is_none_or(|uids| uids.is_subset(&decided_uids))
+                    && ids.gids().is_none_or(|gids| gids.is_subset(&decided_gids))
+            };
+            let of_any = [Ids::Uids(&all)];
+            let decided = matcher.ids().chain(of_any).find(is_decided).filter(|_| !matcher.is_empty());
+            if let Some(ids) = decided {
+                let overlap = |a: Option<&IdSet>, b: Option<&IdSet>| a.zip(b).is_some_and(|(a, b)| a.overlaps(b));
+                let earlier = self.matchers[..number].iter().position(|earlier| {
+                    let only = earlier.only_ids();
+                    only.is_some_and(|only| overlap(ids.uids(), only.uids()) || overlap(ids.gids(), only.gids()))
                 });
                 hidden.extend(earlier.map(|earlier| Hidden { rule: &self.rules[number], by: &self.rules[earlier] }));
             }
-            match matcher.only_ids() {
-                Some(Ids::Uids(set)) => decided_uids.unite(set),
-                Some(Ids::Gids(set)) => decided_gids.unite(set),
-                None => {}
+            if let Some(only) = matcher.only_ids() {
+                only.uids().into_iter().for_each(|uids| decided_uids.unite(uids));
+                only.gids().into_iter().for_each(|gids| decided_gids.unite(gids));
             }
         }
         hidden
+    }
+
+    /// The groups that deny rules list, as ranges, which may overlap.
+    pub(crate) fn denied_groups(&self) -> Vec<(u32, u32)> {
+        let denying = self.rules.iter().zip(&self.matchers).filter(|(rule, _)| rule.name().kind() == Kind::Deny);
+        denying.flat_map(|(_, matcher)| matcher.gids()).flat_map(|gids| gids.ranges().iter().copied()).collect()
+    }
+
+    /// Whether there is a deny rule.
+    pub(crate) fn denies_any(&self) -> bool {
+        self.rules.first().is_some_and(|rule| rule.name().kind() == Kind::Deny)
     }
 
     /// Rules with a key that lists no id at all.

@@ -59,7 +59,9 @@
 //! # Ok::<(), peergate::policy_file::Faults>(())
 //! ```
 
+mod accounts;
 mod names;
+mod nsswitch;
 mod source;
 mod table;
 mod trust;
@@ -77,6 +79,7 @@ use crate::policy::{
 };
 use table::Spot;
 
+pub use accounts::with_accounts;
 pub use names::{Account, Names, SystemNames, look_up};
 pub use source::{Fault, Faults, ReadError, Source};
 pub use table::{FromTable, Table, ValueKind};
@@ -166,8 +169,10 @@ where
             .push((0, "no allow rule, so every peer is denied; expected one such as [allow.owner]".to_owned()));
     }
     reader.warn_of_useless_rules(&policy);
+    let (policy, warnings) = with_accounts(policy, names)?;
     let unanswered = reader.unanswered();
-    Ok(Loaded { unknown: policy.unknown_names(), unanswered, policy, application, warnings: reader.warnings() })
+    let warnings = reader.warnings().into_iter().chain(warnings).collect();
+    Ok(Loaded { unknown: policy.unknown_names(), unanswered, policy, application, warnings })
 }
 
 /// What toml says of a text that is no TOML, as "what was found; what was expected".

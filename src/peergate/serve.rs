@@ -14,6 +14,7 @@ use crate::journal::Writer;
 use crate::peer::unmapped_ids;
 use crate::permits::Terms;
 use crate::policy::Policy;
+use crate::policy_file::{self, Fault, SystemNames};
 use crate::systemd::{Notifier, Request, Signals, Watchdog, activation};
 
 /// How long the end waits for a journal that takes nothing.
@@ -22,13 +23,15 @@ const JOURNAL_PATIENCE: Duration = Duration::from_secs(1);
 /// Serves on the sockets that the service manager passed, until SIGTERM or SIGINT. `admit` gets each connection that
 /// `policy` admits within the default [`Limits`](crate::Limits). Every denial becomes a record in the journal, under the
 /// identifier `name`. The service manager is notified of readiness (Type=notify), and its watchdog is fed if it has set
-/// one. A reload changes nothing.
+/// one. A reload changes nothing. Deny rules and the limit per user know subordinate ids and the members of groups
+/// ([`policy_file::with_accounts`]).
 ///
 /// `admit` runs on the gate's thread and must not block ([`Door::open`]): a longer conversation needs a thread of its own.
 /// Call this at the beginning of `main`, before there is a second thread.
 ///
 /// # Errors
-/// InvalidInput if no socket was passed, or one that cannot be served; else what starting a thread, epoll(7) or
+/// InvalidInput if no socket was passed, or one that cannot be served, or if a deny rule depends on something that the
+/// user database does not tell; else what starting a thread, epoll(7) or
 /// signalfd(2) reports.
 pub fn serve<T: Terms>(
     name: &str,
@@ -40,12 +43,14 @@ pub fn serve<T: Terms>(
     if let Some(why) = passed.ignored {
         return Err(invalid(why));
     }
+    let (policy, warnings) =
+        policy_file::with_accounts(policy, &SystemNames).map_err(|faults| invalid(faults.to_string()))?;
     let audit = Audit::default();
     let setup = Setup::new(passed.listeners, policy, audit.clone())?;
     let signals = Signals::catch()?;
     let journal = Writer::start(&audit, name)?;
-    if let Some(partial) = unmapped_ids() {
-        audit.write(Record::note(Severity::Warning, partial));
+    for warning in unmapped_ids().into_iter().chain(warnings.iter().map(Fault::to_string)) {
+        audit.write(Record::note(Severity::Warning, warning));
     }
     let outcome = Door::open(setup, admit).and_then(|mut door| {
         let notifier = Notifier::from_env();

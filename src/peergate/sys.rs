@@ -10,6 +10,7 @@ use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::sys::signal::SigSet;
@@ -328,6 +329,8 @@ const FIRST_ROOM: usize = 16 << 10;
 const MOST_ROOM: usize = 256 << 20;
 /// The most groups of one user that are listed. No process can have more than 65,536.
 const MOST_GROUPS: usize = 1 << 20;
+/// How many users or groups are listed at most.
+const MOST_LISTED: usize = 1 << 20;
 
 /// What the user database says of a user: passwd(5).
 #[derive(Debug)]
@@ -357,6 +360,61 @@ pub(crate) fn group_by_name(name: &CStr) -> io::Result<Option<u32>> {
         libc::getgrnam_r(name.as_ptr(), group, room, size, found)
     };
     entry(call, |group| group.gr_gid)
+}
+
+/// What the user database says of a group: group(5).
+#[derive(Debug)]
+pub(crate) struct GroupEntry {
+    pub(crate) gid: u32,
+    pub(crate) members: Vec<String>,
+}
+
+/// getgrgid_r(3). `None` where there is no such group.
+pub(crate) fn group_by_id(gid: u32) -> io::Result<Option<GroupEntry>> {
+    // SAFETY: as `entry` promises.
+    entry(|group, room, size, found| unsafe { libc::getgrgid_r(gid, group, room, size, found) }, group_entry)
+}
+
+/// The C library has one place in the list of users and one in that of groups for the whole process: one thread at a time.
+static LISTING: Mutex<()> = Mutex::new(());
+
+/// Every user that the database lists: getpwent_r(3).
+pub(crate) fn users() -> io::Result<Vec<PasswdEntry>> {
+    let _alone = LISTING.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: no arguments, and no other thread of this library is in the list.
+    unsafe { libc::setpwent() };
+    // SAFETY: as `entry` promises.
+    let next = || entry(|user, room, size, found| unsafe { libc::getpwent_r(user, room, size, found) }, passwd_entry);
+    let users = std::iter::from_fn(|| next().transpose()).take(MOST_LISTED).collect();
+    // SAFETY: as above.
+    unsafe { libc::endpwent() };
+    users
+}
+
+/// Every group that the database lists: getgrent_r(3).
+pub(crate) fn groups() -> io::Result<Vec<GroupEntry>> {
+    let _alone = LISTING.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: no arguments, and no other thread of this library is in the list.
+    unsafe { libc::setgrent() };
+    // SAFETY: as `entry` promises.
+    let next = || entry(|group, room, size, found| unsafe { libc::getgrent_r(group, room, size, found) }, group_entry);
+    let groups = std::iter::from_fn(|| next().transpose()).take(MOST_LISTED).collect();
+    // SAFETY: as above.
+    unsafe { libc::endgrent() };
+    groups
+}
+
+fn group_entry(group: &libc::group) -> GroupEntry {
+    let mut members = Vec::new();
+    let mut next = group.gr_mem;
+    // SAFETY: null, or the first of an array of pointers that ends with a null pointer, in the room that `entry` keeps.
+    while let Some(&name) = unsafe { next.as_ref() }.filter(|name| !name.is_null()) {
+        // SAFETY: not null, so a string that ends with NUL, in the same room.
+        members.push(unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned());
+        // SAFETY: this one is not the last, so there is another behind it.
+        next = unsafe { next.add(1) };
+    }
+    GroupEntry { gid: group.gr_gid, members }
 }
 
 fn passwd_entry(user: &libc::passwd) -> PasswdEntry {

@@ -24,6 +24,7 @@ pub(super) struct OverLimit {
 
 pub(super) struct Waiting {
     pub arrival: Arrival,
+    /// The user, by whom places are shared out: the owner of a subordinate id.
     pub uid: Uid,
     pub since: Instant,
 }

@@ -13,10 +13,11 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 
-use super::Name;
 use super::matcher::{Answer, Asked};
 use super::set::IdSet;
+use super::{Accounts, Name};
 use crate::ids::{OVERFLOW_ID, Uid};
 
 pub(super) mod groups;
@@ -45,11 +46,20 @@ pub(crate) struct Key {
     pub(crate) companion: Option<(&'static str, &'static str)>,
     /// Reads a value. The error says what was found and, after a semicolon, what was expected.
     read: fn(&Given<'_>, &mut LookUp<'_>) -> Result<Value, String>,
-    /// Makes the test of a subject by values and the id of `self`.
+    /// Makes the test of a subject by values.
     test: MakeTest,
 }
 
-type MakeTest = fn(&[Value], Uid) -> Result<Box<dyn Test>, String>;
+type MakeTest = fn(&[Value], &Known<'_>) -> Result<Box<dyn Test>, String>;
+
+/// What is known when tests are made.
+#[derive(Debug)]
+pub(super) struct Known<'k> {
+    /// The id of `self`.
+    pub(super) me: Uid,
+    /// In a deny rule: what a user can shed or take on. An allow rule goes by what a peer shows alone.
+    pub(super) accounts: Option<&'k Arc<Accounts>>,
+}
 
 /// The id of a name, or `None` where the name is unknown.
 pub(crate) type LookUp<'l> = dyn FnMut(&Name) -> Result<Option<u32>, String> + 'l;
@@ -127,11 +137,11 @@ impl Condition {
     }
 
     /// The test of a subject by these values.
-    pub(super) fn test(&self, me: Uid) -> Result<Box<dyn Test>, String> {
+    pub(super) fn test(&self, known: &Known<'_>) -> Result<Box<dyn Test>, String> {
         if self.values.is_empty() {
             return Err(format!("`{}` is empty; expected at least one value", self.key.name));
         }
-        (self.key.test)(&self.values, me)
+        (self.key.test)(&self.values, known)
     }
 
     /// The names among the values, with their ids.
@@ -178,17 +188,29 @@ pub(super) trait Test: fmt::Debug + Send + Sync {
     }
 }
 
-/// The ids that a key lists.
+/// The ids that a key lists: a subject needs one of them.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Ids<'t> {
     Uids(&'t IdSet),
     Gids(&'t IdSet),
+    /// One of these uids or one of these gids.
+    Either(&'t IdSet, &'t IdSet),
 }
 
 impl<'t> Ids<'t> {
-    pub(super) fn set(self) -> &'t IdSet {
-        let (Self::Uids(set) | Self::Gids(set)) = self;
-        set
+    pub(super) fn uids(self) -> Option<&'t IdSet> {
+        let (Self::Uids(uids) | Self::Either(uids, _)) = self else { return None };
+        Some(uids)
+    }
+
+    pub(super) fn gids(self) -> Option<&'t IdSet> {
+        let (Self::Gids(gids) | Self::Either(_, gids)) = self else { return None };
+        Some(gids)
+    }
+
+    /// How many ids these are.
+    pub(super) fn size(self) -> u64 {
+        [self.uids(), self.gids()].into_iter().flatten().map(IdSet::size).sum()
     }
 }
 
@@ -198,7 +220,8 @@ mod tests {
 
     #[test]
     fn the_keys_that_need_the_process_are_asked_last() {
-        let needs = KEYS.map(|key| (key.test)(&[], Uid::new(0)).unwrap().needs_process());
+        let needs =
+            KEYS.map(|key| (key.test)(&[], &Known { me: Uid::new(0), accounts: None }).unwrap().needs_process());
         assert!(needs.is_sorted(), "{needs:?}");
     }
 }

@@ -111,7 +111,7 @@ pub(super) fn explain<T>(policy: &Policy<T>, who: &dyn Subject) -> Explanation {
 
 fn findings<T>(policy: &Policy<T>, rule: &Rule<T>, matcher: &Matcher, asked: &Asked<'_>) -> Vec<Finding> {
     let mut findings = Vec::new();
-    if matcher.uids().is_none() && matcher.of_any(asked) == Answer::Unknown {
+    if matcher.ids().all(|ids| ids.uids().is_none()) && matcher.of_any(asked) == Answer::Unknown {
         let why = format!("uid {} names no user here, and no such uid is admitted", asked.subject.uid());
         findings.push(Finding { key: "users", answer: Some(Answer::Unknown), why });
     }

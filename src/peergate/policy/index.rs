@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 
-use super::condition::Ids;
 use super::matcher::Matcher;
 use super::set::IdSet;
 
@@ -44,14 +43,15 @@ impl Index {
         let (mut by_uid, mut by_gid, mut of_any) = (Vec::new(), Vec::new(), Vec::new());
         for (number, matcher) in (0..NONE).zip(matchers) {
             // Listed under the rarest of the ids that it needs, so that few subjects meet it.
-            let rarest = matcher.ids().min_by_key(|ids| ids.set().size());
+            let rarest = matcher.ids().min_by_key(|ids| ids.size());
             let Some(ids) = rarest else {
                 of_any.push(number);
                 continue;
             };
-            let list = if matches!(ids, Ids::Uids(_)) { &mut by_uid } else { &mut by_gid };
             let (needs_process, alone) = (matcher.needs_process(), matcher.is_one_key());
-            list.push(Entry { number, set: ids.set(), needs_process, alone });
+            for (list, set) in [(&mut by_uid, ids.uids()), (&mut by_gid, ids.gids())] {
+                list.extend(set.map(|set| Entry { number, set, needs_process, alone }));
+            }
         }
         let mut left = MOST_ENTRIES;
         let listed_gids = IdSet::new(by_gid.iter().flat_map(|entry| entry.set.ranges().iter().copied()));
@@ -224,8 +224,8 @@ mod tests {
     use super::*;
 
     fn matcher(users: (u32, u32), groups: Option<(u32, u32)>) -> Matcher {
-        let users: Box<dyn Test> = Box::new(OneOf(IdSet::new([users])));
-        let groups = groups.map(|groups| Box::new(AnyOf(IdSet::new([groups]))) as Box<dyn Test>);
+        let users: Box<dyn Test> = Box::new(OneOf::new(IdSet::new([users])));
+        let groups = groups.map(|groups| Box::new(AnyOf::new(IdSet::new([groups]))) as Box<dyn Test>);
         Matcher::new(false, std::iter::once(users).chain(groups).collect())
     }
 

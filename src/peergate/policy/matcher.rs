@@ -105,29 +105,26 @@ impl Matcher {
     }
 
     pub(super) fn needs_groups(&self) -> bool {
-        self.ids().any(|ids| matches!(ids, Ids::Gids(_)))
+        self.gids().is_some()
     }
 
-    /// The sets of ids of which a subject must have one each.
+    /// For each key that lists ids: the ids of which a subject must have one.
     pub(super) fn ids(&self) -> impl Iterator<Item = Ids<'_>> {
         self.tests.iter().filter_map(|test| test.ids())
     }
 
-    /// The set of ids that is all the rule depends on.
+    /// The ids of which one is all that the rule depends on.
     pub(super) fn only_ids(&self) -> Option<Ids<'_>> {
         self.ids().next().filter(|_| self.is_one_key())
     }
 
     /// Whether a key lists no id at all.
     pub(super) fn is_empty(&self) -> bool {
-        self.ids().any(|ids| ids.set().is_empty())
+        self.ids().any(|ids| ids.size() == 0)
     }
 
-    pub(super) fn uids(&self) -> Option<&IdSet> {
-        self.ids().find_map(|ids| if let Ids::Uids(set) = ids { Some(set) } else { None })
-    }
-
+    /// The groups of which one is enough for a key.
     pub(super) fn gids(&self) -> Option<&IdSet> {
-        self.ids().find_map(|ids| if let Ids::Gids(set) = ids { Some(set) } else { None })
+        self.ids().find_map(Ids::gids)
     }
 }

@@ -87,6 +87,6 @@ impl<T> Policy<T> {
             let changes = rule.names().any(|(name, id)| id.is_none() && ids.contains_key(name));
             if changes { Arc::new(rule.with_ids(&ids)) } else { Arc::clone(rule) }
         });
-        Self::of_rules(rules.collect(), self.me())
+        Self::of_rules(rules.collect(), self.me(), Arc::clone(&self.accounts))
     }
 }

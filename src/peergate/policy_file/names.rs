@@ -1,12 +1,19 @@
 //! Names of users and groups to ids. Used by [`policy_file`](super), which makes these names public.
 
 use std::ffi::CString;
+use std::fs;
 use std::io;
 use std::path::PathBuf;
 
+use super::{Source, nsswitch};
 use crate::ids::{Gid, Uid};
 use crate::policy::{Group, HIGHEST, Name, User};
 use crate::sys;
+
+const SUBUID: &str = "/etc/subuid";
+
+/// Sources of nsswitch.conf(5) that list all their users and groups.
+const LISTING: [&str; 6] = ["files", "compat", "systemd", "db", "extrausers", "altfiles"];
 
 /// A database of users and groups.
 pub trait Names {
@@ -21,6 +28,44 @@ pub trait Names {
     /// # Errors
     /// The database gave no answer.
     fn gid(&self, name: &str) -> io::Result<Option<Gid>>;
+
+    /// The users that the database lists. By default none.
+    ///
+    /// # Errors
+    /// The database gave no answer.
+    fn users(&self) -> io::Result<Vec<Account>> {
+        Ok(Vec::new())
+    }
+
+    /// The groups that the database lists, with the names of their members. By default none.
+    ///
+    /// # Errors
+    /// The database gave no answer.
+    fn groups(&self) -> io::Result<Vec<(Gid, Vec<String>)>> {
+        Ok(Vec::new())
+    }
+
+    /// The names of the members of one group. By default none.
+    ///
+    /// # Errors
+    /// The database gave no answer.
+    fn members(&self, _gid: Gid) -> io::Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    /// Whether [`users`](Self::users) and [`groups`](Self::groups) list all that there are: a directory often finds more by
+    /// their names.
+    fn lists_all(&self) -> bool {
+        true
+    }
+
+    /// The text of /etc/subuid, or of what stands in its place; empty where there is none. By default empty.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    fn subordinate_ids(&self) -> io::Result<Source> {
+        Ok(Source::new(SUBUID, ""))
+    }
 }
 
 /// The system's own database: getpwnam_r(3) and getgrnam_r(3), and so whatever nsswitch.conf(5) lists.
@@ -35,6 +80,30 @@ impl Names for SystemNames {
     fn gid(&self, name: &str) -> io::Result<Option<Gid>> {
         let Ok(name) = CString::new(name) else { return Ok(None) };
         Ok(sys::group_by_name(&name)?.map(Gid::new))
+    }
+
+    fn users(&self) -> io::Result<Vec<Account>> {
+        Ok(sys::users()?.into_iter().map(Account::from).collect())
+    }
+
+    fn groups(&self) -> io::Result<Vec<(Gid, Vec<String>)>> {
+        Ok(sys::groups()?.into_iter().map(|group| (Gid::new(group.gid), group.members)).collect())
+    }
+
+    fn members(&self, gid: Gid) -> io::Result<Vec<String>> {
+        Ok(sys::group_by_id(gid.raw())?.map(|group| group.members).unwrap_or_default())
+    }
+
+    fn lists_all(&self) -> bool {
+        nsswitch::read(&["passwd", "group", "initgroups"]).iter().all(|source| LISTING.contains(&source.as_str()))
+    }
+
+    fn subordinate_ids(&self) -> io::Result<Source> {
+        match fs::read(SUBUID) {
+            Ok(bytes) => Ok(Source::new(SUBUID, String::from_utf8_lossy(&bytes))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Source::new(SUBUID, "")),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -59,6 +128,12 @@ impl From<sys::PasswdEntry> for Account {
 }
 
 impl SystemNames {
+    /// The sources that nsswitch.conf(5) names for these databases, each once: where users and groups, or subordinate ids,
+    /// come from.
+    pub fn sources(databases: &[&str]) -> Vec<String> {
+        nsswitch::read(databases)
+    }
+
     /// The user with this name: getpwnam_r(3). `None` where there is no such user.
     ///
     /// # Errors

@@ -1,13 +1,14 @@
 //! The key `groups`: the effective gid and the supplementary groups.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
-use super::super::Rule;
 use super::super::explain::list;
 use super::super::matcher::{Answer, Asked};
 use super::super::set::IdSet;
+use super::super::{Accounts, Rule};
 use super::{Given, Ids, Key, Name, Test, Value, id};
-use crate::ids::Gid;
+use crate::ids::{Gid, Uid};
 
 pub(crate) static KEY: Key = Key {
     name: "groups",
@@ -19,7 +20,7 @@ pub(crate) static KEY: Key = Key {
         Given::Text("self") => Err(format!("\"self\" in `groups`, where it means nothing; {}", KEY.expected)),
         given => id::read(&KEY, given, Name::Group, look_up),
     },
-    test: |values, me| Ok(Box::new(AnyOf(id::set(values, me)?))),
+    test: |values, known| Ok(Box::new(AnyOf::new(id::set(values, known.me)?).and_members(known.accounts))),
 };
 
 /// A value of the key `groups`.
@@ -68,15 +69,47 @@ impl<T> Rule<T> {
     }
 }
 
-/// Whether one of the gids is one of these.
+/// Whether one of the gids is one of these; or in a deny rule, whether the user database lists the user, or the owner of
+/// the subordinate id, in one of these groups. A peer can shed its groups, unshare(1) and setpriv(1) show how.
 #[derive(Debug)]
-pub(in super::super) struct AnyOf(pub(in super::super) IdSet);
+pub(in super::super) struct AnyOf {
+    listed: IdSet,
+    members: Option<Members>,
+}
+
+/// Where the user database lists members of these groups.
+#[derive(Debug)]
+struct Members {
+    users: IdSet,
+    /// These users and their subordinate ids.
+    all: IdSet,
+    accounts: Arc<Accounts>,
+}
+
+impl AnyOf {
+    pub(in super::super) fn new(listed: IdSet) -> Self {
+        Self { listed, members: None }
+    }
+
+    fn and_members(mut self, accounts: Option<&Arc<Accounts>>) -> Self {
+        let Some(accounts) = accounts else { return self };
+        let users = accounts.members_of(&self.listed);
+        if !users.is_empty() {
+            let mut all = accounts.subordinates_of(&users);
+            all.unite(&users);
+            self.members = Some(Members { users, all, accounts: Arc::clone(accounts) });
+        }
+        self
+    }
+}
 
 impl Test for AnyOf {
     fn answer(&self, asked: &Asked<'_>) -> Answer {
-        if asked.subject.gids().iter().any(|gid| self.0.contains(gid.raw())) {
+        let uid = asked.subject.uid();
+        let is_member = self.members.as_ref().is_some_and(|members| members.all.contains(uid.raw()));
+        if is_member || asked.subject.gids().iter().any(|gid| self.listed.contains(gid.raw())) {
             Answer::Yes
-        } else if asked.groups_are_known() {
+        } else if asked.groups_are_known() && (self.members.is_none() || uid.is_known()) {
             Answer::No
         } else {
             Answer::Unknown
@@ -85,11 +118,13 @@ impl Test for AnyOf {
 
     fn why(&self, answer: Answer, asked: &Asked<'_>, listed: &str) -> String {
         let gids = asked.subject.gids();
-        let member = gids.iter().find(|gid| self.0.contains(gid.raw()));
-        match (answer, member) {
+        let shown = gids.iter().find(|gid| self.listed.contains(gid.raw()));
+        match (answer, shown) {
             (Answer::Yes, Some(gid)) => format!("gid {gid} is among {listed}"),
+            (Answer::Yes, None) => self.why_member(asked.subject.uid(), listed),
             (Answer::Unknown, _) if !asked.subject.gids_complete() => "the list of groups cannot be told".to_owned(),
-            (Answer::Unknown, _) => "one of the gids names no group here".to_owned(),
+            (Answer::Unknown, _) if !asked.groups_are_known() => "one of the gids names no group here".to_owned(),
+            (Answer::Unknown, _) => format!("uid {} names no user here", asked.subject.uid()),
             _ => {
                 let gids: Vec<String> = gids.iter().map(Gid::to_string).collect();
                 format!("no gid of {} is among {listed}", list(&gids))
@@ -98,6 +133,24 @@ impl Test for AnyOf {
     }
 
     fn ids(&self) -> Option<Ids<'_>> {
-        Some(Ids::Gids(&self.0))
+        Some(match &self.members {
+            Some(members) => Ids::Either(&members.all, &self.listed),
+            None => Ids::Gids(&self.listed),
+        })
+    }
+}
+
+impl AnyOf {
+    /// Why a peer counts as a member that shows none of the groups.
+    fn why_member(&self, uid: Uid, listed: &str) -> String {
+        let Some(Members { users, accounts, .. }) = &self.members else { return String::new() };
+        let owner = if users.contains(uid.raw()) { None } else { accounts.owner_among(uid, users) };
+        let whose = match owner {
+            Some(owner) => format!("uid {uid} is a subordinate id of uid {owner} (/etc/subuid), which"),
+            None => format!("uid {uid}"),
+        };
+        let group = accounts.group_of(owner.unwrap_or(uid), &self.listed);
+        let group = group.map_or_else(|| "a group".to_owned(), |gid| format!("group {gid}"));
+        format!("{whose} is a member of {group} by the user database, among {listed}")
     }
 }

@@ -1,10 +1,11 @@
 //! The key `users`: the effective uid.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 
-use super::super::Rule;
 use super::super::matcher::{Answer, Asked};
 use super::super::set::IdSet;
+use super::super::{Accounts, Rule};
 use super::{Given, Ids, Key, Name, Test, Value, id};
 use crate::ids::Uid;
 
@@ -18,7 +19,7 @@ pub(crate) static KEY: Key = Key {
         Given::Text("self") => Ok(Value::Me),
         given => id::read(&KEY, given, Name::User, look_up),
     },
-    test: |values, me| Ok(Box::new(OneOf(id::set(values, me)?))),
+    test: |values, known| Ok(Box::new(OneOf::new(id::set(values, known.me)?).and_subordinates(known.accounts))),
 };
 
 /// A value of the key `users`.
@@ -70,26 +71,63 @@ impl<T> Rule<T> {
     }
 }
 
-/// Whether the uid is one of these.
+/// Whether the uid is one of these, or in a deny rule subordinate to one of them.
 #[derive(Debug)]
-pub(in super::super) struct OneOf(pub(in super::super) IdSet);
+pub(in super::super) struct OneOf {
+    listed: IdSet,
+    subordinates: Option<Subordinates>,
+}
+
+/// Where some of the listed users have subordinate ids.
+#[derive(Debug)]
+struct Subordinates {
+    /// The listed uids and these ids.
+    all: IdSet,
+    accounts: Arc<Accounts>,
+}
+
+impl OneOf {
+    pub(in super::super) fn new(listed: IdSet) -> Self {
+        Self { listed, subordinates: None }
+    }
+
+    fn and_subordinates(mut self, accounts: Option<&Arc<Accounts>>) -> Self {
+        let Some(accounts) = accounts else { return self };
+        let mut all = accounts.subordinates_of(&self.listed);
+        if !all.is_empty() {
+            all.unite(&self.listed);
+            self.subordinates = Some(Subordinates { all, accounts: Arc::clone(accounts) });
+        }
+        self
+    }
+
+    fn all(&self) -> &IdSet {
+        self.subordinates.as_ref().map_or(&self.listed, |subordinates| &subordinates.all)
+    }
+}
 
 impl Test for OneOf {
     fn answer(&self, asked: &Asked<'_>) -> Answer {
         let uid = asked.subject.uid();
-        if uid.is_known() { Answer::from(self.0.contains(uid.raw())) } else { Answer::Unknown }
+        if uid.is_known() { Answer::from(self.all().contains(uid.raw())) } else { Answer::Unknown }
     }
 
     fn why(&self, answer: Answer, asked: &Asked<'_>, listed: &str) -> String {
         let uid = asked.subject.uid();
-        match answer {
-            Answer::Yes => format!("uid {uid} is among {listed}"),
-            Answer::No => format!("uid {uid} is not among {listed}"),
-            Answer::Unknown => format!("uid {uid} names no user here"),
+        let by_itself = self.listed.contains(uid.raw());
+        let accounts = self.subordinates.as_ref().filter(|_| !by_itself).map(|subordinates| &subordinates.accounts);
+        let owner = accounts.and_then(|accounts| accounts.owner_among(uid, &self.listed));
+        match (answer, owner) {
+            (Answer::Yes, Some(owner)) => {
+                format!("uid {uid} is a subordinate id of uid {owner} (/etc/subuid), which is among {listed}")
+            }
+            (Answer::Yes, None) => format!("uid {uid} is among {listed}"),
+            (Answer::No, _) => format!("uid {uid} is not among {listed}"),
+            (Answer::Unknown, _) => format!("uid {uid} names no user here"),
         }
     }
 
     fn ids(&self) -> Option<Ids<'_>> {
-        Some(Ids::Uids(&self.0))
+        Some(Ids::Uids(self.all()))
     }
 }
