@@ -1,7 +1,11 @@
 # The commands for people. Each target names what it needs beyond make, and installs what is missing (tools/require).
 
-.PHONY: run test check check-root e2e units deb installed package-test bench bench-quick fuzz soak flood audit
+.PHONY: run test lint check check-root suites unit-tests doctests features e2e units deb installed package-test lintian piuparts \
+	debians-rust bench bench-quick fuzz soak flood audit
+# One after another, but for what `test` and `check` ask to have side by side.
+ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
+endif
 .DEFAULT_GOAL := run
 
 # The Debian releases that e2e and package-test boot: make e2e RELEASES="trixie sid"
@@ -13,26 +17,43 @@ become_root := $(if $(filter 0,$(shell id -u)),,sudo --preserve-env=XDG_CACHE_HO
 run:
 	@tools/run
 
+# Most tests wait more than they compute: some run side by side, the longest first. Output comes when a target is done.
+side_by_side = $(MAKE) --no-print-directory --jobs=6 --output-sync=target SIDE_BY_SIDE=yes
+
 # Everything, as CI runs it.
-test: check check-root e2e package-test bench-quick
+test: lint
+	+$(side_by_side) units package-test suites features check-root
+	+$(MAKE) --no-print-directory bench-quick
 
 # Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.
-root_tests := access equation examples handover handover_faults identity journals lifecycle names newcomer outside record
-other_tests := $(filter-out $(root_tests),$(basename $(notdir $(wildcard tests/*.rs))))
+root_tests := lifecycle equation outside handover_faults handover abuse access examples identity journals names newcomer record
+tests := $(notdir $(basename $(wildcard tests/*.rs)))
+other_tests := $(filter-out $(root_tests),$(tests))
 
 # The checks that need neither root nor a booted systemd. As root, all tests of the workspace.
-check:
+check: lint
+	+$(side_by_side) suites features
+
+# Formatting and clippy, then everything compiled that is run afterwards.
+lint:
 	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux strace:strace systemd-analyze:systemd \
 		man:man-db journalctl:systemd systemd-journal-remote
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
-ifeq ($(shell id -u),0)
-	cargo test --locked
-else
+	cargo test --locked --no-run
 	cargo build --locked --examples
-	cargo test --locked --lib --bins --examples $(other_tests:%=--test %)
+
+# Each file of tests/, then unit tests and doctests.
+suites := $(if $(filter 0,$(shell id -u)),$(root_tests)) $(other_tests)
+suites: $(suites:%=suite-%) unit-tests doctests
+$(suites:%=suite-%): suite-%:
+	cargo test --locked --test $*
+unit-tests:
+	cargo test --locked --lib --bins --examples
+doctests:
 	cargo test --locked --doc
-endif
+
+features:
 	@tools/features
 
 # The tests that check leaves out without root: built as your user, run by sudo.
@@ -59,13 +80,17 @@ echod_deb = out/echod_$(version)_$(architecture).deb
 
 # The finished package: installation, upgrade, removal and debian/tests on each booted release. A target of its own, so
 # that make test, which needs it twice, runs it once.
-installed: deb
-	packaging/test-deb $(echod_deb) $(RELEASES)
+installed: $(RELEASES:%=installed-%)
+$(RELEASES:%=installed-%): installed-%: deb
+	packaging/test-deb $(echod_deb) $*
 
 # The same, then lintian and piuparts on the package, then its source compiled by Debian 13's own compiler.
-package-test: deb installed
+package-test: installed lintian piuparts debians-rust
+lintian: deb
 	packaging/lint-deb out/peergate_$(version).dsc out/peergate_$(version)_$(architecture).changes
+piuparts: deb
 	$(become_root) packaging/piuparts-deb $(echod_deb) $(RELEASES)
+debians-rust: deb
 	$(become_root) packaging/build-clean --features out/peergate_$(version).dsc
 
 # The table in benches/README.md, measured anew. Takes long, and needs a machine without other work.
