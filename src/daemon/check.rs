@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::config::values::show_span;
 use crate::protocol::{Protocol, RuleKeys as _, Settings as _};
 use crate::terms::Terms;
-use crate::{output, vouching};
+use crate::{output, reservations};
 
 /// How many bytes of a list are shown.
 const WIDEST_LIST: usize = 60;
@@ -25,7 +25,7 @@ pub fn run<P: Protocol>(config: Option<&Path>) -> u8 {
             for warning in &config.warnings {
                 output::say(&format!("warning: {warning}"));
             }
-            for reservation in vouching::reservations(&config) {
+            for reservation in reservations::reservations(&config) {
                 output::say(&format!("warning: {reservation}"));
             }
             output::answer(Summary(&config).to_string());

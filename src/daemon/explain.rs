@@ -14,7 +14,7 @@ use peergate::unit::Units;
 use crate::cli::{Explain, Who};
 use crate::config::Config;
 use crate::protocol::Protocol;
-use crate::{exit_code, output, vouching};
+use crate::{exit_code, output, reservations};
 
 /// A peer that is not connected.
 #[derive(Debug)]
@@ -111,7 +111,7 @@ pub fn run<P: Protocol>(asked: &Explain) -> u8 {
             "  (`self` is the user that asks, uid {me} here; to a service it is the user that the service runs as)\n"
         );
     }
-    for reservation in vouching::reservations(&config) {
+    for reservation in reservations::reservations(&config) {
         text += &format!("  ({reservation})\n");
     }
     output::answer(text);

@@ -26,6 +26,7 @@ mod gate_thread;
 mod handover;
 mod in_force;
 mod inherit;
+mod loading;
 mod mailbox;
 pub mod moment;
 mod names;
@@ -34,14 +35,13 @@ mod pacing;
 pub mod protocol;
 mod reload;
 pub mod report;
+mod reservations;
 mod service;
-mod starting;
 mod stop;
 pub mod terms;
 #[cfg(test)]
 mod testing;
 mod timeouts;
-mod vouching;
 pub mod worker;
 
 use std::collections::VecDeque;
@@ -181,10 +181,10 @@ fn prepare<P: Protocol>(options: &Serve) -> Result<Prepared<P>, Failure> {
     let signals =
         Signals::catch().map_err(|error| Failure(exit_code::OS_ERROR, format!("catching signals: {error}")))?;
     let mut requests = VecDeque::new();
-    let mut config = match starting::load::<P>(options.config.as_deref(), &signals, &mut requests) {
-        Ok(starting::Outcome::Loaded(config)) => config,
-        Ok(starting::Outcome::Failed(error)) => return Err(Failure(error.exit_code(), error.to_string())),
-        Ok(starting::Outcome::Stopped) => return Ok(Prepared::Stopped { is_final: signals.stop_is_final() }),
+    let mut config = match loading::load_at_start::<P>(options.config.as_deref(), &signals, &mut requests) {
+        Ok(loading::Outcome::Loaded(config)) => config,
+        Ok(loading::Outcome::Failed(error)) => return Err(Failure(error.exit_code(), error.to_string())),
+        Ok(loading::Outcome::Stopped) => return Ok(Prepared::Stopped { is_final: signals.stop_is_final() }),
         Err(error) => return Err(Failure(exit_code::OS_ERROR, format!("waiting for the configuration: {error}"))),
     };
     config.source = config.source.map(absolute);

@@ -2,8 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::mpsc::{self, TryRecvError};
-use std::thread;
+use std::sync::mpsc;
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, poll};
@@ -13,6 +12,7 @@ use peergate::systemd::{Request, Watchdog};
 
 use crate::config::Config;
 use crate::in_force::{audit_settings, describe, gate_config, record_configuration, worker_config};
+use crate::loading::Loading;
 use crate::names::Found;
 use crate::protocol::Protocol;
 use crate::service::Service;
@@ -55,24 +55,12 @@ impl<P: Protocol> Service<P> {
     }
 
     fn read_on_a_thread(&mut self) -> Result<Config<P>, String> {
-        let path = self.config_path.clone();
-        let load_here = move || Config::<P>::load(path.as_deref()).map_err(|error| error.to_string());
-        let (result, loaded) = mpsc::channel();
-        let (load, wakeup) = (load_here.clone(), Arc::clone(&self.wakeup));
-        let load = move || {
-            let _ = result.send(load());
-            // Not a descriptor of its own: there may be none left.
-            wakeup.notify();
-        };
-        // Where no thread can be started, the channel is closed at once.
-        let _ = thread::Builder::new().name("reload".to_owned()).spawn(load);
+        // Its wake-up is main's, not one of its own: there may be no descriptor left.
+        let loading = Loading::begin(self.config_path.as_deref(), &self.wakeup);
         loop {
-            // The thread may have finished before the wake-up was armed: look afterwards.
             self.wakeup.arm();
-            match loaded.try_recv() {
-                Ok(result) => return result,
-                Err(TryRecvError::Disconnected) => return load_here(),
-                Err(TryRecvError::Empty) => {}
+            if let Some(result) = loading.result() {
+                return result.map_err(|error| error.to_string());
             }
             let timeout = poll_timeout(self.watchdog.as_ref().map(Watchdog::due));
             let mut events = [
