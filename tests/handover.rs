@@ -500,7 +500,7 @@ fn begin_slowly(echod: Echod, place: &common::Place) -> Echod {
         let mut tasks = std::fs::read_dir(format!("/proc/{}/task", echod.pid())).ok()?.flatten();
         let says = |task: &std::fs::DirEntry, what: &str| std::fs::read_to_string(task.path().join(what)).ok();
         tasks.find(|task| {
-            says(task, "comm").is_some_and(|name| name == "start\n")
+            says(task, "comm").is_some_and(|name| name == "configuration\n")
                 && says(task, "syscall").is_some_and(|call| call.starts_with(&opening))
         })
     });
