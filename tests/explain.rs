@@ -306,9 +306,10 @@ fn groups_may_be_given_only_with_a_uid() {
 #[test]
 fn check_shows_and_explain_explains_every_key_of_a_rule() {
     /// A key, its value in a file, and the key that it needs beside it.
-    const EXAMPLES: [(&str, &str, &str); 4] = [
+    const EXAMPLES: [(&str, &str, &str); 5] = [
         ("users", "2000-2999", ""),
         ("groups", "3000-3999", ""),
+        ("logins", "4000-4999", ""),
         ("units", "backup.service", ""),
         ("user-units", "mail.service", "users = [5]\n"),
     ];

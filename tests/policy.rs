@@ -7,11 +7,11 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io;
 
-use peergate::Subject;
 use peergate::ids::{Gid, OVERFLOW_ID, Uid};
-use peergate::policy::{self, Group, Kind, Name, Policy, Rule, User, Verdict};
-use peergate::policy_file::{self, Fault, Loaded, Names, Source};
+use peergate::policy::{self, Accounts, Group, Kind, Name, Policy, Rule, SubordinateRange, User, Verdict};
+use peergate::policy_file::{self, Account, Fault, Loaded, Names, Source};
 use peergate::unit::Units;
+use peergate::{Login, Subject};
 
 /// A subject that counts how often its units are read.
 #[derive(Debug)]
@@ -20,6 +20,7 @@ struct TestSubject {
     gids: Vec<Gid>,
     complete: bool,
     units: Option<Units>,
+    login: Login,
     asked: Cell<u32>,
 }
 
@@ -27,7 +28,7 @@ impl TestSubject {
     fn new(uid: u32, gids: &[u32], unit: Option<&str>) -> Self {
         let gids = gids.iter().copied().map(Gid::new).collect();
         let units = unit.map(|path| Units::from_path(path).unwrap());
-        Self { uid, gids, complete: true, units, asked: Cell::new(0) }
+        Self { uid, gids, complete: true, units, login: Login::Unknown, asked: Cell::new(0) }
     }
 }
 
@@ -47,6 +48,10 @@ impl Subject for TestSubject {
     fn units(&self) -> Option<&Units> {
         self.asked.set(self.asked.get() + 1);
         self.units.as_ref()
+    }
+
+    fn login(&self) -> Login {
+        self.login
     }
 }
 
@@ -69,6 +74,34 @@ mod model {
         pub units: Option<Vec<String>>,
         /// Only beside `users`.
         pub user_units: Option<Vec<String>>,
+        pub logins: Option<Vec<(u32, u32)>>,
+    }
+
+    /// What the system says of its users.
+    #[derive(Clone, Debug, Default)]
+    pub struct World {
+        pub users: Vec<u32>,
+        /// Owner, first and last, as listed.
+        pub subordinate: Vec<(u32, u32, u32)>,
+        /// Group and user.
+        pub members: Vec<(u32, u32)>,
+    }
+
+    impl World {
+        fn is_users_own(&self, uid: u32) -> bool {
+            self.users.contains(&uid) || self.subordinate.iter().any(|(owner, ..)| *owner == uid)
+        }
+
+        /// The users to whom this uid is subordinate, as listed.
+        fn owners(&self, uid: u32) -> Vec<u32> {
+            let covers = |(_, low, high): &&(u32, u32, u32)| (*low..=*high).contains(&uid);
+            let theirs = self.subordinate.iter().filter(covers).map(|(owner, ..)| *owner);
+            if known(uid) && !self.is_users_own(uid) { theirs.collect() } else { Vec::new() }
+        }
+
+        pub fn owner_of(&self, uid: u32) -> u32 {
+            self.owners(uid).first().copied().unwrap_or(uid)
+        }
     }
 
     fn known(id: u32) -> bool {
@@ -89,19 +122,26 @@ mod model {
     }
 
     /// Some(true): holds; Some(false): does not hold; None: unknown.
-    fn user(entry: &Entry, subject: &TestSubject) -> Option<bool> {
+    fn user(entry: &Entry, world: &World, subject: &TestSubject) -> Option<bool> {
         let Some(users) = &entry.users else {
             // An unmapped user is admitted by no rule, whatever its keys.
             return if entry.kind == Kind::Allow && !known(subject.uid) { None } else { Some(true) };
         };
-        if known(subject.uid) { Some(within(users, subject.uid)) } else { None }
+        let owns = || entry.kind == Kind::Deny && world.owners(subject.uid).iter().any(|owner| within(users, *owner));
+        if known(subject.uid) { Some(within(users, subject.uid) || owns()) } else { None }
     }
 
-    fn group(entry: &Entry, subject: &TestSubject) -> Option<bool> {
+    fn group(entry: &Entry, world: &World, subject: &TestSubject) -> Option<bool> {
         let Some(groups) = &entry.groups else { return Some(true) };
-        if subject.gids.iter().any(|gid| within(groups, gid.raw())) {
+        let listed = world.members.iter().filter(|(gid, user)| within(groups, *gid) && known(*user));
+        let members: Vec<u32> = listed.filter(|_| entry.kind == Kind::Deny).map(|(_, user)| *user).collect();
+        let owns = || world.owners(subject.uid).iter().any(|owner| members.contains(owner));
+        if subject.gids.iter().any(|gid| within(groups, gid.raw())) || members.contains(&subject.uid) || owns() {
             Some(true)
-        } else if !subject.complete || subject.gids.iter().any(|gid| !known(gid.raw())) {
+        } else if !members.is_empty() && !known(subject.uid)
+            || !subject.complete
+            || subject.gids.iter().any(|gid| !known(gid.raw()))
+        {
             None
         } else {
             Some(false)
@@ -110,6 +150,15 @@ mod model {
 
     fn any_fits(patterns: &[String], names: &[String]) -> bool {
         names.iter().any(|name| patterns.iter().any(|pattern| fits(pattern.as_bytes(), name.as_bytes())))
+    }
+
+    fn login(entry: &Entry, subject: &TestSubject) -> Option<bool> {
+        let Some(logins) = &entry.logins else { return Some(true) };
+        match subject.login {
+            Login::Unknown => None,
+            Login::None => Some(false),
+            Login::User(uid) => Some(within(logins, uid.raw())),
+        }
     }
 
     /// The system manager's units, whatever other keys there are.
@@ -140,16 +189,16 @@ mod model {
     }
 
     /// The name of the deciding rule, and whether the units were needed.
-    pub fn decide(entries: &[Entry], subject: &TestSubject) -> (String, bool) {
+    pub fn decide(entries: &[Entry], world: &World, subject: &TestSubject) -> (String, bool) {
         let mut asked = false;
         for kind in [Kind::Deny, Kind::Allow] {
             for entry in entries.iter().filter(|entry| entry.kind == kind) {
-                let (user, group) = (user(entry, subject), group(entry, subject));
-                if !decides(entry, &[user, group]) {
+                let cheap = [user(entry, world, subject), group(entry, world, subject), login(entry, subject)];
+                if !decides(entry, &cheap) {
                     continue;
                 }
                 asked |= entry.units.is_some() || entry.user_units.is_some();
-                if decides(entry, &[user, group, unit(entry, subject), user_unit(entry, subject)]) {
+                if decides(entry, &[unit(entry, subject), user_unit(entry, subject)]) {
                     return (format!("{}.{}", kind.as_str(), entry.name), asked);
                 }
             }
@@ -204,11 +253,13 @@ impl Random {
     fn entry(&mut self, number: usize) -> model::Entry {
         let kind = if self.one_in(3) { Kind::Deny } else { Kind::Allow };
         let name = format!("r{number}");
-        let mut entry = model::Entry { kind, name, users: None, groups: None, units: None, user_units: None };
-        while entry.users.is_none() && entry.groups.is_none() && entry.units.is_none() {
+        let (users, groups, units, user_units, logins) = (None, None, None, None, None);
+        let mut entry = model::Entry { kind, name, users, groups, units, user_units, logins };
+        while [&entry.users, &entry.groups, &entry.logins].iter().all(|ids| ids.is_none()) && entry.units.is_none() {
             entry.users = self.one_in(2).then(|| self.ranges());
             entry.groups = self.one_in(3).then(|| self.ranges());
             entry.units = self.one_in(3).then(|| self.patterns());
+            entry.logins = self.one_in(8).then(|| self.ranges());
             entry.user_units = (entry.users.is_some() && self.one_in(5)).then(|| self.patterns());
         }
         entry
@@ -232,7 +283,23 @@ impl Random {
         let unit = (!self.one_in(4)).then(|| *self.pick(&UNITS));
         let mut subject = TestSubject::new(uid, &gids, unit);
         subject.complete = !self.one_in(10);
+        subject.login = match self.below(4) {
+            0 => Login::Unknown,
+            1 => Login::None,
+            _ => Login::User(Uid::new(self.id())),
+        };
         subject
+    }
+
+    fn world(&mut self) -> model::World {
+        let users = (0..self.below(4)).map(|_| self.id()).collect();
+        let subordinate = |random: &mut Self| {
+            let (owner, a, b) = (random.id(), random.id(), random.id());
+            (owner, a.min(b), a.max(b))
+        };
+        let subordinate = (0..self.below(4)).map(|_| subordinate(self)).collect();
+        let members = (0..self.below(5)).map(|_| (self.id(), self.id())).collect();
+        model::World { users, subordinate, members }
     }
 }
 
@@ -253,6 +320,9 @@ fn rule(entry: &model::Entry) -> Rule<()> {
     if let Some(units) = &entry.user_units {
         rule = rule.user_units(units.clone());
     }
+    if let Some(logins) = &entry.logins {
+        rule = rule.logins(logins.iter().map(|(low, high)| User::from(*low..=*high)));
+    }
     rule
 }
 
@@ -270,17 +340,54 @@ fn toml(entries: &[model::Entry]) -> String {
         let head = format!("[{}.{}]\n", entry.kind.as_str(), entry.name);
         let units = |key, units| list(key, units, |unit| format!("'{unit}'"));
         let (units, user_units) = (units("units", &entry.units), units("user-units", &entry.user_units));
-        head + &list("users", &entry.users, ids) + &list("groups", &entry.groups, ids) + &units + &user_units
+        let ids = |key, values| list(key, values, ids);
+        head + &ids("users", &entry.users)
+            + &ids("groups", &entry.groups)
+            + &ids("logins", &entry.logins)
+            + &units
+            + &user_units
     };
     entries.iter().map(rule).collect()
 }
 
-/// A user database without users.
-struct NoUsers;
+/// The user database and /etc/subuid of a world. A user is called by their number.
+struct Listed<'w>(&'w model::World);
 
-impl Names for NoUsers {
-    fn uid(&self, _: &str) -> io::Result<Option<Uid>> {
-        Ok(None)
+impl Listed<'_> {
+    fn accounts(&self) -> Accounts {
+        let ids = |ids: &[u32]| ids.iter().copied().map(Uid::new).collect::<Vec<_>>();
+        let range = |(owner, low, high): (u32, u32, u32)| SubordinateRange::new(Uid::new(owner), low, high);
+        let gids: BTreeSet<u32> = self.0.members.iter().map(|(gid, _)| *gid).collect();
+        let of = |gid: u32| -> Vec<Uid> {
+            self.0.members.iter().filter(|(other, _)| *other == gid).map(|(_, uid)| Uid::new(*uid)).collect()
+        };
+        let members = gids.into_iter().map(|gid| (Gid::new(gid), of(gid)));
+        Accounts::new(self.0.subordinate.iter().copied().map(range), ids(&self.0.users), members)
+    }
+}
+
+impl Names for Listed<'_> {
+    fn users(&self) -> io::Result<Vec<Account>> {
+        let account = |uid: &u32| Account::new(format!("u{uid}"), Uid::new(*uid), Gid::new(u32::MAX));
+        Ok(self.0.users.iter().map(account).collect())
+    }
+
+    fn groups(&self) -> io::Result<Vec<(Gid, Vec<String>)>> {
+        // A group may be listed twice, as where one source adds to another.
+        Ok(self.0.members.iter().map(|(gid, uid)| (Gid::new(*gid), vec![format!("u{uid}")])).collect())
+    }
+
+    fn lists_all(&self) -> bool {
+        false
+    }
+
+    fn subordinate_ids(&self) -> io::Result<Source> {
+        let line = |(owner, low, high): &(u32, u32, u32)| format!("u{owner}:{low}:{}\n", u64::from(high - low) + 1);
+        Ok(Source::new("subuid", self.0.subordinate.iter().map(line).collect::<String>()))
+    }
+
+    fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
+        Ok(name.strip_prefix('u').and_then(|uid| uid.parse().ok()).map(Uid::new))
     }
 
     fn gid(&self, _: &str) -> io::Result<Option<Gid>> {
@@ -291,21 +398,34 @@ impl Names for NoUsers {
 #[test]
 fn decisions_and_explanations_agree_with_the_model() {
     let mut random = Random(0x9E37_79B9_7F4A_7C15);
-    let (mut by_default, mut admitted, mut unknown, mut left_out) = (0, 0, 0, 0);
+    let (mut by_default, mut admitted, mut unknown, mut left_out, mut by_accounts) = (0, 0, 0, 0, 0);
     let mut keys = BTreeSet::new();
     for round in 0..3000 {
         let most = if round % 50 == 0 { 80 } else { 8 };
         let entries: Vec<_> = (0..random.below(most)).map(|number| random.entry(number)).collect();
         let me = *random.pick(&[1, 1000, 65_534]);
+        let mut world = if round % 3 == 0 { model::World::default() } else { random.world() };
+        world.users.push(me);
         let policy = Policy::new(entries.iter().map(rule), Uid::new(me)).unwrap();
+        let policy = policy.with_accounts(Listed(&world).accounts()).unwrap();
         keys.extend(policy.rules().flat_map(|rule| rule.keys(ME)).map(|(key, _)| key));
         let text = toml(&entries);
-        let read = policy_file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &NoUsers).unwrap();
+        let read =
+            policy_file::parse::<(), ()>(&Source::new("policy", text.as_str()), Uid::new(me), &Listed(&world)).unwrap();
+        let text = format!("{text}\n{world:?}");
         for _ in 0..20 {
             let subject = random.subject();
-            let (expected, needs_units) = model::decide(&entries, &subject);
+            let (expected, needs_units) = model::decide(&entries, &world, &subject);
+            let alone = model::decide(&entries, &model::World::default(), &subject).0;
+            assert_eq!(
+                policy.owner_of(Uid::new(subject.uid)).raw(),
+                world.owner_of(subject.uid),
+                "{subject:?}\n{text}"
+            );
             assert_eq!(decide(&policy, &subject), expected, "{subject:?}\n{text}");
-            assert_eq!(subject.asked.get(), u32::from(needs_units), "{subject:?}\n{text}");
+            // Rules with a login and rules with units are not held apart: either makes the process worth asking.
+            let asked = (subject.asked.get(), u32::from(needs_units));
+            assert!(asked.0 == asked.1 || asked == (1, 0) && policy.has_key("logins"), "{subject:?}\n{text}");
             assert_eq!(decide(&read.policy, &subject), expected, "read from a file\n{text}");
 
             let explanation = policy.explain(&subject);
@@ -322,10 +442,14 @@ fn decisions_and_explanations_agree_with_the_model() {
             } else {
                 asked_for_less.complete = false;
             }
-            asked_for_less.units = subject.units.filter(|_| needs.process);
+            if needs.process {
+                (asked_for_less.units, asked_for_less.login) = (subject.units, subject.login);
+            }
             assert_eq!(decide(&policy, &asked_for_less), expected, "with {needs:?} alone\n{text}");
 
-            left_out += u32::from(policy.depends_on_units() && !needs.process);
+            left_out +=
+                u32::from(["logins", "units", "user-units"].iter().any(|key| policy.has_key(key)) && !needs.process);
+            by_accounts += u32::from(alone != expected);
             by_default += u32::from(expected == "default");
             admitted += u32::from(explanation.is_admitted());
             unknown += u32::from(!subject.complete || !Uid::new(subject.uid).is_known());
@@ -333,11 +457,14 @@ fn decisions_and_explanations_agree_with_the_model() {
     }
     assert_eq!(keys, policy::keys().collect(), "the keys that the model knows");
     // All kinds of cases occurred; otherwise the agreement would mean little.
-    for count in [by_default, admitted, unknown, left_out] {
-        assert!(
-            count > 5_000,
-            "{by_default} by default, {admitted} admitted, {unknown} with something unknown, {left_out} not asked for all"
-        );
+    for (count, what, least) in [
+        (by_default, "by default", 5000),
+        (admitted, "admitted", 5000),
+        (unknown, "with something unknown", 5000),
+        (left_out, "not asked for all", 4000),
+        (by_accounts, "decided by what the user database says", 500),
+    ] {
+        assert!(count > least, "{count} {what}");
     }
 }
 
@@ -351,13 +478,14 @@ fn ten_thousand_rules_decide_as_the_model_does() {
         groups: (number % 2 == 1).then(|| vec![(number, number)]),
         units: None,
         user_units: None,
+        logins: None,
     };
     let entries: Vec<_> = (0..10_000).map(entry).collect();
     let policy = Policy::new(entries.iter().map(rule), Uid::new(1)).unwrap();
     for _ in 0..500 {
         let ids = [random.below(12_000) as u32, random.below(12_000) as u32, random.below(12_000) as u32];
         let subject = TestSubject::new(ids[0], &ids[1..], None);
-        assert_eq!(decide(&policy, &subject), model::decide(&entries, &subject).0, "{ids:?}");
+        assert_eq!(decide(&policy, &subject), model::decide(&entries, &model::World::default(), &subject).0, "{ids:?}");
     }
 }
 
@@ -535,6 +663,7 @@ fn a_further_key_never_widens_an_allow_rule() {
             model::Entry { user_units: None, ..whole.clone() },
             model::Entry { units: None, ..whole.clone() },
             model::Entry { groups: None, ..whole.clone() },
+            model::Entry { logins: None, ..whole.clone() },
             model::Entry { users: None, ..whole.clone() },
         ];
         for wide in without.iter().filter_map(policy) {
@@ -567,8 +696,7 @@ fn units_are_read_only_where_a_rule_depends_on_them() {
         let _ = loaded.policy.decide(&subject);
         assert_eq!(subject.asked.get(), times, "uid {uid}");
     }
-    assert!(loaded.policy.depends_on_units());
-    assert!(!load(OWNER).unwrap().policy.depends_on_units());
+    assert!(loaded.policy.has_key("units") && !loaded.policy.has_key("user-units"));
 }
 
 #[test]
@@ -664,9 +792,9 @@ fn all_faults_of_a_file_are_reported_with_place_and_expectation() {
         "f:2:10: the user \"mallory\" does not exist, and a denial must not be lost; expected a user the system knows",
         "f:2:21: the user \"ldap\" could not be looked up (timed out), and a denial must not be lost; expected the user \
          database to answer",
-        "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `units`, `user-units` \
+        "f:3:1: unknown key `line-length`; expected one of `users`, `groups`, `logins`, `units`, `user-units` \
          (a deny rule has no terms)",
-        "f:4:7: `deny.empty` does not say which peers it is for; expected `users`, `groups` or `units` in it",
+        "f:4:7: `deny.empty` does not say which peers it is for; expected `users`, `groups`, `logins` or `units` in it",
         &format!("f:6:10: the range \"2999-2000\", which runs backwards; {USERS}"),
         &format!("f:6:23: `4294967295` is no id; {ID}"),
         &format!("f:6:35: \"4294967295\" in \"1-4294967295\", which is no id from 0 to 4294967294; {USERS}"),
@@ -852,7 +980,9 @@ fn a_rule_reported_as_hidden_never_decides() {
     let mut hidden = 0;
     for _ in 0..2000 {
         let entries: Vec<_> = (0..random.below(10)).map(|number| random.entry(number)).collect();
-        let loaded = policy_file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &NoUsers).unwrap();
+        let loaded =
+            policy_file::parse::<(), ()>(&Source::new("f", toml(&entries)), ME, &Listed(&model::World::default()))
+                .unwrap();
         let told = loaded.warnings.iter().filter(|warning| warning.message().contains("never decides"));
         let names: Vec<_> = told.map(|warning| warning.message().split(' ').next().unwrap()).collect();
         hidden += names.len();

@@ -208,6 +208,7 @@ fn json_holds_the_same_numbers_as_the_table() {
         "rules": [{ "name": "deny.contractors", "records": 2 }],
         "units": [{ "name": "session-3.scope", "records": 2 }],
         "programs": [{ "name": "nc", "records": 1 }, { "name": "socat", "records": 1 }],
+        "logins": [],
     });
     assert_eq!(peers[0], expected);
     assert_eq!(

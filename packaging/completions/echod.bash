@@ -126,7 +126,7 @@ _echod() {
             return 0
             ;;
         echod__subcmd__explain)
-            opts="-h --user --uid --pid --gid --group --unit --config --help"
+            opts="-h --user --uid --pid --gid --group --unit --login --config --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -153,6 +153,10 @@ _echod() {
                     return 0
                     ;;
                 --unit)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --login)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

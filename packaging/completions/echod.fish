@@ -41,6 +41,7 @@ complete -c echod -n "__fish_echod_using_subcommand explain" -l pid -d 'A live p
 complete -c echod -n "__fish_echod_using_subcommand explain" -l gid -d 'With --uid: their effective group id (default: the same number)' -r
 complete -c echod -n "__fish_echod_using_subcommand explain" -l group -d 'With --uid: a supplementary group of theirs, name or number; may be repeated' -r
 complete -c echod -n "__fish_echod_using_subcommand explain" -l unit -d 'The systemd unit they connect from' -r
+complete -c echod -n "__fish_echod_using_subcommand explain" -l login -d 'The user whose login started the process, name or number; 4294967295 for none' -r
 complete -c echod -n "__fish_echod_using_subcommand explain" -l config -d 'Judge by this file instead of the one that would be served by' -r -F
 complete -c echod -n "__fish_echod_using_subcommand explain" -s h -l help -d 'Print help'
 complete -c echod -n "__fish_echod_using_subcommand report" -l since -d 'Only records from this time on, as journalctl(1) takes it, such as "yesterday" or "-2h"' -r

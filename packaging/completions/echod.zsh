@@ -45,6 +45,7 @@ _arguments "${_arguments_options[@]}" : \
 '(--user --pid)--gid=[With --uid\: their effective group id (default\: the same number)]:N:_default' \
 '(--user --pid)*--group=[With --uid\: a supplementary group of theirs, name or number; may be repeated]:G:_default' \
 '(--pid)--unit=[The systemd unit they connect from]:U:_default' \
+'(--pid)--login=[The user whose login started the process, name or number; 4294967295 for none]:NAME:_default' \
 '--config=[Judge by this file instead of the one that would be served by]:FILE:_files' \
 '-h[Print help]' \
 '--help[Print help]' \

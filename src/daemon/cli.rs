@@ -80,6 +80,10 @@ pub struct Explain {
     #[arg(long, value_name = "U", conflicts_with = "pid")]
     pub unit: Option<String>,
 
+    /// The user whose login started the process, name or number; 4294967295 for none
+    #[arg(long, value_name = "NAME", conflicts_with = "pid")]
+    pub login: Option<String>,
+
     /// Judge by this file instead of the one that would be served by
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Option<PathBuf>,

@@ -5,11 +5,11 @@
 
 use std::fmt;
 
-use peergate::Subject;
 use peergate::ids::{Gid, Uid};
 use peergate::peer::{MOST_GROUPS, Peer};
-use peergate::policy_file::{Names as _, SystemNames};
+use peergate::policy_file::{Account, Names as _, SystemNames};
 use peergate::unit::Units;
+use peergate::{Login, Subject};
 
 use crate::cli::{Explain, Who};
 use crate::config::Config;
@@ -24,14 +24,21 @@ struct Described {
     gids: Vec<Gid>,
     /// How many supplementary ones there are.
     supplementary: usize,
+    process: Process,
+}
+
+/// What the command line says of the process.
+#[derive(Debug, Default)]
+struct Process {
     units: Option<Units>,
+    login: Login,
 }
 
 impl Described {
-    fn new(uid: Uid, gid: Gid, supplementary: Vec<Gid>, units: Option<Units>) -> Self {
+    fn new(uid: Uid, gid: Gid, supplementary: Vec<Gid>, process: Process) -> Self {
         let count = supplementary.len();
         let told = supplementary.into_iter().filter(|_| count <= MOST_GROUPS).filter(|other| *other != gid);
-        Self { uid, gids: std::iter::once(gid).chain(told).collect(), supplementary: count, units }
+        Self { uid, gids: std::iter::once(gid).chain(told).collect(), supplementary: count, process }
     }
 }
 
@@ -49,7 +56,11 @@ impl Subject for Described {
     }
 
     fn units(&self) -> Option<&Units> {
-        self.units.as_ref()
+        self.process.units.as_ref()
+    }
+
+    fn login(&self) -> Login {
+        self.process.login
     }
 }
 
@@ -101,8 +112,9 @@ pub fn run<P: Protocol>(asked: &Explain) -> u8 {
     if supplementary > MOST_GROUPS {
         text += &format!("  ({supplementary} supplementary groups; of more than {MOST_GROUPS} none can be told)\n");
     }
-    if asked.who.pid.is_none() && asked.unit.is_none() && config.policy.depends_on_units() {
-        text += "  (the policy depends on units; --unit tells from which one the process would connect)\n";
+    text += &hints(asked, &config);
+    if let Some(login) = who.login().user().filter(|_| asked.who.pid.is_some()) {
+        text += &format!("  (a login of uid {login} started the process)\n");
     }
     let me = config.policy.me();
     let by_self = format!("self ({me})");
@@ -121,6 +133,8 @@ pub fn run<P: Protocol>(asked: &Explain) -> u8 {
 /// The peer that the command line names, and how many supplementary groups it has.
 fn somebody(asked: &Explain) -> Result<(Box<dyn Subject>, usize), Failure> {
     let units = asked.unit.as_deref().map(unit).transpose()?;
+    let login = asked.login.as_deref().map(login).transpose()?.unwrap_or_default();
+    let process = Process { units, login };
     match &asked.who {
         Who { pid: Some(pid), .. } => match Peer::of_process(*pid) {
             Ok(peer) => {
@@ -129,11 +143,11 @@ fn somebody(asked: &Explain) -> Result<(Box<dyn Subject>, usize), Failure> {
             }
             Err(error) => Err(Failure::System(format!("process {pid}: {error}"))),
         },
-        Who { user: Some(name), .. } => Ok(named(user(name, units)?)),
+        Who { user: Some(name), .. } => Ok(named(user(name, process)?)),
         Who { uid: Some(uid), .. } => {
             let groups = asked.group.iter().map(|name| group(name)).collect::<Result<_, _>>()?;
             let gid = Gid::new(asked.gid.unwrap_or(*uid));
-            Ok(named(Described::new(Uid::new(*uid), gid, groups, units)))
+            Ok(named(Described::new(Uid::new(*uid), gid, groups, process)))
         }
         Who { user: None, uid: None, pid: None } => {
             Err(Failure::Usage("nobody to judge; expected --user, --uid or --pid".to_owned()))
@@ -147,13 +161,39 @@ fn named(described: Described) -> (Box<dyn Subject>, usize) {
 }
 
 /// A user as the user database has them.
-fn user(name: &str, units: Option<Units>) -> Result<Described, Failure> {
-    let unknown = || Failure::Usage(format!("no user {name:?} in the user database; expected a name, or --uid"));
-    let found = SystemNames.account(name);
-    let account = found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)?;
+fn user(name: &str, process: Process) -> Result<Described, Failure> {
+    let account = account(name, "a name, or --uid")?;
     let groups = SystemNames.groups_of(&account);
     let groups = groups.map_err(|error| Failure::System(format!("the groups of {name:?}: {error}")))?;
-    Ok(Described::new(account.uid, account.gid, groups, units))
+    Ok(Described::new(account.uid, account.gid, groups, process))
+}
+
+/// What else the command line could tell, because the policy asks for it.
+fn hints<P: Protocol>(asked: &Explain, config: &Config<P>) -> String {
+    let has = |key: &str| asked.who.pid.is_none() && config.policy.has_key(key);
+    let mut hints = String::new();
+    if asked.unit.is_none() && (has("units") || has("user-units")) {
+        hints += "  (the policy depends on units; --unit tells from which one the process would connect)\n";
+    }
+    if asked.login.is_none() && has("logins") {
+        hints += "  (the policy depends on logins; --login tells whose login started the process)\n";
+    }
+    hints
+}
+
+fn account(name: &str, expected: &str) -> Result<Account, Failure> {
+    let unknown = || Failure::Usage(format!("no user {name:?} in the user database; expected {expected}"));
+    let found = SystemNames.account(name);
+    found.map_err(|error| Failure::System(format!("the user database: {error}")))?.ok_or_else(unknown)
+}
+
+/// A login by the user's name or number, where the number that the kernel shows for none stands for none.
+fn login(name: &str) -> Result<Login, Failure> {
+    Ok(match name.parse() {
+        Ok(u32::MAX) => Login::None,
+        Ok(uid) => Login::User(Uid::new(uid)),
+        Err(_) => Login::User(account(name, "a name or a number")?.uid),
+    })
 }
 
 /// A group by name or number.

@@ -3,7 +3,7 @@
 //! The service's own bytes are the number of the next connection. A connection's bytes begin with the versions of this
 //! format and of the protocol's state and with whether nothing is pending (1), which a program of another version can read
 //! too; then comes, written by postcard:
-//! its peer's units, its progress, the protocol's state. The peer's credentials are not among them: the
+//! what is known of its peer's process, its progress, the protocol's state. The peer's credentials are not among them: the
 //! kernel tells them again, fixed at connect, from the socket itself.
 
 use std::fmt;
@@ -13,9 +13,8 @@ use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use peergate::handover::{self, Fault, Found, Parcel};
-use peergate::peer::Peer;
+use peergate::peer::{Peer, Remembered};
 use peergate::systemd::Store;
-use peergate::unit::Units;
 use serde::{Deserialize, Serialize};
 
 use crate::connection::{Connection, Fate, Inherited, Progress};
@@ -24,7 +23,7 @@ use crate::protocol::Protocol;
 /// The version of what follows in a connection's bytes, up to the protocol's state, which has a version of its own
 /// ([`Protocol::STATE_VERSION`]). Raise it with any change of [`Content`] or [`Progress`]: connections left by another version
 /// are ended in order.
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// The name that systemd gives to descriptors that were stored without one.
 const NAMELESS: &str = "stored";
 /// Stands for the number of a connection that came without a state.
@@ -151,15 +150,15 @@ pub fn leave<P: Protocol>(
 
 /// What postcard writes.
 #[derive(Serialize, Deserialize)]
-struct Content<U, R, S> {
-    units: U,
+struct Content<R, S> {
+    process: Remembered,
     progress: R,
     protocol: S,
 }
 
 fn state_of<P: Protocol>(connection: &Connection<P>) -> Vec<u8> {
     let Connection { peer, progress, protocol, .. } = connection;
-    let content = Content { units: peer.remembered_units().map(Units::to_path), progress, protocol };
+    let content = Content { process: peer.remembered(), progress, protocol };
     let bytes = vec![VERSION, P::STATE_VERSION, protocol.is_at_rest().into()];
     // What cannot be written is ended in order by the next process.
     postcard::to_extend(&content, bytes).unwrap_or_default()
@@ -173,13 +172,11 @@ fn restore<P: Protocol>(bytes: &[u8], peer: &Peer) -> Result<(Progress, P), (Unu
     if (*version, *state_version) != (VERSION, P::STATE_VERSION) {
         return Err((Unusable::Version(*version, *state_version), fate));
     }
-    let content: Content<Option<String>, Progress, P> = match postcard::take_from_bytes(content) {
+    let content: Content<Progress, P> = match postcard::take_from_bytes(content) {
         Ok((content, [])) => content,
         _ => return Err((Unusable::Corrupt, fate)),
     };
-    if let Some(units) = content.units.as_deref().and_then(Units::from_path) {
-        peer.remember_units(Some(units));
-    }
+    peer.remember(content.process);
     Ok((content.progress, content.protocol))
 }
 
@@ -187,12 +184,15 @@ fn restore<P: Protocol>(bytes: &[u8], peer: &Peer) -> Result<(Progress, P), (Unu
 mod tests {
     use super::*;
     use crate::testing::{Lines, admission, owner};
+    use peergate::unit::Units;
+    use peergate::{Login, Uid};
     use std::os::unix::net::UnixStream;
 
     /// A connection in the middle of a line, and its other end.
     fn at_rest(held: &[u8]) -> (Box<Connection<Lines>>, UnixStream) {
         let (admission, theirs) = admission(&owner(), 7);
-        admission.peer.remember_units(Units::from_path("/system.slice/a.service"));
+        let units = Units::from_path("/system.slice/a.service");
+        admission.peer.remember(Remembered::new(units.as_ref(), Login::User(Uid::new(1001))));
         let mut connection = Connection::admitted(admission);
         connection.protocol.held = held.to_vec();
         connection.protocol.bytes = 99;
@@ -214,6 +214,7 @@ mod tests {
         assert_eq!(protocol, left.protocol);
         assert_eq!(format!("{progress:?}"), format!("{:?}", left.progress));
         assert_eq!(peer.remembered_units().map(Units::name), Some("a.service"));
+        assert_eq!(peer.login(), Login::User(Uid::new(1001)));
     }
 
     #[test]
@@ -229,7 +230,7 @@ mod tests {
             let later = [&[9], &bytes[1..]].concat();
             assert_eq!(restored(&later).unwrap_err(), (Unusable::Version(9, 1), fate));
             let later_state = [&bytes[..1], &[7], &bytes[2..]].concat();
-            assert_eq!(restored(&later_state).unwrap_err(), (Unusable::Version(1, 7), fate));
+            assert_eq!(restored(&later_state).unwrap_err(), (Unusable::Version(VERSION, 7), fate));
         }
         assert_eq!(restored(b"").unwrap_err(), (Unusable::Corrupt, Fate::EndsAtOnce));
     }

@@ -3,7 +3,8 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
-use peergate::policy_file::SystemNames;
+use peergate::policy::Kind;
+use peergate::policy_file::{Names as _, SystemNames};
 
 use crate::config::Config;
 use crate::protocol::Protocol;
@@ -16,10 +17,42 @@ const LOCAL: [&str; 10] =
 /// The databases of users and groups in nsswitch.conf(5).
 const DATABASES: [&str; 3] = ["passwd", "group", "initgroups"];
 
-/// What may come out differently where the service runs, a sentence each.
+/// What cannot be known, and what may come out differently where the service runs, a sentence each.
+pub fn reservations<P: Protocol>(config: &Config<P>) -> Vec<String> {
+    let denies_groups = config
+        .policy
+        .rules()
+        .any(|rule| rule.name().kind() == Kind::Deny && rule.keys(config.policy.me()).any(|(key, _)| key == "groups"));
+    let members = (denies_groups && !SystemNames.lists_all()).then(|| unlisted(&SystemNames::sources(&DATABASES)));
+    let subordinate = unread(&SystemNames::sources(&["subid"]));
+    members.into_iter().chain(subordinate).chain(elsewhere(config)).collect()
+}
+
+/// A directory that is asked for each group that a deny rule lists need not tell all its members.
+fn unlisted(sources: &[String]) -> String {
+    format!(
+        "a deny rule has groups, and /etc/nsswitch.conf names {}: what a directory does not list, such as the users whose \
+         own group it is, cannot be known as members, and they can shed the group (unshare(1)); an allow list is stronger",
+        sources.join(", ")
+    )
+}
+
+/// Subordinate ids are read from /etc/subuid alone.
+fn unread(sources: &[String]) -> Option<String> {
+    let others: Vec<&str> = sources.iter().map(String::as_str).filter(|source| *source != "files").collect();
+    (!others.is_empty()).then(|| {
+        format!(
+            "subordinate ids come from {} (subid: in /etc/nsswitch.conf), which is not read: deny rules and \
+             connections-per-user do not count them as their owner; expected them in /etc/subuid",
+            others.join(", ")
+        )
+    })
+}
+
+/// What may come out differently where the service runs.
 ///
 /// The service manager sets `$CONFIGURATION_DIRECTORY` for the service, and for a check that runs as the service does.
-pub fn reservations<P: Protocol>(config: &Config<P>) -> Vec<String> {
+fn elsewhere<P: Protocol>(config: &Config<P>) -> Vec<String> {
     if std::env::var_os("CONFIGURATION_DIRECTORY").is_some() {
         return Vec::new();
     }

@@ -135,7 +135,7 @@ fn write_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instant) 
     let left = || until.saturating_duration_since(Instant::now());
     let mut one_by_one = 0;
     for record in &rest {
-        if let Some(line) = line(record, None, identifier) {
+        if let Some(line) = line(record, Names::default(), identifier) {
             if !stderr.has_room() || !stderr.begin(line, Duration::ZERO) {
                 break;
             }
@@ -147,20 +147,27 @@ fn write_rest(audit: &Audit, identifier: &str, stderr: &Stderr, until: Instant) 
         one_by_one += 1;
     }
     let sums = audit.sum_up(&rest[one_by_one..]);
-    let lines: String = sums.iter().filter_map(|sum| line(sum, None, identifier)).collect();
+    let lines: String = sums.iter().filter_map(|sum| line(sum, Names::default(), identifier)).collect();
     if stderr.begin(lines, left()) {
         let _ = stderr.outcome(left());
     }
 }
 
+/// The names of a record's users, where they are known.
+#[derive(Clone, Copy, Default)]
+struct Names<'n> {
+    user: Option<&'n str>,
+    login: Option<&'n str>,
+}
+
 /// The record as a line of text; `None` if all of it is on standard error already.
-fn line(record: &Record, user: Option<&str>, identifier: &str) -> Option<String> {
+fn line(record: &Record, names: Names<'_>, identifier: &str) -> Option<String> {
     let level = match record.event.severity() {
         Severity::Error => "error: ",
         Severity::Warning => "warning: ",
         Severity::Notice | Severity::Info => "",
     };
-    Some(format!("{identifier}: {level}{}\n", record.not_on_stderr()?.message(user)))
+    Some(format!("{identifier}: {level}{}\n", record.not_on_stderr()?.message(names.user, names.login)))
 }
 
 struct Journal {
@@ -205,7 +212,8 @@ impl Journal {
                 Next::Finished => {
                     // Records that standard error did not take.
                     let sums = self.audit.sum_up(&[]);
-                    let lines: String = sums.iter().filter_map(|sum| line(sum, None, &self.identifier)).collect();
+                    let lines: String =
+                        sums.iter().filter_map(|sum| line(sum, Names::default(), &self.identifier)).collect();
                     if !lines.is_empty() && self.wait_for_stderr(false) {
                         let _ = self.write_to_stderr(lines, false);
                     }
@@ -220,12 +228,14 @@ impl Journal {
         // The user database may be on another machine. It is not asked when time is over.
         let asked = record.about.as_ref().filter(|_| !self.audit.is_too_late());
         let user = asked.and_then(|about| heartbeat.suspended(|| self.name_of(about.uid)));
-        let message = record.message(user.as_deref());
+        let login = asked.and_then(|about| heartbeat.suspended(|| self.name_of(about.details.login?)));
+        let names = Names { user: user.as_deref(), login: login.as_deref() };
+        let message = record.message(names.user, names.login);
         loop {
             if self.is_ready() {
                 self.was_reached = true;
                 // Another sender may take the free place first. Then sending waits for the next one.
-                if heartbeat.suspended(|| self.emit(record, user.as_deref(), &message)) {
+                if heartbeat.suspended(|| self.emit(record, names, &message)) {
                     return self.audit.written();
                 }
             }
@@ -237,7 +247,7 @@ impl Journal {
             }
         }
         if self.audit.release() {
-            let line = line(record, user.as_deref(), &self.identifier);
+            let line = line(record, names, &self.identifier);
             let told = line.is_none_or(|line| self.write_to_stderr(line, true));
             self.audit.write_failed(record, self.was_reached, told);
         }
@@ -321,7 +331,7 @@ impl Journal {
 
     /// Sends the record. False if it is lost: journald has gone since [`is_ready`](Self::is_ready), or there was no
     /// descriptor or memory to send it.
-    fn emit(&mut self, record: &Record, user: Option<&str>, message: &str) -> bool {
+    fn emit(&mut self, record: &Record, names: Names<'_>, message: &str) -> bool {
         let Some(journald) = &self.journald else { return false };
         let about = record.about.as_ref();
         let details = about.map(|about| &about.details);
@@ -344,12 +354,15 @@ impl Journal {
                     GATE_BYTES = record.bytes,
                     GATE_DURATION_USEC = record.duration.map(|span| u64::try_from(span.as_micros()).unwrap_or(u64::MAX)),
                     PEER_UID = about.map(|about| about.uid.raw()),
-                    PEER_USER = user,
+                    PEER_USER = names.user,
                     PEER_GID = about.and_then(|about| about.gid).map(Gid::raw),
                     PEER_GROUPS = groups.as_deref(),
                     PEER_PID = about.and_then(|about| about.pid),
                     PEER_COMM = details.and_then(|details| details.comm.as_deref()),
                     PEER_UNIT = details.and_then(|details| details.unit.as_deref()),
+                    PEER_LOGINUID = details.and_then(|details| details.login).map(Uid::raw),
+                    PEER_LOGIN = names.login,
+                    PEER_SESSION = details.and_then(|details| details.session),
                     PEER_LABEL = details.and_then(|details| details.label.as_deref()),
                     "{message}"
                 )

@@ -128,7 +128,7 @@ pub use audit::Audit;
 pub use clock::poll_timeout;
 pub use fd_passing::Stream;
 pub use gate::{Admission, Door, Gate, GateConfig, Setup};
-pub use identity::subject::Subject;
+pub use identity::subject::{Login, Subject};
 pub use identity::{ids, peer, unit};
 pub use ids::{Gid, Uid};
 pub use journal::Writer;

@@ -69,7 +69,7 @@
 //!
 //! - `users`, where the uid is unmapped ([`Uid::is_known`]). That includes "any".
 //! - `groups`, where no known group matches, and one of the groups is unmapped or the list is incomplete.
-//! - `units` and `user-units`, where the peer's units cannot be tied to the very process that connected.
+//! - `logins`, `units` and `user-units`, where they cannot be tied to the very process that connected.
 //!
 //! An allow rule matches only if all of its keys hold, and never for an unmapped uid. A deny rule matches
 //! unless one of its keys does not hold.
@@ -140,7 +140,7 @@ pub struct Policy<T> {
 pub struct Needs {
     /// The groups.
     pub groups: bool,
-    /// The process, for its units.
+    /// The process, for its units and its login.
     pub process: bool,
 }
 
@@ -247,7 +247,7 @@ impl<T> Policy<T> {
     /// The verdict on a subject.
     ///
     /// The cost does not depend on the rules that neither the uid nor a gid of the subject touches. Allocates
-    /// nothing. Asks [`Subject::units`] at most once, and only if a rule that could still decide depends on it.
+    /// nothing. Asks [`Subject::units`] at most once, and only if a rule that could still decide depends on the process.
     pub fn decide(&self, subject: &dyn Subject) -> Verdict<'_, T> {
         match self.deciding(subject).map(|number| &self.rules[number]) {
             Some(rule) if rule.name().kind() == Kind::Allow => Verdict::Admitted(rule),
@@ -280,9 +280,9 @@ impl<T> Policy<T> {
         Needs { groups: self.first_with_groups < sure, process: self.first_with_process < sure }
     }
 
-    /// Whether any rule has a key `units` or `user-units`.
-    pub fn depends_on_units(&self) -> bool {
-        self.first_with_process != NONE
+    /// Whether any rule has this key, such as `units`.
+    pub fn has_key(&self, key: &str) -> bool {
+        self.rules.iter().any(|rule| rule.conditions().iter().any(|condition| condition.key.name == key))
     }
 
     /// The user that [`User::Me`] means.

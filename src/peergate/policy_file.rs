@@ -16,8 +16,8 @@
 //! belongs-to = "the application"
 //! ```
 //!
-//! Tables under `deny` and `allow` are rules. The keys `users`, `groups`, `units` and `user-units` say which peers a rule is
-//! for. All other keys of an allow rule are its terms, of the type that the application chooses. A deny rule has no terms.
+//! Tables under `deny` and `allow` are rules. The keys `users`, `groups`, `logins`, `units` and `user-units` say which peers
+//! a rule is for. All other keys of an allow rule are its terms, of the type that the application chooses. A deny rule has no terms.
 //! Every other table is the application's.
 //!
 //! A file is taken as a whole or not at all, and all its faults are listed at once.
@@ -310,6 +310,9 @@ impl<'s> Reader<'s> {
         if given.is_empty() {
             let expected = sufficient_keys();
             self.fault(at, format!("`{rule}` does not say which peers it is for; expected {expected} in it"));
+        }
+        if let ([(key, at, _)], Kind::Allow) = (given, rule.kind()) {
+            key.alone.into_iter().for_each(|problem| self.warn(*at, problem));
         }
         for (key, at, _) in given {
             let Some((companion, problem)) = key.companion else { continue };

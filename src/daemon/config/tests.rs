@@ -99,7 +99,7 @@ fn every_wrong_value_is_told_at_once_with_its_place_and_what_was_expected() {
         [
             "3:15: `line-length`: string \"64Q\"; expected a size from 1 byte to 1G, such as 65536, \"64K\" or \"1M\"",
             "4:24: `connections-per-user`: integer `0`; expected a number of connections from 1 to 1048576, such as 64",
-            "5:1: unknown key `idle`; expected one of `users`, `groups`, `units`, `user-units`, `connections-per-user`, \
+            "5:1: unknown key `idle`; expected one of `users`, `groups`, `logins`, `units`, `user-units`, `connections-per-user`, \
              `line-length`, `idle-timeout`",
             "7:15: `connections`: integer `0`; expected a number of connections from 1 to 1048576, such as 64",
             "8:15: `line-length`: boolean `true`; expected a size from 1 byte to 1G, such as 65536, \"64K\" or \"1M\"",

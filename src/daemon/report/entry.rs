@@ -22,7 +22,7 @@ use super::Program;
 
 /// The fields that [`Entry`] is made of, for journalctl's --output-fields. It adds those with two underscores unasked.
 pub const FIELDS: &str = "GATE_VERDICT,GATE_REASON,GATE_RULE,GATE_COUNT,GATE_DURATION_USEC,PEER_UID,PEER_USER,\
-                          PEER_COMM,PEER_UNIT,_UID,_SYSTEMD_UNIT,_SYSTEMD_CGROUP,_SYSTEMD_USER_UNIT,_EXE,_COMM,\
+                          PEER_COMM,PEER_UNIT,PEER_LOGINUID,PEER_LOGIN,_UID,_SYSTEMD_UNIT,_SYSTEMD_CGROUP,_SYSTEMD_USER_UNIT,_EXE,_COMM,\
                           _MACHINE_ID,_HOSTNAME,_TRANSPORT,N_DROPPED,MESSAGE";
 /// MESSAGE_ID of journald's own note that it has dropped messages of a unit, for its rate limit (journald.conf(5)).
 pub const SUPPRESSED: &str = "a596d6fe7bfa4994828e72309e95d61e";
@@ -143,6 +143,12 @@ pub struct Entry {
     /// PEER_UNIT.
     #[serde(rename = "PEER_UNIT")]
     pub unit: Field,
+    /// PEER_LOGINUID.
+    #[serde(rename = "PEER_LOGINUID")]
+    login_uid: Field,
+    /// PEER_LOGIN.
+    #[serde(rename = "PEER_LOGIN")]
+    login: Field,
 }
 
 impl Entry {
@@ -189,6 +195,12 @@ impl Entry {
     pub fn machine(&self) -> Option<u128> {
         let id = self.machine.0.as_deref().filter(|id| id.len() == 32)?;
         id.bytes().all(|byte| byte.is_ascii_hexdigit()).then(|| u128::from_str_radix(id, 16).ok())?
+    }
+
+    /// The user who logged in, by name if there is one, where that is not the peer's own user.
+    pub fn login_of_another(&self) -> Option<&str> {
+        let uid = self.login_uid.number::<u32>().filter(|uid| self.uid.number() != Some(*uid));
+        uid.and_then(|_| self.login.text().or_else(|| self.login_uid.text()))
     }
 
     /// The host name of that machine.

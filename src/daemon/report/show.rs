@@ -111,6 +111,7 @@ fn row_json(key: Key, row: &Row, tally: &Tally) -> Value {
         "rules": named_json(&row.rules),
         "units": named_json(&row.units),
         "programs": named_json(&row.programs),
+        "logins": named_json(&row.logins),
     });
     if let Some(id) = key.machine.filter(|_| tally.machines().len() > 1) {
         json["machine"] = machine_json(id, tally.machines().get(&id).and_then(|host| host.as_deref()));
@@ -313,15 +314,30 @@ fn table(rows: &[(Key, &Row)], tally: &Tally, columns: &Columns, look: &Look, ou
     Ok(())
 }
 
-/// "guest (1001)".
+/// "guest (1001)", "root (0), logged in as guest".
 fn who(key: Key, row: &Row) -> String {
     let Some(uid) = key.uid else {
         return if key.reason == "no-credentials" { "unknown" } else { "others" }.to_owned();
     };
-    let Some(name) = row.user.as_deref() else { return uid.to_string() };
+    let who = row.user.as_deref().map_or(uid.to_string(), |name| format!("{} ({uid})", short(name)));
+    match only_login(row) {
+        Some(login) => format!("{who}, logged in as {}", short(login)),
+        None => who,
+    }
+}
+
+/// The login of all full records, where it is not the peer's own user.
+fn only_login(row: &Row) -> Option<&str> {
+    match row.logins.names.as_slice() {
+        [(login, records)] if *records == row.count.records => Some(login),
+        _ => None,
+    }
+}
+
+/// A name that fits into a column.
+fn short(name: &str) -> String {
     let short: String = name.chars().take(LONGEST_NAME).collect();
-    let cut = if short.len() < name.len() { "..." } else { "" };
-    format!("{short}{cut} ({uid})")
+    if short.len() < name.len() { short + "..." } else { short }
 }
 
 /// What does not fit into a column.
@@ -335,7 +351,8 @@ fn details(key: Key, row: &Row, tally: &Tally, look: &Look) -> Vec<String> {
     if let Some(machine) = key.machine.filter(|_| tally.machines().len() > 1) {
         details.push(format!("on {}", one_word(&look.plain(&machine_name(machine, tally)))));
     }
-    for (what, named) in [("by", &row.rules), ("from", &row.units), ("with", &row.programs)] {
+    let logins = if only_login(row).is_some() { &Named::default() } else { &row.logins };
+    for (what, named) in [("by", &row.rules), ("from", &row.units), ("with", &row.programs), ("logged in as", logins)] {
         let names = by_records(named);
         let alone = names.len() == 1 && names[0].1 == records;
         let mut shown: Vec<String> = names

@@ -133,6 +133,8 @@ pub struct Row {
     pub units: Named,
     /// PEER_COMM of the full records.
     pub programs: Named,
+    /// The users who logged in, by PEER_LOGIN, of the full records in which that is not the peer's own user.
+    pub logins: Named,
 }
 
 /// What became of the journal's lines.
@@ -255,6 +257,8 @@ impl Tally {
         let [user, rule, unit, program] = [&entry.user, &entry.rule, &entry.unit, &entry.program]
             .map(|field| field.text().map(|text| self.keep(text)));
 
+        let login = entry.login_of_another().map(|login| self.keep(login));
+
         let row = self.rows.entry(key).or_default();
         row.count.add(count);
         Span::join(&mut row.span, span);
@@ -262,7 +266,8 @@ impl Tally {
             row.user = user.flatten().or_else(|| row.user.take());
         }
         if !summary {
-            for (named, name) in [(&mut row.rules, rule), (&mut row.units, unit), (&mut row.programs, program)] {
+            let Row { rules, units, programs, logins, .. } = row;
+            for (named, name) in [(rules, rule), (units, unit), (programs, program), (logins, login)] {
                 if let Some(name) = name {
                     named.add(name);
                 }

@@ -171,7 +171,7 @@ pub struct About {
     pub groups_left_out: Option<usize>,
     /// PEER_PID.
     pub pid: Option<i32>,
-    /// PEER_COMM, PEER_UNIT, PEER_LABEL.
+    /// PEER_COMM, PEER_UNIT, PEER_LABEL, PEER_LOGINUID, PEER_SESSION.
     pub details: Details,
 }
 
@@ -192,10 +192,16 @@ impl About {
         Self { uid, gid, groups, groups_left_out, pid, details }
     }
 
+    /// The user who logged in, where that is not the peer's own.
+    pub(crate) fn login_of_another(&self) -> Option<Uid> {
+        self.details.login.filter(|login| *login != self.uid)
+    }
+
     /// What is still known of `peer` at the end of its connection.
     pub fn former(peer: &Peer) -> Self {
         let unit = peer.remembered_units().map(|units| printable(units.name()));
-        let details = Details { unit, ..Details::default() };
+        let login = peer.remembered_login().user();
+        let details = Details { unit, login, ..Details::default() };
         Self { details, pid: peer.pid(), gid: Some(peer.gid()), ..Self::user(peer.uid()) }
     }
 }
@@ -299,15 +305,15 @@ impl Record {
         Self { text: Some(text.into()), ..Self::new(event.into()) }
     }
 
-    /// The field MESSAGE. `user` is the name of the peer's user, if it is known.
-    pub fn message(&self, user: Option<&str>) -> String {
+    /// The field MESSAGE. `user` is the name of the peer's user, `login` that of the user who logged in, if they are known.
+    pub fn message(&self, user: Option<&str>, login: Option<&str>) -> String {
         let mut out = String::new();
         // Writing to a String cannot fail.
-        let _ = self.write_message(user, &mut out).and_then(|()| self.write_groups_left_out(&mut out));
+        let _ = self.write_message((user, login), &mut out).and_then(|()| self.write_groups_left_out(&mut out));
         out
     }
 
-    fn write_message(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
+    fn write_message(&self, names: (Option<&str>, Option<&str>), out: &mut String) -> std::fmt::Result {
         let text = self.text.as_deref();
         let verb = match self.event {
             Event::Denied => "Denied",
@@ -324,7 +330,7 @@ impl Record {
             }
         };
         out.write_str(verb)?;
-        self.write_peer(user, out)?;
+        self.write_peer(names, out)?;
         match self.event {
             Event::Summary => {
                 let (count, seconds) = (self.count.unwrap_or(0), self.duration.unwrap_or_default().as_secs_f64());
@@ -363,13 +369,19 @@ impl Record {
         }
     }
 
-    fn write_peer(&self, user: Option<&str>, out: &mut String) -> std::fmt::Result {
+    fn write_peer(&self, (user, login): (Option<&str>, Option<&str>), out: &mut String) -> std::fmt::Result {
         let Some(about) = &self.about else {
             return out.write_str(if self.event == Event::Summary { " peers" } else { " a peer" });
         };
-        match user {
-            Some(user) => write!(out, " {user} (uid {})", about.uid)?,
-            None => write!(out, " uid {}", about.uid)?,
+        let login = about.login_of_another().map(|uid| match login {
+            Some(login) => format!("logged in as {login}"),
+            None => format!("logged in as uid {uid}"),
+        });
+        match (user, login) {
+            (Some(user), Some(login)) => write!(out, " {user} (uid {}, {login})", about.uid)?,
+            (Some(user), None) => write!(out, " {user} (uid {})", about.uid)?,
+            (None, Some(login)) => write!(out, " uid {} ({login})", about.uid)?,
+            (None, None) => write!(out, " uid {}", about.uid)?,
         }
         if let Some(gid) = about.gid {
             write!(out, " gid {gid}")?;
@@ -436,9 +448,9 @@ mod tests {
     #[test]
     fn the_name_of_a_program_does_not_forge_the_rest_of_a_message() {
         let message = |comm: &str| {
-            let details = Details { comm: Some(comm.into()), unit: Some("a.scope".into()), label: None };
+            let details = Details { comm: Some(comm.into()), unit: Some("a.scope".into()), ..Details::default() };
             let about = About { pid: Some(2), details, ..About::user(Uid::new(1)) };
-            Record { about: Some(about), ..Record::new(Event::Denied) }.message(None)
+            Record { about: Some(about), ..Record::new(Event::Denied) }.message(None, None)
         };
         assert_eq!(message("x) in b.service"), "Denied uid 1 pid 2 (x\\x29 in b.service) in a.scope: no reason given");
         assert_eq!(message("(sd-pam)"), "Denied uid 1 pid 2 ((sd-pam)) in a.scope: no reason given");
@@ -446,12 +458,28 @@ mod tests {
 
     #[test]
     fn a_denial_names_user_groups_process_and_reason() {
-        let details = Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), label: None };
+        let details = Details { comm: Some("nc".into()), unit: Some("session-3.scope".into()), ..Details::default() };
         let about = About { gid: Some(Gid::new(1001)), pid: Some(4242), details, ..About::user(Uid::new(1001)) };
         let record = Record { reason: Some(Reason::Policy), about: Some(about), ..Record::new(Event::Denied) };
         assert_eq!(
-            record.message(Some("guest")),
+            record.message(Some("guest"), None),
             "Denied guest (uid 1001) gid 1001 pid 4242 (nc) in session-3.scope: no rule allows it"
         );
+    }
+
+    #[test]
+    fn the_login_is_told_where_it_is_another_user() {
+        let message = |uid: u32, user, name| {
+            let details = Details { login: Some(Uid::new(1001)), ..Details::default() };
+            let about = About { gid: Some(Gid::new(0)), details, ..About::user(Uid::new(uid)) };
+            Record { reason: Some(Reason::Policy), about: Some(about), ..Record::new(Event::Denied) }
+                .message(user, name)
+        };
+        assert_eq!(
+            message(0, Some("root"), Some("alice")),
+            "Denied root (uid 0, logged in as alice) gid 0: no rule allows it"
+        );
+        assert_eq!(message(0, None, None), "Denied uid 0 (logged in as uid 1001) gid 0: no rule allows it");
+        assert_eq!(message(1001, Some("alice"), Some("alice")), "Denied alice (uid 1001) gid 0: no rule allows it");
     }
 }

@@ -395,7 +395,7 @@ mod tests {
             let Next::Write(record) = audit.next() else { panic!("no record of connection {number}") };
             assert_eq!(record.event, Event::Note(Severity::Error));
             let text = format!("the application panicked: connection {number} is one too many");
-            assert_eq!(record.message(None), text);
+            assert_eq!(record.message(None, None), text);
         }
     }
 

@@ -7,7 +7,7 @@
 //! | effective uid, gid; pid | SO_PEERCRED | connect(2) | Linux 2.2 |
 //! | supplementary groups | SO_PEERGROUPS | connect(2) | Linux 4.13 |
 //! | the process itself | SO_PEERPIDFD | connect(2) | Linux 6.5 |
-//! | units, command name | /proc/PID, tied to the process by its pidfd | asked | |
+//! | units, login, command name | /proc/PID, tied to the process by its pidfd | asked | |
 //! | security label | SO_PEERSEC | connect(2) | Linux 2.6.2 |
 //!
 //! A pid is only a number, and is given to another process once its owner has been waited for. So
@@ -27,8 +27,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{UnixAddr, getpeername, getsockopt, setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
 
-use super::subject::Subject;
+use super::subject::{Login, Subject};
 use crate::escape::printable;
 use crate::ids::{Gid, OVERFLOW_ID, Uid};
 use crate::sys;
@@ -71,6 +72,7 @@ pub struct Peer {
     pid: i32,
     pidfd: Option<OwnedFd>,
     units: OnceLock<Option<Box<Units>>>,
+    login: OnceLock<Login>,
     lacked_descriptors: AtomicBool,
 }
 
@@ -83,6 +85,10 @@ pub struct Details {
     pub comm: Option<String>,
     /// The innermost systemd unit that it runs in.
     pub unit: Option<String>,
+    /// The user who logged in: [`Subject::login`].
+    pub login: Option<Uid>,
+    /// The number of the audit session of that login, which by default is also logind's.
+    pub session: Option<u32>,
     /// Its label in the system's security module, with anything unprintable escaped.
     pub label: Option<String>,
 }
@@ -138,8 +144,8 @@ impl Peer {
     }
 
     fn new(uid: Uid, gid: Gid, pid: i32) -> Self {
-        let (units, lacked_descriptors) = (OnceLock::new(), AtomicBool::new(false));
-        Self { uid, gid, groups: None, supplementary: 0, pid, pidfd: None, units, lacked_descriptors }
+        let (units, login, lacked_descriptors) = (OnceLock::new(), OnceLock::new(), AtomicBool::new(false));
+        Self { uid, gid, groups: None, supplementary: 0, pid, pidfd: None, units, login, lacked_descriptors }
     }
 
     /// Asks for the supplementary groups, unless they are known. They are fixed at connect(2), so the answer is the same
@@ -258,9 +264,39 @@ impl Peer {
         self.units.get_or_init(|| read).as_deref()
     }
 
-    /// Sets what [`units`](Self::units) answers, for a connection that was judged in the process before this one.
-    pub fn remember_units(&self, units: Option<Units>) {
-        let _ = self.units.set(units.map(Box::new));
+    /// The user who logged in; [`Login::Unknown`] where that cannot be tied to the process. Read at the first call and then
+    /// remembered, unless no descriptor was free.
+    pub fn login(&self) -> Login {
+        if let Some(known) = self.login.get() {
+            return *known;
+        }
+        let read = self.read_number("loginuid").map(Login::of_loginuid).unwrap_or_default();
+        // In a user namespace the kernel shows a user that is not mapped as none.
+        let read = if read == Login::None && maps_part() { Login::Unknown } else { read };
+        if read == Login::Unknown && self.lacked_descriptors.load(Ordering::Relaxed) {
+            return read;
+        }
+        *self.login.get_or_init(|| read)
+    }
+
+    /// What of its process is known, because it was asked for already.
+    pub fn remembered(&self) -> Remembered {
+        Remembered::new(self.remembered_units(), self.remembered_login())
+    }
+
+    /// Sets what is known of its process, for a connection that was judged in the process before this one.
+    pub fn remember(&self, facts: Remembered) {
+        if let Some(units) = facts.units.as_deref().and_then(Units::from_path) {
+            let _ = self.units.set(Some(Box::new(units)));
+        }
+        if let Some(raw) = facts.login {
+            let _ = self.login.set(Login::of_loginuid(raw));
+        }
+    }
+
+    /// The login, if it was asked for already.
+    pub fn remembered_login(&self) -> Login {
+        self.login.get().copied().unwrap_or_default()
     }
 
     /// The units, if they were asked for already.
@@ -276,8 +312,14 @@ impl Peer {
         Details {
             comm: self.read_proc("comm").map(|comm| printable(comm.strip_suffix('\n').unwrap_or(&comm))),
             unit: self.units().map(|units| printable(units.name())),
+            login: self.login().user(),
+            session: self.login().user().and_then(|_| self.read_number("sessionid")).filter(|raw| *raw != u32::MAX),
             label: sys::peer_label(socket.as_fd(), &mut [0; MOST_LABEL]).ok().and_then(label_text),
         }
+    }
+
+    fn read_number(&self, file: &str) -> Option<u32> {
+        self.read_proc(file)?.trim_end().parse().ok()
     }
 
     /// Reads a file below /proc/PID, and makes sure that it is about the process that connected.
@@ -306,6 +348,28 @@ impl Subject for Peer {
 
     fn units(&self) -> Option<&Units> {
         Peer::units(self)
+    }
+
+    fn login(&self) -> Login {
+        Peer::login(self)
+    }
+}
+
+/// What of a peer's process was asked for, and cannot be asked again when the process has ended. For a service that hands its
+/// connections to the next process; the other facts the kernel tells again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remembered {
+    /// As [`Units::to_path`] writes them.
+    units: Option<String>,
+    /// As in /proc/PID/loginuid.
+    login: Option<u32>,
+}
+
+impl Remembered {
+    /// These units and this login.
+    pub fn new(units: Option<&Units>, login: Login) -> Self {
+        let login = if login == Login::None { Some(u32::MAX) } else { login.user().map(Uid::raw) };
+        Self { units: units.map(Units::to_path), login }
     }
 }
 
@@ -383,6 +447,12 @@ fn known_gid(raw: u32) -> Gid {
 fn overflow_as_default(raw: u32, cached: &OnceLock<u32>, file: &str) -> u32 {
     let read = || fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(OVERFLOW_ID);
     if raw == *cached.get_or_init(read) { OVERFLOW_ID } else { raw }
+}
+
+/// Whether the user namespace of this process maps a part of the ids only.
+fn maps_part() -> bool {
+    static PART: OnceLock<bool> = OnceLock::new();
+    *PART.get_or_init(|| unmapped_ids().is_some())
 }
 
 /// How much of `/proc/self/uid_map` and `gid_map` is missing: a process in a user namespace that does not

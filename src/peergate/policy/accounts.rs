@@ -78,6 +78,11 @@ impl Accounts {
         }
     }
 
+    /// Whether there is neither a subordinate id nor a member.
+    pub fn is_empty(&self) -> bool {
+        self.owners.is_empty() && self.members.is_empty()
+    }
+
     /// How many uids are subordinate to some user.
     pub fn subordinate_ids(&self) -> u64 {
         self.owners.iter().map(|range| u64::from(range.high - range.low) + 1).sum()

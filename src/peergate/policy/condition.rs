@@ -4,9 +4,9 @@
 //! `explain`, `check` and the look-up of names go by that and name no key. To add one:
 //!
 //! - write its module with a [`Key`] and the method of [`Rule`](super::Rule) that sets it, and list it in [`KEYS`];
-//! - where it depends on a new fact: let [`Subject`](crate::Subject) tell it (with a default of "not known") and
-//!   [`Peer`](crate::Peer) ask the kernel for it, cache it in [`Asked`], and, where it cannot be asked again after the peer's
-//!   process has ended, carry it over a restart (the daemon's handover.rs) and let `explain` be told it (cli.rs, explain.rs).
+//! - where it depends on a new fact: let [`Subject`](crate::Subject) tell it (with a default of "not known"), let
+//!   [`Peer`](crate::Peer) ask the kernel for it and remember it, over a restart too (`Remembered` in peer.rs), and let
+//!   `explain` be told it (the daemon's cli.rs and explain.rs).
 //!
 //! Tests fail until the manual page, the shipped configuration, an example for `check` and `explain`, and the slow model of
 //! tests/policy.rs know the key.
@@ -22,6 +22,7 @@ use crate::ids::{OVERFLOW_ID, Uid};
 
 pub(super) mod groups;
 mod id;
+mod logins;
 mod units;
 pub(super) mod users;
 
@@ -29,7 +30,7 @@ pub use groups::Group;
 pub use users::User;
 
 /// Every key, in the order in which they are asked. The keys that need the process come last.
-pub(crate) static KEYS: [&Key; 4] = [&users::KEY, &groups::KEY, &units::SYSTEM, &units::USER];
+pub(crate) static KEYS: [&Key; 5] = [&users::KEY, &groups::KEY, &logins::KEY, &units::SYSTEM, &units::USER];
 
 /// A key that a rule may have.
 #[derive(Debug)]
@@ -44,6 +45,8 @@ pub(crate) struct Key {
     pub(crate) example: &'static str,
     /// The key that a rule must have beside this one, and what is wrong with a rule that has not.
     pub(crate) companion: Option<(&'static str, &'static str)>,
+    /// What is to be warned of where an allow rule has no other key.
+    pub(crate) alone: Option<&'static str>,
     /// Reads a value. The error says what was found and, after a semicolon, what was expected.
     read: fn(&Given<'_>, &mut LookUp<'_>) -> Result<Value, String>,
     /// Makes the test of a subject by values.

@@ -47,6 +47,9 @@ pub fn with_accounts<T>(policy: Policy<T>, names: &dyn Names) -> Result<(Policy<
     if !faults.is_empty() {
         return Err(Faults(faults));
     }
+    if accounts.is_empty() {
+        return Ok((policy, warnings));
+    }
     match policy.with_accounts(accounts) {
         Ok(policy) => Ok((policy, warnings)),
         // It has taken these rules before.

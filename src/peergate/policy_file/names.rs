@@ -121,6 +121,13 @@ pub struct Account {
     pub home: PathBuf,
 }
 
+impl Account {
+    /// A user of this name, without a home directory.
+    pub fn new(name: impl Into<String>, uid: Uid, gid: Gid) -> Self {
+        Self { name: name.into(), uid, gid, home: PathBuf::from("/nonexistent") }
+    }
+}
+
 impl From<sys::PasswdEntry> for Account {
     fn from(entry: sys::PasswdEntry) -> Self {
         Self { name: entry.name, uid: Uid::new(entry.uid), gid: Gid::new(entry.gid), home: entry.home }

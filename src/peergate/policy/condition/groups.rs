@@ -16,6 +16,7 @@ pub(crate) static KEY: Key = Key {
     expected: "expected a group's name, an id, a range such as \"2000-2999\", or \"any\"",
     example: "[\"adm\", 1001, \"2000-2999\"]",
     companion: None,
+    alone: None,
     read: |given, look_up| match given {
         Given::Text("self") => Err(format!("\"self\" in `groups`, where it means nothing; {}", KEY.expected)),
         given => id::read(&KEY, given, Name::Group, look_up),

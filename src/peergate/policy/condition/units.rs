@@ -12,6 +12,7 @@ pub(crate) static SYSTEM: Key = Key {
     expected: "expected a unit's name such as \"backup.service\"",
     example: "[\"backup.service\", \"session-*.scope\"]",
     companion: None,
+    alone: None,
     read: |given, _| read(&SYSTEM, given),
     test: |values, _| Ok(Box::new(InSystemUnit(globs(values)?))),
 };

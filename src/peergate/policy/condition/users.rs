@@ -15,6 +15,7 @@ pub(crate) static KEY: Key = Key {
     expected: "expected a user's name, an id, a range such as \"2000-2999\", \"self\" or \"any\"",
     example: "[\"self\", \"alice\", 1001, \"2000-2999\"]",
     companion: None,
+    alone: None,
     read: |given, look_up| match given {
         Given::Text("self") => Ok(Value::Me),
         given => id::read(&KEY, given, Name::User, look_up),
