@@ -31,6 +31,7 @@ struct Length {
 impl Protocol for Length {
     type Settings = ();
     type Terms = ();
+    type Options = ();
 
     const NAME: &'static str = "length_daemon";
     const UNIT: &'static str = "length_daemon";
@@ -71,7 +72,7 @@ impl Protocol for Length {
     }
 
     fn counters(&self) -> Counters {
-        Counters { lines: self.counters.0, bytes: self.counters.1 }
+        Counters { lines: Some(self.counters.0), bytes: self.counters.1, sent: None }
     }
 }
 

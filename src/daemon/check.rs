@@ -1,10 +1,10 @@
 //! `check`: the policy and the settings in force, or everything that is wrong with them.
 
 use std::fmt::{self, Write as _};
-use std::path::Path;
 
 use peergate::policy::Rule;
 
+use crate::cli::Choice;
 use crate::config::Config;
 use crate::config::values::show_span;
 use crate::protocol::{Protocol, RuleKeys as _, Settings as _};
@@ -16,8 +16,8 @@ const WIDEST_LIST: usize = 60;
 
 /// Prints what a service with this configuration would do, or each fault on standard error. Returns the status to
 /// exit with: 0, or as [`LoadError::exit_code`](crate::config::LoadError::exit_code) says.
-pub fn run<P: Protocol>(config: Option<&Path>) -> u8 {
-    match Config::<P>::load(config) {
+pub fn run<P: Protocol>(choice: &Choice<P::Options>) -> u8 {
+    match Config::<P>::load(choice) {
         Ok(config) => {
             if let Some(unmapped) = peergate::peer::unmapped_ids() {
                 output::say(&format!("warning: {unmapped}"));

@@ -1,33 +1,64 @@
 //! The command line: what clap parses, the man page lists and the shells complete. No behaviour.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueHint};
 
+use crate::config::FileName;
 use crate::protocol::Protocol;
 
 /// The command line of a daemon, with its name and what it is.
 pub fn command<P: Protocol>() -> clap::Command {
-    Cli::command().name(P::NAME).bin_name(P::NAME).about(P::ABOUT)
+    Cli::<P::Options>::command().name(P::NAME).bin_name(P::NAME).about(P::ABOUT)
+}
+
+/// What the command line of a daemon may say besides: how to serve, and by which configuration.
+pub trait Options: Args + Clone + fmt::Debug + Default + Send + 'static {
+    /// The same for `report`, which reads no configuration.
+    type Report: Args + fmt::Debug;
+
+    /// The name of the configuration file, where --config does not name one.
+    fn file(&self, program: &str) -> FileName {
+        FileName::Optional(format!("{program}.toml"))
+    }
+
+    /// The instance of a template unit whose records `report` is to show.
+    fn instance(_report: &Self::Report) -> Option<&str> {
+        None
+    }
+}
+
+impl Options for () {
+    type Report = ();
+}
+
+/// Which configuration the command line asks for.
+#[derive(Clone, Debug, Default)]
+pub struct Choice<O> {
+    /// The file that --config names.
+    pub config: Option<PathBuf>,
+    /// The daemon's own options.
+    pub own: O,
 }
 
 /// Command line.
 #[derive(Debug, Parser)]
 #[command(version, args_conflicts_with_subcommands = true, max_term_width = 100)]
 #[command(after_help = "Without a subcommand: serve the sockets that systemd passed, or those of --listen.")]
-pub struct Cli {
+pub struct Cli<O: Options> {
     /// How to serve, where no subcommand is given.
     #[command(flatten)]
-    pub serve: Serve,
+    pub serve: Serve<O>,
 
     /// What else to do.
     #[command(subcommand)]
-    pub command: Option<Command>,
+    pub command: Option<Command<O>>,
 }
 
 /// How to serve.
 #[derive(Debug, Args)]
-pub struct Serve {
+pub struct Serve<O: Options> {
     /// Bind this socket ourselves, where there is no systemd; may be repeated
     #[arg(long, value_name = "PATH", value_hint = ValueHint::FilePath)]
     pub listen: Vec<PathBuf>,
@@ -35,23 +66,47 @@ pub struct Serve {
     /// Read this configuration file and no other
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub config: Option<PathBuf>,
+
+    /// The daemon's own.
+    #[command(flatten)]
+    pub own: O,
 }
 
 /// What else the program can do.
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub enum Command<O: Options> {
     /// Check the configuration: print the effective policy, or every fault
     Check {
         /// Check this file instead of the one that would be served by
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
         config: Option<PathBuf>,
+
+        /// The daemon's own.
+        #[command(flatten)]
+        own: O,
     },
 
     /// Tell how the policy judges a user or a process, and why
-    Explain(Explain),
+    Explain {
+        /// The user or process to judge.
+        #[command(flatten)]
+        asked: Explain,
+
+        /// The daemon's own.
+        #[command(flatten)]
+        own: O,
+    },
 
     /// Show which peers were denied, refused or cut off, from the journal
-    Report(Report),
+    Report {
+        /// Which part of the journal to look at.
+        #[command(flatten)]
+        asked: Report,
+
+        /// The daemon's own.
+        #[command(flatten)]
+        own: O::Report,
+    },
 
     /// Ask a running service to reload its configuration, and wait for its answer (for ExecReload=)
     Reload {
@@ -63,6 +118,7 @@ pub enum Command {
 
 /// The user or process to judge, and the file to judge by.
 #[derive(Debug, Args)]
+#[group(skip)]
 pub struct Explain {
     /// The user or process to judge.
     #[command(flatten)]
@@ -108,6 +164,7 @@ pub struct Who {
 
 /// Which part of the journal to look at.
 #[derive(Debug, Args)]
+#[group(skip)]
 pub struct Report {
     /// Only records from this time on, as journalctl(1) takes it, such as "yesterday" or "-2h"
     #[arg(long, value_name = "TIME", allow_hyphen_values = true)]

@@ -1,7 +1,7 @@
 //! The end of a connection: what is recorded, its place in the limits, its socket. For every thread that serves.
 
 use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -43,6 +43,8 @@ pub enum End<P: Protocol> {
     Refused,
     /// The policy admits the peer no more; the rule that denies it, if one does.
     Denied(Option<Arc<Rule<Terms<P>>>>),
+    /// It cannot go on under the configuration in force: [`Protocol::outdated`].
+    Outdated(String),
     /// Data came from this user, or without credentials.
     SenderMismatch(Option<Uid>),
     /// The peer sent file descriptors.
@@ -66,7 +68,7 @@ impl<P: Protocol> End<P> {
             Self::Closed => None,
             Self::Ended(reason) => Some(*reason),
             Self::Refused => refusal.map(|refusal| refusal.reason),
-            Self::Denied(_) => Some(Reason::Policy),
+            Self::Denied(_) | Self::Outdated(_) => Some(Reason::Policy),
             Self::SenderMismatch(_) | Self::DescriptorsReceived => Some(Reason::Sender),
         }
     }
@@ -92,6 +94,10 @@ impl Context {
             End::Ended(_) | End::DescriptorsReceived => connection.protocol.owed(),
             _ => Vec::new(),
         };
+        if P::HAS_SECOND && connection.is_shared {
+            end_second(&connection, mailbox);
+        }
+        let may_be_told = connection.protocol.may_be_told();
         let Connection { permit, socket, protocol, is_shared, .. } = *connection;
         protocol.release(buffers);
         // Given back before the peer can know that the connection is over, and connect again.
@@ -107,9 +113,13 @@ impl Context {
                 }
                 drop(socket);
             }
-            End::Denied(_) | End::SenderMismatch(_) => {
+            End::Denied(_) | End::Outdated(_) | End::SenderMismatch(_) => {
                 let _ = mailbox.epoll.delete(&socket);
-                self.closer.close_denied(socket);
+                if may_be_told {
+                    self.closer.close_denied(socket);
+                } else {
+                    self.closer.close_with(socket, &Arc::from(message));
+                }
             }
             // The peer may still be sending: it is to see an end of file, not a reset.
             End::Refused | End::Ended(_) | End::DescriptorsReceived => {
@@ -134,19 +144,21 @@ impl Context {
                 closing.revoked(&self.audit, Reason::Sender, rule, text);
             }
             End::Denied(denying) => closing.denied(&self.audit, denying.as_ref().map(|rule| rule.name().as_str())),
+            End::Outdated(text) => closing.revoked(&self.audit, Reason::Policy, rule, text.clone()),
             End::Closed | End::Ended(_) | End::Refused => {}
         }
         closing.closed(&self.audit, end.reason(refusal), rule);
     }
 
     fn record_refusal<P: Protocol>(&self, connection: &mut Connection<P>, refusal: &Refusal) {
-        let Connection { peer, rule, socket, progress, .. } = connection;
+        let Connection { peer, rule, socket, progress, protocol, .. } = connection;
         self.audit.turned_away(Event::Refused, refusal.reason, Some(peer.uid()), || {
             let mut record = Record::note(Event::Refused, refusal.text.clone());
             record.reason = Some(refusal.reason);
             record.rule = Some(rule.name().as_str().into());
             record.socket = address_of(socket).ok();
             record.connection = Some(progress.number);
+            record.upstream = protocol.upstream();
             let details = peer.details(socket);
             record.about = Some(About::peer(peer, details));
             record
@@ -160,7 +172,17 @@ pub struct ClosingRecord<'a> {
     pub peer: &'a mut Peer,
     pub number: u64,
     pub counters: Counters,
+    pub upstream: Option<Arc<str>>,
     pub age: Duration,
+}
+
+/// The service manager may hold the second descriptor of a connection for a moment, so that closing ours neither ends it nor takes
+/// it out of the epoll.
+fn end_second<P: Protocol>(connection: &Connection<P>, mailbox: &Mailbox<P>) {
+    if let Some((second, _)) = connection.protocol.second() {
+        let _ = mailbox.epoll.delete(second);
+        let _ = nix::sys::socket::shutdown(second.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+    }
 }
 
 impl<'a> ClosingRecord<'a> {
@@ -171,6 +193,7 @@ impl<'a> ClosingRecord<'a> {
             peer,
             number: progress.number,
             counters: protocol.counters(),
+            upstream: protocol.upstream(),
             age: progress.since.elapsed(),
         }
     }
@@ -216,8 +239,10 @@ impl<'a> ClosingRecord<'a> {
         record.rule = Some(rule.into());
         record.socket = address_of(&self.socket).ok();
         record.connection = Some(self.number);
-        record.lines = Some(self.counters.lines);
+        record.lines = self.counters.lines;
         record.bytes = Some(self.counters.bytes);
+        record.bytes_sent = self.counters.sent;
+        record.upstream = self.upstream.clone();
         record
     }
 }

@@ -17,6 +17,7 @@ use peergate::policy::{Name, Policy};
 use peergate::policy_file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 
 use self::sections::Sections;
+use crate::cli::{Choice, Options as _};
 use crate::exit_code;
 use crate::protocol::Protocol;
 use crate::terms::Terms;
@@ -42,6 +43,17 @@ pub struct Config<P: Protocol> {
     pub warnings: Vec<Fault>,
     /// The names in the policy for which the user database gave no answer.
     pub unanswered: Vec<Name>,
+}
+
+/// The name of the configuration file in its directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FileName {
+    /// It need not be there.
+    Optional(String),
+    /// It must be there.
+    Required(String),
+    /// There is none.
+    None,
 }
 
 /// Where the configuration is looked for.
@@ -113,16 +125,46 @@ impl<P: Protocol> Clone for Config<P> {
 impl<P: Protocol> Config<P> {
     /// The file to read: the one that the command line names, else `NAME.toml` in systemd's
     /// `$CONFIGURATION_DIRECTORY`, else the system's (for root) or the user's own.
-    pub fn locate(cli: Option<&Path>) -> Location {
-        locate(P::NAME, cli, me(), &|name| std::env::var_os(name))
+    pub fn locate(choice: &Choice<P::Options>) -> Location {
+        let variable = |name: &str| std::env::var_os(name);
+        if let Some(named) = &choice.config {
+            return Location::Named(named.clone());
+        }
+        match choice.own.file(P::NAME) {
+            FileName::None => Location::Nowhere,
+            FileName::Optional(file) => locate(P::NAME, &file, me(), &variable),
+            FileName::Required(file) => match locate(P::NAME, &file, me(), &variable) {
+                Location::Default(path) => Location::Named(path),
+                other => other,
+            },
+        }
     }
 
     /// Reads the configuration, or takes the defaults where there is no file.
     ///
     /// # Errors
     /// See [`LoadError`].
-    pub fn load(cli: Option<&Path>) -> Result<Self, LoadError> {
-        load(Self::locate(cli), me(), &SystemNames)
+    pub fn load(choice: &Choice<P::Options>) -> Result<Self, LoadError> {
+        let mut config = load::<P>(Self::locate(choice), me(), &SystemNames)?;
+        P::set_options(&mut config.settings, &choice.own);
+        match config.as_faults(P::faults(&config)) {
+            Some(faults) => Err(LoadError::Refused(faults)),
+            None => Ok(config),
+        }
+    }
+
+    /// What keeps this process from serving these sockets.
+    ///
+    /// # Errors
+    /// Everything that does.
+    pub fn may_serve(&self, sockets: &[Arc<str>]) -> Result<(), Faults> {
+        self.as_faults(P::obstacles(self, sockets)).map_or(Ok(()), Err)
+    }
+
+    fn as_faults(&self, messages: Vec<String>) -> Option<Faults> {
+        let place = self.source.clone().unwrap_or_else(|| "command line".into());
+        let faults: Vec<_> = messages.into_iter().map(|message| Fault::of_file(&place, message)).collect();
+        (!faults.is_empty()).then_some(Faults(faults))
     }
 
     /// What holds where there is no file: the owner alone is admitted.
@@ -157,11 +199,7 @@ fn me() -> Uid {
     Uid::new(nix::unistd::geteuid().as_raw())
 }
 
-fn locate(program: &str, cli: Option<&Path>, me: Uid, variable: &dyn Fn(&str) -> Option<OsString>) -> Location {
-    if let Some(named) = cli {
-        return Location::Named(named.to_path_buf());
-    }
-    let file = format!("{program}.toml");
+fn locate(program: &str, file: &str, me: Uid, variable: &dyn Fn(&str) -> Option<OsString>) -> Location {
     let absolute = |path: PathBuf| path.is_absolute().then_some(path);
     // ConfigurationDirectory= may list several; ours is the first.
     let by_systemd =

@@ -1,11 +1,10 @@
 //! A connection that is served: what the gate knows of it, how far it has come, and the protocol's own state.
 
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{getsockopt, sockopt};
 use peergate::Stream;
 use peergate::audit::Audit;
@@ -18,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::buffers::Buffers;
 use crate::close::ClosingRecord;
 use crate::moment::Moment;
-use crate::protocol::{Interest, Io, Lines, PeerStream, Protocol, Turn};
+use crate::protocol::{Interest, Io, Lines, PeerStream, Protocol, Ready, Turn};
 use crate::terms::Terms;
 
 /// The settings of all connections of a worker, replaced as a whole at a reload.
@@ -115,6 +114,7 @@ impl<P: Protocol> Inherited<P> {
             peer,
             number: progress.number,
             counters: protocol.counters(),
+            upstream: protocol.upstream(),
             age: progress.since.elapsed(),
         }
     }
@@ -164,18 +164,19 @@ impl<P: Protocol> Connection<P> {
         Self { permit, socket, peer, rule, progress, protocol, is_shared: true }
     }
 
-    /// Only its descriptor. Closing that does not end the connection while the service manager holds it too; dropping the
+    /// Only its descriptors. Closing these does not end the connection while the service manager holds them too; dropping the
     /// stream may shut it down.
-    pub fn into_descriptor(self) -> OwnedFd {
-        self.socket.into()
+    pub fn into_descriptors(self) -> (OwnedFd, Option<OwnedFd>) {
+        (self.socket.into(), self.protocol.into_second())
     }
 
     /// One turn.
-    pub fn turn(&mut self, settings: &P::Settings, buffers: &mut Buffers, audit: &Audit) -> Turn {
+    pub fn turn(&mut self, ready: Ready, settings: &P::Settings, buffers: &mut Buffers, audit: &Audit) -> Turn {
         let Self { socket, peer, rule, progress, protocol, .. } = self;
         let connection = progress.number;
         let lines = Lines { audit, peer, rule: rule.name(), connection };
         let mut io = Io {
+            ready,
             peer: PeerStream { socket, judged: peer.uid(), progress },
             buffers,
             settings,
@@ -212,12 +213,19 @@ impl<P: Protocol> Connection<P> {
     }
 
     /// What an epoll is to look for.
-    pub fn interest(&self) -> EpollFlags {
-        match self.protocol.waits_for() {
-            Interest::Read => EpollFlags::EPOLLIN,
-            Interest::Write => EpollFlags::EPOLLOUT,
-        }
+    pub fn watched(&self) -> Watched {
+        let second = if P::HAS_SECOND { self.protocol.second() } else { None };
+        Watched { peer: self.protocol.waits_for(), second: second.map(|(fd, interest)| (fd.as_raw_fd(), interest)) }
     }
+}
+
+/// What a connection waits for: on the peer's socket, and on the second descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Watched {
+    /// On the peer's socket.
+    pub peer: Interest,
+    /// The second descriptor, and what for.
+    pub second: Option<(RawFd, Interest)>,
 }
 
 impl<P: Protocol> fmt::Debug for Connection<P> {

@@ -11,7 +11,7 @@ use peergate::policy_file::{Account, Names as _, SystemNames};
 use peergate::unit::Units;
 use peergate::{Login, Subject};
 
-use crate::cli::{Explain, Who};
+use crate::cli::{Choice, Explain, Who};
 use crate::config::Config;
 use crate::protocol::Protocol;
 use crate::{exit_code, output, reservations};
@@ -92,8 +92,9 @@ impl fmt::Display for Failure {
 /// Prints the verdict and the way to it. Returns the status to exit with: 0 admitted, 1 denied, 64 the command line
 /// names no user, 71 the system tells nothing of the process, or as
 /// [`LoadError::exit_code`](crate::config::LoadError::exit_code) says.
-pub fn run<P: Protocol>(asked: &Explain) -> u8 {
-    let config = match Config::<P>::load(asked.config.as_deref()) {
+pub fn run<P: Protocol>(asked: &Explain, own: P::Options) -> u8 {
+    let choice = Choice { config: asked.config.clone(), own };
+    let config = match Config::<P>::load(&choice) {
         Ok(config) => config,
         Err(error) => {
             output::say(&error.to_string());

@@ -16,7 +16,7 @@ use crate::connection::Connection;
 use crate::mailbox::{Mailbox, Message};
 use crate::moment::Moment;
 use crate::pacing::Pacing;
-use crate::protocol::{Interest, Protocol, Turn};
+use crate::protocol::{Interest, Protocol, Ready, Turn};
 use crate::terms::Terms;
 
 /// The most that is read from a connection here: a line or a few. The rest is the worker's.
@@ -102,7 +102,7 @@ impl<P: Protocol> FirstTurn<P> {
 
     /// One turn. `None`: the connection is over, and closed.
     fn turn(&mut self, mut one: Parked<P>) -> Option<(Parked<P>, Turn)> {
-        let turn = one.connection.turn(&self.settings, &mut self.buffers, &self.context.audit);
+        let turn = one.connection.turn(Ready::Any, &self.settings, &mut self.buffers, &self.context.audit);
         match End::of(turn) {
             None => Some((one, turn)),
             Some(end) => {
@@ -121,7 +121,9 @@ impl<P: Protocol> FirstTurn<P> {
             mailbox.free_slot(slot);
             return self.context.close(connection, End::Closed, &self.settings, &mut self.buffers, &mailbox);
         }
-        mailbox.post_quietly(Message::Admit { connection, slot });
+        let is_timed = P::HAS_SECOND && connection.protocol.due().is_some();
+        let message = Message::Admit { connection, slot };
+        if is_timed { mailbox.post(message) } else { mailbox.post_quietly(message) }
     }
 
     /// Looks once at every parked connection.

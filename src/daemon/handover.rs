@@ -80,7 +80,7 @@ pub fn take_back<P: Protocol>(kept: Vec<(String, OwnedFd)>, store: &Store) -> In
     let mut inheritance = Inheritance { connections: Vec::new(), unusable: None, foreign, next_connection };
     for found in &mut left {
         match found {
-            Found::Connection(Parcel { socket, state, .. }) => inheritance.take(socket, &state),
+            Found::Connection(Parcel { socket, further, state }) => inheritance.take(socket, further, &state),
             Found::Unusable { fault, sockets } => {
                 inheritance.unusable.get_or_insert(Unusable::Message(fault));
                 sockets.into_iter().for_each(|socket| inheritance.take_without_state(socket, Fate::EndsAtOnce));
@@ -92,7 +92,7 @@ pub fn take_back<P: Protocol>(kept: Vec<(String, OwnedFd)>, store: &Store) -> In
 }
 
 impl<P: Protocol> Inheritance<P> {
-    fn take(&mut self, socket: OwnedFd, bytes: &[u8]) {
+    fn take(&mut self, socket: OwnedFd, further: Vec<OwnedFd>, bytes: &[u8]) {
         // Another process that held it may have changed that.
         let _ = set_nonblocking(&socket);
         let Ok(mut peer) = Peer::credentials_of(&socket) else {
@@ -101,8 +101,12 @@ impl<P: Protocol> Inheritance<P> {
         };
         // Judging asks for them again, one connection at a time.
         peer.forget_groups();
-        match restore(bytes, &peer) {
-            Ok((progress, protocol)) => {
+        match restore::<P>(bytes, &peer) {
+            Ok((progress, mut protocol)) => {
+                for second in further {
+                    let _ = set_nonblocking(&second);
+                    protocol.set_second(second);
+                }
                 self.connections.push(Inherited { socket, peer, progress, protocol, fate: Fate::GoesOn });
             }
             Err((why, fate)) => {
@@ -144,7 +148,11 @@ pub fn leave<P: Protocol>(
     store: &Store,
 ) -> io::Result<handover::Left> {
     let header = postcard::to_allocvec(&next_connection).map_err(io::Error::other)?;
-    let parcels = connections.iter().map(|connection| Parcel::new(connection.socket.as_fd(), state_of(connection)));
+    let parcels = connections.iter().map(|connection| Parcel {
+        socket: connection.socket.as_fd(),
+        further: connection.protocol.second().map(|(second, _)| second).into_iter().collect(),
+        state: state_of(connection),
+    });
     handover::leave(store, P::NAME, &header, parcels, PATIENCE)
 }
 
@@ -168,7 +176,8 @@ fn restore<P: Protocol>(bytes: &[u8], peer: &Peer) -> Result<(Progress, P), (Unu
     let [version, state_version, is_at_rest, content @ ..] = bytes else {
         return Err((Unusable::Corrupt, Fate::EndsAtOnce));
     };
-    let fate = if *is_at_rest == 1 { Fate::EndsInOrder } else { Fate::EndsAtOnce };
+    // What comes next belongs to what the other end of a second descriptor has got by now, and that is not known.
+    let fate = if *is_at_rest == 1 && !P::HAS_SECOND { Fate::EndsInOrder } else { Fate::EndsAtOnce };
     if (*version, *state_version) != (VERSION, P::STATE_VERSION) {
         return Err((Unusable::Version(*version, *state_version), fate));
     }

@@ -19,6 +19,8 @@ pub fn gate_config<P: Protocol>(config: &Config<P>) -> GateConfig<Terms<P>> {
     let per_user = u32::try_from(config.limits.connections_per_user).unwrap_or(u32::MAX);
     gate.limits = Limits::new(config.limits.connections, per_user);
     gate.pass_credentials = config.service.verify == Verify::Line;
+    gate.take_descriptors = P::takes_descriptors(&config.settings);
+    gate.replies = P::replies(&config.settings);
     gate
 }
 
@@ -69,7 +71,7 @@ pub fn raise_descriptor_limit() {
 pub fn record_descriptor_limit<P: Protocol>(config: &Config<P>, audit: &Audit) {
     let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return };
     let connections = config.limits.connections;
-    let wanted = connections as u64 + 512;
+    let wanted = connections as u64 * (1 + u64::from(P::HAS_SECOND)) + 512;
     if hard < wanted {
         let text = format!(
             "[limits] connections = {connections} needs about {wanted} file descriptors, the hard limit is {hard} \

@@ -48,6 +48,7 @@ use std::collections::VecDeque;
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::FromArgMatches;
@@ -55,7 +56,7 @@ use peergate::activation::{self, Listener, Passed, Refused};
 use peergate::return_memory;
 use peergate::systemd::{Notifier, Request, Signals, Store, request_reload};
 
-use crate::cli::{Cli, Command, Serve};
+use crate::cli::{Choice, Cli, Command, Serve};
 use crate::config::Config;
 use crate::report::Program;
 
@@ -74,16 +75,17 @@ struct Failure(u8, String);
 /// there is a second thread.
 pub fn main<P: Protocol>() -> ExitCode {
     output::begin(P::NAME);
-    let parsed = cli::command::<P>().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed =
+        cli::command::<P>().try_get_matches().and_then(|matches| Cli::<P::Options>::from_arg_matches(&matches));
     let cli = match parsed {
         Ok(cli) => cli,
         // Also what --help and --version print.
         Err(error) => return ExitCode::from(output::of_clap(error)),
     };
     let code = match cli.command {
-        Some(Command::Check { config }) => check::run::<P>(config.as_deref()),
-        Some(Command::Explain(explain)) => explain::run::<P>(&explain),
-        Some(Command::Report(asked)) => report::run(&asked, &Program::of::<P>()),
+        Some(Command::Check { config, own }) => check::run::<P>(&Choice { config, own }),
+        Some(Command::Explain { asked, own }) => explain::run::<P>(&asked, own),
+        Some(Command::Report { asked, own }) => report::run(&asked, &Program::of::<P>(&own)),
         Some(Command::Reload { pid }) => reload(pid),
         None => match serve::<P>(cli.serve) {
             Ok(()) => 0,
@@ -96,7 +98,7 @@ pub fn main<P: Protocol>() -> ExitCode {
     ExitCode::from(code)
 }
 
-fn serve<P: Protocol>(options: Serve) -> Result<(), Failure> {
+fn serve<P: Protocol>(options: Serve<P::Options>) -> Result<(), Failure> {
     return_memory(LARGE);
     let has_terminal = io::stderr().is_terminal();
     // Before anything else opens a descriptor or starts a thread.
@@ -108,7 +110,7 @@ fn serve<P: Protocol>(options: Serve) -> Result<(), Failure> {
     let prepared = if listeners.is_empty() && options.listen.is_empty() {
         Err(Failure(exit_code::USAGE, nothing_to_listen_on::<P>(ignored)))
     } else {
-        prepare::<P>(&options)
+        prepare::<P>(&options, &listeners)
     };
     let notifier = Notifier::from_env();
     if let Ok(Prepared::Stopped { is_final: false }) = prepared {
@@ -134,18 +136,9 @@ fn serve<P: Protocol>(options: Serve) -> Result<(), Failure> {
     listeners.extend(bound);
     // Without a terminal the service would go on unseen, and with the path taken.
     let ends_at_hangup = has_terminal && (!options.listen.is_empty() || !notifier.is_present());
-    let config_path = options.config.map(absolute);
-    let start = service::Start {
-        listeners,
-        inheritance,
-        config,
-        config_path,
-        store,
-        notifier,
-        signals,
-        requests,
-        ends_at_hangup,
-    };
+    let choice = Choice { config: options.config.map(absolute), own: options.own };
+    let start =
+        service::Start { listeners, inheritance, config, choice, store, notifier, signals, requests, ends_at_hangup };
     service::run(start).map_err(|error| Failure(exit_code::OS_ERROR, error))
 }
 
@@ -164,7 +157,7 @@ enum Prepared<P: Protocol> {
 }
 
 fn nothing_to_listen_on<P: Protocol>(ignored: Option<String>) -> String {
-    let (name, unit) = (P::NAME, P::UNIT);
+    let (name, unit) = (P::NAME, report::unit_for_messages(P::UNIT));
     let message = format!(
         "nothing to listen on: either let systemd pass a socket (systemctl start {unit}.socket, or systemctl --user start \
          {unit}.socket), or name one ({name} --listen PATH)"
@@ -176,12 +169,13 @@ fn nothing_to_listen_on<P: Protocol>(ignored: Option<String>) -> String {
 }
 
 /// What can go wrong before any connection is served or taken back.
-fn prepare<P: Protocol>(options: &Serve) -> Result<Prepared<P>, Failure> {
+fn prepare<P: Protocol>(options: &Serve<P::Options>, passed: &[Listener]) -> Result<Prepared<P>, Failure> {
     // From here on a signal to stop is heard, and what we bound is removed.
     let signals =
         Signals::catch().map_err(|error| Failure(exit_code::OS_ERROR, format!("catching signals: {error}")))?;
     let mut requests = VecDeque::new();
-    let mut config = match loading::load_at_start::<P>(options.config.as_deref(), &signals, &mut requests) {
+    let choice = Choice { config: options.config.clone(), own: options.own.clone() };
+    let mut config = match loading::load_at_start::<P>(&choice, &signals, &mut requests) {
         Ok(loading::Outcome::Loaded(config)) => config,
         Ok(loading::Outcome::Failed(error)) => return Err(Failure(error.exit_code(), error.to_string())),
         Ok(loading::Outcome::Stopped) => return Ok(Prepared::Stopped { is_final: signals.stop_is_final() }),
@@ -189,6 +183,8 @@ fn prepare<P: Protocol>(options: &Serve) -> Result<Prepared<P>, Failure> {
     };
     config.source = config.source.map(absolute);
     let bound = bind_all(&options.listen)?;
+    let sockets: Vec<_> = passed.iter().chain(&bound).map(|listener| Arc::clone(listener.address())).collect();
+    config.may_serve(&sockets).map_err(|faults| Failure(exit_code::CONFIG, faults.to_string()))?;
     Ok(Prepared::ToServe { config, signals, bound, requests })
 }
 

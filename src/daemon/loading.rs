@@ -6,7 +6,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread;
@@ -16,36 +15,37 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use peergate::Wakeup;
 use peergate::systemd::{Request, Signals};
 
+use crate::cli::Choice;
 use crate::config::{Config, LoadError};
 use crate::protocol::Protocol;
 
 /// A configuration that is being read as [`Config::load`] does.
 pub struct Loading<P: Protocol> {
-    path: Option<PathBuf>,
+    choice: Choice<P::Options>,
     loaded: Receiver<Result<Config<P>, LoadError>>,
 }
 
 impl<P: Protocol> Loading<P> {
     /// Starts the thread. It notifies `wakeup` when it has finished.
-    pub fn begin(path: Option<&Path>, wakeup: &Arc<Wakeup>) -> Self {
+    pub fn begin(choice: &Choice<P::Options>, wakeup: &Arc<Wakeup>) -> Self {
         let (result, loaded) = mpsc::channel();
         let load = {
-            let (path, wakeup) = (path.map(Path::to_path_buf), Arc::clone(wakeup));
+            let (choice, wakeup) = (choice.clone(), Arc::clone(wakeup));
             move || {
-                let _ = result.send(Config::load(path.as_deref()));
+                let _ = result.send(Config::load(&choice));
                 wakeup.notify();
             }
         };
         // If no thread can be started, the channel is closed at once.
         let _ = thread::Builder::new().name("configuration".to_owned()).spawn(load);
-        Self { path: path.map(Path::to_path_buf), loaded }
+        Self { choice: choice.clone(), loaded }
     }
 
     /// The configuration, once it is read. Arm the wake-up before: the thread may finish between this call and the wait.
     pub fn result(&self) -> Option<Result<Config<P>, LoadError>> {
         match self.loaded.try_recv() {
             Ok(result) => Some(result),
-            Err(TryRecvError::Disconnected) => Some(Config::load(self.path.as_deref())),
+            Err(TryRecvError::Disconnected) => Some(Config::load(&self.choice)),
             Err(TryRecvError::Empty) => None,
         }
     }
@@ -64,12 +64,12 @@ pub enum Outcome<P: Protocol> {
 /// # Errors
 /// What making an eventfd says.
 pub fn load_at_start<P: Protocol>(
-    path: Option<&Path>,
+    choice: &Choice<P::Options>,
     signals: &Signals,
     requests: &mut VecDeque<Request>,
 ) -> io::Result<Outcome<P>> {
     let wakeup = Arc::new(Wakeup::new()?);
-    let loading = Loading::begin(path, &wakeup);
+    let loading = Loading::begin(choice, &wakeup);
     loop {
         wakeup.arm();
         while let Some(request) = signals.next() {

@@ -13,11 +13,13 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use peergate::systemd::Heartbeat;
 
-use crate::connection::{Connection, WorkerConfig};
+use crate::connection::{Connection, Watched, WorkerConfig};
 use crate::protocol::Protocol;
 
 /// The token of the wake-up; every other token is the place of a connection.
 pub const TOKEN_WAKE: u64 = u64::MAX;
+/// In the token of a connection's second descriptor.
+pub const SECOND: u64 = 1 << 62;
 
 /// How many connections may wait here for something to happen on one of them.
 pub const MOST_UNREAD: usize = 64;
@@ -142,7 +144,36 @@ impl<P: Protocol> Mailbox<P> {
     /// # Errors
     /// What epoll_ctl(2) says.
     pub fn watch(&self, connection: &Connection<P>, slot: usize) -> io::Result<()> {
-        Ok(self.epoll.add(&connection.socket, EpollEvent::new(connection.interest(), slot as u64))?)
+        let watched = connection.watched();
+        self.epoll.add(&connection.socket, EpollEvent::new(watched.peer.flags(), slot as u64))?;
+        self.watch_second(connection, slot, None, watched)
+    }
+
+    /// Has the worker hear of what happens on the second descriptor, after it was opened or what it is waited for has changed.
+    pub fn watch_second(
+        &self,
+        connection: &Connection<P>,
+        slot: usize,
+        before: Option<Watched>,
+        now: Watched,
+    ) -> io::Result<()> {
+        let Some((second, interest)) = (if P::HAS_SECOND { connection.protocol.second() } else { None }) else {
+            return Ok(());
+        };
+        let mut event = EpollEvent::new(interest.flags(), slot as u64 | SECOND);
+        match before.map(|before| before.second) {
+            Some(before) if before == now.second => Ok(()),
+            Some(Some(_)) => Ok(self.epoll.modify(second, &mut event)?),
+            Some(None) | None => Ok(self.epoll.add(second, event)?),
+        }
+    }
+
+    /// Lets the worker hear no more of a connection.
+    pub fn unwatch(&self, connection: &Connection<P>) {
+        let _ = self.epoll.delete(&connection.socket);
+        if P::HAS_SECOND {
+            connection.protocol.second().map(|(second, _)| self.epoll.delete(second));
+        }
     }
 
     /// A place for one more connection.

@@ -2,9 +2,14 @@
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
+use nix::sys::epoll::EpollFlags;
 use peergate::Stream;
 use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::gate::Replies;
 use peergate::ids::Uid;
 use peergate::peer::Peer;
 use peergate::policy::RuleName;
@@ -13,7 +18,10 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::buffers::Buffers;
+use crate::cli::Options;
+use crate::config::Config;
 use crate::connection::Progress;
+use crate::moment::Moment;
 
 /// The state of one connection as the daemon's protocol sees it, and its turns.
 ///
@@ -25,10 +33,13 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
     /// The daemon's own keys on allow rules.
     type Terms: RuleKeys;
 
+    /// What its command line may say besides.
+    type Options: Options;
+
     /// The program's name: SYSLOG_IDENTIFIER, the first word of every message, and the name of its configuration file
     /// without `.toml` and of the file's directory.
     const NAME: &'static str;
-    /// The name of its units, without `.socket` and `.service`.
+    /// The name of its units, without `.socket` and `.service`; of a template with the `@`.
     const UNIT: &'static str;
     /// What it is, in one sentence, for `--help`.
     const ABOUT: &'static str;
@@ -37,6 +48,34 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
     /// type: the state is written field by field, without names (postcard), and the bytes of another version are not read.
     /// A connection left by another version is ended in order.
     const STATE_VERSION: u8 = 1;
+
+    /// Puts what the command line says in place of what the file says.
+    fn set_options(_settings: &mut Self::Settings, _options: &Self::Options) {}
+
+    /// What is wrong with a configuration as a whole, a sentence each.
+    fn faults(_config: &Config<Self>) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What keeps this process from serving these sockets by this configuration, a sentence each. Asked at the start and at a
+    /// reload, not by `check`.
+    fn obstacles(_config: &Config<Self>, _sockets: &[Arc<str>]) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// What a peer gets that is turned away.
+    fn replies(_settings: &Self::Settings) -> Replies {
+        Replies::default()
+    }
+
+    /// Whether peers may send file descriptors.
+    fn takes_descriptors(_settings: &Self::Settings) -> bool {
+        false
+    }
+
+    /// Whether a connection may have a second descriptor besides the peer's: see [`second`](Self::second). Where it may not,
+    /// it costs nothing.
+    const HAS_SECOND: bool = false;
 
     /// The state of a connection that was just admitted.
     fn start() -> Self;
@@ -51,6 +90,36 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
     /// What the next turn waits for.
     fn waits_for(&self) -> Interest {
         Interest::Read
+    }
+
+    /// A second descriptor of the connection, and what the next turn waits for on it. From the turn that opens it to the end of
+    /// the connection it is the same one. Only with [`HAS_SECOND`](Self::HAS_SECOND).
+    fn second(&self) -> Option<(BorrowedFd<'_>, Interest)> {
+        None
+    }
+
+    /// Gives the second descriptor back, of a connection that was left by an earlier process.
+    fn set_second(&mut self, _second: OwnedFd) {}
+
+    /// Only the second descriptor: it is left to the next process, and closing this copy must not end anything.
+    fn into_second(self) -> Option<OwnedFd> {
+        None
+    }
+
+    /// When the next turn is due, whatever happens until then. Only with [`HAS_SECOND`](Self::HAS_SECOND).
+    fn due(&self) -> Option<Moment> {
+        None
+    }
+
+    /// Why the connection cannot go on under settings and terms that a reload has put in force.
+    fn outdated(&self, _settings: &Self::Settings, _terms: &Self::Terms) -> Option<String> {
+        None
+    }
+
+    /// Whether the peer may be sent a message when the connection is revoked. Within a stream of another service's it would
+    /// only damage the stream.
+    fn may_be_told(&self) -> bool {
+        true
     }
 
     /// Whether nothing is pending: all that was received is answered.
@@ -81,6 +150,11 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
 
     /// What the record of a closed connection counts.
     fn counters(&self) -> Counters;
+
+    /// GATE_UPSTREAM: the service that the connection is passed on to.
+    fn upstream(&self) -> Option<Arc<str>> {
+        None
+    }
 
     /// `settings` without a limit that could cut off what an earlier process has accepted. Used where a process that cannot
     /// serve ends the connections of an earlier one.
@@ -150,10 +224,38 @@ pub enum Turn {
 /// What a connection waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Interest {
-    /// The peer sends.
+    /// The other end sends.
     Read,
-    /// The peer takes what is written.
+    /// The other end takes what is written.
     Write,
+    /// Both.
+    ReadWrite,
+    /// Neither.
+    Nothing,
+}
+
+impl Interest {
+    /// What an epoll is to look for.
+    pub fn flags(self) -> EpollFlags {
+        match self {
+            Self::Read => EpollFlags::EPOLLIN,
+            Self::Write => EpollFlags::EPOLLOUT,
+            Self::ReadWrite => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
+            // The kernel tells of a hang-up whether it is asked or not. Edge-triggered it does so once, not all the time.
+            Self::Nothing => EpollFlags::EPOLLET,
+        }
+    }
+}
+
+/// What a turn is called for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ready {
+    /// Something has happened on the connection to the peer.
+    Peer,
+    /// Something has happened on the second descriptor.
+    Second,
+    /// On either, perhaps, or the time has come.
+    Any,
 }
 
 /// Why a peer is refused by the protocol.
@@ -170,15 +272,19 @@ pub struct Refusal {
 /// What the record of a closed connection counts. A line is one message of the protocol, whatever that is.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// GATE_LINES.
-    pub lines: u64,
+    /// GATE_LINES, where the protocol has lines.
+    pub lines: Option<u64>,
     /// GATE_BYTES: received from the peer.
     pub bytes: u64,
+    /// GATE_BYTES_SENT: to the peer, where the protocol counts them.
+    pub sent: Option<u64>,
 }
 
 /// What a turn works with.
 #[derive(Debug)]
 pub struct Io<'a, P: Protocol> {
+    /// What the turn is called for.
+    pub ready: Ready,
     /// Receives from the peer and sends to it.
     pub peer: PeerStream<'a>,
     /// Memory of this thread.
@@ -244,6 +350,12 @@ impl PeerStream<'_> {
         }
     }
 
+    /// Ends one direction.
+    pub fn shutdown(&self, how: Shutdown) {
+        // It fails where the connection is broken; then a read or a write says so too.
+        let _ = self.socket.shutdown(how);
+    }
+
     /// Writes as much as the peer takes now.
     ///
     /// # Errors
@@ -259,6 +371,13 @@ impl PeerStream<'_> {
             }
         }
         Ok(written)
+    }
+}
+
+/// To ask the kernel about the connection.
+impl AsFd for PeerStream<'_> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

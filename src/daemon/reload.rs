@@ -45,6 +45,7 @@ impl<P: Protocol> Service<P> {
     /// hasten it: so the watchdog is fed meanwhile, and a stop is heard.
     fn read_configuration(&mut self) -> Result<Config<P>, String> {
         let config = self.read_on_a_thread()?;
+        config.may_serve(&self.sockets).map_err(|faults| faults.to_string())?;
         match &self.config.source {
             // The built-in policy would end every connection that the file admits. A restart puts it in force.
             Some(path) if config.source.is_none() => {
@@ -56,7 +57,7 @@ impl<P: Protocol> Service<P> {
 
     fn read_on_a_thread(&mut self) -> Result<Config<P>, String> {
         // Its wake-up is main's, not one of its own: there may be no descriptor left.
-        let loading = Loading::begin(self.config_path.as_deref(), &self.wakeup);
+        let loading = Loading::begin(&self.choice, &self.wakeup);
         loop {
             self.wakeup.arm();
             if let Some(result) = loading.result() {

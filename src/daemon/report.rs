@@ -26,7 +26,7 @@ use self::entry::Scope;
 use self::show::{Asked, Look};
 use self::sources::Sources;
 use self::tally::Tally;
-use crate::cli::Report;
+use crate::cli::{Options, Report};
 use crate::protocol::Protocol;
 use crate::{exit_code, output};
 
@@ -34,6 +34,9 @@ use crate::{exit_code, output};
 const QUIET: Duration = Duration::from_millis(300);
 /// How often it is told anew.
 const TICK: Duration = Duration::from_millis(100);
+
+/// What `report` of a daemon may be told besides.
+pub type ReportOptions<P> = <<P as Protocol>::Options as Options>::Report;
 
 /// Which program's records to report on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,13 +52,23 @@ pub(crate) const ECHOD: Program = Program { name: "echod", unit: "echo" };
 
 impl Program {
     /// Of a daemon with this protocol.
-    pub fn of<P: Protocol>() -> Self {
-        Self { name: P::NAME, unit: P::UNIT }
+    pub fn of<P: Protocol>(own: &ReportOptions<P>) -> Self {
+        let instance = <P::Options as Options>::instance(own);
+        // For the time that the process lives, which is a report's.
+        let unit = instance.map_or(P::UNIT, |instance| format!("{}{instance}", P::UNIT).leak());
+        Self { name: P::NAME, unit }
     }
 
+    /// Of a template, every instance.
     fn is_service(self, name: &str) -> bool {
-        name.strip_suffix(".service") == Some(self.unit)
+        let unit = name.strip_suffix(".service");
+        unit == Some(self.unit) || self.unit.ends_with('@') && unit.is_some_and(|unit| unit.starts_with(self.unit))
     }
+}
+
+/// A unit's name in a message: `peergate@NAME` for the template `peergate@`.
+pub fn unit_for_messages(unit: &str) -> String {
+    if unit.ends_with('@') { format!("{unit}NAME") } else { unit.to_owned() }
 }
 
 /// Prints the report. Returns the status to exit with: 0, 69 where there is no journalctl, 74 where the report is not

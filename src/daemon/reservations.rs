@@ -8,6 +8,7 @@ use peergate::policy_file::{Names as _, SystemNames};
 
 use crate::config::Config;
 use crate::protocol::Protocol;
+use crate::report::unit_for_messages;
 
 /// Sources of nsswitch.conf(5) that read files or ask a daemon over AF_UNIX, as the units' sandbox allows. Any other one
 /// may ask over a network from within the process.
@@ -62,7 +63,7 @@ fn elsewhere<P: Protocol>(config: &Config<P>) -> Vec<String> {
             "names were looked up outside of the service's sandbox, and /etc/nsswitch.conf names {}: if that is asked over \
              a network, it does not answer in the sandbox; a reload (systemctl reload {}) checks the file there",
             distant.join(", "),
-            P::UNIT
+            unit_for_messages(P::UNIT)
         )
     });
     lookup.into_iter().chain(unreadable(config)).collect()
@@ -88,7 +89,7 @@ fn unreadable<P: Protocol>(config: &Config<P>) -> Option<String> {
              another user",
             path.display(),
             mode & 0o7777,
-            P::UNIT
+            unit_for_messages(P::UNIT)
         )
     })
 }

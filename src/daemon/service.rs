@@ -4,7 +4,6 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -20,6 +19,7 @@ use peergate::permits::Permits;
 use peergate::poll_timeout;
 use peergate::systemd::{Notifier, Request, Signals, Store, Watchdog};
 
+use crate::cli::Choice;
 use crate::close::Context;
 use crate::config::Config;
 use crate::first_turn::FirstTurn;
@@ -46,7 +46,7 @@ pub struct Start<P: Protocol> {
     pub inheritance: Inheritance<P>,
     pub config: Config<P>,
     /// As given on the command line, for the reload.
-    pub config_path: Option<PathBuf>,
+    pub choice: Choice<P::Options>,
     pub store: Store,
     pub notifier: Notifier,
     pub signals: Signals,
@@ -88,7 +88,9 @@ pub struct Service<P: Protocol> {
     pub(crate) workers: Vec<Worker<P>>,
     pub(crate) context: Context,
     pub(crate) config: Config<P>,
-    pub(crate) config_path: Option<PathBuf>,
+    pub(crate) choice: Choice<P::Options>,
+    /// The addresses of the listeners.
+    pub(crate) sockets: Vec<Arc<str>>,
     pub(crate) store: Store,
     pub(crate) notifier: Notifier,
     pub(crate) signals: Signals,
@@ -122,8 +124,9 @@ struct Idle {
 
 impl<P: Protocol> Service<P> {
     fn open(start: Start<P>, audit: Audit, journal: &Writer) -> Result<Self, String> {
-        let Start { listeners, inheritance, config, config_path, store, notifier, signals, requests, ends_at_hangup } =
+        let Start { listeners, inheritance, config, choice, store, notifier, signals, requests, ends_at_hangup } =
             start;
+        let sockets = listeners.iter().map(|listener| Arc::clone(listener.address())).collect();
         let Inheritance { connections, unusable, foreign, next_connection } = inheritance;
         let permits = Permits::new();
         let opening = |error| format!("opening the gate: {error}");
@@ -158,7 +161,8 @@ impl<P: Protocol> Service<P> {
             workers,
             context,
             config,
-            config_path,
+            choice,
+            sockets,
             store,
             notifier,
             signals,

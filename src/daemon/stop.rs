@@ -59,7 +59,7 @@ impl<P: Protocol> Service<P> {
     }
 
     /// Leaves connections to the next process. A connection that cannot be left is ended in order. Returns our copies of the sockets that were left.
-    fn leave(&mut self, mut carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<OwnedFd> {
+    fn leave(&mut self, mut carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<(OwnedFd, Option<OwnedFd>)> {
         self.notifier.extend_timeout(handover::PATIENCE + DRAIN * 2);
         let (left, error) = match handover::leave(&carried, next_connection, &self.store) {
             Ok(Left { connections, stopped_by, .. }) => (connections, stopped_by),
@@ -71,7 +71,7 @@ impl<P: Protocol> Service<P> {
             self.note(Severity::Warning, text);
         }
         self.end_in_order(ending);
-        carried.into_iter().map(|connection| connection.into_descriptor()).collect()
+        carried.into_iter().map(|connection| connection.into_descriptors()).collect()
     }
 
     /// Gives connections in no worker's hands what they are owed and their end of file, from a worker of their own.

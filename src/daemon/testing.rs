@@ -32,6 +32,7 @@ pub struct Lines {
 impl Protocol for Lines {
     type Settings = LineSettings;
     type Terms = LineTerms;
+    type Options = ();
 
     const NAME: &'static str = "echod";
     const UNIT: &'static str = "echo";
@@ -87,7 +88,7 @@ impl Protocol for Lines {
     }
 
     fn counters(&self) -> Counters {
-        Counters { lines: 0, bytes: self.bytes }
+        Counters { bytes: self.bytes, ..Counters::default() }
     }
 
     fn release(self, buffers: &mut Buffers) {

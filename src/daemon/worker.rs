@@ -18,11 +18,11 @@ use peergate::systemd::Monitored;
 
 use crate::buffers::Buffers;
 use crate::close::{Context, End};
-use crate::connection::{Connection, WorkerConfig};
-use crate::mailbox::{Mailbox, Message, TOKEN_WAKE};
+use crate::connection::{Connection, Watched, WorkerConfig};
+use crate::mailbox::{Mailbox, Message, SECOND, TOKEN_WAKE};
 use crate::moment::Moment;
 use crate::pacing::Pacing;
-use crate::protocol::{Interest, Protocol, Turn};
+use crate::protocol::{Interest, Protocol, Ready, Turn};
 use crate::timeouts::Timeouts;
 
 /// The most that is read from one connection before another gets its turn.
@@ -106,6 +106,8 @@ struct WorkerLoop<P: Protocol> {
     /// How many places are taken.
     present: usize,
     timeouts: Timeouts,
+    /// When turns are due that nothing else calls for: [`Protocol::due`].
+    due_turns: Timeouts,
     buffers: Buffers,
     pacing: Pacing,
     /// The token of the last event, and how often in a row no other came.
@@ -130,6 +132,7 @@ impl<P: Protocol> WorkerLoop<P> {
             connections: Vec::new(),
             present: 0,
             timeouts: Timeouts::default(),
+            due_turns: Timeouts::default(),
             buffers: Buffers::new(READ),
             pacing,
             last_heard: TOKEN_WAKE,
@@ -146,7 +149,10 @@ impl<P: Protocol> WorkerLoop<P> {
             for event in &events[..count] {
                 match event.data() {
                     TOKEN_WAKE => {}
-                    slot => self.serve(slot as usize),
+                    token if P::HAS_SECOND && token & SECOND != 0 => {
+                        self.serve((token & !SECOND) as usize, Ready::Second);
+                    }
+                    slot => self.serve(slot as usize, Ready::Peer),
                 }
             }
             self.note_last_heard(&events[..count]);
@@ -155,6 +161,9 @@ impl<P: Protocol> WorkerLoop<P> {
                 self.alone = 0;
             }
             self.expire();
+            if P::HAS_SECOND {
+                self.take_due_turns();
+            }
             if self.has_ended() {
                 return;
             }
@@ -162,7 +171,7 @@ impl<P: Protocol> WorkerLoop<P> {
     }
 
     /// Something has happened on a connection.
-    fn serve(&mut self, slot: usize) {
+    fn serve(&mut self, slot: usize, ready: Ready) {
         if self.connections.get(slot).is_none_or(Option::is_none) {
             // It came quietly. Where it is not even in the mail yet, the gate's thread is about to put it there.
             self.open_mail();
@@ -170,7 +179,7 @@ impl<P: Protocol> WorkerLoop<P> {
                 return thread::yield_now();
             }
         }
-        self.turn(slot);
+        self.turn(slot, ready);
     }
 
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
@@ -199,7 +208,7 @@ impl<P: Protocol> WorkerLoop<P> {
             if place.is_none_or(|connection| connection.protocol.waits_for() != Interest::Read) {
                 return None;
             }
-            if self.turn(slot) {
+            if self.turn(slot, Ready::Any) {
                 self.pacing.found();
                 turns += 1;
                 if turns < TURNS_ALONE {
@@ -223,15 +232,21 @@ impl<P: Protocol> WorkerLoop<P> {
 
     /// Looking again pays where one peer talks alone: the events of several share the cost of one wake-up.
     fn note_last_heard(&mut self, events: &[EpollEvent]) {
+        // Both descriptors of a connection are one peer's.
+        let place = |event: &EpollEvent| match event.data() {
+            TOKEN_WAKE => TOKEN_WAKE,
+            token => token & !SECOND,
+        };
         match events {
             [] => {}
-            [event] if event.data() == self.last_heard => self.alone = self.alone.saturating_add(1),
-            [.., event] => (self.alone, self.last_heard) = (0, event.data()),
+            [event] if place(event) == self.last_heard => self.alone = self.alone.saturating_add(1),
+            [.., event] => (self.alone, self.last_heard) = (0, place(event)),
         }
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let idle = self.timeouts.due().map(|due| Instant::now() + due.since(Moment::now()));
+        let due = self.timeouts.due().into_iter().chain(self.due_turns.due()).min();
+        let idle = due.map(|due| Instant::now() + due.since(Moment::now()));
         let end = self.ending.as_ref().map(|ending| ending.until);
         poll_timeout(idle.into_iter().chain(end).min())
     }
@@ -250,7 +265,13 @@ impl<P: Protocol> WorkerLoop<P> {
         }
     }
 
-    fn resume(&mut self, connection: Box<Connection<P>>) {
+    fn resume(&mut self, mut connection: Box<Connection<P>>) {
+        if let Some(text) = connection.protocol.outdated(&self.config.settings, &connection.rule.terms().own) {
+            return self.close(connection, End::Outdated(text));
+        }
+        if P::takes_descriptors(&self.config.settings) {
+            connection.socket.take_descriptors(true);
+        }
         let slot = self.mailbox.take_slot();
         if self.mailbox.watch(&connection, slot).is_err() {
             // Out of memory or watches (fs.epoll.max_user_watches): this connection cannot be served.
@@ -264,6 +285,9 @@ impl<P: Protocol> WorkerLoop<P> {
         if let Some(due) = connection.times_out(&self.config) {
             self.timeouts.push(due, slot, connection.progress.number);
         }
+        if let Some(due) = connection.protocol.due() {
+            self.due_turns.push(due, slot, connection.progress.number);
+        }
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
         }
@@ -276,20 +300,25 @@ impl<P: Protocol> WorkerLoop<P> {
     }
 
     /// One connection's turn. Says whether anything happened.
-    fn turn(&mut self, slot: usize) -> bool {
+    fn turn(&mut self, slot: usize, ready: Ready) -> bool {
         let Some(connection) = self.connections.get_mut(slot).and_then(Option::as_mut) else { return false };
-        let before = connection.protocol.waits_for();
-        let turn = connection.turn(&self.config.settings, &mut self.buffers, &self.context.audit);
+        let (before, due) = (connection.watched(), connection.protocol.due());
+        let turn = connection.turn(ready, &self.config.settings, &mut self.buffers, &self.context.audit);
         match turn {
-            Turn::Idle => return false,
-            Turn::Progress => {
-                if !self.timeouts.is_empty() {
+            Turn::Idle if !P::HAS_SECOND => return false,
+            Turn::Idle | Turn::Progress => {
+                if turn == Turn::Progress && !self.timeouts.is_empty() {
                     connection.progress.active = Moment::now();
                 }
-                if connection.protocol.waits_for() != before {
-                    let mut event = EpollEvent::new(connection.interest(), slot as u64);
-                    let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
+                let now = connection.watched();
+                if now != before && !rewatch(&self.mailbox, slot, connection, before, now) {
+                    self.end_of(slot, End::Closed);
+                    return true;
                 }
+                if connection.protocol.due() != due {
+                    self.note_due_turn_of(slot);
+                }
+                return turn == Turn::Progress;
             }
             over => {
                 if let Some(end) = End::of(over) {
@@ -332,15 +361,17 @@ impl<P: Protocol> WorkerLoop<P> {
             if connection.times_out(&before).is_none() {
                 connection.progress.active = Moment::now();
             }
-            let interest = connection.protocol.waits_for();
+            let takes = P::takes_descriptors(&self.config.settings);
+            if takes != P::takes_descriptors(&before.settings) {
+                connection.socket.take_descriptors(takes);
+            }
+            let watched = connection.watched();
             if let Some(end) = self.judge_again(&mut connection) {
                 self.mailbox.free_slot(slot);
                 self.close(connection, end);
                 continue;
             }
-            if connection.protocol.waits_for() != interest {
-                self.renew_interest(slot, &connection);
-            }
+            self.renew_interest(slot, &connection, watched);
             self.put(slot, connection);
         }
     }
@@ -353,6 +384,9 @@ impl<P: Protocol> WorkerLoop<P> {
         match verdict {
             Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),
             Verdict::Denied(rule) => return Some(End::Denied(rule.map(Arc::clone))),
+        }
+        if let Some(text) = connection.protocol.outdated(&self.config.settings, &connection.rule.terms().own) {
+            return Some(End::Outdated(text));
         }
         if !connection.verifies_more(self.config.verify) {
             return if connection.verify(self.config.verify) { None } else { Some(End::SenderMismatch(None)) };
@@ -369,10 +403,33 @@ impl<P: Protocol> WorkerLoop<P> {
         self.last_turns(connection)
     }
 
-    /// After turns outside the loop.
-    fn renew_interest(&self, slot: usize, connection: &Connection<P>) {
-        let mut event = EpollEvent::new(connection.interest(), slot as u64);
-        let _ = self.mailbox.epoll.modify(&connection.socket, &mut event);
+    /// After turns outside the loop, before which it waited for this.
+    fn renew_interest(&self, slot: usize, connection: &Connection<P>, before: Watched) {
+        let now = connection.watched();
+        if now != before {
+            rewatch(&self.mailbox, slot, connection, before, now);
+        }
+    }
+
+    fn note_due_turn_of(&mut self, slot: usize) {
+        let Some(connection) = self.connections.get(slot).and_then(Option::as_ref) else { return };
+        if let Some(due) = connection.protocol.due() {
+            self.due_turns.push(due, slot, connection.progress.number);
+        }
+    }
+
+    /// Gives each connection its turn for which the time has come.
+    fn take_due_turns(&mut self) {
+        if self.due_turns.is_empty() {
+            return;
+        }
+        let now = Moment::now();
+        while let Some((slot, number)) = self.due_turns.take_due(now) {
+            let Some(connection) = self.connections.get(slot).and_then(Option::as_ref) else { continue };
+            if connection.progress.number == number && connection.protocol.due().is_some_and(|due| due <= now) {
+                self.turn(slot, Ready::Any);
+            }
+        }
     }
 
     /// Ends connections on which nothing moved for too long.
@@ -402,11 +459,12 @@ impl<P: Protocol> WorkerLoop<P> {
         self.timeouts.clear();
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
+            let watched = connection.watched();
             if let Some(end) = self.end_before_rest(&mut connection) {
                 self.mailbox.free_slot(slot);
                 self.close(connection, end);
             } else if carried.len() < carry {
-                let _ = self.mailbox.epoll.delete(&connection.socket);
+                self.mailbox.unwatch(&connection);
                 self.mailbox.free_slot(slot);
                 if connection.times_out(&self.config).is_none() {
                     // The last activity is not known; where the next process has a timeout, it counts from now.
@@ -417,7 +475,7 @@ impl<P: Protocol> WorkerLoop<P> {
                 // Everything received by now is answered, a fragment too; then the end. On our side what is in the queue
                 // can still be read, and after it comes the end of file; the peer can add nothing to it.
                 let _ = connection.socket.shutdown(Shutdown::Read);
-                self.renew_interest(slot, &connection);
+                self.renew_interest(slot, &connection, watched);
                 self.put(slot, connection);
             }
         }
@@ -440,7 +498,7 @@ impl<P: Protocol> WorkerLoop<P> {
     fn last_turns(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
         for _ in 0..LAST_TURNS {
             let waits_for_room = connection.protocol.waits_for() == Interest::Write;
-            let turn = connection.turn(&self.config.settings, &mut self.buffers, &self.context.audit);
+            let turn = connection.turn(Ready::Any, &self.config.settings, &mut self.buffers, &self.context.audit);
             match turn {
                 Turn::Idle => return None,
                 Turn::Progress if waits_for_room && connection.protocol.waits_for() == Interest::Write => return None,
@@ -466,6 +524,21 @@ impl<P: Protocol> WorkerLoop<P> {
         }
         true
     }
+}
+
+/// Has the epoll look for what a connection waits for now. False where it cannot: the connection cannot be served.
+fn rewatch<P: Protocol>(
+    mailbox: &Mailbox<P>,
+    slot: usize,
+    connection: &Connection<P>,
+    before: Watched,
+    now: Watched,
+) -> bool {
+    if now.peer != before.peer {
+        let mut event = EpollEvent::new(now.peer.flags(), slot as u64);
+        let _ = mailbox.epoll.modify(&connection.socket, &mut event);
+    }
+    mailbox.watch_second(connection, slot, Some(before), now).is_ok()
 }
 
 #[cfg(test)]

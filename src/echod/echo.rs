@@ -40,6 +40,7 @@ enum State {
 impl Protocol for Echo {
     type Settings = Settings;
     type Terms = Terms;
+    type Options = ();
 
     const NAME: &'static str = "echod";
     const UNIT: &'static str = "echo";
@@ -101,7 +102,7 @@ impl Protocol for Echo {
     }
 
     fn counters(&self) -> Counters {
-        Counters { lines: self.lines, bytes: self.bytes }
+        Counters { lines: Some(self.lines), bytes: self.bytes, sent: None }
     }
 
     fn unlimited(_: Settings) -> Settings {

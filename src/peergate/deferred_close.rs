@@ -31,16 +31,34 @@ static WAITING: Mutex<ToClose> = Mutex::new(ToClose { sockets: VecDeque::new(), 
 static MORE: Condvar = Condvar::new();
 
 struct ToClose {
-    sockets: VecDeque<OwnedFd>,
+    sockets: VecDeque<(OwnedFd, Data)>,
     /// The first thread does not end.
     threads: usize,
+}
+
+/// What is done with unread data of a descriptor before it is closed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Data {
+    /// It is read.
+    Ours,
+    /// It is left alone: another process may hold the same socket.
+    AnothersPerhaps,
 }
 
 /// Reads the unread data of the socket and closes it, on another thread. Shut the socket down for reading before, so that
 /// no more data arrives.
 pub(crate) fn close_later(socket: OwnedFd) {
+    put(socket, Data::Ours);
+}
+
+/// Closes a descriptor that a peer has sent, on another thread.
+pub(crate) fn drop_later(fd: OwnedFd) {
+    put(fd, Data::AnothersPerhaps);
+}
+
+fn put(fd: OwnedFd, data: Data) {
     let mut waiting = lock();
-    waiting.sockets.push_back(socket);
+    waiting.sockets.push_back((fd, data));
     let wanted = waiting.threads == 0 || waiting.sockets.len() > MOST_FOR_ONE * waiting.threads;
     if wanted && waiting.threads < MOST_THREADS {
         // Without a thread the socket waits until the next call, rather than be closed here.
@@ -56,9 +74,11 @@ fn close_all() {
     let interruptions = sys::Interruptions::of_this_thread().ok();
     let every = |period| interruptions.as_ref().map_or(Ok(()), |one| one.every(period));
     let mut unread = vec![0; 16 * 1024];
-    while let Some(socket) = next(|| drop(every(Duration::ZERO))) {
+    while let Some((socket, data)) = next(|| drop(every(Duration::ZERO))) {
         let _ = every(INTERRUPTED_EVERY);
-        empty(&socket, &mut unread);
+        if data == Data::Ours {
+            empty(&socket, &mut unread);
+        }
         drop(socket);
     }
 }
@@ -74,7 +94,7 @@ fn empty(socket: &OwnedFd, unread: &mut [u8]) {
 }
 
 /// The next socket; `None` if there is none and another thread will take it. Calls `rest` before it waits.
-fn next(rest: impl Fn()) -> Option<OwnedFd> {
+fn next(rest: impl Fn()) -> Option<(OwnedFd, Data)> {
     let mut waiting = lock();
     loop {
         if let Some(socket) = waiting.sockets.pop_front() {

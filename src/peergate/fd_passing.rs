@@ -24,7 +24,7 @@ use std::os::unix::net::UnixStream;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, recv, send, shutdown};
 
-use crate::deferred_close::close_later;
+use crate::deferred_close::{close_later, drop_later};
 use crate::ids::Uid;
 use crate::peer;
 use crate::sys;
@@ -59,7 +59,57 @@ pub struct Stream {
 
 /// Makes the kernel refuse descriptors on connections to this listener from now on, if it can.
 pub(crate) fn refuse_from_all(listener: &impl AsFd) {
-    let _ = sys::set_option(listener.as_fd(), sys::SO_PASSRIGHTS, 0);
+    set_on_listener(listener, false);
+}
+
+/// Lets descriptors through on connections to this listener from now on, or makes the kernel refuse them, if it can.
+pub(crate) fn set_on_listener(listener: &impl AsFd, take: bool) {
+    let _ = sys::set_option(listener.as_fd(), sys::SO_PASSRIGHTS, take.into());
+}
+
+/// Descriptors that a peer has sent. Dropping them never waits until they are closed.
+#[derive(Debug, Default)]
+pub struct Descriptors(Vec<OwnedFd>);
+
+impl Descriptors {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Each of them.
+    pub fn iter(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.0.iter().map(AsFd::as_fd)
+    }
+}
+
+/// Of an earlier process, which had received them.
+impl From<Vec<OwnedFd>> for Descriptors {
+    fn from(fds: Vec<OwnedFd>) -> Self {
+        Self(fds)
+    }
+}
+
+impl Drop for Descriptors {
+    fn drop(&mut self) {
+        std::mem::take(&mut self.0).into_iter().for_each(drop_later);
+    }
+}
+
+/// What one read gave.
+#[derive(Debug)]
+pub struct Received {
+    /// So many bytes; 0 at the end of file.
+    pub length: usize,
+    /// The real uid of the process that sent them; only where the kernel attaches credentials (SO_PASSCRED).
+    pub sender: Option<Uid>,
+    /// What came with the bytes.
+    pub descriptors: Descriptors,
 }
 
 impl Stream {
@@ -79,6 +129,45 @@ impl Stream {
             _ => only_credentials(fd.as_fd(), credentials),
         };
         Self { fd: Some(fd), passing, credentials }
+    }
+
+    /// As [`accepted`](Self::accepted), but descriptors are let through, and read with
+    /// [`receive_with_descriptors`](Self::receive_with_descriptors). With `credentials`, SO_PASSCRED is left as it is.
+    pub fn taking_descriptors(socket: impl Into<OwnedFd>, credentials: bool) -> Self {
+        let fd = socket.into();
+        let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
+        only_credentials(fd.as_fd(), credentials);
+        set_on_listener(&fd, true);
+        Self { fd: Some(fd), passing: Passing::Possible, credentials }
+    }
+
+    /// From now on descriptors are let through, or refused again.
+    pub fn take_descriptors(&mut self, take: bool) {
+        let credentials = self.credentials;
+        self.passing = only_credentials(self.as_fd(), credentials);
+        if take {
+            set_on_listener(self, true);
+            self.passing = Passing::Possible;
+        }
+    }
+
+    /// Reads once, with the descriptors that came with the bytes; they are close-on-exec. The bytes of a message with
+    /// descriptors are never joined with bytes that came before or after it. Never waits. The kernel closes the descriptors
+    /// for which the process has no numbers left.
+    ///
+    /// # Errors
+    /// What recvmsg(2) reports; EAGAIN if there is no data.
+    pub fn receive_with_descriptors(&mut self, buffer: &mut [u8]) -> io::Result<Received> {
+        let most = match self.peek_first(buffer, false) {
+            Ok(most) => most,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => buffer.len(),
+            Err(error) => return Err(error),
+        };
+        let sys::Received { length, fds, sender, .. } =
+            sys::receive_descriptors(self.as_fd(), &mut buffer[..most], false)?;
+        self.note_end(length, most);
+        let sender = sender.filter(|_| self.credentials).and_then(|sender| peer::sender(&sender));
+        Ok(Received { length, sender, descriptors: Descriptors(fds) })
     }
 
     /// A connection that was used by another process or other code. Unread data may have been sent before the kernel

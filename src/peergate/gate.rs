@@ -64,7 +64,7 @@ use self::over_limit::{OverLimit, Waiting};
 use self::reserve::Reserve;
 use crate::audit::{At, Audit, Record, Severity};
 use crate::clock::{later, poll_timeout};
-use crate::fd_passing::Stream;
+use crate::fd_passing::{self, Stream};
 use crate::peer::Peer;
 use crate::permits::{LimitExceeded, Permit, Permits, Terms};
 use crate::policy::{Policy, Rule, Verdict};
@@ -154,7 +154,6 @@ pub struct Gate<T> {
     listeners: Vec<Listener>,
     permits: Permits,
     audit: Audit,
-    busy: Arc<[u8]>,
     closer: Closer,
     closings: Closings,
     over_limit: OverLimit,
@@ -163,6 +162,8 @@ pub struct Gate<T> {
     paused_until: Option<Instant>,
     /// Whether the listeners have SO_PASSCRED by our doing.
     pass_credentials: bool,
+    /// Whether the listeners let descriptors through by our doing.
+    take_descriptors: bool,
     /// How many connections to accept before looking for anything else. It grows while more wait, so that a connection
     /// that comes alone costs no second accept(2) in vain.
     allowance: usize,
@@ -178,20 +179,20 @@ impl<T: Terms> Gate<T> {
     /// What epoll(7), eventfd(2) or setsockopt(2) say.
     pub fn new(setup: Setup<T>) -> io::Result<Self> {
         let mut gate = Self {
+            closer: Closer::new(Arc::clone(&setup.config.replies.denied))?,
             config: setup.config,
             generation: 0,
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             listeners: setup.listeners,
             permits: setup.permits,
             audit: setup.audit,
-            busy: setup.replies.busy,
-            closer: Closer::new(setup.replies.denied)?,
             closings: Closings::new(TOKEN_CLOSING),
             over_limit: OverLimit::new(),
             reserve: Arc::new(Reserve::new()?),
             next_connection: setup.first_connection,
             paused_until: None,
             pass_credentials: false,
+            take_descriptors: false,
             allowance: 1,
             complaints: Vec::new(),
             accepting: true,
@@ -218,6 +219,7 @@ impl<T: Terms> Gate<T> {
     /// Puts a configuration in force, from the very next connection on. Returns its generation: an [`Admission`] of an
     /// earlier one was judged by an earlier policy.
     pub fn set_config(&mut self, config: GateConfig<T>) -> u64 {
+        self.closer.set_denied(&config.replies.denied);
         self.config = config;
         if let Err(error) = self.apply_pass_credentials() {
             self.record_once(Severity::Warning, &format!("setting SO_PASSCRED: {error}"));
@@ -325,6 +327,11 @@ impl<T: Terms> Gate<T> {
             }
         }
         self.pass_credentials = wanted;
+        let take = self.config.take_descriptors;
+        if self.take_descriptors != take {
+            self.listeners.iter().for_each(|listener| fd_passing::set_on_listener(listener, take));
+        }
+        self.take_descriptors = take;
         Ok(())
     }
 
@@ -421,7 +428,11 @@ impl<T: Terms> Gate<T> {
     fn arrival(&mut self, socket: OwnedFd, listener: usize) -> Arrival {
         let number = self.next_connection;
         self.next_connection += 1;
-        let mut socket = Stream::new(socket, self.pass_credentials);
+        let mut socket = if self.take_descriptors {
+            Stream::taking_descriptors(socket, self.pass_credentials)
+        } else {
+            Stream::new(socket, self.pass_credentials)
+        };
         // From Linux 6.16 on the option is inherited at connect, not at accept: a connection made before the listener had it
         // has yet to get it. What waits for accept carries credentials in any case; what comes between accept and this
         // does not. So it comes before the peer is judged, and before it waits for a place, which can take a while.
@@ -454,7 +465,7 @@ impl<T: Terms> Gate<T> {
             Decision::Denied { peer, rule } => self.deny(arrival, peer, rule.as_deref()),
             Decision::Unidentified => {
                 self.audit.unidentified(self.at(&arrival));
-                self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), self.closer.denied());
+                self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.config.replies.denied);
             }
         }
     }
@@ -515,12 +526,12 @@ impl<T: Terms> Gate<T> {
 
     fn deny(&mut self, arrival: Arrival, mut peer: Peer, rule: Option<&Rule<T>>) {
         self.audit.denied(&mut peer, &arrival.socket, self.at(&arrival), rule.map(Rule::name));
-        self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), self.closer.denied());
+        self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.config.replies.denied);
     }
 
     fn refuse(&mut self, arrival: Arrival, mut peer: Peer, rule: &Rule<T>, exceeded: LimitExceeded) {
         self.audit.refused(&mut peer, &arrival.socket, self.at(&arrival), rule.name(), exceeded);
-        self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.busy);
+        self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.config.replies.busy);
     }
 
     /// Judges, records and tells a connection for which there is no descriptor to stay.
@@ -529,19 +540,19 @@ impl<T: Terms> Gate<T> {
         let reply = match self.decide(&arrival, None) {
             Decision::Unidentified => {
                 self.audit.unidentified(at);
-                self.closer.denied()
+                &self.config.replies.denied
             }
             Decision::Denied { mut peer, rule } => {
                 self.audit.denied(&mut peer, &arrival.socket, at, rule.as_deref().map(Rule::name));
-                self.closer.denied()
+                &self.config.replies.denied
             }
             Decision::OverLimit { mut peer, rule, exceeded } => {
                 self.audit.refused(&mut peer, &arrival.socket, at, rule.name(), exceeded);
-                &self.busy
+                &self.config.replies.busy
             }
             Decision::Admitted { mut peer, rule, .. } => {
                 self.audit.refused(&mut peer, &arrival.socket, at, rule.name(), LimitExceeded::Total);
-                &self.busy
+                &self.config.replies.busy
             }
         };
         self.closings.at_once(Outgoing::accepted(arrival.socket), reply);

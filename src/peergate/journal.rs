@@ -352,6 +352,8 @@ impl Journal {
                     GATE_COUNT = record.count,
                     GATE_LINES = record.lines,
                     GATE_BYTES = record.bytes,
+                    GATE_BYTES_SENT = record.bytes_sent,
+                    GATE_UPSTREAM = record.upstream.as_deref(),
                     GATE_DURATION_USEC = record.duration.map(|span| u64::try_from(span.as_micros()).unwrap_or(u64::MAX)),
                     PEER_UID = about.map(|about| about.uid.raw()),
                     PEER_USER = names.user,

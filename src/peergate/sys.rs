@@ -159,12 +159,14 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
     Ok((count, Some(unsafe { data.cast::<libc::ucred>().read_unaligned() })))
 }
 
-/// Room for as many descriptors as one message carries (SCM_MAX_FD in the kernel's net/scm.h).
+/// Room for as many descriptors as one message carries (SCM_MAX_FD in the kernel's net/scm.h), and for credentials.
 #[repr(C)]
 union AllDescriptors {
     header: libc::cmsghdr,
     // SAFETY: CMSG_SPACE computes, it touches no memory.
-    bytes: [u8; unsafe { libc::CMSG_SPACE((253 * size_of::<RawFd>()) as u32) } as usize],
+    bytes: [u8; unsafe {
+        libc::CMSG_SPACE((253 * size_of::<RawFd>()) as u32) + libc::CMSG_SPACE(size_of::<libc::ucred>() as u32)
+    } as usize],
 }
 
 /// A message and what came with it.
@@ -172,6 +174,8 @@ pub(crate) struct Received {
     /// How many bytes are in the buffer.
     pub(crate) length: usize,
     pub(crate) fds: Vec<OwnedFd>,
+    /// Only on a socket with SO_PASSCRED.
+    pub(crate) sender: Option<libc::ucred>,
     /// False where the message is longer than the buffer.
     pub(crate) is_whole: bool,
 }
@@ -191,7 +195,7 @@ pub(crate) fn receive_descriptors(socket: BorrowedFd<'_>, buffer: &mut [u8], pee
     // SAFETY: buffer and control outlive the call, and the lengths are theirs.
     let count = unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, flags) };
     let length = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-    let mut fds = Vec::new();
+    let (mut fds, mut sender) = (Vec::new(), None);
     // SAFETY: the kernel has set msg_controllen to what it wrote; the macro checks it against a header's size.
     let mut next = unsafe { libc::CMSG_FIRSTHDR(&message) };
     while !next.is_null() {
@@ -211,10 +215,19 @@ pub(crate) fn receive_descriptors(socket: BorrowedFd<'_>, buffer: &mut [u8], pee
                 fds.push(unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }
+        // SAFETY: CMSG_LEN computes, it touches no memory.
+        let whole = unsafe { libc::CMSG_LEN(size_of::<libc::ucred>() as u32) } as usize;
+        let is_credentials = header.cmsg_level == libc::SOL_SOCKET && header.cmsg_type == libc::SCM_CREDENTIALS;
+        if is_credentials && header.cmsg_len as usize >= whole {
+            // SAFETY: behind the header, within what the kernel wrote (checked by cmsg_len).
+            let data = unsafe { libc::CMSG_DATA(next) };
+            // SAFETY: as above; read_unaligned asks for no alignment.
+            sender = Some(unsafe { data.cast::<libc::ucred>().read_unaligned() });
+        }
         // SAFETY: `next` is a header in `message`, whose lengths the kernel has set.
         next = unsafe { libc::CMSG_NXTHDR(&message, next) };
     }
-    Ok(Received { length, fds, is_whole: message.msg_flags & libc::MSG_TRUNC == 0 })
+    Ok(Received { length, fds, sender, is_whole: message.msg_flags & libc::MSG_TRUNC == 0 })
 }
 
 /// recvmsg(2) with MSG_PEEK: how many bytes are there, and whether descriptors are among them. Takes neither. On a

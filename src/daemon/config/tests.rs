@@ -134,7 +134,10 @@ fn a_table_that_nobody_knows_is_a_fault() {
 fn location(cli: Option<&str>, me: u32, environment: &[(&str, &str)]) -> Location {
     let variable =
         |name: &str| environment.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(value));
-    locate("echod", cli.map(Path::new), Uid::new(me), &variable)
+    match cli {
+        Some(named) => Config::locate(&Choice { config: Some(named.into()), own: () }),
+        None => locate("echod", "echod.toml", Uid::new(me), &variable),
+    }
 }
 
 #[test]

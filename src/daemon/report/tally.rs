@@ -36,8 +36,8 @@ pub enum Verdict {
 }
 
 /// What GATE_REASON may say.
-const REASONS: [&str; 8] =
-    ["policy", "no-credentials", "sender", "user-limit", "total-limit", "line-length", "idle", "stopping"];
+const REASONS: [&str; 9] =
+    ["policy", "no-credentials", "sender", "user-limit", "total-limit", "line-length", "idle", "stopping", "upstream"];
 /// What stands for a reason that is missing or none of these.
 const NO_REASON: &str = "unknown";
 

@@ -125,6 +125,8 @@ pub enum Reason {
     Idle,
     /// The service is stopping.
     Stopping,
+    /// The service that the connection was to be passed on to could not be reached.
+    Upstream,
 }
 
 impl Reason {
@@ -139,6 +141,7 @@ impl Reason {
             Self::LineLength => "line-length",
             Self::Idle => "idle",
             Self::Stopping => "stopping",
+            Self::Upstream => "upstream",
         }
     }
 
@@ -248,6 +251,10 @@ pub struct Record {
     pub lines: Option<u64>,
     /// GATE_BYTES.
     pub bytes: Option<u64>,
+    /// GATE_BYTES_SENT: to the peer.
+    pub bytes_sent: Option<u64>,
+    /// GATE_UPSTREAM: the service that the connection was to be passed on to.
+    pub upstream: Option<Arc<str>>,
     /// GATE_DURATION_USEC.
     pub duration: Option<Duration>,
     /// The PEER_ fields.
@@ -278,6 +285,8 @@ impl Record {
             count: None,
             lines: None,
             bytes: None,
+            bytes_sent: None,
+            upstream: None,
             duration: None,
             about: None,
             text: None,
@@ -339,14 +348,13 @@ impl Record {
             }
             Event::Admitted => write!(out, " by {}", self.rule.as_deref().unwrap_or("default")),
             Event::Closed => {
-                let (lines, bytes) = (self.lines.unwrap_or(0), self.bytes.unwrap_or(0));
-                write!(
-                    out,
-                    ": {}, {} in {:.1} s",
-                    counted(lines, "line"),
-                    counted(bytes, "byte"),
-                    self.duration.unwrap_or_default().as_secs_f64()
-                )?;
+                let bytes = counted(self.bytes.unwrap_or(0), "byte");
+                let what = match (self.lines, self.bytes_sent) {
+                    (Some(lines), _) => format!("{}, {bytes}", counted(lines, "line")),
+                    (None, Some(sent)) => format!("{bytes} received, {} sent", counted(sent, "byte")),
+                    (None, None) => bytes,
+                };
+                write!(out, ": {what} in {:.1} s", self.duration.unwrap_or_default().as_secs_f64())?;
                 if self.reason.is_some() { write!(out, "; {}", self.why()) } else { Ok(()) }
             }
             Event::Line => write!(out, ": {}", counted(self.bytes.unwrap_or(0), "byte")),
@@ -409,6 +417,7 @@ impl Record {
             (Some(Reason::LineLength), _) => "a line was too long",
             (Some(Reason::Idle), _) => "nothing came for too long",
             (Some(Reason::Stopping), _) => "the service is stopping",
+            (Some(Reason::Upstream), _) => "the service behind could not be reached",
             (None, _) => "no reason given",
         })
     }

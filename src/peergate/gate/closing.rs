@@ -286,11 +286,12 @@ pub struct Closer(Arc<Shared>);
 struct Shared {
     queue: Mutex<Queue>,
     wake: EventFd,
-    denied: Arc<[u8]>,
 }
 
 #[derive(Default)]
 struct Queue {
+    /// What a denied peer gets.
+    denied: Arc<[u8]>,
     waiting: Vec<(Stream, Arc<[u8]>)>,
     /// The gate is gone: the calling thread closes by itself.
     is_orphaned: bool,
@@ -299,7 +300,8 @@ struct Queue {
 impl Closer {
     pub(super) fn new(denied: Arc<[u8]>) -> io::Result<Self> {
         let wake = EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
-        Ok(Self(Arc::new(Shared { queue: Mutex::default(), wake, denied })))
+        let queue = Mutex::new(Queue { denied, ..Queue::default() });
+        Ok(Self(Arc::new(Shared { queue, wake })))
     }
 
     /// Sends `message` to an admitted peer, and a clean end of file after it. The gate does the waiting; where it has
@@ -327,7 +329,8 @@ impl Closer {
 
     /// As [`close_with`](Self::close_with), with the message for a denied peer: for a connection that a new policy denies.
     pub fn close_denied(&self, socket: impl Into<Stream>) {
-        self.close_with(socket, &self.0.denied);
+        let denied = Arc::clone(&self.lock().denied);
+        self.close_with(socket, &denied);
     }
 
     /// Makes [`Gate::turn`](super::Gate::turn) return, now or, where no thread is in it, as soon as one is.
@@ -340,8 +343,8 @@ impl Closer {
         self.0.wake.as_fd()
     }
 
-    pub(super) fn denied(&self) -> &Arc<[u8]> {
-        &self.0.denied
+    pub(super) fn set_denied(&self, denied: &Arc<[u8]>) {
+        self.lock().denied = Arc::clone(denied);
     }
 
     pub(super) fn is_idle(&self) -> bool {

@@ -20,26 +20,45 @@ pub struct GateConfig<T> {
     /// Whether the kernel attaches the sender's credentials to all data (SO_PASSCRED, unix(7)) on connections admitted
     /// from now on.
     pub pass_credentials: bool,
+    /// Whether peers may send file descriptors: then the service takes them with
+    /// [`Stream::receive_with_descriptors`](crate::Stream::receive_with_descriptors).
+    pub take_descriptors: bool,
+    /// What a peer gets that is turned away.
+    pub replies: Replies,
 }
 
 impl<T> GateConfig<T> {
-    /// This policy, the default [`Limits`], no credentials attached to data.
+    /// This policy, the default [`Limits`] and [`Replies`], no credentials attached to data, no descriptors taken.
     pub fn new(policy: impl Into<Arc<Policy<T>>>) -> Self {
-        Self { policy: policy.into(), limits: Limits::default(), pass_credentials: false }
+        Self {
+            policy: policy.into(),
+            limits: Limits::default(),
+            pass_credentials: false,
+            take_descriptors: false,
+            replies: Replies::default(),
+        }
     }
 }
 
 impl<T: fmt::Debug> fmt::Debug for GateConfig<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { policy, limits, pass_credentials } = self;
+        let Self { policy, limits, pass_credentials, take_descriptors, replies } = self;
         let mut shown = f.debug_struct("GateConfig");
-        shown.field("policy", policy).field("limits", limits).field("pass_credentials", pass_credentials).finish()
+        shown.field("policy", policy).field("limits", limits).field("pass_credentials", pass_credentials);
+        shown.field("take_descriptors", take_descriptors).field("replies", replies).finish()
     }
 }
 
 impl<T> Clone for GateConfig<T> {
     fn clone(&self) -> Self {
-        Self { policy: Arc::clone(&self.policy), limits: self.limits, pass_credentials: self.pass_credentials }
+        let Self { policy, limits, pass_credentials, take_descriptors, replies } = self;
+        Self {
+            policy: Arc::clone(policy),
+            limits: *limits,
+            pass_credentials: *pass_credentials,
+            take_descriptors: *take_descriptors,
+            replies: replies.clone(),
+        }
     }
 }
 
@@ -71,8 +90,6 @@ pub struct Setup<T> {
     pub permits: Permits,
     /// Where every verdict is recorded.
     pub audit: Audit,
-    /// What a peer gets that is turned away.
-    pub replies: Replies,
     /// The first connection's number.
     pub first_connection: u64,
 }
@@ -99,7 +116,6 @@ impl<T> Setup<T> {
             config: GateConfig::new(policy),
             permits: Permits::new(),
             audit,
-            replies: Replies::default(),
             first_connection: 1,
         }
     }

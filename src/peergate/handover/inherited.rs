@@ -129,7 +129,7 @@ impl Inherited {
         true
     }
 
-    fn take_in(&mut self, Received { length, mut fds, is_whole }: Received) {
+    fn take_in(&mut self, Received { length, mut fds, is_whole, .. }: Received) {
         let read = if is_whole { message::read(&self.buffer[..length]) } else { Err(Fault::Torn) };
         let result = match read {
             // The socket before this one has been followed, and read by now.

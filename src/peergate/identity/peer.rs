@@ -377,7 +377,12 @@ impl Remembered {
 /// the message are closed: look for them before.
 pub(crate) fn receive(socket: &impl AsFd, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
     let (count, sender) = sys::receive(socket.as_fd(), buffer)?;
-    Ok((count, sender.map(|sender| known_uid(sender.uid)).filter(|uid| uid.is_known())))
+    Ok((count, sender.as_ref().and_then(self::sender)))
+}
+
+/// The real uid of the sender of data, where the kernel tells one.
+pub(crate) fn sender(credentials: &nix::libc::ucred) -> Option<Uid> {
+    Some(known_uid(credentials.uid)).filter(|uid| uid.is_known())
 }
 
 /// Sets SO_PASSCRED on a connection just accepted. Returns how many bytes came before, so that they may be without

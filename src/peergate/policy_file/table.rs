@@ -94,6 +94,18 @@ impl<'a> Table<'a> {
         read
     }
 
+    /// The boolean below `key`; `None` where there is none, or a value of another kind.
+    pub fn take_flag(&mut self, key: &'static str) -> Option<bool> {
+        self.known.push(key);
+        let value = self.entries.remove(key)?;
+        if let DeValue::Boolean(flag) = value.get_ref() {
+            return Some(*flag);
+        }
+        let message = format!("`{key}`: {}; expected true or false", unexpected(value.get_ref()));
+        self.faults.push((value.span().start, message));
+        None
+    }
+
     /// What is in the table below `key`; the default where there is none.
     pub fn take_table<T: FromTable>(&mut self, key: &'static str) -> T {
         self.known.push(key);

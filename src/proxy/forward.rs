@@ -1,0 +1,370 @@
+//! One connection's state and its turns: connects to the service behind, then passes bytes both ways.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
+use peergate::Stream;
+use peergate::audit::Reason;
+use peergate::gate;
+use peergate_daemon::buffers::Buffers;
+use peergate_daemon::config::Config;
+use peergate_daemon::moment::Moment;
+use peergate_daemon::protocol::{Counters, Interest, Io, Protocol, Ready, Received, Refusal, Turn};
+use serde::{Deserialize, Serialize};
+
+use crate::direction::{Direction, Moved};
+use crate::options::Options;
+use crate::settings::{self, Settings, Terms};
+use crate::upstream::{Upstream, is_temporary};
+
+/// The pause before the second attempt to connect. Each doubles it, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+/// One connection.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Forward {
+    /// Goes to the next process beside this.
+    #[serde(skip)]
+    upstream: Option<Stream>,
+    /// Where that is, as the configuration had it.
+    to: Option<Box<str>>,
+    phase: Phase,
+    /// From the peer to the service.
+    up: Direction,
+    /// From the service to the peer.
+    down: Direction,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Phase {
+    /// Nothing was tried yet.
+    Started,
+    /// The service could not be reached. At `due` it is tried again.
+    Waiting { since: Moment, due: Moment, tries: u32 },
+    /// Bytes go both ways.
+    Open,
+    /// The service could not be reached in time, for this reason (errno(3)).
+    Refused(i32),
+}
+
+impl Protocol for Forward {
+    type Settings = Settings;
+    type Terms = Terms;
+    type Options = Options;
+
+    const NAME: &'static str = "peergate";
+    const UNIT: &'static str = "peergate@";
+    const ABOUT: &'static str = "A gate in front of any local service: admits only the users its policy names";
+    const HAS_SECOND: bool = true;
+
+    fn start() -> Self {
+        let (up, down) = (Direction::default(), Direction::default());
+        Self { upstream: None, to: None, phase: Phase::Started, up, down }
+    }
+
+    fn turn(&mut self, io: &mut Io<'_, Self>) -> Turn {
+        match self.phase {
+            Phase::Open => self.pass(io),
+            Phase::Started => self.connect(io, Moment::now()),
+            Phase::Waiting { due, .. } => {
+                let now = Moment::now();
+                if due <= now { self.connect(io, now) } else { self.wait_on(io) }
+            }
+            Phase::Refused(_) => Turn::Refused,
+        }
+    }
+
+    fn waits_for(&self) -> Interest {
+        let is_open = self.phase == Phase::Open;
+        interest(is_open && self.up.reads(), self.down.writes())
+    }
+
+    fn second(&self) -> Option<(BorrowedFd<'_>, Interest)> {
+        let interest = interest(self.down.reads(), self.up.writes());
+        self.upstream.as_ref().map(|upstream| (upstream.as_fd(), interest))
+    }
+
+    fn set_second(&mut self, second: OwnedFd) {
+        self.upstream = Some(Stream::inherited(second, false));
+    }
+
+    fn into_second(self) -> Option<OwnedFd> {
+        self.upstream.map(OwnedFd::from)
+    }
+
+    fn due(&self) -> Option<Moment> {
+        match self.phase {
+            Phase::Waiting { due, .. } => Some(due),
+            _ => None,
+        }
+    }
+
+    fn outdated(&self, settings: &Settings, terms: &Terms) -> Option<String> {
+        let before = self.to.as_deref()?;
+        let now = target(settings, terms)?.text();
+        (**now != *before).then(|| format!("its rule leads to {now} now"))
+    }
+
+    fn may_be_told(&self) -> bool {
+        self.down.written() == 0
+    }
+
+    fn is_at_rest(&self) -> bool {
+        self.phase == Phase::Open && !self.up.writes() && !self.down.writes()
+    }
+
+    fn holds_input(&self) -> bool {
+        self.up.writes()
+    }
+
+    fn owed(&self) -> Vec<u8> {
+        self.down.pending().to_vec()
+    }
+
+    fn will_end(&self) -> Option<Turn> {
+        matches!(self.phase, Phase::Refused(_)).then_some(Turn::Refused)
+    }
+
+    fn refusal(&self, settings: &Settings, _: &Terms) -> Option<Refusal> {
+        let Phase::Refused(error) = self.phase else { return None };
+        let to = self.to.as_deref().unwrap_or_default();
+        let text = format!("{to} could not be reached: {}", Errno::from_raw(error).desc());
+        Some(Refusal { reason: Reason::Upstream, text, message: settings.replies.unreachable() })
+    }
+
+    fn counters(&self) -> Counters {
+        let mut counters = Counters::default();
+        (counters.bytes, counters.sent) = (self.up.read(), Some(self.down.written()));
+        counters
+    }
+
+    fn upstream(&self) -> Option<Arc<str>> {
+        self.to.as_deref().map(Arc::from)
+    }
+
+    fn release(self, buffers: &mut Buffers) {
+        self.up.release(buffers);
+        self.down.release(buffers);
+    }
+
+    fn set_options(settings: &mut Settings, options: &Options) {
+        if let Some(to) = &options.to {
+            settings.to = Some(Arc::new(to.clone()));
+        }
+    }
+
+    fn faults(config: &Config<Self>) -> Vec<String> {
+        settings::faults(config)
+    }
+
+    fn obstacles(config: &Config<Self>, sockets: &[Arc<str>]) -> Vec<String> {
+        settings::obstacles(config, sockets)
+    }
+
+    fn replies(settings: &Settings) -> gate::Replies {
+        settings.replies.of_gate()
+    }
+}
+
+fn interest(reads: bool, writes: bool) -> Interest {
+    match (reads, writes) {
+        (true, true) => Interest::ReadWrite,
+        (true, false) => Interest::Read,
+        (false, true) => Interest::Write,
+        (false, false) => Interest::Nothing,
+    }
+}
+
+/// Where a connection under these terms is passed on to.
+fn target<'s>(settings: &'s Settings, terms: &'s Terms) -> Option<&'s Arc<Upstream>> {
+    terms.to.as_ref().or(settings.to.as_ref())
+}
+
+impl Forward {
+    /// Tries to reach the service, and passes on what is there.
+    fn connect(&mut self, io: &mut Io<'_, Self>, now: Moment) -> Turn {
+        let Some(target) = target(io.settings, io.terms) else { return self.refuse(Errno::EDESTADDRREQ) };
+        if self.to.is_none() {
+            self.to = Some((**target.text()).into());
+        }
+        match target.connect() {
+            Ok(fd) => {
+                self.upstream = Some(Stream::accepted(fd));
+                self.phase = Phase::Open;
+                match self.pass_any(io) {
+                    Ok(_) => self.ended().unwrap_or(Turn::Progress),
+                    Err(turn) => turn,
+                }
+            }
+            Err(error) if is_temporary(error) => self.wait(io, now, error),
+            Err(error) => self.refuse(error),
+        }
+    }
+
+    fn refuse(&mut self, error: Errno) -> Turn {
+        self.phase = Phase::Refused(error as i32);
+        Turn::Refused
+    }
+
+    /// Tries again a little later, unless the time is up.
+    fn wait(&mut self, io: &Io<'_, Self>, now: Moment, error: Errno) -> Turn {
+        let (since, tries) = match self.phase {
+            Phase::Waiting { since, tries, .. } => (since, tries),
+            _ => (now, 0),
+        };
+        let end = since.checked_add(io.settings.connect_timeout);
+        if end.is_some_and(|end| end <= now) {
+            return self.refuse(error);
+        }
+        let pause = FIRST_PAUSE.saturating_mul(1 << tries.min(10)).min(LONGEST_PAUSE);
+        let next = now.checked_add(pause).unwrap_or(now);
+        let due = end.map_or(next, |end| end.min(next));
+        self.phase = Phase::Waiting { since, due, tries: tries.saturating_add(1) };
+        self.wait_on(io)
+    }
+
+    /// A peer that has gone and has sent nothing waits no longer.
+    fn wait_on(&self, io: &Io<'_, Self>) -> Turn {
+        if has_hung_up(io.peer.as_fd()) && is_empty(io.peer.as_fd()) { Turn::Closed } else { Turn::Idle }
+    }
+
+    fn pass(&mut self, io: &mut Io<'_, Self>) -> Turn {
+        let moved = match io.ready {
+            Ready::Peer => self.pass_from_peer(io),
+            Ready::Second => self.pass_from_upstream(io),
+            Ready::Any => self.pass_any(io),
+        };
+        match moved {
+            Ok(true) => self.ended().unwrap_or(Turn::Progress),
+            Ok(false) => self.look_for_hang_up(io),
+            Err(turn) => turn,
+        }
+    }
+}
+
+/// Either way.
+#[derive(Clone, Copy)]
+enum Way {
+    Up,
+    Down,
+}
+
+impl Forward {
+    fn pass_any(&mut self, io: &mut Io<'_, Self>) -> Result<bool, Turn> {
+        Ok(self.pass_from_peer(io)? | self.pass_from_upstream(io)?)
+    }
+
+    /// The peer may take more, or may have sent something.
+    fn pass_from_peer(&mut self, io: &mut Io<'_, Self>) -> Result<bool, Turn> {
+        let (mut flushed, mut passed) = (Moved::Nothing, Moved::Nothing);
+        let Self { upstream: Some(upstream), up, down, .. } = self else { return Err(Turn::Closed) };
+        if down.writes() {
+            flushed = down.flush(io.buffers, |bytes| io.peer.send(bytes));
+        }
+        if up.reads() {
+            passed = up.pass(io.buffers, |room| io.peer.receive(room), |bytes| send(upstream, bytes));
+        }
+        Ok(self.settle(Way::Down, flushed, io)? | self.settle(Way::Up, passed, io)?)
+    }
+
+    /// The service may take more, or may have sent something.
+    fn pass_from_upstream(&mut self, io: &mut Io<'_, Self>) -> Result<bool, Turn> {
+        let (mut flushed, mut passed) = (Moved::Nothing, Moved::Nothing);
+        let Self { upstream: Some(upstream), up, down, .. } = self else { return Err(Turn::Closed) };
+        if up.writes() {
+            flushed = up.flush(io.buffers, |bytes| send(upstream, bytes));
+        }
+        if down.reads() {
+            passed = down.pass(io.buffers, |room| receive(upstream, room), |bytes| io.peer.send(bytes));
+        }
+        Ok(self.settle(Way::Up, flushed, io)? | self.settle(Way::Down, passed, io)?)
+    }
+
+    /// What follows from what one direction did. Whether it did anything; `Err`: how the connection ends.
+    fn settle(&mut self, way: Way, moved: Moved, io: &mut Io<'_, Self>) -> Result<bool, Turn> {
+        let Some(upstream) = &self.upstream else { return Err(Turn::Closed) };
+        match (moved, way) {
+            (Moved::Nothing, _) => return Ok(false),
+            (Moved::Some, _) => {}
+            (Moved::End, Way::Up) => _ = upstream.shutdown(Shutdown::Write),
+            (Moved::End, Way::Down) => io.peer.shutdown(Shutdown::Write),
+            // Nothing is held when it is read, so that all it has sent is passed on by now.
+            (Moved::SenderGone, _) => return Err(Turn::Closed),
+            // As it would see it without a proxy, the end that sends gets EPIPE.
+            (Moved::ReceiverGone, Way::Up) => {
+                self.up.stop(io.buffers);
+                io.peer.shutdown(Shutdown::Read);
+            }
+            (Moved::ReceiverGone, Way::Down) => {
+                let _ = upstream.shutdown(Shutdown::Read);
+                self.down.stop(io.buffers);
+            }
+            (Moved::Stopped(Received::SenderMismatch(sender)), _) => return Err(Turn::SenderMismatch(sender)),
+            (Moved::Stopped(Received::Descriptors), Way::Up) => return Err(Turn::DescriptorsReceived),
+            (Moved::Stopped(_), _) => return Err(Turn::Closed),
+        }
+        Ok(true)
+    }
+
+    fn ended(&self) -> Option<Turn> {
+        (self.up.is_over() && self.down.is_over()).then_some(Turn::Closed)
+    }
+
+    /// An end that has sent its end of file may close altogether later. Then nothing can be delivered to it any more.
+    fn look_for_hang_up(&self, io: &Io<'_, Self>) -> Turn {
+        let is_gone = match (&self.upstream, io.ready) {
+            (_, Ready::Peer) => self.up.is_over() && has_hung_up(io.peer.as_fd()),
+            (Some(upstream), Ready::Second) => self.down.is_over() && has_hung_up(upstream.as_fd()),
+            _ => false,
+        };
+        if is_gone { Turn::Closed } else { Turn::Idle }
+    }
+}
+
+/// Reads once from the service.
+fn receive(upstream: &mut Stream, room: &mut [u8]) -> Received {
+    match upstream.read(room) {
+        Ok(0) => Received::End,
+        Ok(count) => Received::Bytes(count),
+        Err(error) => match error.kind() {
+            ErrorKind::WouldBlock | ErrorKind::Interrupted => Received::Nothing,
+            ErrorKind::InvalidData => Received::Descriptors,
+            _ => Received::Broken,
+        },
+    }
+}
+
+/// Writes as much as the service takes now.
+fn send(upstream: &mut Stream, bytes: &[u8]) -> io::Result<usize> {
+    let mut written = 0;
+    while written < bytes.len() {
+        match upstream.write(&bytes[written..]) {
+            Ok(count) => written += count,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(written)
+}
+
+/// Whether the other end is closed in both directions.
+fn has_hung_up(socket: BorrowedFd<'_>) -> bool {
+    let mut question = [PollFd::new(socket, PollFlags::empty())];
+    let answer = poll(&mut question, PollTimeout::ZERO);
+    answer.is_ok_and(|count| count > 0)
+        && question[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+}
+
+/// Whether nothing that was sent is unread.
+fn is_empty(socket: BorrowedFd<'_>) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    !recv(socket.as_raw_fd(), &mut [0], flags).is_ok_and(|count| count > 0)
+}

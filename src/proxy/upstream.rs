@@ -1,0 +1,74 @@
+//! The service behind the gate: its address, and connecting to it.
+
+use std::fmt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+
+/// Bytes that fit into an address (unix(7)): a path with the NUL after it, or a name with the NUL before it.
+const LONGEST: usize = 107;
+
+/// Where a service listens.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Upstream {
+    text: Arc<str>,
+    address: UnixAddr,
+}
+
+impl Upstream {
+    /// Of an absolute path, or of `@name` in the abstract namespace. `None` where it is neither, or too long.
+    pub fn parse(text: &str) -> Option<Self> {
+        let address = match text.strip_prefix('@') {
+            Some(name) if !name.is_empty() && name.len() <= LONGEST => UnixAddr::new_abstract(name.as_bytes()),
+            None if text.starts_with('/') && text.len() <= LONGEST => UnixAddr::new(Path::new(text)),
+            _ => return None,
+        };
+        Some(Self { text: text.into(), address: address.ok()? })
+    }
+
+    /// As the configuration has it.
+    pub fn text(&self) -> &Arc<str> {
+        &self.text
+    }
+
+    /// The path, unless it is an abstract name.
+    pub fn path(&self) -> Option<&Path> {
+        self.address.path()
+    }
+
+    /// A connection to it, non-blocking and close-on-exec. Never waits.
+    ///
+    /// # Errors
+    /// What socket(2) and connect(2) say.
+    pub fn connect(&self) -> Result<OwnedFd, Errno> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(fd.as_raw_fd(), &self.address)?;
+        Ok(fd)
+    }
+}
+
+/// Whether a service that cannot be reached for this reason may be reachable soon: it is not started yet, is being restarted,
+/// or has more connections to accept than its backlog holds.
+pub fn is_temporary(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::EAGAIN
+            | Errno::ECONNREFUSED
+            | Errno::ENOENT
+            | Errno::EINTR
+            | Errno::EMFILE
+            | Errno::ENFILE
+            | Errno::ENOBUFS
+            | Errno::ENOMEM
+    )
+}
+
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Upstream({:?})", self.text)
+    }
+}
