@@ -58,8 +58,10 @@ fn only_sys_is_unsafe() {
     let all = library();
     assert_eq!(users_of(&["unsafe {", "unsafe fn", "allow(unsafe_code)"], &all), ["sys.rs"]);
     assert!(all["lib.rs"].contains("#![deny(unsafe_code)]"));
-    assert!(sources("echod")["lib.rs"].contains("#![cfg_attr(not(test), forbid(unsafe_code))]"));
-    assert!(sources("echod")["main.rs"].contains("#![forbid(unsafe_code)]"));
+    for program in ["echod", "proxy"] {
+        assert!(sources(program)["lib.rs"].contains("#![cfg_attr(not(test), forbid(unsafe_code))]"));
+        assert!(sources(program)["main.rs"].contains("#![forbid(unsafe_code)]"));
+    }
 }
 
 #[test]
@@ -89,7 +91,7 @@ fn the_policy_uses_no_socket_no_clock_no_log_and_no_file() {
 fn each_test_file_is_named_in_a_manifest() {
     let top = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap();
     let manifest = |krate: &str| fs::read_to_string(top.join("src").join(krate).join("Cargo.toml")).unwrap();
-    let manifests = manifest("peergate") + &manifest("daemon") + &manifest("echod");
+    let manifests = ["peergate", "daemon", "echod", "proxy"].map(manifest).concat();
     let names = fs::read_dir(top.join("tests")).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let files: Vec<_> = names.filter(|name| name.ends_with(".rs")).collect();
     assert!(files.len() > 10, "the tests are to be found elsewhere now");

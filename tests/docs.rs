@@ -147,7 +147,10 @@ fn manual_page_and_catalog_name_exactly_the_fields_written() {
     let named = |line: &str| line.trim().split_once(" = ").map(|(name, _)| fields(name));
     let written: BTreeSet<String> = read("src/peergate/journal.rs").lines().filter_map(named).flatten().collect();
     assert!(written.contains("GATE_VERDICT"), "the names of the fields are to be found elsewhere now");
-    assert_eq!(fields(&read("packaging/man/echod.8")), written);
+    // The proxy's page has these besides.
+    let of_proxy = ["GATE_UPSTREAM", "GATE_BYTES_SENT"].map(str::to_owned);
+    let of_echo = written.iter().filter(|name| !of_proxy.contains(name)).cloned().collect();
+    assert_eq!(fields(&read("packaging/man/echod.8")), of_echo);
     let unknown: Vec<_> = fields(&read("packaging/echod.catalog")).difference(&written).cloned().collect();
     assert_eq!(unknown, [] as [String; 0]);
 }

@@ -251,7 +251,6 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;
 
-    use nix::sys::epoll::EpollFlags;
     use nix::sys::socket::{setsockopt, sockopt};
     use peergate::audit::Audit;
     use peergate::gate::Admission;
@@ -261,6 +260,7 @@ mod tests {
     use peergate::policy::Policy;
     use peergate::{Stream, audit};
     use peergate_daemon::connection::Connection;
+    use peergate_daemon::protocol::Ready;
     use peergate_daemon::worker::READ;
 
     use super::*;
@@ -287,19 +287,19 @@ mod tests {
             while connection.socket.write(b"an echo\n").is_ok() {}
             client.set_nonblocking(true).unwrap();
             client.write_all(&[&[b'x'; 100][..], ends.as_bytes()].concat()).unwrap();
-            assert_eq!(connection.turn(&settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
             if connection.protocol.state == State::Reading {
                 // No more than the limit is read at once.
-                assert_eq!(connection.turn(&settings, &mut buffers, &audit), Turn::Progress);
+                assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
             }
-            assert_eq!((connection.protocol.state, connection.interest()), (State::Refusing, EpollFlags::EPOLLOUT));
-            assert_eq!(connection.turn(&settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!((connection.protocol.state, connection.watched().peer), (State::Refusing, Interest::Write));
+            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
             let mut heard = Vec::new();
             let mut part = [0; 4096];
             while let Ok(count) = client.read(&mut part) {
                 heard.extend_from_slice(&part[..count]);
             }
-            assert_eq!(connection.turn(&settings, &mut buffers, &audit), Turn::Refused);
+            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Refused);
             let refusal = connection.protocol.refusal(&settings, &Terms::default()).unwrap();
             assert_eq!((refusal.message, &*refusal.text), (&b""[..], "a line was longer than 99 bytes"));
             let count = client.read(&mut part).unwrap();
@@ -325,7 +325,7 @@ mod tests {
         });
         let (mut out, mut turns) = (0, 0);
         while !connection.protocol.held.is_empty() {
-            assert_eq!(connection.turn(&settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
             let echo = &connection.protocol;
             let now = if echo.held.is_empty() { LENGTH + 2 } else { echo.sent };
             assert!(now - out <= ROOM, "{} bytes in a turn", now - out);
@@ -348,12 +348,12 @@ mod tests {
         let mut round = || {
             for part in [&b"a line of thirty-two bytes, LF in\n"[..], &many, &long, b"half ", b"a line\n"] {
                 client.write_all(part).unwrap();
-                while connection.turn(&settings, &mut buffers, &audit) != Turn::Idle {}
+                while connection.turn(Ready::Peer, &settings, &mut buffers, &audit) != Turn::Idle {}
                 client.set_nonblocking(true).unwrap();
                 while client.read(&mut answer).is_ok() {}
                 client.set_nonblocking(false).unwrap();
                 while connection.protocol.waits_for() == Interest::Write {
-                    connection.turn(&settings, &mut buffers, &audit);
+                    connection.turn(Ready::Peer, &settings, &mut buffers, &audit);
                 }
             }
         };

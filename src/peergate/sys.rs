@@ -159,14 +159,16 @@ pub(crate) fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(
     Ok((count, Some(unsafe { data.cast::<libc::ucred>().read_unaligned() })))
 }
 
+// SAFETY: CMSG_SPACE computes, it touches no memory.
+const RIGHTS_SPACE: u32 = unsafe { libc::CMSG_SPACE((253 * size_of::<RawFd>()) as u32) };
+// SAFETY: as above.
+const CREDENTIALS_SPACE: u32 = unsafe { libc::CMSG_SPACE(size_of::<libc::ucred>() as u32) };
+
 /// Room for as many descriptors as one message carries (SCM_MAX_FD in the kernel's net/scm.h), and for credentials.
 #[repr(C)]
 union AllDescriptors {
     header: libc::cmsghdr,
-    // SAFETY: CMSG_SPACE computes, it touches no memory.
-    bytes: [u8; unsafe {
-        libc::CMSG_SPACE((253 * size_of::<RawFd>()) as u32) + libc::CMSG_SPACE(size_of::<libc::ucred>() as u32)
-    } as usize],
+    bytes: [u8; (RIGHTS_SPACE + CREDENTIALS_SPACE) as usize],
 }
 
 /// A message and what came with it.

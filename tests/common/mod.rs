@@ -31,7 +31,7 @@ pub use journald::{Entry, Journald, stands_for};
 pub use left::{Message, change_left, left};
 pub use manager::{Manager, Received};
 pub use peer::{PeerProcess, flood, peer_program};
-pub use program::{Echod, Start, copy_program, cpu, descriptors, hung_user_database, memory, summed};
+pub use program::{Echod, PROGRAM, Start, copy_program, cpu, descriptors, hung_user_database, memory, summed};
 pub use wait::{Shared, eventually};
 
 /// The longest that a test waits for an event.

@@ -16,6 +16,12 @@ use nix::unistd::Pid;
 
 use super::{Client, Journald, Manager, Place, Received, Shared, eventually, peer_program, send_fds};
 
+/// The program of the package whose test this is.
+pub const PROGRAM: &str = match (option_env!("CARGO_BIN_EXE_echod"), option_env!("CARGO_BIN_EXE_peergate")) {
+    (Some(program), _) | (None, Some(program)) => program,
+    (None, None) => panic!("the package has no program"),
+};
+
 /// How to start the program. Of the environment only PATH is inherited.
 pub struct Start {
     program: PathBuf,
@@ -32,7 +38,7 @@ impl Start {
     /// With no argument, no socket, no environment.
     pub fn bare() -> Self {
         Self {
-            program: env!("CARGO_BIN_EXE_echod").into(),
+            program: PROGRAM.into(),
             args: Vec::new(),
             env: Vec::new(),
             sockets: Vec::new(),
@@ -176,7 +182,9 @@ impl Start {
         send_fds(&control, &fds);
         // As PID 1: keep the listeners, but no copy of a stored descriptor.
         let mut sockets = self.sockets;
-        sockets.retain(|(name, _)| name != "echod" && !name.starts_with("echod-") && name != "stored");
+        sockets.retain(|(name, _)| {
+            !["echod", "peergate", "stored"].contains(&name.as_str()) && !name.starts_with("echod-")
+        });
         Echod { process, manager, stdout, stderr, sockets, place: self.place, config: self.args.clone() }
     }
 
@@ -283,8 +291,7 @@ impl Echod {
 
     /// `echod reload PID`: its exit code and its standard error.
     pub fn reload(&self) -> (i32, String) {
-        let asked =
-            Command::new(env!("CARGO_BIN_EXE_echod")).args(["reload", &self.pid().to_string()]).output().unwrap();
+        let asked = Command::new(PROGRAM).args(["reload", &self.pid().to_string()]).output().unwrap();
         self.manager.catch_up();
         (asked.status.code().unwrap(), String::from_utf8(asked.stderr).unwrap())
     }

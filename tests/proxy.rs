@@ -1,0 +1,375 @@
+//! The proxy between clients and a service that is the test's own. Every byte is compared, and how each end sees the other
+//! one go. Restarts: proxy_restart.rs.
+
+mod common;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use common::{Client, DENY_ALL, Echod, End, OWNER, Place, Start, eventually, show};
+use nix::sys::socket::{Backlog, listen};
+
+/// The service behind the gate.
+struct Behind {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Behind {
+    fn at(place: &Arc<Place>) -> Self {
+        let path = place.path("behind");
+        Self { listener: UnixListener::bind(&path).unwrap(), path }
+    }
+
+    /// The next connection from the proxy.
+    fn accept(&self) -> Client {
+        let (stream, _) = self.listener.accept().unwrap();
+        Client::of(stream)
+    }
+
+    fn is_left_alone(&self) -> bool {
+        self.listener.set_nonblocking(true).unwrap();
+        let nobody = self.listener.accept().is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
+        self.listener.set_nonblocking(false).unwrap();
+        nobody
+    }
+}
+
+/// What the proxy is started with, and where the service is to be.
+fn start(config: &str, more: &str) -> (Start, PathBuf) {
+    let start = Start::bare();
+    let path = start.place().path("behind");
+    let listener = start.place().listener("socket");
+    let text = format!("{config}\n[forward]\nto = \"{}\"\n{more}", path.display());
+    (start.config(&text).socket("peergate@test.socket", listener), path)
+}
+
+fn serve(config: &str, more: &str) -> (Echod, Behind) {
+    let (start, _) = start(config, more);
+    let behind = Behind::at(start.place());
+    (start.ready(), behind)
+}
+
+/// A connection through the proxy: both ends.
+fn pair(proxy: &Echod, behind: &Behind) -> (Client, Client) {
+    let client = proxy.connect();
+    (client, behind.accept())
+}
+
+#[test]
+fn bytes_pass_both_ways_and_so_does_each_end_of_file() {
+    let (proxy, behind) = serve(OWNER, "");
+    let (client, service) = pair(&proxy, &behind);
+    client.send("a\0question");
+    service.expect("a\0question");
+    service.send("half an ");
+    client.expect("half an ");
+    client.half_close();
+    service.expect_end("");
+    service.send("answer");
+    client.expect("answer");
+    service.half_close();
+    client.expect_end("");
+    // The other way round, and the service speaks first.
+    let (client, service) = pair(&proxy, &behind);
+    service.send("welcome");
+    service.half_close();
+    client.expect_end("welcome");
+    client.send("still here");
+    service.expect("still here");
+    drop((client, service));
+    proxy.stop();
+}
+
+#[test]
+fn what_a_client_sends_before_it_closes_reaches_the_service() {
+    let (proxy, behind) = serve(OWNER, "");
+    let (client, service) = pair(&proxy, &behind);
+    client.send("one way");
+    drop(client);
+    service.expect_end("one way");
+    // The peer has gone: as without a proxy, what is written to it fails.
+    eventually("the proxy hangs up", || (&service.0).write(b"too late").is_err().then_some(()));
+}
+
+#[test]
+fn a_denied_peer_causes_no_connection_to_the_service() {
+    for (replies, expected) in
+        [("none", ""), ("text", "Unauthorized access\n"), ("redis", "-NOPERM Unauthorized access\r\n")]
+    {
+        let (proxy, behind) = serve(DENY_ALL, &format!("replies = \"{replies}\"\n"));
+        let client = proxy.connect();
+        let _ = client.try_send("PING\r\n");
+        client.expect_end(expected);
+        assert!(behind.is_left_alone());
+    }
+}
+
+#[test]
+fn a_peer_over_a_limit_is_told_in_its_own_language() {
+    let (proxy, behind) = serve(&format!("{OWNER}\n[limits]\nconnections = 1\n"), "replies = \"http\"\n");
+    let _first = pair(&proxy, &behind);
+    let second = proxy.connect();
+    let (reply, end) = second.rest();
+    let reply = String::from_utf8(reply).unwrap();
+    assert!(
+        reply.starts_with("HTTP/1.1 503 ") && reply.ends_with("{\"message\":\"Too many connections\"}\n"),
+        "{reply}"
+    );
+    assert_eq!(end, End::Eof);
+}
+
+#[test]
+fn a_service_that_comes_late_gets_what_was_sent_before() {
+    let (start, path) = start(OWNER, "connect-timeout = \"1h\"\n");
+    let place = Arc::clone(start.place());
+    let proxy = start.ready();
+    // Nothing is there.
+    let early = proxy.connect();
+    early.send("early");
+    let gone = proxy.connect();
+    gone.send("and gone");
+    drop(gone);
+    // A file that no process listens on: connect(2) is refused.
+    drop(UnixListener::bind(&path).unwrap());
+    let middle = proxy.connect();
+    middle.send("middle");
+    std::fs::remove_file(&path).unwrap();
+    let behind = Behind::at(&place);
+    let mut heard: Vec<_> = (0..3)
+        .map(|_| behind.accept())
+        .map(|service| {
+            service.0.set_nonblocking(false).unwrap();
+            let mut word = [0; 64];
+            let count = (&service.0).read(&mut word).unwrap();
+            service.send("yes");
+            String::from_utf8(word[..count].to_vec()).unwrap()
+        })
+        .collect();
+    heard.sort();
+    assert_eq!(heard, ["and gone", "early", "middle"]);
+    early.expect("yes");
+    middle.expect("yes");
+}
+
+#[test]
+fn a_client_that_leaves_while_the_service_is_away_costs_nothing_further() {
+    let (start, _) = start(OWNER, "connect-timeout = \"1h\"\n");
+    let proxy = start.ready();
+    let before = common::descriptors(&proxy);
+    drop((0..10).map(|_| proxy.connect()).collect::<Vec<_>>());
+    eventually("all are closed", || (common::descriptors(&proxy) == before).then_some(()));
+}
+
+#[test]
+fn a_full_backlog_is_waited_for() {
+    let (proxy, behind) = serve(OWNER, "connect-timeout = \"1h\"\n");
+    listen(&behind.listener, Backlog::new(0).unwrap()).unwrap();
+    // Takes the only place.
+    let first = UnixStream::connect(&behind.path).unwrap();
+    let client = proxy.connect();
+    client.send("waits");
+    drop(first);
+    behind.accept();
+    let service = behind.accept();
+    service.expect("waits");
+    service.send("served");
+    client.expect("served");
+}
+
+#[test]
+fn a_service_that_stays_away_is_told_of_and_recorded() {
+    for (replies, expected) in [
+        ("none", ""),
+        ("text", "Service unavailable\n"),
+        ("redis", "-ERR Service unavailable\r\n"),
+        ("postgresql", "E\0\0\0.SFATAL\0VFATAL\0C57P03\0Mservice unavailable\0\0"),
+    ] {
+        let (start, path) = start(OWNER, &format!("connect-timeout = \"1ms\"\nreplies = \"{replies}\"\n"));
+        let proxy = start.ready();
+        let client = proxy.connect();
+        let _ = client.try_send("unheard");
+        client.expect_end(expected);
+        drop(client);
+        let told = proxy.stop();
+        let why = format!("{} could not be reached: No such file or directory", path.display());
+        assert!(told.contains("Refused ") && told.contains(&why), "{told}");
+    }
+}
+
+#[test]
+fn a_socket_of_another_kind_is_not_waited_for() {
+    let (start, path) = start(OWNER, "connect-timeout = \"1h\"\n");
+    let _datagrams = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let proxy = start.ready();
+    proxy.connect().expect_end("");
+    assert!(proxy.stop().contains("Protocol wrong type for socket"));
+}
+
+#[test]
+fn a_service_that_closes_at_once_ends_the_connection() {
+    let (proxy, behind) = serve(OWNER, "");
+    for _ in 0..20 {
+        let (client, service) = pair(&proxy, &behind);
+        drop(service);
+        client.expect_end("");
+    }
+    // With an answer, and what the client has sent unread.
+    for _ in 0..20 {
+        let client = proxy.connect();
+        client.send("a question");
+        let service = behind.accept();
+        service.send("an answer");
+        drop(service);
+        let (heard, _) = client.rest();
+        assert_eq!(show(&heard), "an answer");
+    }
+}
+
+#[test]
+fn a_side_that_does_not_read_is_not_read_for() {
+    let (proxy, behind) = serve(OWNER, "");
+    let (client, service) = pair(&proxy, &behind);
+    let before = common::memory(&proxy, "VmRSS");
+    let up = client.clog(b"up the stream ");
+    let down = service.clog(b"down the stream ");
+    // What lies in the kernel's queues on both sides of the proxy, and no more than 128 KiB in it.
+    assert!(up.len() < 1 << 20 && down.len() < 1 << 20, "{} up, {} down", up.len(), down.len());
+    let grown = common::memory(&proxy, "VmRSS").saturating_sub(before);
+    assert!(grown < 1024, "grown by {grown} KiB");
+    client.half_close();
+    service.half_close();
+    service.expect_end(&up);
+    client.expect_end(&down);
+}
+
+#[test]
+fn an_end_that_reads_no_more_is_told_to_the_other_one() {
+    let (proxy, behind) = serve(OWNER, "");
+    let (client, service) = pair(&proxy, &behind);
+    client.0.shutdown(Shutdown::Read).unwrap();
+    eventually("the service gets EPIPE", || (&service.0).write(b"into the void").is_err().then_some(()));
+    client.send("and yet");
+    service.expect("and yet");
+    let (client, service) = pair(&proxy, &behind);
+    service.0.shutdown(Shutdown::Read).unwrap();
+    eventually("the client gets EPIPE", || (&client.0).write(b"into the void").is_err().then_some(()));
+    service.send("and yet");
+    client.expect("and yet");
+}
+
+#[test]
+fn a_stop_gives_each_end_what_it_is_owed() {
+    let (proxy, behind) = serve(OWNER, "");
+    let (client, service) = pair(&proxy, &behind);
+    client.send("the last");
+    service.expect("the last");
+    proxy.signal(nix::sys::signal::Signal::SIGTERM);
+    service.expect_end("");
+    service.send("word");
+    drop(service);
+    client.expect_end("word");
+    assert!(proxy.wait().0.success());
+}
+
+#[test]
+fn a_rule_may_lead_to_another_service() {
+    let start = Start::bare();
+    let place = Arc::clone(start.place());
+    let listener = place.listener("socket");
+    let behind = Behind::at(&place);
+    let to = format!("{OWNER}to = \"{}\"\n", behind.path.display());
+    let proxy = start.config(&to).socket("peergate@test.socket", listener).ready();
+    let (client, service) = pair(&proxy, &behind);
+    client.send("hello");
+    service.expect("hello");
+    // The same service by another path, and nothing else has changed.
+    let other = place.path("other");
+    std::os::unix::fs::symlink(&behind.path, &other).unwrap();
+    proxy.reload_with(&to);
+    client.send("still");
+    service.expect("still");
+    proxy.reload_with(&format!("{OWNER}to = \"{}\"\n", other.display()));
+    client.expect_end("");
+    service.expect_end("");
+    drop((client, service));
+    let told = proxy.stop();
+    assert!(
+        told.contains("Revoked ") && told.contains(&format!("its rule leads to {} now", other.display())),
+        "{told}"
+    );
+}
+
+#[test]
+fn its_own_socket_is_no_upstream_at_the_start_and_at_a_reload() {
+    let (first, path) = start(OWNER, "");
+    std::os::unix::fs::symlink(first.place().path("socket"), &path).unwrap();
+    let (code, _, told) = first.run();
+    assert!(code == 78 && told.contains("is a socket that peergate itself listens on"), "{code} {told}");
+    let (proxy, behind) = serve(OWNER, "");
+    let (client, service) = pair(&proxy, &behind);
+    proxy.place.file("echod.toml", &format!("{OWNER}[forward]\nto = \"{}\"\n", proxy.socket().display()));
+    assert_eq!(proxy.reload().0, 78);
+    client.send("as before");
+    service.expect("as before");
+}
+
+#[test]
+fn what_can_be_no_upstream_is_a_fault_of_the_configuration() {
+    for (to, expected) in [
+        (format!("/{}", "x".repeat(107)), "toml:4:6: `to`: string \"/xxx"),
+        (
+            "relative".to_owned(),
+            "toml:4:6: `to`: string \"relative\"; expected the absolute path of a socket, of 107 bytes",
+        ),
+        ("/tmp".to_owned(), "/tmp is a directory; expected the socket of a service"),
+        ("/dev/null".to_owned(), "/dev/null is no socket; expected"),
+    ] {
+        let (code, _, told) = Start::serving(&format!("{OWNER}[forward]\nto = \"{to}\"\n")).run();
+        assert!(code == 78 && told.contains(expected), "{code} {told}");
+    }
+    let (code, _, told) = Start::serving(OWNER).run();
+    assert!(
+        code == 78 && told.contains("`to` is missing in [forward]") && told.contains("allow.owner"),
+        "{code} {told}"
+    );
+}
+
+#[test]
+fn without_a_file_the_command_line_is_enough() {
+    let start = Start::bare();
+    let place = Arc::clone(start.place());
+    let behind = Behind::at(&place);
+    let (to, listen) = (behind.path.display().to_string(), place.path("socket").display().to_string());
+    let proxy = start.args(&["--to", &to, "--listen", &listen]).ready();
+    let (client, service) = pair(&proxy, &behind);
+    client.send("hello");
+    service.expect("hello");
+    drop((client, service));
+    proxy.stop();
+    assert!(!place.path("socket").exists());
+}
+
+#[test]
+fn an_instance_has_a_file_of_its_name() {
+    let run = |args: &[&str], directory: &std::path::Path| {
+        Start::bare().args(args).env("CONFIGURATION_DIRECTORY", directory.to_str().unwrap()).run()
+    };
+    let place = Place::new();
+    let file = place.file("docker.toml", &format!("{OWNER}[forward]\nto = \"@docker\"\n"));
+    let directory = file.parent().unwrap();
+    let (code, summary, _) = run(&["check", "--instance", "docker"], directory);
+    assert!(
+        code == 0 && summary.contains("docker.toml\n") && summary.contains("to = \"@docker\"\n"),
+        "{code} {summary}"
+    );
+    let (code, summary, _) = run(&["check", "--instance", "docker", "--to", "/run/other"], directory);
+    assert!(code == 0 && summary.contains("to = \"/run/other\"\n"), "{code} {summary}");
+    assert_eq!(run(&["check", "--instance", "none"], directory).0, 66);
+    assert_eq!(run(&["check", "--instance", "../docker"], directory).0, 2);
+    let (code, verdict, _) = run(&["explain", "--instance", "docker", "--uid", "64001"], directory);
+    assert!(code == 1 && verdict.starts_with("denied by default\n"), "{code} {verdict}");
+}

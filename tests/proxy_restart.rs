@@ -1,0 +1,174 @@
+//! The proxy restarts while connections are in every state. The service manager is the test's own; every byte is compared.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use common::{Client, Echod, OWNER, PATIENCE, Start, show};
+
+const MORE: &str = "[limits]\nconnections-per-user = 1000\n";
+
+fn serve(more: &str) -> (Echod, UnixListener) {
+    let start = Start::bare();
+    let path = start.place().path("behind");
+    let behind = UnixListener::bind(&path).unwrap();
+    let listener = start.place().listener("socket");
+    let text = format!("{OWNER}{MORE}[forward]\nto = \"{}\"\n{more}", path.display());
+    (start.config(&text).socket("peergate@test.socket", listener).with_store(), behind)
+}
+
+fn pair(proxy: &Echod, behind: &UnixListener) -> (Client, Client) {
+    let client = proxy.connect();
+    (client, Client::of(behind.accept().unwrap().0))
+}
+
+fn restart(proxy: Echod) -> Echod {
+    proxy.restart(|start, _| start)
+}
+
+#[test]
+fn a_connection_goes_on_over_a_restart_with_what_lies_in_between() {
+    let (mut proxy, behind) = serve("");
+    let (client, service) = pair(&proxy, &behind);
+    let (half, other) = pair(&proxy, &behind);
+    half.half_close();
+    other.expect_end("");
+    // Neither side reads: there are bytes in the proxy and in all queues.
+    let (full, deaf) = pair(&proxy, &behind);
+    let (mut up, mut down) = (Vec::new(), Vec::new());
+    for round in 0..3 {
+        up.extend(full.clog(format!("up {round} ").as_bytes()));
+        down.extend(deaf.clog(format!("down {round} ").as_bytes()));
+        client.send("between");
+        proxy = restart(proxy);
+        service.expect("between");
+        service.send("after");
+        client.expect("after");
+    }
+    other.send("still");
+    half.expect("still");
+    other.half_close();
+    half.expect_end("");
+    full.half_close();
+    deaf.half_close();
+    deaf.expect_end(&up);
+    full.expect_end(&down);
+    drop((client, service));
+    proxy.stop();
+}
+
+/// Byte `at` of the stream of connection `number`: no two places near each other look alike.
+fn byte(number: usize, at: usize) -> u8 {
+    ((at.wrapping_mul(2_654_435_761) >> 7) as u8) ^ (number as u8)
+}
+
+fn pour(number: usize, mut to: &std::os::unix::net::UnixStream, stop: &AtomicBool) -> usize {
+    let mut at = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let piece: Vec<u8> = (at..at + 8192).map(|at| byte(number, at)).collect();
+        to.write_all(&piece).unwrap();
+        at += piece.len();
+    }
+    to.shutdown(std::net::Shutdown::Write).unwrap();
+    at
+}
+
+fn drain(number: usize, mut from: &std::os::unix::net::UnixStream) -> usize {
+    let (mut at, mut room) = (0, [0; 50_000]);
+    loop {
+        let count = from.read(&mut room).unwrap();
+        if count == 0 {
+            return at;
+        }
+        for (offset, got) in room[..count].iter().enumerate() {
+            assert_eq!(*got, byte(number, at + offset), "connection {number}, byte {}", at + offset);
+        }
+        at += count;
+    }
+}
+
+#[test]
+fn transfers_both_ways_lose_and_double_no_byte_over_restarts() {
+    let (mut proxy, behind) = serve("");
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut threads = Vec::new();
+    for number in 0..16 {
+        let (client, service) = pair(&proxy, &behind);
+        for (end, out, into) in [(client, number, 100 + number), (service, 100 + number, number)] {
+            let end = Arc::new(end);
+            let (pouring, stop) = (Arc::clone(&end), Arc::clone(&stop));
+            threads.push((out, true, thread::spawn(move || pour(out, &pouring.0, &stop))));
+            threads.push((into, false, thread::spawn(move || drain(into, &end.0))));
+        }
+    }
+    for _ in 0..5 {
+        proxy = restart(proxy);
+    }
+    stop.store(true, Ordering::Relaxed);
+    let mut counts: Vec<(usize, bool, usize)> =
+        threads.into_iter().map(|(number, sent, thread)| (number, sent, thread.join().unwrap())).collect();
+    counts.sort_unstable();
+    for of_one in counts.chunks(2) {
+        assert_eq!(of_one[0].2, of_one[1].2, "stream {}", of_one[0].0);
+        assert!(of_one[0].2 > 0);
+    }
+    proxy.stop();
+}
+
+#[test]
+fn a_client_that_waits_for_the_service_waits_on_after_a_restart() {
+    let start = Start::bare();
+    let path = start.place().path("behind");
+    let listener = start.place().listener("socket");
+    let text = format!("{OWNER}[forward]\nto = \"{}\"\nconnect-timeout = \"1h\"\n", path.display());
+    let proxy = start.config(&text).socket("peergate@test.socket", listener).with_store();
+    let client = proxy.connect();
+    client.send("patience");
+    // The client is admitted by then: what comes later is.
+    proxy.reload_with(&text);
+    let proxy = restart(proxy);
+    let behind = UnixListener::bind(&path).unwrap();
+    let service = Client::of(behind.accept().unwrap().0);
+    service.expect("patience");
+    service.send("rewarded");
+    client.expect("rewarded");
+    drop((client, service));
+    proxy.stop();
+}
+
+#[test]
+fn a_restart_with_another_upstream_ends_what_leads_to_the_old_one() {
+    let (proxy, behind) = serve("");
+    let (client, service) = pair(&proxy, &behind);
+    client.send("seen");
+    service.expect("seen");
+    let other = proxy.place.path("other");
+    proxy.place.file("echod.toml", &format!("{OWNER}[forward]\nto = \"{}\"\n", other.display()));
+    let proxy = restart(proxy);
+    client.expect_end("");
+    service.expect_end("");
+    drop((client, service));
+    let told = proxy.stop();
+    assert!(told.contains("Revoked "), "{}", show(told.as_bytes()));
+}
+
+#[test]
+fn a_connection_that_lost_its_service_over_a_restart_ends() {
+    let (proxy, behind) = serve("");
+    let (client, service) = pair(&proxy, &behind);
+    service.send("all of it");
+    client.send("unanswered");
+    service.0.set_read_timeout(Some(PATIENCE)).unwrap();
+    service.expect("unanswered");
+    let proxy = proxy.restart(move |start, _| {
+        drop(service);
+        start
+    });
+    client.expect_end("all of it");
+    drop(client);
+    proxy.stop();
+}
