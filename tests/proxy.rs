@@ -186,7 +186,7 @@ fn a_service_that_stays_away_is_told_of_and_recorded() {
         ("none", ""),
         ("text", "Service unavailable\n"),
         ("redis", "-ERR Service unavailable\r\n"),
-        ("postgresql", "E\0\0\0.SFATAL\0VFATAL\0C57P03\0Mservice unavailable\0\0"),
+        ("postgresql", "E\0\0\0/SFATAL\0VFATAL\0C57P03\0Mservice unavailable\0\0"),
     ] {
         let (start, path) = start(OWNER, &format!("connect-timeout = \"1ms\"\nreplies = \"{replies}\"\n"));
         let proxy = start.ready();

@@ -65,7 +65,7 @@ impl Replies {
                 b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 35\r\n\
                   Connection: close\r\n\r\n{\"message\":\"Too many connections\"}\n"
             }
-            Self::Postgresql => b"E\0\0\0\x2fSFATAL\0VFATAL\0C53300\0Mtoo many connections\0\0",
+            Self::Postgresql => b"E\0\0\0\x30SFATAL\0VFATAL\0C53300\0Mtoo many connections\0\0",
             Self::Redis => b"-ERR Too many connections\r\n",
         }
     }
@@ -79,7 +79,7 @@ impl Replies {
                 b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: 34\r\n\
                   Connection: close\r\n\r\n{\"message\":\"Service unavailable\"}\n"
             }
-            Self::Postgresql => b"E\0\0\0\x2eSFATAL\0VFATAL\0C57P03\0Mservice unavailable\0\0",
+            Self::Postgresql => b"E\0\0\0\x2fSFATAL\0VFATAL\0C57P03\0Mservice unavailable\0\0",
             Self::Redis => b"-ERR Service unavailable\r\n",
         }
     }
