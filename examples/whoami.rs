@@ -10,11 +10,11 @@
 
 use std::io::Write;
 
-use peergate::{Admission, Gid, Policy, Rule, Uid, User};
+use peergate::{Admission, Gid, Policy, Rule, Service, Uid, User};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let policy = Policy::new([Rule::allow("everyone", ()).users([User::Any])], Uid::effective())?;
-    peergate::serve("whoami", policy, answer)?;
+    Service::from_systemd("whoami").policy(policy).serve_inline(answer)?;
     Ok(())
 }
 

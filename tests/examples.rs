@@ -164,9 +164,9 @@ fn whoami_tells_each_client_its_credentials() {
     server.stop();
 }
 
-/// peergate::serve does all that whoami leaves out.
+/// `Service` does all that whoami leaves out.
 #[test]
-fn serve_notifies_the_service_manager() {
+fn a_service_notifies_the_service_manager() {
     let server = Server::start("manager", "whoami", &[]);
     server.ready();
     server.says("WATCHDOG=1");

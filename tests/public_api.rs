@@ -42,7 +42,17 @@ fn rustdoc_json(root: &Path) -> Value {
     // TARGET/PROFILE/deps/public_api-HASH
     let target = std::env::current_exe().unwrap().ancestors().nth(3).unwrap().to_path_buf();
     let run = Command::new(env!("CARGO"))
-        .args(["rustdoc", "--quiet", "--locked", "--offline", "--package", "peergate", "--lib", "--target-dir"])
+        .args([
+            "rustdoc",
+            "--quiet",
+            "--locked",
+            "--offline",
+            "--package",
+            "peergate",
+            "--lib",
+            "--all-features",
+            "--target-dir",
+        ])
         .arg(&target)
         .args(["--", "-Z", "unstable-options", "--output-format", "json"])
         .env("RUSTDOC", root.join("tools/rustdoc-unstable"))

@@ -190,7 +190,7 @@ fn prepare<P: Protocol>(options: &Serve<P::Options>, passed: &[Listener]) -> Res
 
 fn bind_all(paths: &[PathBuf]) -> Result<Vec<Listener>, Failure> {
     // Every path that cannot be bound is named, not only the first.
-    let (bound, failed): (Vec<_>, Vec<_>) = paths.iter().map(|path| activation::bind(path)).partition(Result::is_ok);
+    let (bound, failed): (Vec<_>, Vec<_>) = paths.iter().map(activation::bind).partition(Result::is_ok);
     if failed.is_empty() {
         return Ok(bound.into_iter().flatten().collect());
     }

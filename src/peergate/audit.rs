@@ -10,7 +10,7 @@
 //!
 //! Memory is bounded: the queue has a length, and the number of users that are counted separately has a limit.
 //!
-//! A service that accepts without a [`Gate`](crate::Gate) makes the same records itself (`examples/tokio_echo.rs`).
+//! A service that accepts without a [`Gate`](crate::Gate) makes the same records itself.
 
 mod record;
 mod window;

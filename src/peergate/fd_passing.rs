@@ -20,9 +20,11 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{MsgFlags, recv, send, shutdown};
+use nix::sys::socket::{MsgFlags, recv, send, setsockopt, shutdown, sockopt};
+use nix::sys::time::TimeVal;
 
 use crate::deferred_close::{close_later, drop_later};
 use crate::ids::Uid;
@@ -47,11 +49,20 @@ enum Passing {
 /// [`Admission`](crate::Admission) is). When the next unread data carries descriptors, every read fails with
 /// [`InvalidData`](io::ErrorKind::InvalidData): then drop it. Data before them is read first.
 ///
+/// There is no `try_clone`: what may still come with descriptors is known to one reader. Several threads write through
+/// `&Stream`.
+///
 /// Read only through this type, from one thread at a time. Use the descriptor ([`AsFd`]) to wait (poll(2), epoll(7), tokio's
 /// `AsyncFd`), to write, and to get the credentials of the peer.
 pub struct Stream {
     /// `None` only while it is dropped or converted.
     fd: Option<OwnedFd>,
+    guard: Guard,
+}
+
+/// How a connection is read without taking descriptors. For a type that has the socket in another form than a [`Stream`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Guard {
     passing: Passing,
     /// Whether the socket is to have SO_PASSCRED.
     credentials: bool,
@@ -128,7 +139,16 @@ impl Stream {
             Ok(0) => Passing::Refused,
             _ => only_credentials(fd.as_fd(), credentials),
         };
-        Self { fd: Some(fd), passing, credentials }
+        Self::from_parts(fd, Guard { passing, credentials })
+    }
+
+    pub(crate) fn from_parts(fd: OwnedFd, guard: Guard) -> Self {
+        Self { fd: Some(fd), guard }
+    }
+
+    pub(crate) fn into_parts(self) -> (OwnedFd, Guard) {
+        let guard = self.guard;
+        (self.into(), guard)
     }
 
     /// As [`accepted`](Self::accepted), but descriptors are let through, and read with
@@ -138,16 +158,16 @@ impl Stream {
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
         only_credentials(fd.as_fd(), credentials);
         set_on_listener(&fd, true);
-        Self { fd: Some(fd), passing: Passing::Possible, credentials }
+        Self::from_parts(fd, Guard { passing: Passing::Possible, credentials })
     }
 
     /// From now on descriptors are let through, or refused again.
     pub fn take_descriptors(&mut self, take: bool) {
-        let credentials = self.credentials;
-        self.passing = only_credentials(self.as_fd(), credentials);
+        let credentials = self.guard.credentials;
+        self.guard.passing = only_credentials(self.as_fd(), credentials);
         if take {
             set_on_listener(self, true);
-            self.passing = Passing::Possible;
+            self.guard.passing = Passing::Possible;
         }
     }
 
@@ -158,15 +178,16 @@ impl Stream {
     /// # Errors
     /// What recvmsg(2) reports; EAGAIN if there is no data.
     pub fn receive_with_descriptors(&mut self, buffer: &mut [u8]) -> io::Result<Received> {
-        let most = match self.peek_first(buffer, false) {
+        let Self { fd: Some(fd), guard } = self else { return Err(io::ErrorKind::NotConnected.into()) };
+        let most = match guard.peek_first(fd.as_fd(), buffer, false) {
             Ok(most) => most,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => buffer.len(),
             Err(error) => return Err(error),
         };
         let sys::Received { length, fds, sender, .. } =
-            sys::receive_descriptors(self.as_fd(), &mut buffer[..most], false)?;
-        self.note_end(length, most);
-        let sender = sender.filter(|_| self.credentials).and_then(|sender| peer::sender(&sender));
+            sys::receive_descriptors(fd.as_fd(), &mut buffer[..most], false)?;
+        guard.note_end(length, most);
+        let sender = sender.filter(|_| guard.credentials).and_then(|sender| peer::sender(&sender));
         Ok(Received { length, sender, descriptors: Descriptors(fds) })
     }
 
@@ -178,7 +199,7 @@ impl Stream {
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
         let _ = sys::set_option(fd.as_fd(), libc::SO_PASSCRED, credentials.into());
         let passing = only_credentials(fd.as_fd(), credentials);
-        Self { fd: Some(fd), passing, credentials }
+        Self::from_parts(fd, Guard { passing, credentials })
     }
 
     /// As on kernels before 6.16. For tests.
@@ -186,14 +207,14 @@ impl Stream {
     pub fn unrefused(socket: impl Into<OwnedFd>) -> Self {
         let fd = socket.into();
         let _ = sys::set_option(fd.as_fd(), sys::SO_PASSRIGHTS, 1);
-        Self { fd: Some(fd), passing: Passing::Possible, credentials: false }
+        Self::from_parts(fd, Guard { passing: Passing::Possible, credentials: false })
     }
 
     /// Sets or clears SO_PASSCRED (unix(7)): the kernel attaches the sender's credentials to data that arrives from now on,
     /// as [`GateConfig::pass_credentials`](crate::gate::GateConfig::pass_credentials) makes it from the start. Returns how many
     /// bytes, counted from the next one read, may have arrived before and lack them; 0 if the option was set already.
     pub fn attach_credentials(&mut self, wanted: bool) -> usize {
-        self.credentials = wanted;
+        self.guard.credentials = wanted;
         if wanted {
             return peer::attach_credentials(self);
         }
@@ -211,63 +232,23 @@ impl Stream {
     /// # Errors
     /// What recvmsg(2) reports; EAGAIN if there is no data; InvalidData if descriptors come next.
     pub fn receive(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Option<Uid>)> {
-        let most = self.peek_first(buffer, false)?;
-        let received = peer::receive(self, &mut buffer[..most])?;
-        self.note_end(received.0, most);
+        let Self { fd: Some(fd), guard } = self else { return Err(io::ErrorKind::NotConnected.into()) };
+        let most = guard.peek_first(fd.as_fd(), buffer, false)?;
+        let received = peer::receive(fd, &mut buffer[..most])?;
+        guard.note_end(received.0, most);
         Ok(received)
     }
 
     /// As [`Read::read`], but never waits.
     pub(crate) fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = self.peek_first(buffer, false)?;
-        self.take(&mut buffer[..most], MsgFlags::MSG_DONTWAIT)
-    }
-
-    fn take(&mut self, buffer: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
-        let count = recv(self.as_raw_fd(), buffer, flags)?;
-        self.note_end(count, buffer.len());
-        Ok(count)
-    }
-
-    /// After the end of file no descriptors can come.
-    fn note_end(&mut self, count: usize, room: usize) {
-        if count == 0 && room > 0 {
-            self.passing = Passing::Refused;
-        }
-    }
-
-    /// How many bytes may be read now without taking descriptors: at least one, and at most the length of `buffer`.
-    /// Overwrites `buffer`. With `may_wait` it waits on a blocking socket.
-    fn peek_first(&mut self, buffer: &mut [u8], may_wait: bool) -> io::Result<usize> {
-        if self.passing == Passing::Refused || buffer.is_empty() {
-            return Ok(buffer.len());
-        }
-        // Room for ancillary data that credentials do not fill would be filled with descriptors.
-        let credentials = self.credentials && matches!(sys::option(self.as_fd(), libc::SO_PASSCRED), Ok(1));
-        // With `MaybeQueued` an empty queue ends the peeking, so it must not wait for data.
-        let waits = may_wait && self.passing == Passing::Possible;
-        match sys::peek(self.as_fd(), buffer, credentials, waits) {
-            Ok((_, true)) => match before_descriptors(self.as_fd(), credentials)? {
-                0 => {
-                    let message = "the peer sent file descriptors, which are not taken";
-                    Err(io::Error::new(io::ErrorKind::InvalidData, message))
-                }
-                before => Ok(before.min(buffer.len())),
-            },
-            // At the end of file a read takes no descriptors either.
-            Ok((count, false)) => Ok(count.max(1)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.passing == Passing::MaybeQueued => {
-                self.passing = Passing::Refused;
-                if may_wait { Ok(buffer.len()) } else { Err(error) }
-            }
-            Err(error) => Err(error),
-        }
+        let Self { fd: Some(fd), guard } = self else { return Err(io::ErrorKind::NotConnected.into()) };
+        guard.read_now(fd.as_fd(), buffer)
     }
 
     /// Whether dropping this shuts the connection down and lets another thread close the descriptor a little later. Remove
     /// it from an epoll(7) first.
     pub fn may_linger(&self) -> bool {
-        self.passing != Passing::Refused
+        self.guard.may_linger()
     }
 
     /// Whether any unread data of this socket carries descriptors, by /proc/self/fdinfo (Linux 5.10). A read checks only the
@@ -291,6 +272,22 @@ impl Stream {
         Ok(())
     }
 
+    /// How long a read on a blocking socket may wait; `None`: without end. As [`UnixStream::set_read_timeout`].
+    ///
+    /// # Errors
+    /// What setsockopt(2) reports.
+    pub fn set_read_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        Ok(setsockopt(self, sockopt::ReceiveTimeout, &time_value(timeout))?)
+    }
+
+    /// How long a write on a blocking socket may wait; `None`: without end. As [`UnixStream::set_write_timeout`].
+    ///
+    /// # Errors
+    /// What setsockopt(2) reports.
+    pub fn set_write_timeout(&self, timeout: Option<Duration>) -> io::Result<()> {
+        Ok(setsockopt(self, sockopt::SendTimeout, &time_value(timeout))?)
+    }
+
     /// Ends one direction or both, as [`UnixStream::shutdown`].
     ///
     /// # Errors
@@ -307,6 +304,60 @@ impl Stream {
     pub fn into_std(self) -> io::Result<UnixStream> {
         self.set_nonblocking(false)?;
         Ok(UnixStream::from(OwnedFd::from(self)))
+    }
+}
+
+impl Guard {
+    /// Whether unread data may carry descriptors.
+    pub(crate) fn may_linger(self) -> bool {
+        self.passing != Passing::Refused
+    }
+
+    /// Reads without waiting.
+    pub(crate) fn read_now(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = self.peek_first(fd, buffer, false)?;
+        self.take(fd, &mut buffer[..most], MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn take(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8], flags: MsgFlags) -> io::Result<usize> {
+        let count = recv(fd.as_raw_fd(), buffer, flags)?;
+        self.note_end(count, buffer.len());
+        Ok(count)
+    }
+
+    /// After the end of file no descriptors can come.
+    fn note_end(&mut self, count: usize, room: usize) {
+        if count == 0 && room > 0 {
+            self.passing = Passing::Refused;
+        }
+    }
+
+    /// How many bytes may be read now without taking descriptors: at least one, and at most the length of `buffer`.
+    /// Overwrites `buffer`. With `may_wait` it waits on a blocking socket.
+    fn peek_first(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8], may_wait: bool) -> io::Result<usize> {
+        if self.passing == Passing::Refused || buffer.is_empty() {
+            return Ok(buffer.len());
+        }
+        // Room for ancillary data that credentials do not fill would be filled with descriptors.
+        let credentials = self.credentials && matches!(sys::option(fd, libc::SO_PASSCRED), Ok(1));
+        // With `MaybeQueued` an empty queue ends the peeking, so it must not wait for data.
+        let waits = may_wait && self.passing == Passing::Possible;
+        match sys::peek(fd, buffer, credentials, waits) {
+            Ok((_, true)) => match before_descriptors(fd, credentials)? {
+                0 => {
+                    let message = "the peer sent file descriptors, which are not taken";
+                    Err(io::Error::new(io::ErrorKind::InvalidData, message))
+                }
+                before => Ok(before.min(buffer.len())),
+            },
+            // At the end of file a read takes no descriptors either.
+            Ok((count, false)) => Ok(count.max(1)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && self.passing == Passing::MaybeQueued => {
+                self.passing = Passing::Refused;
+                if may_wait { Ok(buffer.len()) } else { Err(error) }
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -332,6 +383,13 @@ fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Passing {
     if refused { Passing::MaybeQueued } else { Passing::Possible }
 }
 
+/// Zero would mean that nothing ends the wait.
+fn time_value(timeout: Option<Duration>) -> TimeVal {
+    let shortest = Duration::from_micros(1);
+    let span = timeout.map_or(Duration::ZERO, |span| span.max(shortest));
+    TimeVal::new(span.as_secs().try_into().unwrap_or(i64::MAX), span.subsec_micros().into())
+}
+
 fn as_nix(how: Shutdown) -> nix::sys::socket::Shutdown {
     match how {
         Shutdown::Read => nix::sys::socket::Shutdown::Read,
@@ -342,10 +400,11 @@ fn as_nix(how: Shutdown) -> nix::sys::socket::Shutdown {
 
 impl Read for Stream {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let most = self.peek_first(buffer, true)?;
+        let Self { fd: Some(fd), guard } = self else { return Err(io::ErrorKind::NotConnected.into()) };
+        let most = guard.peek_first(fd.as_fd(), buffer, true)?;
         // The data that the peek has seen is there: no read needs to wait.
-        let flags = if self.may_linger() { MsgFlags::MSG_DONTWAIT } else { MsgFlags::empty() };
-        self.take(&mut buffer[..most], flags)
+        let flags = if guard.may_linger() { MsgFlags::MSG_DONTWAIT } else { MsgFlags::empty() };
+        guard.take(fd.as_fd(), &mut buffer[..most], flags)
     }
 }
 
@@ -405,7 +464,7 @@ impl From<Stream> for OwnedFd {
 
 impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Stream({:?}, descriptors: {:?})", self.fd, self.passing)
+        write!(f, "Stream({:?}, descriptors: {:?})", self.fd, self.guard.passing)
     }
 }
 
@@ -514,13 +573,13 @@ pub(crate) mod tests {
         theirs.write_all(b"x").unwrap();
         let mut stream = Stream::accepted(ours);
         // Before Linux 6.16 it cannot.
-        let is_refused = stream.passing == Passing::MaybeQueued;
+        let is_refused = stream.guard.passing == Passing::MaybeQueued;
         let afterwards = if is_refused { Passing::Refused } else { Passing::Possible };
         assert!(stream.may_linger());
         let mut buffer = [0; 64];
         assert_eq!(stream.read(&mut buffer).unwrap(), 1);
         assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::WouldBlock);
-        assert_eq!(stream.passing, afterwards);
+        assert_eq!(stream.guard.passing, afterwards);
         assert_eq!(send_along(&theirs, &theirs).is_err(), is_refused);
         drop(theirs);
     }

@@ -46,6 +46,7 @@ mod config;
 mod decision;
 mod door;
 mod over_limit;
+mod replies;
 mod reserve;
 
 use std::fmt;

@@ -4,6 +4,84 @@
 //! For services on AF_UNIX stream sockets. The gate judges each connection by a [policy], keeps [limits](permits), and
 //! writes records to the systemd [journal]. It knows no protocol: an admitted connection is handed to the service.
 //!
+//! # A service in a few lines
+//!
+//! A filter with a thread for each connection. Its policy is a file, which a reload (SIGHUP) puts in force for live
+//! connections too:
+//!
+//! ```no_run
+//! use std::io::{BufRead, Write};
+//!
+//! use peergate::{Error, Service};
+//!
+//! fn main() -> Result<(), Error> {
+//!     Service::<()>::from_systemd("shout").policy_file("/etc/shout.toml").serve_threads(|connection| {
+//!         let mut line = String::new();
+//!         while connection.read_line(&mut line)? > 0 {
+//!             connection.write_all(line.to_uppercase().as_bytes())?;
+//!             line.clear();
+//!         }
+//!         Ok(())
+//!     })
+//! }
+//! ```
+//!
+//! ```toml
+//! # /etc/shout.toml
+//! [allow.operators]
+//! groups = ["adm"]
+//! ```
+//!
+//! To try it, `systemd-socket-activate -l /tmp/shout.sock target/debug/shout` plays the service manager.
+//!
+//! The same on tokio, with axum (feature `axum`); a rule with `may-write = true` lets its peers write:
+//!
+//! ```no_run
+//! # #[cfg(feature = "axum")] mod shown {
+//! use axum::{Router, routing::{get, post}};
+//! use peergate::{Error, Service, Session, Terms, axum::require, gate::Replies};
+//!
+//! #[derive(Default, serde::Deserialize)]
+//! #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+//! struct Access {
+//!     may_write: bool,
+//! }
+//!
+//! impl Terms for Access {}
+//!
+//! async fn whoami(session: Session<Access>) -> String {
+//!     format!("uid {}\n", session.uid())
+//! }
+//!
+//! fn main() -> Result<(), Error> {
+//!     let write = post(|| async { "taken\n" }).layer(require(|access: &Access| access.may_write));
+//!     let app = Router::new().route("/whoami", get(whoami)).route("/note", write);
+//!     let service = Service::<Access>::from_systemd("note").policy_file("/etc/note.toml").replies(Replies::http());
+//!     service.block_on(|gate| async move {
+//!         axum::serve(gate.listener(), app.into_make_service_with_connect_info::<Session<Access>>())
+//!             .with_graceful_shutdown(gate.stopping())
+//!             .await
+//!     })
+//! }
+//! # }
+//! ```
+//!
+//! # Which entry point
+//!
+//! | a service with | takes | feature |
+//! | --- | --- | --- |
+//! | a thread for each connection | [`Service::serve_threads`], [`Connection`] | |
+//! | an answer that is known at once | [`Service::serve_inline`] | |
+//! | tokio | [`Service::block_on`](service/struct.Service.html#method.block_on), [`tokio`](tokio/index.html) | `tokio` |
+//! | axum, tonic, hyper | [`axum`](axum/index.html) | `axum` |
+//! | restarts that lose no live connection | [`Service::hand_over`](service/struct.Service.html#method.hand_over) | `restart` |
+//! | an event loop of its own | [`Gate`], a value that is polled | |
+//! | a main loop of its own | [`Door`], a thread around a gate; [`Signals`], [`Notifier`], [`Writer`] | |
+//! | an accept loop of its own | [`Peer`], [`Policy`], [`Permits`], [`Audit`] | |
+//!
+//! A whole daemon with a configuration file, `check`, `explain` and `report` is another crate's affair, `peergate-daemon`.
+//! Without features nothing of tokio is compiled. All features work with Rust 1.85.
+//!
 //! # The path of one connection
 //!
 //! 1. [`activation`] takes over the listening sockets that systemd passed.
@@ -11,83 +89,19 @@
 //! 3. [`policy`] gives a [`Verdict`]: admitted by a rule, or denied.
 //! 4. [`permits`] gives a [`Permit`], or the limit that is reached.
 //! 5. [`audit`] counts the verdict and keeps the record. [`journal`] writes it.
-//! 6. [`gate`] does all of this, and closes in order the connections that it turns away. It is a value that a service polls
-//!    ([`Gate`]), or a thread ([`Door`]). A service with another runtime can also call the parts itself.
+//! 6. [`gate`] does all of this, and closes in order the connections that it turns away.
+//! 7. [`session`] is an admitted connection from then on, for as long as it lives. [`service`] keeps them all.
 //!
 //! An admitted connection is a [`Stream`]. A peer may send file descriptors with its data, and with an ordinary socket it
 //! could make a read or a close last for hours ([`fd_passing`]).
 //!
-//! [`systemd`] is for the service manager: readiness, watchdog, signals, reload, the file descriptor store.
+//! [`systemd`] is for the service manager: readiness, watchdog, signals, reload, the file descriptor store. [`handover`] leaves
+//! live connections to the next process.
 //!
 //! The names that most services need are at the root of the crate.
 //!
-//! # A service behind the gate
-//!
-//! A whole service, which admits its own user and alice:
-//!
-//! ```no_run
-//! use std::io::Write;
-//!
-//! use peergate::{Policy, Rule, Uid, User};
-//!
-//! fn main() -> Result<(), Box<dyn std::error::Error>> {
-//!     let rules = [Rule::allow("owner", ()).users([User::Me]), Rule::allow("friends", ()).users([User::named("alice")?])];
-//!     peergate::serve("hello", Policy::new(rules, Uid::effective())?, |mut admission| {
-//!         let _ = writeln!(admission.socket, "Hello, uid {}, by {}", admission.peer.uid(), admission.rule.name());
-//!     })?;
-//!     Ok(())
-//! }
-//! ```
-//!
-//! [`serve`] consists of calls that a service can make itself. This one puts a changed policy into force on a reload, and
-//! has a thread for each connection:
-//!
-//! ```no_run
-//! use std::io::{self, Read, Write};
-//! use std::time::Duration;
-//! use std::thread;
-//!
-//! use peergate::{Admission, Audit, Door, Notifier, Policy, Request, Setup, Signals, Uid, Writer, activation};
-//! use peergate::policy_file;
-//!
-//! fn read_policy() -> Result<Policy<()>, policy_file::Faults> {
-//!     policy_file::load::<(), ()>("/etc/hello.toml", Uid::effective()).map(|loaded| loaded.policy)
-//! }
-//!
-//! fn talk(mut admission: Admission<()>) -> io::Result<()> {
-//!     admission.socket.set_nonblocking(false)?; // this thread may wait
-//!     let mut word = [0; 64];
-//!     let length = admission.socket.read(&mut word)?;
-//!     admission.socket.write_all(&word[..length]) // the connection counts until admission.permit is dropped
-//! }
-//!
-//! fn main() -> Result<(), Box<dyn std::error::Error>> {
-//!     let passed = activation::adopt(|_| false)?; // before there is a second thread
-//!     let signals = Signals::catch()?;
-//!     let audit = Audit::default();
-//!     let setup = Setup::new(passed.listeners, read_policy()?, audit.clone())?;
-//!     let journal = Writer::start(&audit, "hello")?;
-//!     let mut door = Door::open(setup, |admission| _ = thread::spawn(|| talk(admission)))?;
-//!     let notifier = Notifier::from_env();
-//!     notifier.ready("serving");
-//!     while let Request::Reload { .. } = signals.wait()? {
-//!         notifier.reloading();
-//!         match read_policy() {
-//!             Ok(policy) => _ = door.set_policy(policy), // for the very next connection
-//!             Err(faults) => eprintln!("{faults}"),
-//!         }
-//!         notifier.ready("serving");
-//!     }
-//!     door.shut();
-//!     journal.finish(Duration::from_secs(1));
-//!     Ok(())
-//! }
-//! ```
-//!
-//! # The gate's parts in another runtime
-//!
-//! A function that takes a socket takes [`AsFd`](std::os::fd::AsFd): a socket of tokio serves as well as one of the
-//! standard library (`examples/tokio_echo.rs`).
+//! A function that takes a socket takes [`AsFd`](std::os::fd::AsFd): a socket of another runtime serves as well as one of the
+//! standard library.
 //!
 //! # Requirements
 //!
@@ -98,6 +112,7 @@
 //!
 //! No public function panics.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![deny(unsafe_code)]
 #![cfg_attr(not(test), warn(clippy::unwrap_used))]
 // These macros panic when a write fails.
@@ -105,7 +120,10 @@
 #![warn(missing_debug_implementations)]
 
 pub mod audit;
+#[cfg(feature = "axum")]
+pub mod axum;
 mod clock;
+mod connection;
 mod deferred_close;
 pub mod escape;
 pub mod fd_passing;
@@ -117,15 +135,19 @@ mod memory;
 pub mod permits;
 pub mod policy;
 pub mod policy_file;
-mod serve;
+pub mod service;
+pub mod session;
 mod stderr;
 mod sys;
 pub mod systemd;
+#[cfg(feature = "tokio")]
+pub mod tokio;
 mod wakeup;
 
 pub use audit::Audit;
 #[doc(hidden)]
 pub use clock::poll_timeout;
+pub use connection::Connection;
 pub use fd_passing::Stream;
 pub use gate::{Admission, Door, Gate, GateConfig, Setup};
 pub use identity::subject::{Login, Subject};
@@ -136,7 +158,8 @@ pub use memory::return_memory;
 pub use peer::Peer;
 pub use permits::{Limits, Permit, Permits, Terms};
 pub use policy::{Group, Policy, Rule, User, Verdict};
-pub use serve::serve;
+pub use service::{Error, Service};
+pub use session::Session;
 pub use systemd::activation::{self, Listener};
 pub use systemd::{Notifier, Request, Signals};
 pub use wakeup::Wakeup;

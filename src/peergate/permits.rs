@@ -23,6 +23,11 @@ use crate::ids::Uid;
 
 /// The terms of a rule that the gate needs to know. Implement it for your own type of terms. By default the general
 /// [`Limits`] hold.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is not the terms of a rule",
+    label = "`Terms` is not implemented for it",
+    note = "write `impl peergate::Terms for {Self} {{}}`; `()` is there where a rule only admits"
+)]
 pub trait Terms: Send + Sync + 'static {
     /// How many connections each user admitted by the rule may hold, if the rule says so.
     fn connections_per_user(&self) -> Option<u32> {

@@ -71,6 +71,18 @@ impl Client {
         bytes
     }
 
+    /// Reads up to and including these bytes.
+    #[track_caller]
+    pub fn until(&self, end: impl AsRef<[u8]>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while !bytes.ends_with(end.as_ref()) {
+            let mut byte = [0];
+            assert_eq!((&self.0).read(&mut byte).unwrap(), 1, "the end after {:?}", show(&bytes));
+            bytes.push(byte[0]);
+        }
+        bytes
+    }
+
     /// Reads as many bytes as these and compares them.
     #[track_caller]
     pub fn expect(&self, bytes: impl AsRef<[u8]>) {

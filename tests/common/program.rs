@@ -56,6 +56,18 @@ impl Start {
         start.socket("echo.socket", listener)
     }
 
+    /// Another program, an example of this tree, with these arguments and this policy's file, one listening socket and a
+    /// manager.
+    pub fn example(name: &str, args: &[&str], policy: &str) -> Self {
+        let start = Self::bare();
+        let program = peer_program().with_file_name(name);
+        assert!(program.is_file(), "{} is missing: cargo build --example {name}", program.display());
+        let path = start.place.file("policy.toml", policy);
+        let listener = start.place.listener("socket");
+        let start = Self { program, ..start }.args(args).args(&[path.to_str().unwrap()]);
+        start.socket("example.socket", listener)
+    }
+
     pub fn place(&self) -> &Arc<Place> {
         &self.place
     }
@@ -185,7 +197,8 @@ impl Start {
         sockets.retain(|(name, _)| {
             !["echod", "peergate", "stored"].contains(&name.as_str()) && !name.starts_with("echod-")
         });
-        Echod { process, manager, stdout, stderr, sockets, place: self.place, config: self.args.clone() }
+        let (program, config) = (self.program, self.args);
+        Echod { process, manager, stdout, stderr, sockets, place: self.place, program, config }
     }
 
     /// Starts the program and waits for READY=1.
@@ -245,6 +258,7 @@ pub struct Echod {
     stderr: Shared<(String, bool)>,
     sockets: Vec<(String, OwnedFd)>,
     pub place: Arc<Place>,
+    program: PathBuf,
     config: Vec<String>,
 }
 
@@ -372,6 +386,7 @@ impl Echod {
         let mut stored = manager.received.change(Received::passed);
         let mut start = Start::bare().at(&self.place);
         start.args = self.config.clone();
+        start.program.clone_from(&self.program);
         for (name, fd) in std::mem::take(&mut self.sockets) {
             start = start.socket(&name, fd);
         }

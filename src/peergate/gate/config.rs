@@ -72,9 +72,10 @@ pub struct Replies {
     pub busy: Arc<[u8]>,
 }
 
+/// [`Replies::text`].
 impl Default for Replies {
     fn default() -> Self {
-        Self { denied: Arc::from(&b"Unauthorized access\n"[..]), busy: Arc::from(&b"Too many connections\n"[..]) }
+        Self::text()
     }
 }
 

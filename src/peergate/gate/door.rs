@@ -261,7 +261,7 @@ mod tests {
     }
 
     fn setup(name: &str) -> Setup<()> {
-        Setup::new(vec![activation::bind(&path_of(name)).unwrap()], owner(), Audit::default()).unwrap()
+        Setup::new(vec![activation::bind(path_of(name)).unwrap()], owner(), Audit::default()).unwrap()
     }
 
     #[test]

@@ -87,6 +87,8 @@ pub(super) enum Value {
     /// With the id that the user database gave when it was asked.
     Named(Name, Option<u32>),
     Pattern(String),
+    /// A text that is no value, and what is wrong with it.
+    Refused(String, String),
 }
 
 /// As a file has it; a name is followed by its id: `adm (4)`.
@@ -99,7 +101,7 @@ impl fmt::Display for Value {
             Self::Range(low, high) => write!(f, "{low}-{high}"),
             Self::Named(name, Some(id)) => write!(f, "{} ({id})", name.as_str()),
             Self::Named(name, None) => write!(f, "{} (unknown)", name.as_str()),
-            Self::Pattern(pattern) => f.write_str(pattern),
+            Self::Pattern(text) | Self::Refused(text, _) => f.write_str(text),
         }
     }
 }

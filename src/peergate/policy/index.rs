@@ -262,9 +262,9 @@ mod tests {
     #[test]
     fn a_rule_with_both_keys_is_listed_under_the_rarer_one() {
         let index = Index::new(&[matcher((0, 70_000), Some((4, 4)))]).unwrap();
-        assert_eq!(index.of_uid(1000).by_ids, []);
+        assert_eq!(index.of_uid(1000).by_ids, [0_u32; 0]);
         assert_eq!(index.of_gid(4).by_ids, [0]);
-        assert_eq!(index.of_gid(5).by_ids, []);
+        assert_eq!(index.of_gid(5).by_ids, [0_u32; 0]);
     }
 
     #[test]

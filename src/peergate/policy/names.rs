@@ -18,7 +18,7 @@ pub enum Name {
 }
 
 impl Name {
-    pub(super) fn as_str(&self) -> &str {
+    pub(crate) fn as_str(&self) -> &str {
         let (Self::User(name) | Self::Group(name)) = self;
         name
     }

@@ -182,6 +182,38 @@ pub fn look_up(wanted: &[Name], names: &dyn Names) -> Vec<(Name, u32)> {
     wanted.iter().filter_map(|name| Some((name.clone(), id(name).filter(|id| *id <= HIGHEST)?))).collect()
 }
 
+/// As a file has it: `"alice"`, `"1000-1999"`, `"self"`, `"any"`. A name is looked up now, in the system's user database. For
+/// a text that is no such value, and for a name that is unknown, [`Policy::new`](crate::Policy::new) refuses the rule.
+///
+/// ```
+/// use peergate::{Policy, Rule, Uid};
+///
+/// let rules = |user| [Rule::allow("staff", ()).users(["root", "1000-1999", user]).groups(["root"])];
+/// assert!(Policy::new(rules("self"), Uid::effective()).is_ok());
+/// assert!(Policy::new(rules("no such user"), Uid::effective()).is_err());
+/// assert!(Policy::new(rules("1999-1000"), Uid::effective()).is_err());
+/// ```
+impl From<&str> for User {
+    fn from(text: &str) -> Self {
+        Self::read(text, &mut |name| known(name, SystemNames.uid(name.as_str()).map(|uid| uid.map(Uid::raw))))
+    }
+}
+
+/// As [`User`]: `"adm"`, `"1000-1999"`, `"any"`.
+impl From<&str> for Group {
+    fn from(text: &str) -> Self {
+        Self::read(text, &mut |name| known(name, SystemNames.gid(name.as_str()).map(|gid| gid.map(Gid::raw))))
+    }
+}
+
+fn known(name: &Name, answer: io::Result<Option<u32>>) -> Result<Option<u32>, String> {
+    match answer {
+        Ok(Some(id)) => Ok(Some(id)),
+        Ok(None) => Err(format!("{name}, which the user database does not know")),
+        Err(error) => Err(format!("{name}, for which the user database gives no answer: {error}")),
+    }
+}
+
 impl User {
     /// The user of this name, by the system's user database (getpwnam_r(3)), as it is now.
     ///

@@ -131,7 +131,8 @@ impl Source {
     ///
     /// # Errors
     /// See [`ReadError`]. Never waits, whatever the path leads to.
-    pub fn read(path: &Path, me: Uid) -> Result<Self, ReadError> {
+    pub fn read(path: impl AsRef<Path>, me: Uid) -> Result<Self, ReadError> {
+        let path = path.as_ref();
         let file = trust::open(path, me)?;
         let mut bytes = Vec::new();
         file.take(LONGEST + 1).read_to_end(&mut bytes).map_err(ReadError::Unreadable)?;

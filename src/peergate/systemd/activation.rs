@@ -335,8 +335,8 @@ impl std::error::Error for BindError {}
 ///
 /// # Errors
 /// [`BindError`] says why not.
-pub fn bind(path: &Path) -> Result<Listener, BindError> {
-    bind::listener(path)
+pub fn bind(path: impl AsRef<Path>) -> Result<Listener, BindError> {
+    bind::listener(path.as_ref())
 }
 
 #[cfg(test)]

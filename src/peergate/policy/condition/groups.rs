@@ -7,7 +7,7 @@ use super::super::explain::list;
 use super::super::matcher::{Answer, Asked};
 use super::super::set::IdSet;
 use super::super::{Accounts, Rule};
-use super::{Given, Ids, Key, Name, Test, Value, id};
+use super::{Given, Ids, Key, LookUp, Name, Test, Value, id};
 use crate::ids::{Gid, Uid};
 
 pub(crate) static KEY: Key = Key {
@@ -37,6 +37,8 @@ pub enum Group {
     /// A group by name, with the id that the user database gave when it was asked. `None`: the name was unknown, and the
     /// value matches no peer.
     Named(String, Option<Gid>),
+    /// A text that stands for no group, and what is wrong with it: [`Policy::new`](crate::Policy::new) refuses the rule.
+    Refused(String, String),
 }
 
 impl From<Gid> for Group {
@@ -58,6 +60,22 @@ impl From<Group> for Value {
             Group::Id(gid) => Self::Id(gid.raw()),
             Group::Range(low, high) => Self::Range(low.raw(), high.raw()),
             Group::Named(name, gid) => Self::Named(Name::Group(name), gid.map(Gid::raw)),
+            Group::Refused(text, problem) => Self::Refused(text, problem),
+        }
+    }
+}
+
+impl Group {
+    /// A value as a file has it.
+    pub(crate) fn read(text: &str, look_up: &mut LookUp<'_>) -> Self {
+        match (KEY.read)(&Given::Text(text), look_up) {
+            Ok(Value::Any) => Self::Any,
+            Ok(Value::Id(id)) => Self::Id(Gid::new(id)),
+            Ok(Value::Range(low, high)) => Self::Range(Gid::new(low), Gid::new(high)),
+            Ok(Value::Named(name, id)) => Self::Named(name.as_str().to_owned(), id.map(Gid::new)),
+            Ok(Value::Refused(text, problem)) => Self::Refused(text, problem),
+            Ok(Value::Me | Value::Pattern(_)) => Self::Refused(text.to_owned(), KEY.expected.to_owned()),
+            Err(problem) => Self::Refused(text.to_owned(), problem),
         }
     }
 }

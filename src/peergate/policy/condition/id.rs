@@ -43,6 +43,7 @@ pub(super) fn set(values: &[Value], me: Uid) -> Result<IdSet, String> {
                 return Err(format!("the range {low}-{high}; expected the lower id first, as in \"{high}-{low}\""));
             }
             Value::Range(low, high) => (low, high),
+            Value::Refused(_, ref problem) => return Err(problem.clone()),
             Value::Named(_, None) | Value::Pattern(_) => continue,
         };
         if high > HIGHEST {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::super::matcher::{Answer, Asked};
 use super::super::set::IdSet;
 use super::super::{Accounts, Rule};
-use super::{Given, Ids, Key, Name, Test, Value, id};
+use super::{Given, Ids, Key, LookUp, Name, Test, Value, id};
 use crate::ids::Uid;
 
 pub(crate) static KEY: Key = Key {
@@ -38,6 +38,8 @@ pub enum User {
     /// A user by name, with the id that the user database gave when it was asked. `None`: the name was unknown, and the
     /// value matches no peer.
     Named(String, Option<Uid>),
+    /// A text that stands for no user, and what is wrong with it: [`Policy::new`](crate::Policy::new) refuses the rule.
+    Refused(String, String),
 }
 
 impl From<Uid> for User {
@@ -60,6 +62,23 @@ impl From<User> for Value {
             User::Id(uid) => Self::Id(uid.raw()),
             User::Range(low, high) => Self::Range(low.raw(), high.raw()),
             User::Named(name, uid) => Self::Named(Name::User(name), uid.map(Uid::raw)),
+            User::Refused(text, problem) => Self::Refused(text, problem),
+        }
+    }
+}
+
+impl User {
+    /// A value as a file has it.
+    pub(crate) fn read(text: &str, look_up: &mut LookUp<'_>) -> Self {
+        match (KEY.read)(&Given::Text(text), look_up) {
+            Ok(Value::Me) => Self::Me,
+            Ok(Value::Any) => Self::Any,
+            Ok(Value::Id(id)) => Self::Id(Uid::new(id)),
+            Ok(Value::Range(low, high)) => Self::Range(Uid::new(low), Uid::new(high)),
+            Ok(Value::Named(name, id)) => Self::Named(name.as_str().to_owned(), id.map(Uid::new)),
+            Ok(Value::Refused(text, problem)) => Self::Refused(text, problem),
+            Ok(Value::Pattern(_)) => Self::Refused(text.to_owned(), KEY.expected.to_owned()),
+            Err(problem) => Self::Refused(text.to_owned(), problem),
         }
     }
 }

@@ -1,0 +1,134 @@
+//! The gate and the live connections of a service, for every thread that has to do with them.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Error, Opened, Plan};
+use crate::Wakeup;
+use crate::audit::{Audit, Record, Severity};
+use crate::gate::{Admission, Closer, Gate};
+use crate::journal::Writer;
+use crate::permits::{Permits, Terms};
+use crate::policy::Policy;
+use crate::session::{Live, Notice};
+use crate::systemd::activation::Listener;
+use crate::systemd::{Heartbeat, Monitored};
+
+/// One thread or task gives the gate its turns ([`turn`](Self::turn)); the attendant changes the policy and ends it.
+pub(crate) struct Core<T: Terms> {
+    /// `None` once it has ended.
+    gate: Mutex<Option<Gate<T>>>,
+    /// The gate's epoll, to wait for.
+    epoll: OwnedFd,
+    pub(crate) live: Arc<Live<T>>,
+    pub(crate) permits: Permits,
+    pub(crate) audit: Audit,
+    pub(crate) heartbeat: Arc<Heartbeat>,
+    closer: Closer,
+    /// Given when no connection is accepted any more.
+    pub(crate) stopping: Notice,
+    /// Wakes the attendant.
+    pub(crate) wakeup: Wakeup,
+}
+
+impl<T: Terms> Core<T> {
+    pub(crate) fn open(opened: Opened<T>) -> Result<(Arc<Self>, Writer, Plan<T>), Error> {
+        let Opened { setup, permits, audit, journal, plan } = opened;
+        match Self::new(setup, permits, audit) {
+            Ok(core) => Ok((Arc::new(core), journal, plan)),
+            Err(error) => {
+                journal.finish(Duration::from_secs(1));
+                Err(Error::new("opening the gate", error))
+            }
+        }
+    }
+
+    fn new(setup: crate::gate::Setup<T>, permits: Permits, audit: Audit) -> io::Result<Self> {
+        let gate = Gate::new(setup)?;
+        let closer = gate.closer();
+        Ok(Self {
+            epoll: gate.as_fd().try_clone_to_owned()?,
+            live: Arc::new(Live::new(&audit, gate.judge(), closer.clone())?),
+            gate: Mutex::new(Some(gate)),
+            permits,
+            audit,
+            heartbeat: Arc::default(),
+            closer,
+            stopping: Notice::default(),
+            wakeup: Wakeup::new()?,
+        })
+    }
+
+    /// Readable when the gate has something to do.
+    pub(crate) fn epoll(&self) -> &OwnedFd {
+        &self.epoll
+    }
+
+    /// Does what is due without waiting. When the next turn is due in any case; `None` where the gate has ended.
+    pub(crate) fn turn(&self, admitted: &mut Vec<Admission<T>>) -> Option<Option<Instant>> {
+        self.heartbeat.answer();
+        let mut gate = self.gate();
+        let gate = gate.as_mut()?;
+        gate.turn(Some(Duration::ZERO), admitted);
+        Some(gate.deadline())
+    }
+
+    /// Puts a policy in force for the next connection and for the live ones. Returns how many it revoked.
+    pub(super) fn put_in_force(&self, policy: Arc<Policy<T>>) -> usize {
+        let Some(generation) = self.gate().as_mut().map(|gate| gate.set_policy(Arc::clone(&policy))) else { return 0 };
+        self.live.put_in_force(&policy, generation)
+    }
+
+    /// Accepts no further connection. What waits for a place is admitted or refused.
+    pub(crate) fn stop_accepting(&self, admitted: &mut Vec<Admission<T>>) {
+        if let Some(gate) = self.gate().as_mut() {
+            gate.stop_accepting(admitted);
+        }
+    }
+
+    /// Ends the gate if no connection is admitted, waits for a place or is being closed.
+    pub(super) fn end_if_quiet(&self) -> bool {
+        let mut gate = self.gate();
+        if !gate.as_ref().is_none_or(Gate::is_quiet) {
+            return false;
+        }
+        let ended = gate.take();
+        drop(gate);
+        ended.map(Gate::finish);
+        self.closer.wake();
+        true
+    }
+
+    /// Ends the gate: what is being closed gets a second at most.
+    pub(crate) fn end(&self) -> Vec<Listener> {
+        let ended = self.gate().take();
+        self.closer.wake();
+        ended.map(Gate::finish).unwrap_or_default()
+    }
+
+    /// The policy in force and the number that the next connection will have.
+    #[cfg(feature = "restart")]
+    pub(super) fn state(&self) -> Option<(Arc<Policy<T>>, u64)> {
+        self.gate().as_ref().map(|gate| (Arc::clone(&gate.config().policy), gate.next_connection()))
+    }
+
+    #[cfg(feature = "restart")]
+    pub(super) fn closer(&self) -> &Closer {
+        &self.closer
+    }
+
+    pub(crate) fn monitored(&self) -> Monitored {
+        let closer = self.closer.clone();
+        Monitored::new("gate", &self.heartbeat, move || closer.wake())
+    }
+
+    pub(crate) fn note(&self, severity: Severity, text: impl Into<String>) {
+        self.audit.write(Record::note(severity, text));
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Option<Gate<T>>> {
+        self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,202 @@
+//! The live connections of a service. A reload judges them all again.
+//!
+//! A connection that was admitted by the old policy may be registered when the new one is in force already. Each admission
+//! tells the generation of the policy that admitted it, and the list knows the newest one. Both are compared under the lock
+//! under which a connection is entered: one that is entered before a reload is judged by the reload, and one that is entered
+//! after it, with an earlier generation, is judged then.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{Link, Opened, Session, Socket, lock, why_denied};
+use crate::audit::{Audit, Reason};
+use crate::fd_passing::Stream;
+use crate::gate::{Admission, Closer, Judge};
+use crate::peer::Peer;
+use crate::permits::Terms;
+use crate::policy::{Policy, Verdict};
+
+/// How long a revoked connection may take for an answer that is under way.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// The live connections, by their numbers.
+pub(crate) struct Live<T: Terms> {
+    list: Mutex<List<T>>,
+    /// The service stops, and leaves its connections to the next process: readable from then on.
+    leaving: EventFd,
+    is_leaving: AtomicBool,
+    /// The service stops: what has come is read, then comes the end.
+    is_ending: AtomicBool,
+    audit: Audit,
+    judge: Judge,
+    closer: Closer,
+    nothing: Arc<[u8]>,
+}
+
+struct List<T: Terms> {
+    links: HashMap<u64, Weak<Link<T>>>,
+    /// The newest policy and its generation; `None` before the first reload.
+    policy: Option<(Arc<Policy<T>>, u64)>,
+    /// Revoked connections, and when they are cut off.
+    condemned: Vec<(Instant, Weak<Link<T>>)>,
+}
+
+impl<T: Terms> Live<T> {
+    pub(crate) fn new(audit: &Audit, judge: Judge, closer: Closer) -> io::Result<Self> {
+        Ok(Self {
+            list: Mutex::new(List { links: HashMap::new(), policy: None, condemned: Vec::new() }),
+            leaving: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            is_leaving: AtomicBool::new(false),
+            is_ending: AtomicBool::new(false),
+            audit: audit.clone(),
+            judge,
+            closer,
+            nothing: Arc::from(&b""[..]),
+        })
+    }
+
+    /// Enters a connection that the gate admitted. `None` where a reload has put a policy in force meanwhile that denies it:
+    /// it is revoked. `socket` makes of the descriptor what its reader waits for.
+    ///
+    /// # Errors
+    /// What `socket` says; the connection is closed then.
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        admission: Admission<T>,
+        is_shared: bool,
+        socket: impl FnOnce(OwnedFd) -> io::Result<Socket>,
+    ) -> io::Result<Option<Arc<Link<T>>>> {
+        let Admission { socket: stream, peer, rule, permit, connection: number, listener, generation, .. } = admission;
+        let session = Session::new(Opened { peer, rule, number, listener }, &self.audit);
+        let (fd, guard) = stream.into_parts();
+        let link = Arc::new(Link::new((socket(fd)?, guard), session, permit, self, is_shared));
+        let newer = {
+            let mut list = lock(&self.list);
+            list.links.insert(number, Arc::downgrade(&link));
+            list.policy.as_ref().filter(|(_, newest)| *newest > generation).map(|(policy, _)| Arc::clone(policy))
+        };
+        if newer.is_some_and(|policy| !self.judge(&link, &policy)) {
+            return Ok(None);
+        }
+        Ok(Some(link))
+    }
+
+    /// Judges every connection by a policy that is in force from this generation on. Returns how many it revoked.
+    pub(crate) fn put_in_force(&self, policy: &Arc<Policy<T>>, generation: u64) -> usize {
+        let links: Vec<_> = {
+            let mut list = lock(&self.list);
+            list.policy = Some((Arc::clone(policy), generation));
+            list.links.values().cloned().collect()
+        };
+        // Without the lock: the last holder of a link takes it to close the connection.
+        links.iter().filter_map(Weak::upgrade).filter(|link| !self.judge(link, policy)).count()
+    }
+
+    pub(crate) fn judge_peer<'p>(&self, peer: &mut Peer, socket: &impl AsFd, policy: &'p Policy<T>) -> Verdict<'p, T> {
+        let verdict = self.judge.judge(peer, socket, policy);
+        peer.close_pidfd();
+        peer.forget_groups();
+        verdict
+    }
+
+    /// Whether the policy admits the peer. If not, the connection is revoked.
+    fn judge(&self, link: &Arc<Link<T>>, policy: &Policy<T>) -> bool {
+        let session = link.session();
+        let mut peer = lock(&session.0.peer);
+        let verdict = self.judge_peer(&mut peer, link.socket(), policy);
+        drop(peer);
+        match verdict {
+            Verdict::Admitted(rule) => {
+                *lock(&session.0.rule) = Arc::clone(rule);
+                true
+            }
+            Verdict::Denied(rule) => {
+                let (rule, text) = why_denied(rule.map(|rule| rule.name()));
+                if session.revoke(Reason::Policy, rule, text) {
+                    link.end_reading();
+                    lock(&self.list).condemned.push((Instant::now() + GRACE, Arc::downgrade(link)));
+                }
+                false
+            }
+        }
+    }
+
+    /// Cuts off revoked connections that have not ended in time. Returns when the next one is due.
+    pub(crate) fn cut_condemned(&self, now: Instant) -> Option<Instant> {
+        let (due, next) = {
+            let mut list = lock(&self.list);
+            let (due, later) =
+                std::mem::take(&mut list.condemned).into_iter().partition::<Vec<_>, _>(|(at, _)| *at <= now);
+            list.condemned = later;
+            (due, list.condemned.iter().map(|(at, _)| *at).min())
+        };
+        due.iter().filter_map(|(_, link)| link.upgrade()).for_each(|link| link.cut());
+        next
+    }
+
+    /// From now on a connection reads what has come, and then its end.
+    pub(crate) fn end_all(&self) {
+        self.is_ending.store(true, Ordering::Release);
+        self.for_each(|link| link.end_reading());
+    }
+
+    /// Ends both directions of every connection.
+    pub(crate) fn cut_all(&self) {
+        self.for_each(|link| link.cut());
+    }
+
+    fn for_each(&self, what: impl Fn(&Link<T>)) {
+        let links: Vec<_> = lock(&self.list).links.values().cloned().collect();
+        links.iter().filter_map(Weak::upgrade).for_each(|link| what(&link));
+    }
+
+    /// From now on each reader is told to leave its connection to the next process.
+    #[cfg(feature = "restart")]
+    pub(crate) fn leave_all(&self) {
+        self.is_leaving.store(true, Ordering::Release);
+        let _ = self.leaving.write(1);
+    }
+
+    pub(crate) fn is_leaving(&self) -> bool {
+        self.is_leaving.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn is_ending(&self) -> bool {
+        self.is_ending.load(Ordering::Acquire)
+    }
+
+    /// Readable once connections are left.
+    pub(crate) fn leaving(&self) -> BorrowedFd<'_> {
+        self.leaving.as_fd()
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        lock(&self.list).links.is_empty()
+    }
+
+    pub(super) fn forget(&self, number: u64) {
+        lock(&self.list).links.remove(&number);
+    }
+
+    pub(super) fn closer(&self) -> &Closer {
+        &self.closer
+    }
+
+    /// Closes a connection when the peer has read what it was sent.
+    pub(super) fn close_later(&self, stream: Stream) {
+        self.closer.close_with(stream, &self.nothing);
+    }
+}
+
+impl<T: Terms> fmt::Debug for Live<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Live({} connections)", lock(&self.list).links.len())
+    }
+}

@@ -1,0 +1,331 @@
+//! Services written with the library, as their peers, their service manager and the journal see them: the examples, and a
+//! service that does what a careless author might (tests/support/service.rs), with threads and on tokio's runtime. Needs
+//! root, for peers of other users and a journal of the test's own.
+
+mod common;
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::records::{DENIALS, denials, expect_flood, get, with_verdict};
+use common::{
+    ALICE, BOB, Client, DENIED, Echod, Journald, PeerProcess, Start, eventually, flood, lingering, needs_root,
+    send_along, stands_for,
+};
+use nix::sys::signal::Signal;
+
+/// The users of a test's policy.
+const ALL: &str = "[allow.all]\nusers = [\"any\"]\n";
+const ONLY_ROOT: &str = "[allow.root]\nusers = [0]\n";
+
+const RUNTIMES: [&str; 3] = ["threads", "tokio", "tokio-one"];
+
+/// The service of tests/support on this runtime.
+fn service(journald: &Journald, runtime: &str, policy: &str) -> Echod {
+    needs_root();
+    Start::example("service", &[runtime], policy).journal(journald).ready()
+}
+
+fn reload_with(service: &Echod, policy: &str) {
+    service.place.file("policy.toml", policy);
+    assert_eq!(service.reload(), (0, String::new()), "{}", service.stderr());
+}
+
+#[track_caller]
+fn answers(client: &Client, word: &str) {
+    client.send(format!("say {word}\n"));
+    client.expect(format!("{word}\n"));
+}
+
+#[test]
+fn an_example_is_a_whole_service_in_forty_lines() {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
+    for name in ["axum_note", "shout", "tokio_echo"] {
+        let text = fs::read_to_string(examples.join(name).with_extension("rs")).unwrap();
+        let is_code = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with("//");
+        let lines = text.lines().filter(is_code).count();
+        figure!("{name}: {lines} lines of its own");
+        assert!(lines <= 40, "{name} has {lines} lines");
+    }
+}
+
+/// curl(1) as another user: status and body.
+fn curl(service: &Echod, uid: u32, arguments: &[&str]) -> (String, String) {
+    let ids = [format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()];
+    let output = Command::new("setpriv")
+        .args(ids)
+        .args(["curl", "--silent", "--max-time", "60", "--write-out", "\n%{http_code}", "--unix-socket"])
+        .arg(service.socket())
+        .args(arguments)
+        .arg("http://localhost/note")
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (body, status) = text.rsplit_once('\n').unwrap_or_else(|| panic!("{:?}", output.status));
+    (status.to_owned(), body.to_owned())
+}
+
+#[test]
+fn the_axum_example_gives_each_user_the_terms_of_its_rule() {
+    needs_root();
+    let journald = Journald::new();
+    let policy = format!("[allow.editor]\nusers = [{ALICE}]\nmay-write = true\n[allow.reader]\nusers = [{BOB}]\n");
+    let example = Start::example("axum_note", &[], &policy).journal(&journald).ready();
+    let written = format!("written by uid {ALICE}\n");
+    assert_eq!(curl(&example, ALICE, &["--data", "at one"]), ("200".to_owned(), written));
+    assert_eq!(curl(&example, BOB, &[]), ("200".to_owned(), "at one".to_owned()));
+    let denied = ("403".to_owned(), "{\"message\":\"Unauthorized access\"}\n".to_owned());
+    assert_eq!(curl(&example, BOB, &["--data", "at two"]), denied);
+    let entry = journald.wait_for("the terms deny it", with_verdict("denied"));
+    assert_eq!((get(&entry, "GATE_RULE"), get(&entry, "PEER_UID")), ("allow.reader", BOB.to_string().as_str()));
+    assert_eq!(curl(&example, 0, &[]), denied, "no rule admits root");
+    example.stop();
+    assert_eq!(denials(&journald.entries()), 2);
+}
+
+#[test]
+fn a_reload_gives_a_live_http_connection_its_new_terms_or_ends_it() {
+    needs_root();
+    let journald = Journald::new();
+    let may = |may: bool| format!("[allow.one]\nusers = [{ALICE}]\nmay-write = {may}\n");
+    let example = Start::example("axum_note", &[], &may(false)).journal(&journald).ready();
+    let peer = PeerProcess::user(ALICE, &example.socket());
+    let status_of = |request: &str| {
+        peer.client().send(request);
+        let answer = peer.client().until(b"\n");
+        let head = String::from_utf8(answer).unwrap();
+        head.split(' ').nth(1).unwrap().to_owned()
+    };
+    let post = "POST /note HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi";
+    assert_eq!(status_of(post), "403");
+    peer.client().until(b"access\"}\n");
+    reload_with(&example, &may(true));
+    assert_eq!(status_of(post), "200");
+    peer.client().until(format!("uid {ALICE}\n").as_bytes());
+    reload_with(&example, ONLY_ROOT);
+    let (rest, end) = peer.client().rest();
+    assert!(rest.starts_with(b"HTTP/1.1 403 "), "{}", common::show(&rest));
+    assert_eq!(end, common::End::Eof);
+    let entry = journald.wait_for("it is revoked", with_verdict("revoked"));
+    assert_eq!((get(&entry, "GATE_RULE"), get(&entry, "GATE_REASON")), ("default", "policy"));
+    example.stop();
+}
+
+#[test]
+fn a_restart_of_the_filter_loses_no_byte_of_a_live_connection() {
+    needs_root();
+    let example = Start::example("shout", &[], &format!("[allow.some]\nusers = [{ALICE}, {BOB}]\n"));
+    let example = example.with_store();
+    let [alice, bob] = [ALICE, BOB].map(|uid| PeerProcess::user(uid, &example.socket()));
+    alice.client().send("one\nhal");
+    alice.client().expect("ONE\n");
+    bob.client().send("two\n");
+    bob.client().expect("TWO\n");
+    let example = example.restart(|start, stored| {
+        assert_eq!(stored.len(), 1, "one descriptor, however many connections there are");
+        // No process serves now.
+        alice.client().send("f\nlast");
+        start
+    });
+    alice.client().expect("HALF\n");
+    // The next process reloads as the one before, also for connections that it inherited.
+    reload_with(&example, &format!("[allow.alice]\nusers = [{ALICE}]\n"));
+    bob.client().expect_end(DENIED);
+    alice.client().half_close();
+    alice.client().expect_end("LAST");
+    example.stop();
+}
+
+#[test]
+fn a_connection_that_the_policy_denies_after_a_restart_is_revoked() {
+    needs_root();
+    let journald = Journald::new();
+    let example = Start::example("shout", &[], ALL).journal(&journald).with_store();
+    let peer = PeerProcess::user(ALICE, &example.socket());
+    peer.client().send("one\n");
+    peer.client().expect("ONE\n");
+    let example = example.restart(|start, _| {
+        start.place().file("policy.toml", ONLY_ROOT);
+        start.journal(&journald)
+    });
+    peer.client().expect_end(DENIED);
+    journald.wait_for("it is revoked", with_verdict("revoked"));
+    example.stop();
+}
+
+#[test]
+fn the_filter_exits_when_it_is_idle_and_not_before() {
+    needs_root();
+    let example = Start::example("shout", &[], ALL);
+    // The milliseconds come after the policy's file.
+    let example = example.args(&["50"]).ready();
+    let client = example.connect();
+    client.send("one\n");
+    client.expect("ONE\n");
+    client.half_close();
+    client.expect_end("");
+    let (status, _, stderr) = example.wait();
+    assert!(status.success(), "{status}: {stderr}");
+}
+
+#[test]
+fn a_reload_revokes_live_connections_on_every_runtime() {
+    let journald = Journald::new();
+    for runtime in RUNTIMES {
+        let service = service(&journald, runtime, ALL);
+        let [stays, goes] = [0, ALICE].map(|uid| PeerProcess::user(uid, &service.socket()));
+        let waits = PeerProcess::user(ALICE, &service.socket());
+        let also_goes = PeerProcess::user(ALICE, &service.socket());
+        answers(stays.client(), "one");
+        answers(goes.client(), "two");
+        waits.client().send("await\n");
+        waits.client().expect("waiting\n");
+        answers(also_goes.client(), "three");
+        reload_with(&service, ONLY_ROOT);
+        goes.client().expect_end(DENIED);
+        // What the service still has to say comes first.
+        waits.client().expect_end([b"told\n", DENIED].concat());
+        also_goes.client().expect_end(DENIED);
+        answers(stays.client(), "four");
+        // A file with a fault changes nothing.
+        service.place.file("policy.toml", "[allow.x]\nusers = [\n");
+        assert_eq!(service.reload().0, 78, "{runtime}");
+        answers(stays.client(), "five");
+        service.stop();
+    }
+    assert_eq!(journald.entries().iter().filter(|entry| with_verdict("revoked")(entry)).count(), 9);
+}
+
+#[test]
+fn a_connection_dropped_with_bytes_unread_ends_without_a_reset() {
+    let journald = Journald::new();
+    for runtime in RUNTIMES {
+        let service = service(&journald, runtime, ALL);
+        let client = service.connect();
+        // More than the service reads ahead.
+        client.send([b"leave\n".to_vec(), vec![b'x'; 60_000]].concat());
+        client.expect_end("bye\n");
+        let client = service.connect();
+        client.send("shut\nrest\n");
+        client.expect_end("half\n");
+        service.stop();
+    }
+}
+
+#[test]
+fn a_panic_is_on_record_and_ends_one_connection() {
+    let journald = Journald::new();
+    for runtime in RUNTIMES {
+        let service = service(&journald, runtime, ALL);
+        let client = service.connect();
+        client.send("panic\n");
+        client.expect_end("");
+        answers(&service.connect(), "still here");
+        service.stop();
+        let panicked = |text: &str| text.starts_with("the service panicked: connection 1");
+        assert!(journald.entries().iter().any(|entry| panicked(get(entry, "MESSAGE"))), "{runtime}");
+    }
+}
+
+#[test]
+fn descriptors_of_a_peer_delay_no_other_and_are_on_record() {
+    let journald = Journald::new();
+    for runtime in RUNTIMES {
+        needs_root();
+        let start = Start::example("service", &[runtime], ALL).journal(&journald);
+        // It connects before the service starts, so that the kernel takes the descriptor.
+        let early = Client::connect(start.place().path("socket"));
+        let (bomb, _other_end) = lingering();
+        send_along(&early.0, b"say hi\n", &[bomb.as_raw_fd()]).unwrap();
+        drop(bomb);
+        let service = start.ready();
+        answers(&service.connect(), "hello");
+        let entry = journald.wait_for("the bomb", with_verdict("revoked"));
+        assert_eq!(get(&entry, "GATE_REASON"), "sender");
+        drop(early);
+        service.stop();
+        let revoked = journald.entries().iter().filter(|entry| with_verdict("revoked")(entry)).count();
+        assert_eq!(revoked, 1 + RUNTIMES.iter().position(|one| *one == runtime).unwrap());
+    }
+}
+
+#[test]
+fn the_equation_holds_for_the_same_flood_on_every_runtime() {
+    const TIMES: usize = 1500;
+    for runtime in RUNTIMES {
+        let journald = Journald::new();
+        let service = service(&journald, runtime, ONLY_ROOT);
+        let live = service.connect();
+        answers(&live, "before");
+        let floods = [ALICE, BOB, 64003].map(|uid| flood(uid, TIMES, &service.socket()));
+        answers(&live, "meanwhile");
+        for process in floods {
+            expect_flood(process, TIMES);
+        }
+        answers(&live, "after");
+        service.stop();
+        let entries = journald.entries();
+        assert_eq!(stands_for(&entries, "denied", DENIALS), 3 * TIMES as u64, "{runtime}");
+        assert_eq!(entries.iter().filter(|entry| with_verdict("admitted")(entry)).count(), 1, "{runtime}");
+        assert_eq!(entries.iter().filter(|entry| with_verdict("closed")(entry)).count(), 1, "{runtime}");
+    }
+}
+
+#[test]
+fn a_stop_gives_live_connections_their_end() {
+    let journald = Journald::new();
+    for runtime in RUNTIMES {
+        let service = service(&journald, runtime, ALL);
+        let client = service.connect();
+        answers(&client, "one");
+        service.signal(Signal::SIGTERM);
+        client.expect_end("");
+        service.manager.wait_for("STOPPING=1", 1);
+        let (status, _, stderr) = service.wait();
+        assert!(status.success(), "{runtime}: {stderr}");
+    }
+}
+
+#[test]
+fn the_manager_gets_signs_of_life_and_a_reload_in_order() {
+    for runtime in RUNTIMES {
+        let start = Start::example("service", &[runtime], ALL).env("WATCHDOG_USEC", "100000");
+        let service = start.ready();
+        service.manager.wait_for("WATCHDOG=1", 2);
+        service.signal(Signal::SIGHUP);
+        service.manager.wait_for("RELOADING=1", 1);
+        service.manager.wait_for("READY=1", 2);
+        service.stop();
+    }
+}
+
+/// As README.md has it, with the service manager's own program to pass the socket.
+#[test]
+fn an_example_serves_two_users_under_systemd_socket_activate() {
+    needs_root();
+    for (name, input, expected) in [("shout", "hello\n", "HELLO\n"), ("tokio_echo", "hello\n", "hello\n")] {
+        let start = Start::example(name, &[], ONLY_ROOT);
+        let (place, program) = (start.place().clone(), common::peer_program().with_file_name(name));
+        let socket = place.path("activated");
+        let mut service = Command::new("systemd-socket-activate")
+            .arg("-l")
+            .arg(&socket)
+            .arg(program)
+            .arg(place.path("policy.toml"))
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        eventually("the socket is bound", || fs::metadata(&socket).ok());
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        fs::set_permissions(&socket, permissions).unwrap();
+        let client = Client::connect(&socket);
+        client.send(input);
+        client.half_close();
+        client.expect_end(expected);
+        PeerProcess::user(ALICE, &socket).client().expect_end(DENIED);
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(service.id() as i32), Signal::SIGTERM).unwrap();
+        assert!(service.wait().unwrap().success(), "{name}");
+    }
+}

@@ -1,0 +1,119 @@
+//! A service of the tests, on either runtime: it does what a careless author might (tests/services.rs).
+//!
+//! ```text
+//! service threads|tokio|tokio-one POLICY
+//!
+//! say TEXT        the answer is TEXT
+//! panic           it panics
+//! leave           it answers "bye" and returns, with more of the peer's bytes unread
+//! shut            it answers "half", ends its direction, and waits for the peer's end
+//! await           it answers "waiting", waits until the session is revoked, answers "told" and returns
+//! anything else   no answer
+//! ```
+
+use std::future::Future;
+use std::io::{self, BufRead, Write};
+use std::net::Shutdown;
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread;
+
+use peergate::audit::{RecordScope, Settings};
+use peergate::{Connection, Error, Service, Session};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+/// Wakes a thread that waits for a future.
+struct Unpark(thread::Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+fn wait_for_revocation(session: &Session<()>) {
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut revoked = pin!(session.revoked());
+    while revoked.as_mut().poll(&mut Context::from_waker(&waker)) == Poll::Pending {
+        thread::park();
+    }
+}
+
+fn on_thread(connection: &mut Connection<()>) -> io::Result<()> {
+    let mut line = String::new();
+    while connection.read_line(&mut line)? > 0 {
+        match line.trim_end().split_once(' ').unwrap_or((line.trim_end(), "")) {
+            ("say", text) => writeln!(connection, "{text}")?,
+            ("panic", _) => panic!("as asked"),
+            ("leave", _) => return connection.write_all(b"bye\n"),
+            ("shut", _) => {
+                connection.write_all(b"half\n")?;
+                connection.shutdown(Shutdown::Write)?;
+            }
+            ("await", _) => {
+                connection.write_all(b"waiting\n")?;
+                wait_for_revocation(connection.session());
+                return connection.write_all(b"told\n");
+            }
+            _ => {}
+        }
+        line.clear();
+    }
+    Ok(())
+}
+
+async fn in_task(mut connection: peergate::tokio::Connection<()>) -> io::Result<()> {
+    let mut line = String::new();
+    loop {
+        line.clear();
+        // Only this line is taken: `leave` leaves the rest unread.
+        let mut byte = [0];
+        while !line.ends_with('\n') {
+            if connection.read(&mut byte).await? == 0 {
+                return connection.shutdown().await;
+            }
+            line.push(byte[0].into());
+        }
+        match line.trim_end().split_once(' ').unwrap_or((line.trim_end(), "")) {
+            ("say", text) => connection.write_all(format!("{text}\n").as_bytes()).await?,
+            ("panic", _) => panic!("as asked"),
+            ("leave", _) => return connection.write_all(b"bye\n").await,
+            ("shut", _) => {
+                connection.write_all(b"half\n").await?;
+                connection.shutdown().await?;
+            }
+            ("await", _) => {
+                connection.write_all(b"waiting\n").await?;
+                connection.session().revoked().await;
+                return connection.write_all(b"told\n").await;
+            }
+            _ => {}
+        }
+    }
+}
+
+async fn serve(gate: peergate::tokio::Handle<()>) -> io::Result<()> {
+    loop {
+        tokio::select! {
+            connection = gate.accept() => drop(tokio::spawn(in_task(connection))),
+            () = gate.stopping() => return Ok(()),
+        }
+    }
+}
+
+fn main() -> Result<(), Error> {
+    let words: Vec<_> = std::env::args().skip(1).collect();
+    let [runtime, policy] = &words[..] else { panic!("service threads|tokio|tokio-one POLICY") };
+    let mut record = Settings::default();
+    (record.scope, record.burst) = (RecordScope::Connections, 5);
+    let service = Service::from_systemd("service").policy_file(policy).record(record);
+    match runtime.as_str() {
+        "threads" => service.serve_threads(on_thread),
+        "tokio" => service.block_on(serve),
+        _ => {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            service.block_on_runtime(runtime, serve)
+        }
+    }
+}
