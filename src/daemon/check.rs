@@ -60,6 +60,7 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
         writeln!(f, "[limits]")?;
         writeln!(f, "connections = {}", limits.connections)?;
         writeln!(f, "connections-per-user = {}", limits.connections_per_user)?;
+        writeln!(f, "waiting-per-user = {}", limits.waiting_per_user)?;
         settings.show_limits().iter().try_for_each(|line| writeln!(f, "{line}"))?;
         writeln!(f, "idle-timeout = {}\n", or_off(span(limits.idle_timeout)))?;
         writeln!(f, "[audit]")?;
@@ -181,6 +182,7 @@ A peer that no rule matches is denied.
 [limits]
 connections = 1024
 connections-per-user = 64
+waiting-per-user = 256
 line-length = \"64K\"
 idle-timeout = \"off\"
 

@@ -16,8 +16,9 @@ use crate::terms::Terms;
 /// What the gate goes by.
 pub fn gate_config<P: Protocol>(config: &Config<P>) -> GateConfig<Terms<P>> {
     let mut gate = GateConfig::new(Arc::clone(&config.policy));
-    let per_user = u32::try_from(config.limits.connections_per_user).unwrap_or(u32::MAX);
-    gate.limits = Limits::new(config.limits.connections, per_user);
+    let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    gate.limits = Limits::new(config.limits.connections, number(config.limits.connections_per_user));
+    gate.limits.waiting_per_user = number(config.limits.waiting_per_user);
     gate.pass_credentials = config.service.verify == Verify::Line;
     gate.take_descriptors = P::takes_descriptors(&config.settings);
     gate.replies = P::replies(&config.settings);

@@ -23,7 +23,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{MsgFlags, recv, send, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{MsgFlags, UnixAddr, getpeername, recv, send, setsockopt, shutdown, sockopt};
 use nix::sys::time::TimeVal;
 
 use crate::deferred_close::{close_later, drop_later};
@@ -36,6 +36,8 @@ use crate::sys;
 enum Passing {
     /// No: the kernel has refused them from the start, or nothing is unread and no more can come.
     Refused,
+    /// As `Refused`, and SO_OOBINLINE is yet to be set: a connection that is never read from does without.
+    RefusedUnread,
     /// The kernel refuses them now. Data sent earlier may carry some.
     MaybeQueued,
     /// The kernel cannot refuse them.
@@ -123,6 +125,18 @@ pub struct Received {
     pub descriptors: Descriptors,
 }
 
+/// Whether the kernel refuses descriptors on every connection that is made to this listener from now on.
+///
+/// A connection has the listener's option from connect(2) on, which copies it and fills the listener's queue under one lock
+/// of the listener. getpeername(2) takes that lock too. So when this returns, each connection with an earlier value of the
+/// option is in the queue.
+pub(crate) fn refuses_from_all(listener: &impl AsFd) -> bool {
+    let fd = listener.as_fd();
+    let is_refusing = sys::option(fd, sys::SO_PASSRIGHTS).is_ok_and(|allowed| allowed == 0);
+    let _ = getpeername::<UnixAddr>(fd.as_raw_fd());
+    is_refusing
+}
+
 impl Stream {
     /// A connection that was just accepted, also by other code. [`Listener::accept`](crate::Listener::accept) gives one too.
     ///
@@ -134,11 +148,11 @@ impl Stream {
 
     /// As [`accepted`](Self::accepted); with `credentials`, SO_PASSCRED is left as it is.
     pub(crate) fn new(fd: OwnedFd, credentials: bool) -> Self {
+        if sys::option(fd.as_fd(), sys::SO_PASSRIGHTS).is_ok_and(|allowed| allowed == 0) {
+            return Self::refusing(fd, credentials);
+        }
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
-        let passing = match sys::option(fd.as_fd(), sys::SO_PASSRIGHTS) {
-            Ok(0) => Passing::Refused,
-            _ => only_credentials(fd.as_fd(), credentials),
-        };
+        let passing = only_credentials(fd.as_fd(), credentials);
         Self::from_parts(fd, Guard { passing, credentials })
     }
 
@@ -146,7 +160,8 @@ impl Stream {
         Self { fd: Some(fd), guard }
     }
 
-    pub(crate) fn into_parts(self) -> (OwnedFd, Guard) {
+    pub(crate) fn into_parts(mut self) -> (OwnedFd, Guard) {
+        self.inline_urgent_data();
         let guard = self.guard;
         (self.into(), guard)
     }
@@ -163,6 +178,7 @@ impl Stream {
 
     /// From now on descriptors are let through, or refused again.
     pub fn take_descriptors(&mut self, take: bool) {
+        self.inline_urgent_data();
         let credentials = self.guard.credentials;
         self.guard.passing = only_credentials(self.as_fd(), credentials);
         if take {
@@ -189,6 +205,12 @@ impl Stream {
         guard.note_end(length, most);
         let sender = sender.filter(|_| guard.credentials).and_then(|sender| peer::sender(&sender));
         Ok(Received { length, sender, descriptors: Descriptors(fds) })
+    }
+
+    /// As [`new`](Self::new), for a connection that was made when its listener refused descriptors already (see
+    /// [`refuses_from_all`]). Makes no system call.
+    pub(crate) fn refusing(fd: OwnedFd, credentials: bool) -> Self {
+        Self::from_parts(fd, Guard { passing: Passing::RefusedUnread, credentials })
     }
 
     /// A connection that was used by another process or other code. Unread data may have been sent before the kernel
@@ -243,6 +265,12 @@ impl Stream {
     pub(crate) fn read_now(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let Self { fd: Some(fd), guard } = self else { return Err(io::ErrorKind::NotConnected.into()) };
         guard.read_now(fd.as_fd(), buffer)
+    }
+
+    fn inline_urgent_data(&mut self) {
+        if let Some(fd) = &self.fd {
+            self.guard.inline_urgent_data(fd.as_fd());
+        }
     }
 
     /// Whether dropping this shuts the connection down and lets another thread close the descriptor a little later. Remove
@@ -310,7 +338,15 @@ impl Stream {
 impl Guard {
     /// Whether unread data may carry descriptors.
     pub(crate) fn may_linger(self) -> bool {
-        self.passing != Passing::Refused
+        !matches!(self.passing, Passing::Refused | Passing::RefusedUnread)
+    }
+
+    /// Before anything else is done with the connection than to write and to close it.
+    fn inline_urgent_data(&mut self, fd: BorrowedFd<'_>) {
+        if self.passing == Passing::RefusedUnread {
+            let _ = sys::set_option(fd, libc::SO_OOBINLINE, 1);
+            self.passing = Passing::Refused;
+        }
     }
 
     /// Reads without waiting.
@@ -335,6 +371,7 @@ impl Guard {
     /// How many bytes may be read now without taking descriptors: at least one, and at most the length of `buffer`.
     /// Overwrites `buffer`. With `may_wait` it waits on a blocking socket.
     fn peek_first(&mut self, fd: BorrowedFd<'_>, buffer: &mut [u8], may_wait: bool) -> io::Result<usize> {
+        self.inline_urgent_data(fd);
         if self.passing == Passing::Refused || buffer.is_empty() {
             return Ok(buffer.len());
         }
@@ -455,6 +492,7 @@ impl From<OwnedFd> for Stream {
 /// The descriptor alone. Reading and closing it may take long: see the [module](self).
 impl From<Stream> for OwnedFd {
     fn from(mut stream: Stream) -> Self {
+        stream.inline_urgent_data();
         match stream.fd.take() {
             Some(fd) => fd,
             None => unreachable!("taken once"),
@@ -515,6 +553,19 @@ pub(crate) mod tests {
 
     fn kind<T: fmt::Debug>(result: io::Result<T>) -> io::ErrorKind {
         result.unwrap_err().kind()
+    }
+
+    #[test]
+    fn urgent_data_is_ordinary_data_also_where_the_first_read_asks_for_it() {
+        for make in [Stream::new, Stream::refusing] {
+            let (ours, theirs) = pair();
+            send(theirs.as_raw_fd(), b"ab!", MsgFlags::MSG_OOB).unwrap();
+            (&theirs).write_all(b"cd").unwrap();
+            let (mut stream, mut got) = (make(ours.into(), false), Vec::new());
+            drop(theirs);
+            stream.read_to_end(&mut got).unwrap();
+            assert_eq!(got, b"ab!cd");
+        }
     }
 
     #[test]

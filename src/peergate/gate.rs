@@ -41,6 +41,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 
+mod accept;
+mod arrivals;
 mod closing;
 mod config;
 mod decision;
@@ -51,14 +53,15 @@ mod reserve;
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::socket::{setsockopt, sockopt};
 
+use self::accept::Refusal;
+use self::arrivals::Arrivals;
 use self::closing::{Closings, Outgoing};
 use self::decision::{Decision, ask};
 use self::over_limit::{OverLimit, Waiting};
@@ -69,7 +72,6 @@ use crate::fd_passing::{self, Stream};
 use crate::peer::Peer;
 use crate::permits::{LimitExceeded, Permit, Permits, Terms};
 use crate::policy::{Policy, Rule, Verdict};
-use crate::sys;
 use crate::systemd::activation::Listener;
 
 pub use self::closing::Closer;
@@ -77,12 +79,8 @@ pub use self::config::{GateConfig, Replies, Setup};
 pub use self::decision::Judge;
 pub use self::door::Door;
 
-/// Connections accepted from one listener before anything else gets a turn.
-const ACCEPTS_PER_TURN: usize = 64;
 /// Admissions handed out by one turn: each holds a place in the limits, and waits until the caller has served the others.
 const ADMISSIONS_PER_TURN: usize = 16;
-/// How long no connection is accepted after the system was out of descriptors or memory.
-const PAUSE: Duration = Duration::from_millis(10);
 /// How long the same complaint is not recorded again.
 const BETWEEN_COMPLAINTS: Duration = Duration::from_secs(60);
 /// How many different complaints are recorded in that time.
@@ -139,6 +137,8 @@ impl<T> Admission<T> {
 /// A connection that was accepted and not yet judged.
 struct Arrival {
     socket: Stream,
+    /// Its ids, until it is judged for the first time.
+    peer: Option<Peer>,
     /// Which listener it came to.
     listener: usize,
     /// GATE_CONNECTION, whatever is decided.
@@ -153,10 +153,13 @@ pub struct Gate<T> {
     generation: u64,
     epoll: Epoll,
     listeners: Vec<Listener>,
+    /// For each listener.
+    refusal: Vec<Refusal>,
     permits: Permits,
     audit: Audit,
     closer: Closer,
     closings: Closings,
+    arrivals: Arrivals<Arrival>,
     over_limit: OverLimit,
     reserve: Arc<Reserve>,
     next_connection: u64,
@@ -165,9 +168,8 @@ pub struct Gate<T> {
     pass_credentials: bool,
     /// Whether the listeners let descriptors through by our doing.
     take_descriptors: bool,
-    /// How many connections to accept before looking for anything else. It grows while more wait, so that a connection
-    /// that comes alone costs no second accept(2) in vain.
-    allowance: usize,
+    /// Whether the kernel's queue may hold a connection besides the one that an epoll event tells of.
+    more_may_come: bool,
     /// What was recorded of late, and when.
     complaints: Vec<(String, Instant)>,
     accepting: bool,
@@ -184,17 +186,19 @@ impl<T: Terms> Gate<T> {
             config: setup.config,
             generation: 0,
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
+            refusal: setup.listeners.iter().map(Refusal::of).collect(),
             listeners: setup.listeners,
             permits: setup.permits,
             audit: setup.audit,
             closings: Closings::new(TOKEN_CLOSING),
+            arrivals: Arrivals::new(accept::most_waiting()),
             over_limit: OverLimit::new(),
             reserve: Arc::new(Reserve::new()?),
             next_connection: setup.first_connection,
             paused_until: None,
             pass_credentials: false,
             take_descriptors: false,
-            allowance: 1,
+            more_may_come: false,
             complaints: Vec::new(),
             accepting: true,
         };
@@ -247,6 +251,9 @@ impl<T: Terms> Gate<T> {
     /// When [`turn`](Self::turn) is to be called next, whether or not the gate's descriptor is readable. `None`: no
     /// earlier than that.
     pub fn deadline(&self) -> Option<Instant> {
+        if !self.arrivals.is_empty() {
+            return Some(Instant::now());
+        }
         [self.closings.due(), self.paused_until, self.over_limit.due()].into_iter().flatten().min()
     }
 
@@ -267,13 +274,14 @@ impl<T: Terms> Gate<T> {
                 listener => self.accept_from(listener as usize, admitted),
             }
         }
+        let any_in_turn = self.judge_in_turn(admitted);
         let now = Instant::now();
         for one in self.over_limit.take_due(now) {
             self.judge_arrival(one.arrival, Some((one.since, now)), admitted);
         }
         self.closings.expire(&self.epoll, now);
         self.resume_accepting(now);
-        self.next_connection != first
+        any_in_turn || self.next_connection != first
     }
 
     fn wait(&self, timeout: Option<Duration>, events: &mut [EpollEvent]) -> usize {
@@ -284,12 +292,15 @@ impl<T: Terms> Gate<T> {
     }
 
     /// Accepts no more connections: a client that connects from now on stays in the listener's queue, for the next process.
-    /// Connections that wait for a place are admitted or refused now. Closing goes on in [`turn`](Self::turn).
+    /// Connections that wait for their turn or for a place are admitted or turned away now. Closing goes on in [`turn`](Self::turn).
     pub fn stop_accepting(&mut self, admitted: &mut Vec<Admission<T>>) {
         self.accepting = false;
         self.set_interest(EpollFlags::empty());
         // What follows, such as leaving connections to the next process, needs descriptors too.
         self.reserve.hold().give_up();
+        while let Some(arrival) = self.arrivals.next() {
+            self.judge_arrival(arrival, None, admitted);
+        }
         let now = Instant::now();
         for one in self.over_limit.take_all() {
             // So late that it does not wait again.
@@ -297,9 +308,10 @@ impl<T: Terms> Gate<T> {
         }
     }
 
-    /// Whether no connection is admitted, waits for a place or is being closed.
+    /// Whether no connection is admitted, waits or is being closed.
     pub fn is_quiet(&self) -> bool {
-        self.permits.total() == 0 && self.closings.is_empty() && self.over_limit.is_empty() && self.closer.is_idle()
+        let waits = !self.arrivals.is_empty() || !self.over_limit.is_empty();
+        !waits && self.permits.total() == 0 && self.closings.is_empty() && self.closer.is_idle()
     }
 
     /// Ends the gate: stops accepting, closes in order what is being closed (a second at most), and hands the listeners
@@ -331,125 +343,21 @@ impl<T: Terms> Gate<T> {
         let take = self.config.take_descriptors;
         if self.take_descriptors != take {
             self.listeners.iter().for_each(|listener| fd_passing::set_on_listener(listener, take));
+            self.refusal = self.listeners.iter().map(Refusal::of).collect();
         }
         self.take_descriptors = take;
         Ok(())
-    }
-
-    fn accept_from(&mut self, index: usize, admitted: &mut Vec<Admission<T>>) {
-        let allowance = self.allowance;
-        self.allowance = (2 * allowance).min(ACCEPTS_PER_TURN);
-        let reserve = Arc::clone(&self.reserve);
-        for _ in 0..allowance {
-            if admitted.len() >= ADMISSIONS_PER_TURN || !self.accepting {
-                return;
-            }
-            let Some(listener) = self.listeners.get(index) else { return };
-            // While another thread judges with the reserved descriptors, an accepted connection would take one of them.
-            let Some(mut reserve) = reserve.try_hold() else { return self.pause() };
-            let error = match sys::accept(listener.as_fd()) {
-                Ok(socket) => {
-                    drop(reserve);
-                    let arrival = self.arrival(socket, index);
-                    self.judge_arrival(arrival, None, admitted);
-                    continue;
-                }
-                Err(error) => error,
-            };
-            match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::EAGAIN) => {
-                    self.allowance = 1;
-                    return;
-                }
-                // The client has gone already, or a signal came: the next one.
-                Some(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
-                Some(Errno::EMFILE | Errno::ENFILE) => {
-                    if !self.accept_with_reserve(index, &mut reserve) {
-                        return self.pause();
-                    }
-                }
-                // Out of memory for a socket, or something new: neither spin nor give up.
-                _ => {
-                    let text = format!("accepting from {}: {error}", listener.address());
-                    self.record_once(Severity::Warning, &text);
-                    return self.pause();
-                }
-            }
-        }
-    }
-
-    /// Out of descriptors: connections that are being closed go first. When there are none, the reserve makes room for one
-    /// connection, which is judged, recorded and told, but cannot stay.
-    fn accept_with_reserve(&mut self, index: usize, reserve: &mut reserve::Held<'_>) -> bool {
-        if self.closings.finish_oldest(&self.epoll) {
-            return true;
-        }
-        let text = "out of file descriptors: connections are refused (LimitNOFILE=, fs.file-max)";
-        self.record_once(Severity::Warning, text);
-        if !reserve.free() {
-            return false;
-        }
-        let accepted = self.listeners.get(index).map(|listener| sys::accept(listener.as_fd()));
-        let is_told = match accepted {
-            Some(Ok(socket)) => {
-                let arrival = self.arrival(socket, index);
-                self.turn_away(arrival);
-                true
-            }
-            _ => false,
-        };
-        let refilled = if self.accepting { reserve.refill() } else { Ok(()) };
-        is_told && refilled.is_ok()
-    }
-
-    fn pause(&mut self) {
-        self.paused_until = Some(Instant::now() + PAUSE);
-        self.set_interest(EpollFlags::empty());
-    }
-
-    fn resume_accepting(&mut self, now: Instant) {
-        if self.paused_until.is_some_and(|until| until <= now) {
-            self.paused_until = None;
-            if let (true, Some(mut reserve)) = (self.accepting, self.reserve.try_hold()) {
-                // If this fails, the next pause tries again.
-                let _ = reserve.refill();
-            }
-            if self.accepting {
-                self.set_interest(EpollFlags::EPOLLIN);
-            }
-        }
-    }
-
-    fn set_interest(&self, interest: EpollFlags) {
-        for (token, listener) in self.listeners.iter().enumerate() {
-            let _ = self.epoll.modify(listener, &mut EpollEvent::new(interest, token as u64));
-        }
-    }
-
-    fn arrival(&mut self, socket: OwnedFd, listener: usize) -> Arrival {
-        let number = self.next_connection;
-        self.next_connection += 1;
-        let mut socket = if self.take_descriptors {
-            Stream::taking_descriptors(socket, self.pass_credentials)
-        } else {
-            Stream::new(socket, self.pass_credentials)
-        };
-        // From Linux 6.16 on the option is inherited at connect, not at accept: a connection made before the listener had it
-        // has yet to get it. What waits for accept carries credentials in any case; what comes between accept and this
-        // does not. So it comes before the peer is judged, and before it waits for a place, which can take a while.
-        let unattested = self.pass_credentials.then(|| socket.attach_credentials(true));
-        Arrival { socket, listener, number, unattested }
     }
 
     /// Judges a connection, and admits it, lets it wait for a place or turns it away. `waited`: since when it has been
     /// waiting for a place, and the time now.
     fn judge_arrival(
         &mut self,
-        arrival: Arrival,
+        mut arrival: Arrival,
         waited: Option<(Instant, Instant)>,
         admitted: &mut Vec<Admission<T>>,
     ) {
-        match self.decide(&arrival, Some(&self.judge())) {
+        match self.decide(&mut arrival, Some(&self.judge())) {
             Decision::Admitted { peer, rule, permit } => self.admit(arrival, peer, rule, permit, admitted),
             Decision::OverLimit { peer, rule, exceeded } => {
                 let (since, now) = waited.unwrap_or_else(|| (Instant::now(), Instant::now()));
@@ -472,9 +380,10 @@ impl<T: Terms> Gate<T> {
     }
 
     /// Asks the kernel, decides by the policy and takes a place. Without a `judge`, reserved descriptors are free already.
-    fn decide(&self, arrival: &Arrival, judge: Option<&Judge>) -> Decision<T> {
+    fn decide(&self, arrival: &mut Arrival, judge: Option<&Judge>) -> Decision<T> {
         let socket = &arrival.socket;
-        let Ok(mut peer) = Peer::ids_of(socket) else { return Decision::Unidentified };
+        let known = arrival.peer.take();
+        let Ok(mut peer) = known.map_or_else(|| Peer::ids_of(socket), Ok) else { return Decision::Unidentified };
         let policy = &self.config.policy;
         let verdict = match judge {
             Some(judge) => judge.judge(&mut peer, socket, policy),
@@ -536,9 +445,10 @@ impl<T: Terms> Gate<T> {
     }
 
     /// Judges, records and tells a connection for which there is no descriptor to stay.
-    fn turn_away(&mut self, arrival: Arrival) {
+    fn turn_away(&mut self, mut arrival: Arrival) {
+        let decision = self.decide(&mut arrival, None);
         let at = self.at(&arrival);
-        let reply = match self.decide(&arrival, None) {
+        let reply = match decision {
             Decision::Unidentified => {
                 self.audit.unidentified(at);
                 &self.config.replies.denied
@@ -596,7 +506,7 @@ mod tests {
 
     use super::over_limit::MOST_WAITING;
     use super::*;
-    use crate::{Limits, Uid, activation};
+    use crate::{Limits, Uid, activation, sys};
 
     fn gate(name: &str, limits: Limits) -> (Gate<()>, std::path::PathBuf) {
         let path = std::env::temp_dir().join(format!("gate-test-{name}-{}.sock", std::process::id()));
@@ -673,6 +583,104 @@ mod tests {
         let closer = gate.closer();
         closer.wake();
         assert!(!gate.turn(None, &mut Vec::new()), "the wake-up ends the wait");
+    }
+
+    /// Lets connections wait, each as if it were of this user. The kernel says that all are ours.
+    fn wait(gate: &mut Gate<()>, uid: u32, count: usize) -> Vec<UnixStream> {
+        let mut wait = || {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let arrival = gate.arrival(ours.into(), 0);
+            assert!(gate.arrivals.push(Uid::new(uid), arrival, 1000).is_none());
+            theirs
+        };
+        (0..count).map(|_| wait()).collect()
+    }
+
+    fn numbers(admitted: &[Admission<()>]) -> Vec<u64> {
+        admitted.iter().map(|admission| admission.connection).collect()
+    }
+
+    #[test]
+    fn a_turn_judges_one_connection_of_each_user_before_a_second_of_any() {
+        let (mut gate, _) = gate("turns", Limits::default());
+        let _clients = [wait(&mut gate, 1000, 200), wait(&mut gate, 1001, 2), wait(&mut gate, 1002, 1)];
+        let mut admitted = Vec::new();
+        assert!(gate.deadline().is_some_and(|due| due <= Instant::now()), "a turn is due without an event");
+        assert!(gate.turn(None, &mut admitted));
+        assert_eq!(numbers(&admitted)[..6], [1, 201, 203, 2, 202, 3]);
+        assert_eq!(admitted.len(), ADMISSIONS_PER_TURN);
+        assert!(!gate.is_quiet());
+    }
+
+    /// The option of each connection is asked for until the queue has been empty, and then no longer.
+    #[test]
+    fn a_connection_made_before_its_listener_refused_descriptors_is_known() {
+        let path = std::env::temp_dir().join(format!("gate-test-refusal-{}.sock", std::process::id()));
+        let listener = activation::bind(&path).unwrap();
+        let can_refuse = sys::set_option(listener.as_fd(), sys::SO_PASSRIGHTS, 1).is_ok();
+        let _earlier = UnixStream::connect(&path).unwrap();
+        let _ = sys::set_option(listener.as_fd(), sys::SO_PASSRIGHTS, 0);
+        let setup = Setup::<()>::new(vec![listener], Policy::owner_only(Uid::effective()), Audit::default()).unwrap();
+        let mut gate = Gate::new(setup).unwrap();
+        let (mut admitted, mut clients) = (Vec::new(), Vec::new());
+        for count in 1..=4 {
+            while admitted.len() < count {
+                gate.turn(Some(Duration::ZERO), &mut admitted);
+            }
+            clients.push(UnixStream::connect(&path).unwrap());
+        }
+        let may_bring: Vec<_> = admitted.iter().map(|admission| admission.socket.may_linger()).collect();
+        assert_eq!(may_bring, [true, !can_refuse, !can_refuse, !can_refuse]);
+        assert_eq!(can_refuse, matches!(gate.refusal[..], [Refusal::OfAll]));
+    }
+
+    #[test]
+    fn connections_that_wait_are_judged_by_the_policy_in_force_at_their_turn() {
+        let (mut gate, _) = gate("reload", Limits::new(1024, 1024));
+        let clients = wait(&mut gate, 1000, 20);
+        let mut admitted = Vec::new();
+        gate.turn(None, &mut admitted);
+        gate.set_policy(Policy::new([], Uid::effective()).unwrap());
+        gate.stop_accepting(&mut admitted);
+        assert_eq!(numbers(&admitted), (1..=16).collect::<Vec<_>>());
+        for mut client in clients.into_iter().skip(16) {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, "Unauthorized access\n");
+        }
+    }
+
+    #[test]
+    fn a_stop_judges_every_connection_that_waits() {
+        let (mut gate, _) = gate("stop", Limits::new(1024, 50));
+        let clients = wait(&mut gate, 1000, 60);
+        let mut admitted = Vec::new();
+        gate.stop_accepting(&mut admitted);
+        assert_eq!(numbers(&admitted), (1..=50).collect::<Vec<_>>());
+        for mut client in clients.into_iter().skip(50) {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, "Too many connections\n");
+        }
+        assert!(gate.arrivals.is_empty() && gate.over_limit.is_empty());
+    }
+
+    #[test]
+    fn beyond_the_bound_no_connection_is_accepted_before_an_older_one_is_judged() {
+        let mut limits = Limits::new(1024, 1024);
+        limits.waiting_per_user = 4;
+        let (mut gate, path) = gate("bound", limits);
+        let _clients: Vec<_> = (0..100).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let mut admitted = Vec::new();
+        while admitted.len() < 100 {
+            let before = admitted.len();
+            let mut more = Vec::new();
+            gate.turn(None, &mut more);
+            assert!(more.len() <= 5, "four that wait, and one that makes room");
+            admitted.extend(more);
+            assert!(admitted.len() > before);
+        }
+        assert_eq!(numbers(&admitted), (1..=100).collect::<Vec<_>>());
     }
 
     #[test]

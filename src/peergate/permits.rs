@@ -45,12 +45,15 @@ pub struct Limits {
     pub connections: usize,
     /// Of each user id, unless the rule that admits it says otherwise.
     pub connections_per_user: u32,
+    /// How many accepted connections of each user may wait to be judged while the gate is busy. The user's next one is
+    /// accepted only when the oldest of these has been judged.
+    pub waiting_per_user: u32,
 }
 
 impl Limits {
-    /// A limit for all users together and one for each user.
+    /// A limit for all users together and one for each user; 256 connections of each user may wait to be judged.
     pub const fn new(connections: usize, connections_per_user: u32) -> Self {
-        Self { connections, connections_per_user }
+        Self { connections, connections_per_user, waiting_per_user: 256 }
     }
 }
 

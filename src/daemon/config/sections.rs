@@ -16,13 +16,15 @@ pub struct Limits {
     pub connections: usize,
     /// Admitted connections at once of one user.
     pub connections_per_user: usize,
+    /// Accepted connections of one user that wait to be judged while the gate is busy.
+    pub waiting_per_user: usize,
     /// How long a connection may be silent; `None`: without end.
     pub idle_timeout: Option<Duration>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, connections_per_user: 64, idle_timeout: None }
+        Self { connections: 1024, connections_per_user: 64, waiting_per_user: 256, idle_timeout: None }
     }
 }
 
@@ -143,13 +145,18 @@ impl<P: Protocol> Default for LimitsSection<P> {
 
 impl<P: Protocol> FromTable for LimitsSection<P> {
     fn from_table(table: &mut Table<'_>) -> Self {
-        let Limits { connections, connections_per_user, idle_timeout } = Limits::default();
+        let default = Limits::default();
         let mut settings = P::Settings::default();
-        let connections = table.take("connections", &values::CONNECTIONS).unwrap_or(connections);
-        let connections_per_user =
-            table.take("connections-per-user", &values::CONNECTIONS).unwrap_or(connections_per_user);
+        let connections = table.take("connections", &values::CONNECTIONS).unwrap_or(default.connections);
+        let per_user = table.take("connections-per-user", &values::CONNECTIONS);
+        let waiting = table.take("waiting-per-user", &values::CONNECTIONS);
         settings.take_limits(table);
-        let idle_timeout = table.take("idle-timeout", &values::SPAN_OR_OFF).unwrap_or(idle_timeout);
-        Self { limits: Limits { connections, connections_per_user, idle_timeout }, settings }
+        let limits = Limits {
+            connections,
+            connections_per_user: per_user.unwrap_or(default.connections_per_user),
+            waiting_per_user: waiting.unwrap_or(default.waiting_per_user),
+            idle_timeout: table.take("idle-timeout", &values::SPAN_OR_OFF).unwrap_or(default.idle_timeout),
+        };
+        Self { limits, settings }
     }
 }

@@ -66,7 +66,7 @@ fn every_key_of_the_contract_is_read() {
         "[deny.contractors]\nusers = ['2000-2999']\n",
         "[allow.owner]\nusers = ['self']\n",
         "[allow.operators]\ngroups = ['adm']\nconnections-per-user = 200\nline-length = '1M'\nidle-timeout = 'off'\n",
-        "[limits]\nconnections = 10\nconnections-per-user = 2\nline-length = '4K'\nidle-timeout = '10min'\n",
+        "[limits]\nconnections = 10\nconnections-per-user = 2\nwaiting-per-user = 3\nline-length = '4K'\nidle-timeout = '10min'\n",
         "[audit]\nrecord = 'lines'\nburst = 5\ninterval = '1min 30s'\n",
         "[service]\nworkers = 3\nbusy-poll = 'off'\nverify = 'line'\nidle-exit = 60\n",
     ))
@@ -78,7 +78,8 @@ fn every_key_of_the_contract_is_read() {
     let expected = Terms { connections_per_user: Some(200), idle_timeout: Some(None), own };
     assert_eq!(format!("{:?}", terms[1..].to_vec()), format!("{:?}", [Terms::default(), expected]));
     let idle_timeout = Some(Duration::from_secs(600));
-    assert_eq!(config.limits, Limits { connections: 10, connections_per_user: 2, idle_timeout });
+    let limits = Limits { connections: 10, connections_per_user: 2, waiting_per_user: 3, idle_timeout };
+    assert_eq!(config.limits, limits);
     assert_eq!(config.settings.line_length, 4096);
     assert_eq!(config.audit, Audit { record: RecordScope::Lines, burst: 5, interval: Duration::from_secs(90) });
     let idle_exit = Some(Duration::from_secs(60));
@@ -105,7 +106,7 @@ fn every_wrong_value_is_told_at_once_with_its_place_and_what_was_expected() {
             "8:15: `line-length`: boolean `true`; expected a size from 1 byte to 1G, such as 65536, \"64K\" or \"1M\"",
             "9:16: `idle-timeout`: string \"0\"; expected a time span above zero, such as \"90s\", \"10min\" or 90, \
              or \"off\"",
-            "10:1: unknown key `conection`; expected one of `connections`, `connections-per-user`, `line-length`, \
+            "10:1: unknown key `conection`; expected one of `connections`, `connections-per-user`, `waiting-per-user`, `line-length`, \
              `idle-timeout`",
             "12:10: `record`: string \"everything\"; expected \"denials\", \"connections\" or \"lines\"",
             "13:9: `burst`: integer `-1`; expected a number of records from 0 to 4294967295, such as 10",

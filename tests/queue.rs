@@ -1,0 +1,123 @@
+//! The queue of new connections: users take turns in it, what one user has waiting delays no other user, and each
+//! connection in it gets its answer and its place in the record. Needs root, to connect as several users.
+//!
+//! The program is stopped (SIGSTOP) while the queue fills, so that what it finds when it goes on is known to the last
+//! connection. The order of the records shows the order in which connections were judged.
+
+mod common;
+
+use std::fs;
+
+use common::records::{LONG, denials, get, serve, with_verdict};
+use common::{
+    ALICE, BOB, BUSY, Client, DENIED, Echod, Journald, PeerProcess, Start, eventually, needs_root, stands_for,
+};
+use nix::sys::signal::Signal;
+
+/// Every denial is written one by one.
+const EACH: &str = "burst = 1000000\n";
+
+/// Stops the program. When this returns, none of its threads runs.
+fn stop(echod: &Echod) {
+    echod.signal(Signal::SIGSTOP);
+    let state = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap();
+    eventually("stopped", || {
+        let mut tasks = fs::read_dir(format!("/proc/{}/task", echod.pid())).unwrap();
+        tasks.all(|task| state(task.unwrap()).rsplit(')').next().unwrap().trim().starts_with('T')).then_some(())
+    });
+}
+
+fn connect(uid: u32, count: usize, echod: &Echod) -> Vec<Client> {
+    PeerProcess::wrapped(&[], &["--as", &format!("{uid}:{uid}")], count, &echod.socket()).end()
+}
+
+/// The users of the records of denials, in their order.
+fn order(journald: &Journald) -> Vec<u32> {
+    let entries = journald.entries();
+    entries.iter().filter(|entry| with_verdict("denied")(entry)).map(|e| get(e, "PEER_UID").parse().unwrap()).collect()
+}
+
+#[test]
+fn a_users_connection_does_not_wait_for_another_users_two_hundred() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve(&journald, &format!("{LONG}{EACH}{}", common::DENY_ALL));
+    stop(&echod);
+    let flood = connect(ALICE, 200, &echod);
+    let others: Vec<_> = [BOB, 64003].map(|uid| connect(uid, 1, &echod)).into();
+    echod.signal(Signal::SIGCONT);
+    flood.iter().chain(others.iter().flatten()).for_each(|client| client.expect_end(DENIED));
+    echod.stop();
+    let order = order(&journald);
+    assert_eq!(order.len(), 202);
+    let place = |uid| order.iter().position(|&other| other == uid).unwrap();
+    // The first connection is judged before the gate knows of a second one.
+    assert_eq!((place(BOB), place(64003)), (2, 3), "{:?}", &order[..8]);
+}
+
+#[test]
+fn a_users_subordinate_ids_have_one_turn_together() {
+    needs_root();
+    let journald = Journald::new();
+    let place = common::Place::new();
+    let subuid = place.file("subuid", "64001:70000:1000\n");
+    let script = "mount --bind \"$0\" /etc/subuid && exec \"$@\"";
+    let wrapper = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, subuid.to_str().unwrap()];
+    fs::OpenOptions::new().append(true).create(true).open("/etc/subuid").unwrap();
+    let config = format!("{LONG}{EACH}{}", common::DENY_ALL);
+    let echod = Start::serving(&config).journal(&journald).wrapper(&wrapper).ready();
+    stop(&echod);
+    let flood: Vec<_> = (70_000..70_020).chain([ALICE]).flat_map(|uid| connect(uid, 3, &echod)).collect();
+    let other = connect(BOB, 1, &echod);
+    echod.signal(Signal::SIGCONT);
+    flood.iter().chain(&other).for_each(|client| client.expect_end(DENIED));
+    echod.stop();
+    assert_eq!(order(&journald).iter().position(|&uid| uid == BOB), Some(2));
+}
+
+#[test]
+fn more_than_may_wait_are_answered_and_counted_in_a_reload_too() {
+    needs_root();
+    let journald = Journald::new();
+    let config = format!("{LONG}burst = 3\n[limits]\nwaiting-per-user = 5\n");
+    let echod = serve(&journald, &format!("{config}{}", common::DENY_ALL));
+    stop(&echod);
+    let waiting = [connect(ALICE, 150, &echod), connect(BOB, 120, &echod)];
+    echod.signal(Signal::SIGHUP);
+    echod.signal(Signal::SIGCONT);
+    waiting.iter().flatten().for_each(|client| client.expect_end(DENIED));
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 270);
+}
+
+#[test]
+fn admitted_connections_beyond_what_may_wait_get_the_places_that_are_left() {
+    needs_root();
+    let journald = Journald::new();
+    let config = "[audit]\ninterval = \"1h\"\n[limits]\nconnections-per-user = 40\nwaiting-per-user = 10\n";
+    let echod = serve(&journald, &format!("{config}[allow.all]\nusers = [\"any\"]\n"));
+    stop(&echod);
+    let (flood, other) = (connect(ALICE, 100, &echod), connect(BOB, 1, &echod));
+    echod.signal(Signal::SIGCONT);
+    other[0].echo("hello");
+    let (inside, refused) = flood.split_at(40);
+    inside.iter().for_each(|client| client.echo("hello"));
+    refused.iter().for_each(|client| client.expect_end(BUSY));
+    echod.stop();
+    assert_eq!(stands_for(&journald.entries(), "refused", &["user-limit"]), 60);
+}
+
+#[test]
+fn a_restart_answers_each_connection_that_waits_in_either_queue() {
+    needs_root();
+    let journald = Journald::new();
+    let policy = format!("[deny.alice]\nusers = [{ALICE}]\n[allow.all]\nusers = [\"any\"]\n");
+    let echod = Start::serving(&format!("{LONG}burst = 3\n{policy}")).journal(&journald).with_store();
+    stop(&echod);
+    let (denied, admitted) = (connect(ALICE, 150, &echod), connect(BOB, 30, &echod));
+    let next = echod.restart(|start, _| start.journal(&journald));
+    denied.iter().for_each(|client| client.expect_end(DENIED));
+    admitted.iter().for_each(|client| client.echo("hello"));
+    next.stop();
+    assert_eq!(denials(&journald.entries()), 150);
+}
