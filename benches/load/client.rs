@@ -1,8 +1,11 @@
 //! The client's side: connections that compare each byte with the expected one and report a difference.
 //! Used by the workloads; knows the wire, not the servers.
+use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, socket};
 use std::io::{Error, ErrorKind, Read, Result, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -295,6 +298,48 @@ fn connect_again(path: &Path, id: u32, start: Instant, span: Duration) -> Result
         exchange = conn.exchange;
     }
     Ok(run)
+}
+
+/// Connects for `span` and closes at once, without a look at the answer. Returns how often.
+pub fn attack(path: &Path, span: Duration) -> Result<Run> {
+    let mut run = Run::default();
+    let start = Instant::now();
+    while start.elapsed() < span {
+        drop(UnixStream::connect(path)?);
+        run.lines += 1;
+    }
+    run.elapsed = start.elapsed();
+    Ok(run)
+}
+
+/// For `span`: connect, one line, close, as [`connects`] with one client; but each attempt connects without waiting first.
+/// Returns how many of these attempts the kernel turned down (EAGAIN: the queue is full), too. Such a client waits then,
+/// and its time counts.
+pub fn tries(path: &Path, span: Duration) -> Result<(Run, u64)> {
+    let address = UnixAddr::new(path)?;
+    let (mut run, mut turned_down) = (Run::default(), 0);
+    let (mut chunk, mut exchange) = ([0; 256], Exchange::new(0, 32, 1));
+    let start = Instant::now();
+    while start.elapsed() < span {
+        let since = Instant::now();
+        let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+        let stream = UnixStream::from(socket(AddressFamily::Unix, SockType::Stream, flags, None)?);
+        let first = nix::sys::socket::connect(stream.as_raw_fd(), &address);
+        stream.set_nonblocking(false)?;
+        match first {
+            Err(Errno::EAGAIN) => {
+                turned_down += 1;
+                nix::sys::socket::connect(stream.as_raw_fd(), &address)?;
+            }
+            end => end?,
+        }
+        let mut conn = Conn { stream, exchange, sent: 0, got: 0, since };
+        conn.echo(&mut chunk)?;
+        run.record(1, since);
+        exchange = conn.exchange;
+    }
+    run.elapsed = start.elapsed();
+    Ok((run, turned_down))
 }
 
 /// Connects that must be denied, for `span`: exactly `message`, then a clean end of file. Nothing here limits the time

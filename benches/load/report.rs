@@ -114,8 +114,11 @@ impl Results {
             None => String::new(),
         };
         let also: Vec<String> = [
+            (Figure::QuietP50, "quiet p50 µs"),
             (Figure::QuietP99, "quiet p99 µs"),
             (Figure::Denials, "denied per second"),
+            (Figure::Alone, "denied per second alone"),
+            (Figure::TurnedDown, "EAGAIN %"),
             (Figure::FirstEcho, "connect to first echo ms"),
             (Figure::Ready, "exec to READY=1 ms"),
             (Figure::PerConnection, "bytes per connection"),
@@ -177,6 +180,17 @@ impl Results {
         aim("exec to READY=1, ms", self.median("cold", echod, Figure::Ready), 3.0);
         let flood = ("flood", echod);
         aim("flood: p99 / quiet p99", self.quotient((flood, Figure::P99), (flood, Figure::QuietP99)), 2.0);
+        let unfair = ("unfair-connect", echod);
+        for (what, figure, quiet, most) in
+            [("p50", Figure::P50, Figure::QuietP50, 2.0), ("p99", Figure::P99, Figure::QuietP99, 5.0)]
+        {
+            aim(
+                &format!("unfair-connect: {what} / quiet {what}"),
+                self.quotient((unfair, figure), (unfair, quiet)),
+                most,
+            );
+        }
+        aim("unfair-connect: EAGAIN, per cent", self.median("unfair-connect", echod, Figure::TurnedDown), 0.1);
         for many in ["flat-1000", "flat-10000"] {
             let flat = self.ratio((many, echod), ("flat-64", echod), Figure::Cpu);
             aim(&format!("CPU per line, {many}, / flat-64"), flat, 1.15);

@@ -39,6 +39,12 @@ pub enum Figure {
     QuietP99,
     /// Denials per second during the flood.
     Denials,
+    /// Microseconds.
+    QuietP50,
+    /// Per cent of the connects that do not wait for which the listener's queue was full.
+    TurnedDown,
+    /// Connections per second of the attackers, while no other client is there.
+    Alone,
     /// Milliseconds.
     FirstEcho,
     Ready,
@@ -68,6 +74,8 @@ pub enum Needs {
     Judgement,
     /// It denies other users and serves all its connections in one process.
     JudgementInOne,
+    /// The same; and the denied clients do not look at the answer.
+    JudgementInHaste,
     /// It is started by the connection.
     Activation,
 }
@@ -130,6 +138,13 @@ pub const ALL: &[Workload] = &[
     workload("connect-16", "connect, one line, close; 16 clients", 16, Needs::Nothing, |b, s| connect(b, s, 16)),
     workload("denied", "connections that are denied; 1 client", 1, Needs::Judgement, denied),
     workload("flood", "1 admitted connection as ping-free while 2 other users flood", 3, Needs::JudgementInOne, flood),
+    workload(
+        "unfair-connect",
+        "1 client connects, one line, closes while 2 processes of another user connect and close",
+        3,
+        Needs::JudgementInHaste,
+        unfair_connect,
+    ),
     workload("flat-64", "64 active connections of 64", 64, Needs::Nothing, |b, s| flat(b, s, 64)),
     workload("flat-1000", "64 active connections of 1,000", 1_000, Needs::Nothing, |b, s| flat(b, s, 1_000)),
     workload("flat-10000", "64 active connections of 10,000", 10_000, Needs::Nothing, |b, s| flat(b, s, 10_000)),
@@ -147,10 +162,12 @@ impl Workload {
             Needs::Nothing => None,
             Needs::Activation if !spec.activated => Some("is not started by a socket"),
             Needs::Activation => None,
-            Needs::Judgement | Needs::JudgementInOne if !bench.root => Some("needs root, to connect as another user"),
-            Needs::Judgement | Needs::JudgementInOne if spec.denies == Denies::NoPeer => Some("denies no peer"),
-            Needs::JudgementInOne if spec.most <= 100 => Some("starts a process for each denial"),
-            Needs::Judgement | Needs::JudgementInOne => None,
+            _ if !bench.root => Some("needs root, to connect as another user"),
+            _ if spec.denies == Denies::NoPeer => Some("denies no peer"),
+            Needs::JudgementInOne | Needs::JudgementInHaste if spec.most <= 100 => {
+                Some("starts a process for each denial")
+            }
+            Needs::Judgement | Needs::JudgementInOne | Needs::JudgementInHaste => None,
         }
     }
 
@@ -166,7 +183,7 @@ impl Workload {
         let echo = Lie { option: "--lie", nth: bench.many(self.connections) + 40, span: patient };
         let denial = Lie { option: "--lie-denial", nth: 1, span: patient };
         match self.needs {
-            Needs::Nothing => vec![echo],
+            Needs::Nothing | Needs::JudgementInHaste => vec![echo],
             Needs::Judgement => vec![denial],
             // The other users' clients report at the end.
             Needs::JudgementInOne => vec![echo, Lie { span: Duration::from_secs(1), ..denial }],
@@ -323,7 +340,7 @@ fn denied(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let socket = bench.socket();
     let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
     finish(client::open(&socket, 1, 32, 1)?)?;
-    metered(&server, || DeniedClient::start(DENIED_UIDS[0], &socket, message(spec), bench.span)?.end())
+    metered(&server, || DeniedClient::start(DENIED_CLIENT, DENIED_UIDS[0], &socket, message(spec), bench.span)?.end())
 }
 
 fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
@@ -336,7 +353,7 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
     let span = bench.span * 2;
     let mut flood = DENIED_UIDS
         .iter()
-        .map(|&uid| DeniedClient::start(uid, &socket, message(spec), span))
+        .map(|&uid| DeniedClient::start(DENIED_CLIENT, uid, &socket, message(spec), span))
         .collect::<Result<Vec<_>>>()?;
     flood.iter_mut().try_for_each(DeniedClient::started)?;
     let mut figures = metered(&server, || {
@@ -355,6 +372,44 @@ fn flood(bench: &Bench, spec: &Spec) -> Result<Figures> {
     Ok(figures)
 }
 
+/// One user's client while another user's processes connect and close as fast as they can.
+fn unfair_connect(bench: &Bench, spec: &Spec) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting { judging: true, ..Setting::default() })?;
+    let attack = |span| {
+        let start = |_| DeniedClient::start(ATTACKER, DENIED_UIDS[0], &socket, "", span);
+        let mut attack = (0..2).map(start).collect::<Result<Vec<_>>>()?;
+        attack.iter_mut().try_for_each(DeniedClient::started)?;
+        Ok::<_, Error>(attack)
+    };
+    let per_second = |attack: Vec<DeniedClient>, span: Duration| -> Result<f64> {
+        let counts: Result<Vec<u64>> = attack.into_iter().map(|client| Ok(client.end()?.lines)).collect();
+        Ok(counts?.into_iter().sum::<u64>() as f64 / span.as_secs_f64())
+    };
+    let (mut quiet, _) = client::tries(&socket, bench.span)?;
+    let alone = per_second(attack(bench.span)?, bench.span)?;
+    // The attack lasts longer than the measurement, so that no part of it is quiet.
+    let span = bench.span * 2;
+    let attackers = attack(span)?;
+    let mut turned_down = 0;
+    let mut figures = metered(&server, || {
+        let (run, eagain) = client::tries(&socket, bench.span)?;
+        turned_down = eagain;
+        Ok(run)
+    })?;
+    // The server's time went to the attackers; divided by the client's lines it means nothing.
+    figures.remove(&Figure::Cpu);
+    let quiet_figures = percentiles(&mut quiet);
+    let tries = figures[&Figure::Rate] * bench.span.as_secs_f64();
+    figures.insert(Figure::QuietP50, quiet_figures[&Figure::P50]);
+    figures.insert(Figure::QuietP99, quiet_figures[&Figure::P99]);
+    figures.insert(Figure::TurnedDown, 100.0 * turned_down as f64 / tries);
+    figures.insert(Figure::Alone, alone);
+    figures.insert(Figure::Denials, per_second(attackers, span)?);
+    finish(client::open(&socket, 1, 32, 1)?)?;
+    Ok(figures)
+}
+
 /// A process of another user that connects and is denied.
 struct DeniedClient {
     child: Child,
@@ -363,11 +418,13 @@ struct DeniedClient {
 
 /// The command line by which this program starts itself as a denied client.
 pub const DENIED_CLIENT: &str = "denied-client";
+/// The same as one that does not look at the answer.
+pub const ATTACKER: &str = "attacker";
 
 impl DeniedClient {
-    fn start(uid: u32, socket: &Path, message: &str, span: Duration) -> Result<Self> {
+    fn start(role: &str, uid: u32, socket: &Path, message: &str, span: Duration) -> Result<Self> {
         let mut command = Command::new("/proc/self/exe");
-        command.arg(DENIED_CLIENT).arg(uid.to_string()).arg(socket).arg(message).arg(span.as_millis().to_string());
+        command.arg(role).arg(uid.to_string()).arg(socket).arg(message).arg(span.as_millis().to_string());
         let mut child = command.arg(std::process::id().to_string()).stdout(Stdio::piped()).spawn()?;
         let said = child.stdout.take().ok_or_else(|| Error::other("no pipe from the denied client"))?;
         Ok(Self { child, said: BufReader::new(said) })
@@ -395,8 +452,9 @@ impl DeniedClient {
         }
         let mut numbers = said.lines().filter_map(|l| l.parse::<u64>().ok());
         let elapsed = Duration::from_nanos(numbers.next().unwrap_or_default());
+        let lines = numbers.next().unwrap_or_default();
         let latencies: Vec<u32> = numbers.filter_map(|n| u32::try_from(n).ok()).collect();
-        Ok(Run { lines: latencies.len() as u64, elapsed, latencies })
+        Ok(Run { lines, elapsed, latencies })
     }
 }
 
@@ -412,7 +470,7 @@ impl Drop for DeniedClient {
 const WRONG: &str = "wrong: ";
 
 /// The denied client's own side: switches to the user, connects for the time given, and reports the result.
-pub fn denied_client(args: &[String]) -> Result<()> {
+pub fn denied_client(role: &str, args: &[String]) -> Result<()> {
     let [uid, socket, message, millis, parent] = args else {
         return Err(Error::other("uid socket message milliseconds parent"));
     };
@@ -431,10 +489,18 @@ pub fn denied_client(args: &[String]) -> Result<()> {
     if std::os::unix::process::parent_id() != number(parent)? {
         return Err(Error::other("the benchmark has ended"));
     }
+    if role == ATTACKER {
+        // Another user's processes are a session of their own, and the kernel may share processors out by session.
+        nix::unistd::setsid()?;
+    }
     println!("started");
-    match client::denials(Path::new(socket), message.as_bytes(), span) {
+    let end = match role {
+        ATTACKER => client::attack(Path::new(socket), span),
+        _ => client::denials(Path::new(socket), message.as_bytes(), span),
+    };
+    match end {
         Ok(run) => {
-            let mut said = format!("{}\n", run.elapsed.as_nanos());
+            let mut said = format!("{}\n{}\n", run.elapsed.as_nanos(), run.lines);
             run.latencies.iter().for_each(|n| said.push_str(&format!("{n}\n")));
             print!("{said}");
         }
