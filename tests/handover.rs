@@ -194,6 +194,36 @@ fn expect_to_survive(connections: usize, restarts: usize) {
     echod.stop();
 }
 
+/// A number of KiB from /proc/PID/status.
+fn memory(echod: &Echod, field: &str) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", echod.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+    line.trim_matches(|c: char| !c.is_ascii_digit()).parse().unwrap()
+}
+
+#[test]
+fn ten_thousand_connections_at_rest_take_no_two_mebibytes_more_for_a_restart() {
+    const MOST: usize = 2048;
+    common::raise_descriptor_limit(20_000);
+    let echod = serve(&format!("[limits]\nconnections = 10000\nconnections-per-user = 10000\n{OWNER}"));
+    let clients: Vec<_> = (0..9_500).map(|_| echod.connect()).collect();
+    clients.iter().for_each(|client| client.echo("in"));
+    let before = memory(&echod, "VmRSS:");
+    let manager = Arc::clone(&echod.manager);
+    // All have been sent, and it waits for the manager.
+    manager.received.change(|received| received.unsettled = Some(Vec::new()));
+    echod.signal(Signal::SIGTERM);
+    manager.wait_for("FDSTORE=1", 1);
+    let at_the_stop = memory(&echod, "VmHWM:");
+    manager.received.change(|received| received.unsettled = None);
+    let echod = echod.start_again(|start, _| start);
+    clients.iter().for_each(|client| client.echo("after"));
+    let after = memory(&echod, "VmHWM:");
+    println!("{before} KiB before, at most {at_the_stop} KiB at the stop, at most {after} KiB in the next process");
+    assert!(at_the_stop <= before + MOST && after <= before + MOST, "{before} {at_the_stop} {after}");
+    echod.stop();
+}
+
 /// More than the gate accepts in one turn: it could accept some of them before all carried connections are taken over.
 #[test]
 fn a_waiting_connection_gets_no_permit_of_a_carried_one() {

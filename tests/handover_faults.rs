@@ -117,13 +117,13 @@ fn with_fewer_descriptors_than_states_no_state_is_used() {
     let ends = [two.at_rest.rest(), two.midline.rest()];
     assert!(ends.iter().all(|(output, _)| output.is_empty()), "{ends:?}");
     assert_eq!(ends.iter().filter(|(_, end)| *end == End::Eof).count(), 1, "{ends:?}");
-    two.expect_record("0 connections carried over the restart, 1 ended (1 descriptors came with a message of 2)");
+    two.expect_record("0 connections carried over the restart, 2 ended (1 descriptors came with a message of 2)");
 }
 
 #[test]
 fn states_of_a_later_version_end_their_connections_in_order() {
     // The first byte is the version of what the daemon writes, the second that of the protocol's own state.
-    for (place, version) in [(0, "9.1"), (1, "1.9")] {
+    for (place, version) in [(0, "9.1"), (1, "2.9")] {
         let two = Two::new().restart(|stored| {
             change_left(stored, |messages| messages[1].change_states(|state| state[place] = 9));
         });
@@ -176,6 +176,17 @@ fn without_its_message_no_connection_is_made_up() {
 #[test]
 fn a_message_in_front_of_the_others_ends_no_connection() {
     let two = Two::new().restart(|stored| change_left(stored, |messages| messages.insert(0, Message::foreign(vec![]))));
+    two.expect_both_go_on();
+    two.expect_record("2 connections carried over the restart, 0 ended (the message is of another program)");
+}
+
+/// recvmsg(2) returns 0 for it, as at the end of file.
+#[test]
+fn a_message_without_bytes_ends_no_connection_after_it() {
+    let empty = || Message { bytes: Vec::new(), fds: Vec::new() };
+    let two = Two::new().restart(|stored| {
+        change_left(stored, |messages| drop(messages.splice(1..1, [empty(), empty()])));
+    });
     two.expect_both_go_on();
     two.expect_record("2 connections carried over the restart, 0 ended (the message is of another program)");
 }
@@ -390,6 +401,43 @@ fn a_low_soft_limit_of_the_next_process_costs_no_connection() {
     let clients = many(&echod, 600, "half");
     let echod = echod.restart(|start, _| start.wrapper(&["prlimit", "--nofile=256:4096"]));
     assert_eq!(count_carried(&clients, "half"), 600);
+    echod.stop();
+}
+
+/// Restarts 600 connections onto a process with this limit. Returns how many it says go on, it ended in order and were lost,
+/// and the clients.
+fn restart_with_limit(limit: usize) -> (usize, usize, usize, Vec<Client>, Echod) {
+    common::raise_descriptor_limit(4096);
+    let echod = Start::serving(MANY).with_store();
+    let clients = many(&echod, 600, "half");
+    let limit = format!("--nofile={limit}:{limit}");
+    let echod = echod.restart(|start, _| start.wrapper(&["prlimit", &limit]));
+    echod.wait_for_stderr(" connections carried over the restart, ");
+    let said = echod.stderr();
+    let numbers = |text: &str| -> usize {
+        let before = said.lines().filter_map(|line| line.split_once(text)?.0.rsplit(' ').next());
+        before.map(|number| number.parse::<usize>().unwrap()).sum()
+    };
+    let in_order = numbers(" connections of an earlier process ended: the limit of descriptors is too low for them");
+    let lost = numbers(" ended (");
+    (numbers(" connections carried over the restart, "), in_order, lost, clients, echod)
+}
+
+#[test]
+fn connections_above_the_next_processs_limit_end_in_order() {
+    let (carried, in_order, lost, clients, echod) = restart_with_limit(600);
+    assert!(carried > 100 && in_order > 100, "{carried} {in_order}: {}", echod.stderr());
+    assert_eq!((carried + in_order, lost), (600, 0), "{}", echod.stderr());
+    assert_eq!(count_carried(&clients, "half"), carried);
+    echod.stop();
+}
+
+#[test]
+fn connections_of_a_message_above_the_limit_are_counted() {
+    let (carried, in_order, lost, clients, echod) = restart_with_limit(200);
+    assert!(lost > 100, "{}", echod.stderr());
+    assert_eq!(carried + in_order + lost, 600, "{}", echod.stderr());
+    drop(clients);
     echod.stop();
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 use nix::sys::socket::{getsockopt, sockopt};
 use peergate::Stream;
 use peergate::audit::Audit;
+use peergate::fd_passing::Passing;
 use peergate::gate::Admission;
 use peergate::peer::Peer;
 use peergate::permits::Permit;
@@ -80,6 +81,8 @@ pub struct Inherited<P: Protocol> {
     pub progress: Progress,
     /// The protocol's own state.
     pub protocol: P,
+    /// As its stream said in the earlier process. `None`: not known.
+    pub passing: Option<Passing>,
     /// What is to become of it, if the policy admits it.
     pub fate: Fate,
 }
@@ -98,12 +101,11 @@ pub enum Fate {
 impl<P: Protocol> Inherited<P> {
     /// A connection without a state that can be used. `None` where not even the peer can be told.
     pub fn without_state(socket: OwnedFd, number: u64, fate: Fate) -> Option<Self> {
-        let mut peer = Peer::credentials_of(&socket).ok()?;
-        peer.forget_groups();
+        let peer = Peer::ids_of(&socket).ok()?;
         // The socket still knows whether the kernel was asked to attach credentials.
         let pass_credentials = getsockopt(&socket, sockopt::PassCred).unwrap_or(false);
         let progress = Progress { pass_credentials, ..Progress::new(number) };
-        Some(Self { socket, peer, progress, protocol: P::start(), fate })
+        Some(Self { socket, peer, progress, protocol: P::start(), passing: None, fate })
     }
 
     /// For the record, where it ends now.
@@ -159,8 +161,11 @@ impl<P: Protocol> Connection<P> {
 
     /// A connection of an earlier process, admitted again.
     pub fn resumed(inherited: Inherited<P>, rule: Arc<Rule<Terms<P>>>, permit: Permit) -> Self {
-        let Inherited { socket, peer, progress, protocol, fate: _ } = inherited;
-        let socket = Stream::inherited(socket, progress.pass_credentials);
+        let Inherited { socket, peer, progress, protocol, passing, fate: _ } = inherited;
+        let socket = match passing {
+            Some(passing) => Stream::resumed(socket, progress.pass_credentials, passing),
+            None => Stream::inherited(socket, progress.pass_credentials),
+        };
         Self { permit, socket, peer, rule, progress, protocol, is_shared: true }
     }
 

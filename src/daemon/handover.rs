@@ -3,15 +3,19 @@
 //! The service's own bytes are the number of the next connection. A connection's bytes begin with the versions of this
 //! format and of the protocol's state and with whether nothing is pending (1), which a program of another version can read
 //! too; then comes, written by postcard:
-//! what is known of its peer's process, its progress, the protocol's state. The peer's credentials are not among them: the
+//! what is known of its peer's process, whether unread data may carry descriptors, its progress, the protocol's state. The
+//! peer's credentials are not among them: the
 //! kernel tells them again, fixed at connect, from the socket itself.
 
 use std::fmt;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::sys::resource::{Resource, getrlimit};
+use peergate::fd_passing::Passing;
 use peergate::handover::{self, Fault, Found, Parcel};
 use peergate::peer::{Peer, Remembered};
 use peergate::systemd::Store;
@@ -28,6 +32,8 @@ const VERSION: u8 = 2;
 const NAMELESS: &str = "stored";
 /// Stands for the number of a connection that came without a state.
 const UNKNOWN: u64 = 0;
+/// Descriptors that a process needs besides those of its connections.
+const SPARE: usize = 64;
 /// How long the service manager may take to store one descriptor.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -41,6 +47,8 @@ pub fn is_kept<P: Protocol>(name: &str) -> bool {
 pub struct Inheritance<P: Protocol> {
     /// Its connections, in the order in which they were left.
     pub connections: Vec<Inherited<P>>,
+    /// How many descriptors of connections have not come: the kernel has closed them.
+    pub lost: usize,
     /// Why the state of some cannot be used: the first reason found.
     pub unusable: Option<Unusable>,
     /// The names of stored descriptors that are not ours, or are of a kind that this program does not know.
@@ -73,41 +81,76 @@ impl fmt::Display for Unusable {
 }
 
 /// Takes back what an earlier process left, and has the service manager forget it: from now on closing a connection ends it.
-pub fn take_back<P: Protocol>(kept: Vec<(String, OwnedFd)>, store: &Store) -> Inheritance<P> {
+///
+/// The limit of descriptors may be lower than that of the earlier process. Connections for which it leaves no room go to
+/// `end`, before more are read: the kernel would close what it finds no number for.
+pub fn take_back<P: Protocol>(
+    kept: Vec<(String, OwnedFd)>,
+    store: &Store,
+    mut end: impl FnMut(Vec<Inherited<P>>),
+) -> Inheritance<P> {
+    let room = room_for_connections();
     let mut left = handover::take_back(kept, P::NAME, store);
     let next_connection = left.header().and_then(|bytes| postcard::from_bytes(bytes).ok()).unwrap_or(1);
     let foreign = left.foreign().to_vec();
-    let mut inheritance = Inheritance { connections: Vec::new(), unusable: None, foreign, next_connection };
-    for found in &mut left {
-        match found {
-            Found::Connection(Parcel { socket, further, state }) => inheritance.take(socket, further, &state),
+    let mut inheritance = Inheritance { connections: Vec::new(), lost: 0, unusable: None, foreign, next_connection };
+    let (mut held, mut excess) = (0, Vec::new());
+    while let Some(found) = left.next() {
+        let before = inheritance.connections.len();
+        let fds = match found {
+            Found::Connection(Parcel { socket, further, state }) => {
+                let fds = 1 + further.len();
+                inheritance.take(socket, further, &state);
+                fds
+            }
             Found::Unusable { fault, sockets } => {
+                let fds = sockets.len();
+                if let Fault::Descriptors { said, came } = fault {
+                    inheritance.lost += said.saturating_sub(came);
+                }
                 inheritance.unusable.get_or_insert(Unusable::Message(fault));
                 sockets.into_iter().for_each(|socket| inheritance.take_without_state(socket, Fate::EndsAtOnce));
+                fds
             }
+        };
+        if held + fds > room {
+            excess.extend(inheritance.connections.drain(before..));
+        } else {
+            held += fds;
+        }
+        // The next message is still to be read.
+        if left.size_hint().0 == 0 && !excess.is_empty() {
+            end(std::mem::take(&mut excess));
         }
     }
     inheritance.number_the_rest();
     inheritance
 }
 
+/// How many descriptors of connections may be held, so that there is room for a message's and for everything else.
+fn room_for_connections() -> usize {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
+    let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(open + handover::MOST_FDS + SPARE)
+}
+
 impl<P: Protocol> Inheritance<P> {
     fn take(&mut self, socket: OwnedFd, further: Vec<OwnedFd>, bytes: &[u8]) {
         // Another process that held it may have changed that.
         let _ = set_nonblocking(&socket);
-        let Ok(mut peer) = Peer::credentials_of(&socket) else {
+        // Judging asks for the groups where the policy depends on them.
+        let Ok(peer) = Peer::ids_of(&socket) else {
             self.unusable.get_or_insert(Unusable::Corrupt);
             return;
         };
-        // Judging asks for them again, one connection at a time.
-        peer.forget_groups();
         match restore::<P>(bytes, &peer) {
-            Ok((progress, mut protocol)) => {
+            Ok((passing, progress, mut protocol)) => {
                 for second in further {
                     let _ = set_nonblocking(&second);
                     protocol.set_second(second);
                 }
-                self.connections.push(Inherited { socket, peer, progress, protocol, fate: Fate::GoesOn });
+                let passing = Some(passing);
+                self.connections.push(Inherited { socket, peer, progress, protocol, passing, fate: Fate::GoesOn });
             }
             Err((why, fate)) => {
                 self.unusable.get_or_insert(why);
@@ -135,6 +178,9 @@ impl<P: Protocol> Inheritance<P> {
 
 fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    if flags.contains(OFlag::O_NONBLOCK) {
+        return Ok(());
+    }
     fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
@@ -160,19 +206,20 @@ pub fn leave<P: Protocol>(
 #[derive(Serialize, Deserialize)]
 struct Content<R, S> {
     process: Remembered,
+    passing: Passing,
     progress: R,
     protocol: S,
 }
 
 fn state_of<P: Protocol>(connection: &Connection<P>) -> Vec<u8> {
-    let Connection { peer, progress, protocol, .. } = connection;
-    let content = Content { process: peer.remembered(), progress, protocol };
+    let Connection { socket, peer, progress, protocol, .. } = connection;
+    let content = Content { process: peer.remembered(), passing: socket.passing(), progress, protocol };
     let bytes = vec![VERSION, P::STATE_VERSION, protocol.is_at_rest().into()];
     // What cannot be written is ended in order by the next process.
     postcard::to_extend(&content, bytes).unwrap_or_default()
 }
 
-fn restore<P: Protocol>(bytes: &[u8], peer: &Peer) -> Result<(Progress, P), (Unusable, Fate)> {
+fn restore<P: Protocol>(bytes: &[u8], peer: &Peer) -> Result<(Passing, Progress, P), (Unusable, Fate)> {
     let [version, state_version, is_at_rest, content @ ..] = bytes else {
         return Err((Unusable::Corrupt, Fate::EndsAtOnce));
     };
@@ -186,7 +233,7 @@ fn restore<P: Protocol>(bytes: &[u8], peer: &Peer) -> Result<(Progress, P), (Unu
         _ => return Err((Unusable::Corrupt, fate)),
     };
     peer.remember(content.process);
-    Ok((content.progress, content.protocol))
+    Ok((content.passing, content.progress, content.protocol))
 }
 
 #[cfg(test)]
@@ -213,7 +260,7 @@ mod tests {
     fn restored(bytes: &[u8]) -> Result<(Peer, Progress, Lines), (Unusable, Fate)> {
         let (ours, _theirs) = UnixStream::pair().unwrap();
         let peer = Peer::credentials_of(&ours).unwrap();
-        restore(bytes, &peer).map(|(progress, protocol)| (peer, progress, protocol))
+        restore(bytes, &peer).map(|(_, progress, protocol)| (peer, progress, protocol))
     }
 
     #[test]

@@ -20,11 +20,10 @@ use crate::config::{Config, Verify};
 use crate::connection::{Connection, Fate, Inherited};
 use crate::first_turn::FirstTurn;
 use crate::gate_thread::GateThread;
-use crate::handover::Inheritance;
 use crate::in_force::{audit_settings, worker_config};
 use crate::protocol::Protocol;
 use crate::service::Service;
-use crate::stop::{end_workers, finish};
+use crate::stop::{DRAIN, end_workers, finish};
 use crate::worker::Worker;
 
 /// A connection of an earlier process after it was judged.
@@ -133,15 +132,16 @@ pub fn leave_kept<P: Protocol>(is_any: bool, notifier: &Notifier) {
 
 /// Ends the connections of an earlier process where this one does not serve: no peer is judged, each gets what it is owed,
 /// and its end of file.
-pub fn end_inherited<P: Protocol>(inheritance: Inheritance<P>, notifier: &Notifier, why: &str) {
-    let count = inheritance.connections.len();
+pub fn end_inherited<P: Protocol>(connections: Vec<Inherited<P>>, notifier: &Notifier, why: &str) {
+    let count = connections.len();
     if count == 0 {
         return;
     }
     let config = Config::without_file(Uid::effective());
     let audit = Audit::new(audit_settings(&config));
     let Ok(journal) = Writer::start(&audit, P::NAME) else { return };
-    if let Err(error) = end_unjudged(inheritance, &config, &audit) {
+    notifier.extend_timeout(DRAIN * 6);
+    if let Err(error) = end_unjudged(connections, &config, &audit) {
         audit.write(Record::note(Severity::Error, format!("ending connections of an earlier process: {error}")));
     }
     let text = format!("{count} connections of an earlier process ended: {why}");
@@ -149,7 +149,7 @@ pub fn end_inherited<P: Protocol>(inheritance: Inheritance<P>, notifier: &Notifi
     finish(journal, notifier);
 }
 
-fn end_unjudged<P: Protocol>(inheritance: Inheritance<P>, config: &Config<P>, audit: &Audit) -> io::Result<()> {
+fn end_unjudged<P: Protocol>(connections: Vec<Inherited<P>>, config: &Config<P>, audit: &Audit) -> io::Result<()> {
     let Some(rule) = config.policy.rules().next() else { return Ok(()) };
     let setup = Setup::without_listeners(Arc::clone(&config.policy), audit.clone());
     let permits = setup.permits.clone();
@@ -168,7 +168,7 @@ fn end_unjudged<P: Protocol>(inheritance: Inheritance<P>, config: &Config<P>, au
     let first_turn = FirstTurn::new(vec![worker.mailbox()], context.clone(), of_new_connections);
     // It closes in order what the worker has ended, while the worker still waits for other peers.
     let mut gate = GateThread::start(gate, first_turn, Arc::clone(&context.wakeup))?;
-    for one in inheritance.connections {
+    for one in connections {
         if one.fate == Fate::EndsAtOnce {
             close_silently(&context.closer, one.socket);
             continue;

@@ -119,17 +119,19 @@ fn serve<P: Protocol>(options: Serve<P::Options>) -> Result<(), Failure> {
     }
     in_force::raise_descriptor_limit();
     let store = Store::from_env();
-    let inheritance = handover::take_back(kept, &store);
+    let inheritance = handover::take_back(kept, &store, |excess| {
+        inherit::end_inherited(excess, &notifier, "the limit of descriptors is too low for them (LimitNOFILE=)");
+    });
     let (config, signals, bound, requests) = match prepared {
         Ok(Prepared::ToServe { config, signals, bound, requests }) => (*config, signals, bound, requests),
         Ok(Prepared::Stopped { .. }) => {
-            inherit::end_inherited(inheritance, &notifier, "this one was told to stop before it served");
+            inherit::end_inherited(inheritance.connections, &notifier, "this one was told to stop before it served");
             return Ok(());
         }
         Err(failure) => {
-            // Connections of an earlier process cannot go on here, but they are owed an orderly end. Without a socket, systemd
-            // starts this for that end alone: echo-reopen.service.
-            inherit::end_inherited(inheritance, &notifier, "this one cannot serve them");
+            // Connections of an earlier process cannot go on here, but they are owed an orderly end. Where the
+            // socket has failed at its restart, systemd starts this for that end alone.
+            inherit::end_inherited(inheritance.connections, &notifier, "this one cannot serve them");
             return Err(failure);
         }
     };

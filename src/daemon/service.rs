@@ -127,7 +127,7 @@ impl<P: Protocol> Service<P> {
         let Start { listeners, inheritance, config, choice, store, notifier, signals, requests, ends_at_hangup } =
             start;
         let sockets = listeners.iter().map(|listener| Arc::clone(listener.address())).collect();
-        let Inheritance { connections, unusable, foreign, next_connection } = inheritance;
+        let Inheritance { connections, lost, unusable, foreign, next_connection } = inheritance;
         let permits = Permits::new();
         let opening = |error| format!("opening the gate: {error}");
         let mut setup = Setup::new(listeners, Arc::clone(&config.policy), audit.clone()).map_err(opening)?;
@@ -178,15 +178,16 @@ impl<P: Protocol> Service<P> {
         if let Some(text) = describe_foreign(foreign) {
             service.note(Severity::Warning, text);
         }
-        service.go_on_with(inherited, unusable);
+        service.go_on_with(inherited, lost, unusable);
         service.status.said = service.status_line();
         service.notifier.ready(&service.status.said);
         Ok(service)
     }
 
     /// Goes on with the connections of an earlier process, and records how many.
-    fn go_on_with(&self, inherited: Judgement<P>, unusable: Option<Unusable>) {
+    fn go_on_with(&self, inherited: Judgement<P>, lost: usize, unusable: Option<Unusable>) {
         let (carried, ended, revoked) = inherited.counts();
+        let ended = ended + lost;
         if carried + ended + revoked == 0 {
             return;
         }

@@ -17,7 +17,7 @@ use crate::service::Service;
 use crate::worker::Worker;
 
 /// How long connections that cannot be handed over may take to get what they are owed.
-const DRAIN: Duration = Duration::from_secs(5);
+pub const DRAIN: Duration = Duration::from_secs(5);
 /// How long the end may wait for a journal that takes nothing. TimeoutStopSec= of the unit is shorter: it is extended.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(60);
 /// The same for one that takes what is left, but slowly.

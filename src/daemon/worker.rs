@@ -464,7 +464,6 @@ impl<P: Protocol> WorkerLoop<P> {
                 self.mailbox.free_slot(slot);
                 self.close(connection, end);
             } else if carried.len() < carry {
-                self.mailbox.unwatch(&connection);
                 self.mailbox.free_slot(slot);
                 if connection.times_out(&self.config).is_none() {
                     // The last activity is not known; where the next process has a timeout, it counts from now.
@@ -477,6 +476,12 @@ impl<P: Protocol> WorkerLoop<P> {
                 let _ = connection.socket.shutdown(Shutdown::Read);
                 self.renew_interest(slot, &connection, watched);
                 self.put(slot, connection);
+            }
+        }
+        // Where the worker goes on. Where it does not, the epoll ends with it.
+        if self.present > 0 {
+            for connection in &carried {
+                self.mailbox.unwatch(connection);
             }
         }
         self.ending = Some(Ending { until, carried, reply });

@@ -25,6 +25,7 @@ use std::time::Duration;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{MsgFlags, UnixAddr, getpeername, recv, send, setsockopt, shutdown, sockopt};
 use nix::sys::time::TimeVal;
+use serde::{Deserialize, Serialize};
 
 use crate::deferred_close::{close_later, drop_later};
 use crate::ids::Uid;
@@ -32,8 +33,9 @@ use crate::peer;
 use crate::sys;
 
 /// Whether unread data on a connection may carry descriptors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Passing {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub enum Passing {
     /// No: the kernel has refused them from the start, or nothing is unread and no more can come.
     Refused,
     /// As `Refused`, and SO_OOBINLINE is yet to be set: a connection that is never read from does without.
@@ -224,6 +226,24 @@ impl Stream {
         Self::from_parts(fd, Guard { passing, credentials })
     }
 
+    /// A connection of an earlier process, which had it as a stream too and says what [`passing`](Self::passing) and
+    /// `credentials` were. The socket still has the options that the stream has set: [`inherited`](Self::inherited), which
+    /// sets them anew, takes six system calls.
+    pub fn resumed(socket: impl Into<OwnedFd>, credentials: bool, passing: Passing) -> Self {
+        let fd = socket.into();
+        let passing = match passing {
+            // The process before may have let them through.
+            Passing::Possible if sys::set_option(fd.as_fd(), sys::SO_PASSRIGHTS, 0).is_ok() => Passing::MaybeQueued,
+            known => known,
+        };
+        Self::from_parts(fd, Guard { passing, credentials })
+    }
+
+    /// For [`resumed`](Self::resumed) in the next process.
+    pub fn passing(&self) -> Passing {
+        self.guard.passing
+    }
+
     /// As on kernels before 6.16. For tests.
     #[doc(hidden)]
     pub fn unrefused(socket: impl Into<OwnedFd>) -> Self {
@@ -282,7 +302,9 @@ impl Stream {
     /// Whether any unread data of this socket carries descriptors, by /proc/self/fdinfo (Linux 5.10). A read checks only the
     /// data that comes next.
     pub fn holds_descriptors(&self) -> bool {
+        // Descriptors come with at least one byte (unix(7)).
         self.may_linger()
+            && sys::unread(self.as_fd()).unwrap_or(1) > 0
             && fs::read_to_string(format!("/proc/self/fdinfo/{}", self.as_raw_fd())).is_ok_and(|told| {
                 let number = told.lines().find_map(|line| line.strip_prefix("scm_fds:"));
                 number.is_some_and(|number| number.trim() != "0")
@@ -616,6 +638,21 @@ pub(crate) mod tests {
                 assert_eq!(kind(stream.read(&mut buffer)), io::ErrorKind::InvalidData);
             }
         }
+    }
+
+    #[test]
+    fn a_resumed_connection_takes_no_descriptors_and_needs_no_option_set_again() {
+        let (ours, theirs) = pair();
+        let stream = Stream::unrefused(ours);
+        send_along(&theirs, &theirs).unwrap();
+        let passing = stream.passing();
+        let mut stream = Stream::resumed(stream, false, passing);
+        assert_eq!(kind(stream.read(&mut [0; 64])), io::ErrorKind::InvalidData);
+        // From the next process on the kernel refuses them, if it can, and it need not be asked again.
+        assert_ne!(stream.passing(), Passing::Refused);
+        let passing = stream.passing();
+        let stream = Stream::resumed(stream, false, passing);
+        assert_eq!(send_along(&theirs, &theirs).is_err(), stream.passing() == Passing::MaybeQueued);
     }
 
     #[test]

@@ -112,6 +112,8 @@ pub fn attach_credentials(socket: &impl AsFd) -> usize {
     peer::attach_credentials(socket)
 }
 
+/// The most descriptors in one message. SCM_MAX_FD is 253; the file with the states takes a place too.
+pub const MOST_FDS: usize = 250;
 /// Messages that are longer have a file.
 const MOST_INLINE: usize = 32 * 1024;
 /// The service's own bytes, which go with every socket.
@@ -171,7 +173,8 @@ pub struct Packed {
 /// The sockets must stay open until it returns. The caller ends the connections that were not left, all of them where it
 /// fails. The others it only closes: it must not read from or write to them any more.
 ///
-/// It needs four descriptors. The manager may take as long as `patience`; that should be asked of it before
+/// It needs four descriptors. Where other processes of this user have so many descriptors in flight that the kernel takes no
+/// more, it waits for up to two seconds. The manager may take as long as `patience`; that should be asked of it before
 /// ([`Notifier::extend_timeout`](crate::Notifier::extend_timeout)).
 ///
 /// # Errors

@@ -12,6 +12,7 @@ mod store;
 mod watchdog;
 
 pub use notify::Notifier;
+pub(crate) use outlet::InFlight;
 pub use signals::{Request, Signals, answer_reload, request_reload};
 pub use store::Store;
 pub use watchdog::{Heartbeat, Monitored, Watchdog};

@@ -37,11 +37,19 @@ impl Message {
             length.copy_from_slice(&(state.len() as u32).to_le_bytes());
             self.bytes.extend(state);
         }
-        let sum = self.bytes[HEAD..]
-            .iter()
-            .fold(0xcbf2_9ce4_8422_2325_u64, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3));
+        let sum = checksum(&self.bytes[HEAD..]);
         self.bytes[HEAD - 8..HEAD].copy_from_slice(&sum.to_le_bytes());
     }
+}
+
+/// First the bytes behind the last whole eight, then the numbers of eight bytes each.
+fn checksum(bytes: &[u8]) -> u64 {
+    let (whole, rest) = bytes.split_at(bytes.len() / 8 * 8);
+    let numbers = whole.chunks(8).map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap()));
+    rest.iter()
+        .map(|byte| u64::from(*byte))
+        .chain(numbers)
+        .fold(bytes.len() as u64, |sum, number| (sum ^ number).wrapping_mul(0x0100_0000_01b3).rotate_left(29))
 }
 
 /// Changes what was left: the stored socket is replaced by one with the changed messages.

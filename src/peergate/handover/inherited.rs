@@ -96,6 +96,8 @@ impl Inherited {
     fn follow(&mut self, mut reader: OwnedFd) {
         let already = self.readers.len();
         while self.readers.len() - already < MOST_PAIRS {
+            // A message comes with credentials then, and the end of file with none: both may have no bytes.
+            let _ = sys::set_option(reader.as_fd(), libc::SO_PASSCRED, 1);
             let first = sys::receive_descriptors(reader.as_fd(), &mut self.buffer, true);
             let before = first.ok().and_then(|Received { length, mut fds, .. }| {
                 if let (None, Ok(Message::Opening { header, .. })) =
@@ -122,7 +124,7 @@ impl Inherited {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Nothing has been written, or everything has been read.
                 Err(_) => drop(self.readers.pop()),
-                Ok(Received { length: 0, fds, .. }) if fds.is_empty() => drop(self.readers.pop()),
+                Ok(Received { length: 0, sender: None, .. }) => drop(self.readers.pop()),
                 Ok(received) => self.take_in(received),
             }
         }
@@ -164,6 +166,12 @@ impl Iterator for Inherited {
             self.buffer = Vec::new();
         }
         self.found.pop_front()
+    }
+
+    /// At least what is left of the message that was read last. If that is 0, the next call reads a message, and takes up to
+    /// [`MOST_FDS`](super::MOST_FDS) descriptors with it.
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.found.len(), None)
     }
 }
 

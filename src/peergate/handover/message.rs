@@ -3,14 +3,15 @@
 //! ```text
 //! magic "handover"                     8 bytes
 //! version                              u32
-//! checksum of what follows (FNV-1a)    u64
+//! checksum of what follows             u64
 //! kind                                 u8
 //! 0, opening:      descriptors u8 (1 where there is a socket before this one); the service's own bytes
 //! 1, connections:  count u32; for each: descriptors u16, length of its state u32; then the states
 //! 2, elsewhere:    nothing; the first descriptor is a sealed file that holds the message, of kind 1
 //! ```
 //!
-//! All numbers are little-endian. A state belongs to a connection by its place. FNV-1a tells every change of a single byte.
+//! All numbers are little-endian. A state belongs to a connection by its place. The checksum tells every change of a single
+//! byte.
 
 use std::fmt;
 
@@ -137,8 +138,14 @@ fn shape(entry: &[u8]) -> Option<Shape> {
     Some(Shape { fds: fds.into(), state: usize::try_from(state).ok()? }).filter(|shape| shape.fds > 0)
 }
 
+/// As FNV-1a, but by eight bytes at a time: megabytes of states would take as long as all the rest of a restart. Each step can
+/// be undone, so that a change of one number changes the sum.
 fn checksum(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    let step = |sum: u64, number: u64| (sum ^ number).wrapping_mul(0x0100_0000_01b3).rotate_left(29);
+    let chunks = bytes.chunks_exact(8);
+    let rest = chunks.remainder().iter().copied().map(u64::from).fold(bytes.len() as u64, step);
+    let numbers = chunks.map(|chunk| chunk.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)));
+    numbers.fold(rest, step)
 }
 
 #[cfg(test)]

@@ -13,10 +13,9 @@ use nix::sys::socket::{
 };
 
 use super::message::{self, Shape};
-use super::{MOST_HEADER, MOST_INLINE, MOST_PAIRS, Parcel};
+use super::{MOST_FDS, MOST_HEADER, MOST_INLINE, MOST_PAIRS, Parcel};
+use crate::systemd::InFlight;
 
-/// SCM_MAX_FD is 253; the file with the states takes a place too.
-const MOST_FDS: usize = 250;
 /// States of more bytes together go into several messages, each with a file of its own.
 const MOST_STATES: usize = 512 * 1024;
 /// Held in flight until all connections are, so that what stores them can still be sent.
@@ -38,6 +37,8 @@ pub(super) struct Queue<'h> {
     ballast: Option<OwnedFd>,
     in_flight: usize,
     fd_limit: usize,
+    /// Until descriptors of other processes are no longer in flight.
+    patience: InFlight,
 }
 
 /// Connections that go into one message.
@@ -78,13 +79,14 @@ impl<'h> Queue<'h> {
         if header.len() > MOST_HEADER {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let ballast = Some(new_ballast()?);
+        let mut patience = InFlight::default();
+        let ballast = Some(new_ballast(&mut patience)?);
         let (writer, reader) = pair(send_buffer)?;
         send(&writer, &message::opening(header, false), &[])?;
         let (fd_limit, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
         let fd_limit = usize::try_from(fd_limit).unwrap_or(usize::MAX);
         let (pairs, has_some, in_flight) = (1, false, BALLAST);
-        Ok(Self { writer, reader, header, send_buffer, pairs, has_some, ballast, in_flight, fd_limit })
+        Ok(Self { writer, reader, header, send_buffer, pairs, has_some, ballast, in_flight, fd_limit, patience })
     }
 
     /// How many descriptors the next message may have.
@@ -116,7 +118,7 @@ impl<'h> Queue<'h> {
 
     fn send_bytes(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
         if bytes.len() <= MOST_INLINE {
-            match send(&self.writer, bytes, fds) {
+            match self.send_patiently(bytes, fds) {
                 // Longer than the send buffer.
                 Err(Errno::EMSGSIZE) => {}
                 other => return other,
@@ -124,9 +126,19 @@ impl<'h> Queue<'h> {
         }
         let file = sealed(bytes).map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
         let fds: Vec<_> = std::iter::once(file.as_fd()).chain(fds.iter().copied()).collect();
-        send(&self.writer, &message::elsewhere(), &fds)?;
+        self.send_patiently(&message::elsewhere(), &fds)?;
         self.in_flight += 1;
         Ok(())
+    }
+
+    /// Other processes of the user may have descriptors in flight too. Where our own are fewer than the limit, it may be a
+    /// matter of moments.
+    fn send_patiently(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let Self { writer, patience, .. } = self;
+        if self.in_flight > self.fd_limit {
+            return send(writer, bytes, fds);
+        }
+        patience.wait_while_full(|| send(writer, bytes, fds))
     }
 
     fn open_next(&mut self) -> io::Result<()> {
@@ -136,11 +148,12 @@ impl<'h> Queue<'h> {
         // Makes room for a descriptor: the pair before must stay open until the next one stands.
         self.ballast = None;
         let (writer, reader) = pair(self.send_buffer)?;
-        send(&writer, &message::opening(self.header, true), &[self.reader.as_fd()])?;
+        let (opening, before) = (message::opening(self.header, true), [self.reader.as_fd()]);
+        self.patience.wait_while_full(|| send(&writer, &opening, &before))?;
         (self.writer, self.reader, self.has_some) = (writer, reader, false);
         self.pairs += 1;
         self.in_flight += 1;
-        self.ballast = Some(new_ballast()?);
+        self.ballast = Some(new_ballast(&mut self.patience)?);
         Ok(())
     }
 
@@ -152,9 +165,9 @@ impl<'h> Queue<'h> {
 }
 
 /// Closing it takes [`BALLAST`] descriptors out of flight.
-fn new_ballast() -> io::Result<OwnedFd> {
+fn new_ballast(patience: &mut InFlight) -> io::Result<OwnedFd> {
     let (writer, reader) = pair(SEND_BUFFER)?;
-    send(&writer, b"", &[writer.as_fd(); BALLAST])?;
+    patience.wait_while_full(|| send(&writer, b"", &[writer.as_fd(); BALLAST]))?;
     Ok(reader)
 }
 

@@ -518,6 +518,88 @@ fn as_many_as_may_be_in_flight_are_left() {
     assert!(taken.iter().enumerate().all(|(number, parcel)| parcel.state == state_of(number)));
 }
 
+/// Has as many descriptors of this user in flight as the kernel takes, in a socket that is no handover's. Root has no limit.
+fn fill_up(limit: u64, leave_free: usize) -> OwnedFd {
+    allow_descriptors(limit);
+    let uid = nix::unistd::Uid::from_raw(1_100_000_000 + process::id());
+    nix::unistd::setresuid(uid, uid, uid).unwrap();
+    let (writer, reader) = raw_pair();
+    let mut more = limit as usize + 1 - leave_free;
+    while more > 0 {
+        let count = more.min(200);
+        send_raw(&writer, b"x", &vec![writer.as_fd(); count]);
+        more -= count;
+    }
+    reader
+}
+
+/// Closes the socket, and with it what is in flight there, as soon as this thread sleeps.
+fn close_when_waited_for(reader: OwnedFd) -> thread::JoinHandle<()> {
+    let stat = format!("/proc/self/task/{}/stat", nix::unistd::gettid());
+    thread::spawn(move || {
+        while !fs::read_to_string(&stat).unwrap().contains(") S ") {
+            thread::yield_now();
+        }
+        drop(reader);
+    })
+}
+
+#[test]
+fn descriptors_of_another_process_in_flight_are_waited_for() {
+    // Some are free: enough for what is sent before the first connection.
+    for (name, leave_free) in [("from the start", 0), ("later", 40)] {
+        let manager = Manager::new(1);
+        let address = format!("{leave_free} {}", manager.address);
+        let said = alone("descriptors_of_another_process_in_flight_are_waited_for", &address, |address| {
+            let (leave_free, address) = address.split_once(' ').unwrap();
+            let store = Store::at(Path::new(address));
+            let (_clients, served) = pairs(60);
+            let other = fill_up(400, leave_free.parse().unwrap());
+            let closes = close_when_waited_for(other);
+            let left = leave(&store, NAME, b"", parcels(&served), PATIENCE).unwrap();
+            assert!(left.stopped_by.is_none(), "{left:?}");
+            assert_eq!(left.connections, 60);
+            closes.join().unwrap();
+        });
+        if said.is_none() {
+            return;
+        }
+        assert_eq!(connections(take_back(manager.passed(), NAME, &manager.store())).len(), 60, "{name}");
+    }
+}
+
+#[test]
+fn what_stores_the_connections_waits_for_descriptors_of_another_process() {
+    let manager = Manager::new(1);
+    let said =
+        alone("what_stores_the_connections_waits_for_descriptors_of_another_process", &manager.address, |address| {
+            let store = Store::at(Path::new(address));
+            let (ours, _theirs) = raw_pair();
+            let closes = close_when_waited_for(fill_up(100, 0));
+            store.put_unwatched(NAME, ours.as_fd(), PATIENCE).unwrap();
+            closes.join().unwrap();
+        });
+    if said.is_some() {
+        assert_eq!(manager.passed().len(), 1);
+    }
+}
+
+#[test]
+fn descriptors_of_another_process_that_stay_in_flight_end_the_waiting() {
+    let manager = Manager::new(1);
+    let said =
+        alone("descriptors_of_another_process_that_stay_in_flight_end_the_waiting", &manager.address, |address| {
+            let store = Store::at(Path::new(address));
+            let (_clients, served) = pairs(3);
+            let _stays = fill_up(400, 0);
+            let error = leave(&store, NAME, b"", parcels(&served), PATIENCE).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(Errno::ETOOMANYREFS as i32));
+        });
+    if said.is_some() {
+        assert!(manager.passed().is_empty());
+    }
+}
+
 #[test]
 fn four_free_descriptors_are_enough() {
     let manager = Manager::new(1);

@@ -129,12 +129,12 @@ impl Peer {
         Ok(peer)
     }
 
-    /// As [`of`](Self::of), without process and supplementary groups: one system call. Until
-    /// [`load_groups`](Self::load_groups) the groups are incomplete.
+    /// As [`of`](Self::of), without process and supplementary groups: one system call. The groups are incomplete until a
+    /// decision or [`details`](Self::details) asks for them.
     ///
     /// # Errors
     /// As [`of`](Self::of).
-    pub(crate) fn ids_of(socket: &impl AsFd) -> io::Result<Self> {
+    pub fn ids_of(socket: &impl AsFd) -> io::Result<Self> {
         let credentials = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
         // Where there is no peer the answer is no error, but -1, which is no user (setreuid(2)).
         if credentials.uid() == u32::MAX {

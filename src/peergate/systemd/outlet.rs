@@ -4,6 +4,9 @@
 //! datagrams), and a blocking send would keep the calling thread from hearing signals. So every send has MSG_DONTWAIT.
 //! A message that must arrive is kept, and a thread tries it again until it is taken, or the process ends. The number
 //! of messages kept is bounded: a later message takes the place of an earlier one of the same kind.
+//!
+//! The kernel takes no descriptors while processes of this user have more in flight than RLIMIT_NOFILE (ETOOMANYREFS,
+//! unix(7)). Another process may receive them at any moment: [`InFlight`].
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -21,6 +24,31 @@ use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
 /// How soon a kept message is tried again: at first, and at last.
 const SOON: Duration = Duration::from_millis(10);
 const LATE: Duration = Duration::from_millis(500);
+
+/// How long descriptors of other processes may be in flight, in all.
+const IN_FLIGHT: Duration = Duration::from_secs(2);
+const LOOK_AGAIN: Duration = Duration::from_millis(5);
+
+/// How long descriptors of other processes have been waited for.
+#[derive(Debug, Default)]
+pub(crate) struct InFlight {
+    waited: Duration,
+}
+
+impl InFlight {
+    /// Sends again where the kernel takes no more descriptors, until two seconds have been waited in all.
+    pub(crate) fn wait_while_full<T>(&mut self, mut send: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
+        loop {
+            match send() {
+                Err(Errno::ETOOMANYREFS) if self.waited < IN_FLIGHT => {
+                    thread::sleep(LOOK_AGAIN);
+                    self.waited += LOOK_AGAIN;
+                }
+                other => return other,
+            }
+        }
+    }
+}
 
 /// Clones share the socket and the messages kept.
 #[derive(Clone, Debug)]
@@ -80,11 +108,12 @@ impl Outlet {
     /// TimedOut if it is not taken within `patience`; what sendmsg(2) reports.
     pub(super) fn send_with(&self, message: &str, fds: &[BorrowedFd<'_>], patience: Duration) -> io::Result<()> {
         let until = Instant::now() + patience;
+        let mut in_flight = InFlight::default();
         loop {
             let mut kept = self.0.lock();
             self.0.send_kept(&mut kept);
             if kept.messages.is_empty() {
-                match self.0.send(message, fds) {
+                match in_flight.wait_while_full(|| self.0.send(message, fds)) {
                     Err(Errno::EAGAIN) => {}
                     other => return other.map_err(io::Error::from),
                 }

@@ -21,8 +21,10 @@ pub struct Store {
     outlet: Option<Outlet>,
 }
 
-/// How many milliseconds the manager may take to close a descriptor that it does not keep. Every restart takes so long.
-const CLOSED_WITHIN: u8 = 20;
+/// How many milliseconds the manager may take to close a descriptor that it does not keep, after it has closed the one of
+/// the barrier. Before systemd 254 it has closed it by then; later versions have a process for each, and begin with the
+/// earlier one. Every restart takes so long.
+const CLOSED_WITHIN: u8 = 5;
 
 impl Store {
     /// The store of the manager at `$NOTIFY_SOCKET`. `$FDSTORE` says how many descriptors it takes (systemd 254).
