@@ -76,20 +76,20 @@ deb:
 
 version = $(shell dpkg-parsechangelog --show-field Version)
 architecture = $(shell dpkg --print-architecture)
-echod_deb = out/echod_$(version)_$(architecture).deb
+debs = out/peergate-common_$(version)_all.deb out/echod_$(version)_$(architecture).deb out/peergate_$(version)_$(architecture).deb
 
 # The finished package: installation, upgrade, removal and debian/tests on each booted release. A target of its own, so
 # that make test, which needs it twice, runs it once.
 installed: $(RELEASES:%=installed-%)
 $(RELEASES:%=installed-%): installed-%: deb
-	packaging/test-deb $(echod_deb) $*
+	packaging/test-deb $(debs) $*
 
 # The same, then lintian and piuparts on the package, then its source compiled by Debian 13's own compiler.
 package-test: installed lintian piuparts debians-rust
 lintian: deb
 	packaging/lint-deb out/peergate_$(version).dsc out/peergate_$(version)_$(architecture).changes
 piuparts: deb
-	$(become_root) packaging/piuparts-deb $(echod_deb) $(RELEASES)
+	$(become_root) packaging/piuparts-deb $(debs) $(RELEASES)
 debians-rust: deb
 	$(become_root) packaging/build-clean --features out/peergate_$(version).dsc
 

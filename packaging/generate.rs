@@ -1,7 +1,10 @@
-//! Generates the shell completions and the manual page's lists from the definition of the command line.
+//! Generates the shell completions and the manual pages' lists from the definitions of the command lines.
 //!
-//! `cargo run --example generate` rewrites `packaging/completions/*` and, in `packaging/man/echod.8`, what stands
-//! between the lines `generated: NAME` and `end of NAME`. `tests/docs.rs` includes this file and compares.
+//! `cargo run --example generate` rewrites `packaging/completions/*` and, in the manual pages, what stands between the
+//! lines `generated: NAME` and `end of NAME`. `tests/docs.rs` includes this file and compares.
+//!
+//! What the pages of both configurations say alike is written in echod.toml(5), between `shared: NAME` and
+//! `end of shared NAME`, and generated into peergate.toml(5).
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -10,41 +13,60 @@ use clap::{Arg, ArgAction, Command};
 use clap_complete::Shell;
 use echod::echo::Echo;
 use peergate_daemon::cli;
-
-/// The manual page that holds generated parts.
-const PAGE: &str = "packaging/man/echod.8";
+use peergate_proxy::forward::Forward;
 
 /// Each generated file: its path inside the tree, and its content.
 ///
-/// `root` is the source tree; the manual page is read from it, because most of that page is written by hand.
+/// `root` is the source tree; the manual pages are read from it, because most of a page is written by hand.
 pub fn files(root: &Path) -> std::io::Result<Vec<(PathBuf, Vec<u8>)>> {
-    let page = std::fs::read_to_string(root.join(PAGE))?;
-    let mut files = vec![(PAGE.into(), with_lists(&page)?.into_bytes())];
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        let mut text = Vec::new();
-        clap_complete::generate(shell, &mut cli::command::<Echo>(), "echod", &mut text);
-        files.push((format!("packaging/completions/echod.{shell}").into(), text));
+    let mut files = Vec::new();
+    for (program, mut command) in [("echod", cli::command::<Echo>()), ("peergate", cli::command::<Forward>())] {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut command, program, &mut text);
+            files.push((format!("packaging/completions/{program}.{shell}").into(), text));
+        }
+        command.build();
+        let parts =
+            [("synopsis", synopses(&command)), ("options", options(&command)), ("commands", commands(&command))];
+        let path = format!("packaging/man/{program}.8");
+        let mut page = std::fs::read_to_string(root.join(&path))?;
+        for (name, text) in parts {
+            page = replace_part(&page, &path, name, &text)?;
+        }
+        files.push((path.into(), page.into_bytes()));
     }
+    files.push(shared_parts(root)?);
     Ok(files)
 }
 
-/// The page with its generated parts written anew.
-fn with_lists(page: &str) -> std::io::Result<String> {
-    let mut command = cli::command::<Echo>();
-    command.build();
-    let parts = [("synopsis", synopses(&command)), ("options", options(&command)), ("commands", commands(&command))];
-    let mut page = page.to_owned();
-    for (name, text) in parts {
-        let (begin, end) = (format!(".\\\" generated: {name}\n"), format!(".\\\" end of {name}\n"));
-        let (before, rest) = page.split_once(&begin).ok_or_else(|| missing(&begin))?;
-        let (_, after) = rest.split_once(&end).ok_or_else(|| missing(&end))?;
-        page = format!("{before}{begin}{text}{end}{after}");
+/// The page of the proxy's configuration with what it shares with the echo's.
+fn shared_parts(root: &Path) -> std::io::Result<(PathBuf, Vec<u8>)> {
+    const FROM: &str = "packaging/man/echod.toml.5";
+    const TO: &str = "packaging/man/peergate.toml.5";
+    let from = std::fs::read_to_string(root.join(FROM))?;
+    let mut page = std::fs::read_to_string(root.join(TO))?;
+    for part in from.split(".\\\" shared: ").skip(1) {
+        let (name, rest) = part.split_once('\n').unwrap_or_default();
+        let end = format!(".\\\" end of shared {name}\n");
+        let (text, _) = rest.split_once(&end).ok_or_else(|| missing(FROM, &end))?;
+        // The echo's own key, and names.
+        let text = text.replace(".It Ic line\\-length\n", "").replace("/run/echo.sock", "/run/peergate/docker.sock");
+        page = replace_part(&page, TO, name, &text.replace("echod", "peergate"))?;
     }
-    Ok(page)
+    Ok((TO.into(), page.into_bytes()))
 }
 
-fn missing(line: &str) -> std::io::Error {
-    std::io::Error::other(format!("{PAGE} lacks the line {line:?}"))
+/// The page with a generated part written anew.
+fn replace_part(page: &str, path: &str, name: &str, text: &str) -> std::io::Result<String> {
+    let (begin, end) = (format!(".\\\" generated: {name}\n"), format!(".\\\" end of {name}\n"));
+    let (before, rest) = page.split_once(&begin).ok_or_else(|| missing(path, &begin))?;
+    let (_, after) = rest.split_once(&end).ok_or_else(|| missing(path, &end))?;
+    Ok(format!("{before}{begin}{text}{end}{after}"))
+}
+
+fn missing(path: &str, line: &str) -> std::io::Error {
+    std::io::Error::other(format!("{path} lacks the line {line:?}"))
 }
 
 /// The subcommands that are the program's own.

@@ -56,18 +56,20 @@ put_one() {
 
 # --- Vocabulary ---------------------------------------------------------------------------------------------------
 
-# The system as the package leaves it: socket listening, service not started, no configuration but the built-in one.
+# The system as the packages leave it: echo's socket listening, service not started, no configuration but the built-in one.
 reset() {
     systemctl unmask --quiet --runtime echo.service
     systemctl stop echo.socket echo.service echo-{pause,reopen}.service 2>/dev/null || true
-    systemctl stop 'peer-*' 2>/dev/null || true
+    systemctl stop 'peer-*' 'peergate@*' 'peergate-*@*' 2>/dev/null || true
     local user
     for user in alice bob; do
         if systemctl --quiet is-active "user@$(id -u "$user").service"; then
-            of "$user" systemctl --user stop echo.socket echo.service echo-{pause,reopen}.service 'peer-*' 2>/dev/null || true
+            of "$user" systemctl --user stop echo.socket echo.service echo-{pause,reopen}.service 'peer-*' 'peergate@*' \
+                2>/dev/null || true
         fi
         rm --recursive --force "/home/$user/.config"
     done
+    rm --recursive --force /etc/peergate /run/systemd/system/peergate@*.d /run/behind
     rm --recursive --force /etc/echod /run/systemd/system/echo.{socket,service}.d /run/systemd/user/echo.{socket,service}.d
     rm --recursive --force /tmp/claim
     mkdir --mode=777 /tmp/claim
@@ -177,6 +179,8 @@ id_of() {
     jq --exit-status --raw-output --arg kind "$1" '.[$kind]' <<<"$ids"
 }
 
+# The program whose records they are; a file of cases may set it.
+identifier=echod
 # records KIND [MATCH…]: the claim's records so far, as JSON, one a line, only the program's own fields; KIND as in `ids`,
 # or all. MATCH and options are journalctl's. Records that the service has not written yet are not waited for.
 records() {
@@ -184,7 +188,7 @@ records() {
     shift
     [[ $kind == all ]] || set -- "MESSAGE_ID=$(id_of "$kind")" "$@"
     journalctl --sync
-    journalctl --quiet --no-pager "$(since)" --output=json SYSLOG_IDENTIFIER=echod "$@" | _own_fields
+    journalctl --quiet --no-pager "$(since)" --output=json "SYSLOG_IDENTIFIER=$identifier" "$@" | _own_fields
 }
 _own_fields() {
     jq --compact-output --sort-keys --unbuffered \
@@ -195,7 +199,7 @@ _own_fields() {
 await_records() {
     local count=$1 kind=$2 line pid lines=()
     shift 2
-    local match=("SYSLOG_IDENTIFIER=echod" "$@")
+    local match=("SYSLOG_IDENTIFIER=$identifier" "$@")
     [[ $kind == all ]] || match+=("MESSAGE_ID=$(id_of "$kind")")
     exec {follow}< <(exec journalctl --quiet --no-pager "$(since)" --lines=all --follow --output=json "${match[@]}")
     pid=$!
