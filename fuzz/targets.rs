@@ -15,7 +15,7 @@ use peergate::policy_file::{Faults, Names, Source};
 use peergate::unit::Units;
 
 use echod::echo::Echo;
-use echod::line::{Cursor, End, TOO_LONG, advance, echo};
+use echod::line::{Cursor, End, Room, TOO_LONG, advance, echo};
 use peergate_daemon::config::Config;
 use peergate_daemon::report::Program;
 use peergate_daemon::report::entry::Scope;
@@ -129,7 +129,7 @@ impl Subject for Somebody<'_> {
 pub fn line(data: &[u8]) {
     let Some((choice, input)) = data.split_first_chunk::<8>() else { return };
     let limit = 1 + usize::from(choice[0]);
-    let room = 1 + usize::from(choice[1]);
+    let (room, most) = (1 + usize::from(choice[1]), 1 + u64::from(choice[1] % 7));
     let sizes = |from: &[u8]| from.iter().map(|byte| usize::from(*byte)).collect::<Vec<_>>();
     // At least one byte each round, or the connection would stand still.
     let mut chunks = sizes(&choice[2..5]).into_iter().map(|size| size + 1).cycle();
@@ -145,8 +145,9 @@ pub fn line(data: &[u8]) {
         let ended = rest.is_empty();
         loop {
             let mut some = Vec::new();
-            let echoed = echo(&held, at, limit, ended, room, &mut some);
+            let echoed = echo(&held, at, limit, ended, Room { bytes: room, lines: most }, &mut some);
             assert!(some.len() <= room, "{} bytes in room for {room}", some.len());
+            assert!(echoed.lines <= most, "{} lines in room for {most}", echoed.lines);
             let taken = some.len().min(parts.next().unwrap_or(1));
             out.extend_from_slice(&some[..taken]);
             let (after, completed) = advance(&held, at, taken);

@@ -13,6 +13,8 @@ const ADMITTED_ID: &str = "fb07ecd99a40415abb029457009dd51a";
 const CLOSED_ID: &str = "9aa9a5f08d08409e9e656c48f20bf4f8";
 const LOADED_ID: &str = "b07bc66e288e48eba96896e38dfe1144";
 const REFUSED_CONFIG_ID: &str = "00e1479225c6488a9e2fed748c43c786";
+const LINE_ID: &str = "b4a1cf2d2f5c4b0f9d0f5ab96f3f1c27";
+const LINES_ID: &str = "a32225cea0b74f40a0009c977477f105";
 const REVOKED_ID: &str = "765ab08f733d46e1a5b6850cc41b9003";
 
 /// Of the contract's fields the entry has exactly these, with these values.
@@ -248,6 +250,45 @@ fn a_line_is_recorded_by_its_length_and_never_its_content() {
         .collect();
     assert_eq!(lengths, ["11", "1", "22", "10"]);
     assert!(!entries.iter().flat_map(Entry::values).any(|value| value.contains("secret")));
+}
+
+#[test]
+fn beyond_the_burst_the_lines_of_a_user_are_counted_and_denials_are_not_among_them() {
+    needs_root();
+    let journald = Journald::new();
+    let echod =
+        serve(&journald, &format!("[audit]\nrecord = \"lines\"\nburst = 3\ninterval = \"1h\"\n{}", common::OWNER));
+    let client = echod.connect();
+    let stream = b"\n".repeat(60_000);
+    std::thread::scope(|scope| {
+        scope.spawn(|| client.send(&stream));
+        client.expect(b"> \n".repeat(60_000));
+    });
+    expect_flood(flood(ALICE, 5, &echod.socket()), 5);
+    drop(client);
+    echod.stop();
+    let entries = journald.entries();
+    let of = |id| entries.iter().filter(|entry| get(entry, "MESSAGE_ID") == id).cloned().collect::<Vec<_>>();
+    assert_eq!(of(LINE_ID).len(), 3);
+    let [summary] = &of(LINES_ID)[..] else { panic!("not one summary in {entries:#?}") };
+    let message = get(summary, "MESSAGE");
+    assert!(message.starts_with("Lines of root (uid 0): 59997 more in "), "{message}");
+    // Without GATE_VERDICT: it stands for no denial.
+    expect_fields(
+        summary,
+        &[
+            ("MESSAGE", message),
+            ("MESSAGE_ID", LINES_ID),
+            ("PRIORITY", "6"),
+            ("GATE_REASON", "lines"),
+            ("GATE_COUNT", "59997"),
+            ("GATE_BYTES", "59997"),
+            ("GATE_DURATION_USEC", get(summary, "GATE_DURATION_USEC")),
+            ("PEER_UID", "0"),
+            ("PEER_USER", "root"),
+        ],
+    );
+    assert_eq!(denials(&entries), 5);
 }
 
 #[test]

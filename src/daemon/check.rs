@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::config::values::show_span;
 use crate::protocol::{Protocol, RuleKeys as _, Settings as _};
 use crate::terms::Terms;
-use crate::{output, reservations};
+use crate::{memory, output, reservations};
 
 /// How many bytes of a list are shown.
 const WIDEST_LIST: usize = 60;
@@ -27,6 +27,12 @@ pub fn run<P: Protocol>(choice: &Choice<P::Options>) -> u8 {
             }
             for reservation in reservations::reservations(&config) {
                 output::say(&format!("warning: {reservation}"));
+            }
+            // Only a check that runs as the service does is in the service's control group.
+            let is_service = std::env::var_os("CONFIGURATION_DIRECTORY").is_some();
+            let limit = if is_service { memory::own_limit() } else { memory::limit_of_unit(P::UNIT) };
+            if let Some(shortage) = memory::shortage(&config, limit) {
+                output::say(&format!("warning: {shortage}"));
             }
             output::answer(Summary(&config).to_string());
             0
@@ -62,7 +68,11 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
         writeln!(f, "connections-per-user = {}", limits.connections_per_user)?;
         writeln!(f, "waiting-per-user = {}", limits.waiting_per_user)?;
         settings.show_limits().iter().try_for_each(|line| writeln!(f, "{line}"))?;
-        writeln!(f, "idle-timeout = {}\n", or_off(span(limits.idle_timeout)))?;
+        writeln!(f, "idle-timeout = {}", or_off(span(limits.idle_timeout)))?;
+        if let Some(need) = memory::need(self.0) {
+            writeln!(f, "# up to {} of memory, if no peer reads (MemoryMax=)", memory::mebibytes(need))?;
+        }
+        f.write_char('\n')?;
         writeln!(f, "[audit]")?;
         writeln!(f, "record = \"{}\"", audit.record.as_str())?;
         writeln!(f, "burst = {}", audit.burst)?;
@@ -169,6 +179,7 @@ mod tests {
         ];
         config.policy = Arc::new(Policy::new(rules, Uid::new(1000)).unwrap());
         config.service.busy_poll = None;
+        let need = memory::mebibytes(memory::need(&config).unwrap());
         let expected = "\
 no configuration file; these are the defaults
 
@@ -185,6 +196,7 @@ connections-per-user = 64
 waiting-per-user = 256
 line-length = \"64K\"
 idle-timeout = \"off\"
+# up to NEED of memory, if no peer reads (MemoryMax=)
 
 [audit]
 record = \"denials\"
@@ -197,6 +209,7 @@ busy-poll = \"off\"
 verify = \"connection\"
 idle-exit = \"off\"
 ";
+        let expected = &expected.replace("NEED", &need);
         let shown = Summary(&config).to_string();
         let squeeze = |text: &str| {
             text.lines()

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{getsockopt, setsockopt, sockopt};
 use peergate::Stream;
 use peergate::audit::Audit;
 use peergate::fd_passing::Passing;
@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use crate::buffers::Buffers;
 use crate::close::ClosingRecord;
 use crate::moment::Moment;
-use crate::protocol::{Interest, Io, Lines, PeerStream, Protocol, Ready, Turn};
+use crate::protocol::{Interest, Io, Lines, PeerStream, Protocol, Turn};
+use crate::rounds::Share;
 use crate::terms::Terms;
 
 /// The settings of all connections of a worker, replaced as a whole at a reload.
@@ -136,6 +137,10 @@ pub struct Connection<P: Protocol> {
     pub progress: Progress,
     /// The protocol's own state.
     pub protocol: P,
+    /// What its worker's epoll looks for; `None`: for nothing, because another turn is due anyway.
+    pub heard: Option<Watched>,
+    /// What its send buffer is bounded by; 0: it has the system's size.
+    send_buffer: usize,
     /// Whether it came from an earlier process, so that the service manager may hold the same socket for a moment.
     pub is_shared: bool,
 }
@@ -155,6 +160,8 @@ impl<P: Protocol> Connection<P> {
             rule: admission.rule,
             progress,
             protocol: P::start(),
+            heard: None,
+            send_buffer: 0,
             is_shared: false,
         }
     }
@@ -166,7 +173,8 @@ impl<P: Protocol> Connection<P> {
             Some(passing) => Stream::resumed(socket, progress.pass_credentials, passing),
             None => Stream::inherited(socket, progress.pass_credentials),
         };
-        Self { permit, socket, peer, rule, progress, protocol, is_shared: true }
+        let (heard, send_buffer) = (None, 0);
+        Self { permit, socket, peer, rule, progress, protocol, heard, send_buffer, is_shared: true }
     }
 
     /// Only its descriptors. Closing these does not end the connection while the service manager holds them too; dropping the
@@ -176,13 +184,14 @@ impl<P: Protocol> Connection<P> {
     }
 
     /// One turn.
-    pub fn turn(&mut self, ready: Ready, settings: &P::Settings, buffers: &mut Buffers, audit: &Audit) -> Turn {
+    pub fn turn(&mut self, share: &mut Share, settings: &P::Settings, buffers: &mut Buffers, audit: &Audit) -> Turn {
         let Self { socket, peer, rule, progress, protocol, .. } = self;
         let connection = progress.number;
         let lines = Lines { audit, peer, rule: rule.name(), connection };
         let mut io = Io {
-            ready,
-            peer: PeerStream { socket, judged: peer.uid(), progress },
+            ready: share.ready,
+            most_lines: share.lines,
+            peer: PeerStream { socket, judged: peer.uid(), progress, share },
             buffers,
             settings,
             terms: &rule.terms().own,
@@ -215,6 +224,16 @@ impl<P: Protocol> Connection<P> {
     pub fn times_out(&self, config: &WorkerConfig<P>) -> Option<Moment> {
         let span = self.rule.terms().idle_timeout.unwrap_or(config.idle_timeout)?;
         self.progress.active.checked_add(span)
+    }
+
+    /// Bounds what the kernel takes for the peer before the peer has read it, where the protocol says by what.
+    pub fn bound_send_buffer(&mut self, settings: &P::Settings) {
+        let Some(footprint) = P::footprint(settings, &self.rule.terms().own) else { return };
+        if footprint.send_buffer != self.send_buffer {
+            self.send_buffer = footprint.send_buffer;
+            // The kernel doubles the number (socket(7)).
+            let _ = setsockopt(&self.socket, sockopt::SndBuf, &(footprint.send_buffer / 2));
+        }
     }
 
     /// What an epoll is to look for.

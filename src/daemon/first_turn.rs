@@ -17,10 +17,13 @@ use crate::mailbox::{Mailbox, Message};
 use crate::moment::Moment;
 use crate::pacing::Pacing;
 use crate::protocol::{Interest, Protocol, Ready, Turn};
+use crate::rounds::Share;
 use crate::terms::Terms;
 
 /// The most that is read from a connection here: a line or a few. The rest is the worker's.
 const FIRST_READ: usize = 4096;
+/// The most lines that are answered here: other users' connections wait behind this one.
+const FIRST_LINES: usize = 1024;
 /// How many connections may be parked at once.
 const MOST_PARKED: usize = 16;
 /// How long a silent connection is parked: a peer that wants no more than one answer has closed by then. Meanwhile no
@@ -102,7 +105,8 @@ impl<P: Protocol> FirstTurn<P> {
 
     /// One turn. `None`: the connection is over, and closed.
     fn turn(&mut self, mut one: Parked<P>) -> Option<(Parked<P>, Turn)> {
-        let turn = one.connection.turn(Ready::Any, &self.settings, &mut self.buffers, &self.context.audit);
+        let mut share = Share::of(Ready::Any, FIRST_LINES);
+        let turn = one.connection.turn(&mut share, &self.settings, &mut self.buffers, &self.context.audit);
         match End::of(turn) {
             None => Some((one, turn)),
             Some(end) => {
@@ -113,10 +117,12 @@ impl<P: Protocol> FirstTurn<P> {
     }
 
     fn hand_over(&mut self, one: Parked<P>) {
-        let Parked { connection, mailbox } = one;
+        let Parked { mut connection, mailbox } = one;
+        // Not for a connection that ends here: it sends one short answer.
+        connection.bound_send_buffer(&self.settings);
         let slot = mailbox.take_slot();
         // Before the worker has the connection: from then on it may close it at any time.
-        if mailbox.watch(&connection, slot).is_err() {
+        if mailbox.watch(&mut connection, slot).is_err() {
             // Out of memory or watches (fs.epoll.max_user_watches): this connection cannot be served.
             mailbox.free_slot(slot);
             return self.context.close(connection, End::Closed, &self.settings, &mut self.buffers, &mailbox);

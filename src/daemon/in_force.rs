@@ -10,6 +10,7 @@ use peergate::permits::Limits;
 
 use crate::config::{Config, Verify};
 use crate::connection::WorkerConfig;
+use crate::memory;
 use crate::protocol::Protocol;
 use crate::terms::Terms;
 
@@ -48,6 +49,9 @@ pub fn audit_settings<P: Protocol>(config: &Config<P>) -> audit::Settings {
 pub fn record_configuration<P: Protocol>(audit: &Audit, config: &Config<P>, what: &str) {
     for warning in &config.warnings {
         audit.write(Record::note(Severity::Warning, warning.to_string()));
+    }
+    if let Some(shortage) = memory::shortage(config, memory::own_limit()) {
+        audit.write(Record::note(Severity::Warning, shortage));
     }
     audit.write(Record::note(Event::ConfigLoaded, format!("Configuration {what}: {}", describe(config))));
 }

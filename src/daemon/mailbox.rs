@@ -143,8 +143,9 @@ impl<P: Protocol> Mailbox<P> {
     ///
     /// # Errors
     /// What epoll_ctl(2) says.
-    pub fn watch(&self, connection: &Connection<P>, slot: usize) -> io::Result<()> {
+    pub fn watch(&self, connection: &mut Connection<P>, slot: usize) -> io::Result<()> {
         let watched = connection.watched();
+        connection.heard = Some(watched);
         self.epoll.add(&connection.socket, EpollEvent::new(watched.peer.flags(), slot as u64))?;
         self.watch_second(connection, slot, None, watched)
     }

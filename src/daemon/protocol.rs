@@ -21,7 +21,9 @@ use crate::buffers::Buffers;
 use crate::cli::Options;
 use crate::config::Config;
 use crate::connection::Progress;
+use crate::memory::Footprint;
 use crate::moment::Moment;
+use crate::rounds::Share;
 
 /// The state of one connection as the daemon's protocol sees it, and its turns.
 ///
@@ -80,7 +82,8 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
     /// The state of a connection that was just admitted.
     fn start() -> Self;
 
-    /// One turn: a bounded piece of work, because other connections wait. It is called when what
+    /// One turn: a bounded piece of work, because other connections wait. It reads once, and answers no more than
+    /// [`Io::most_lines`]. It is called when what
     /// [`waits_for`](Self::waits_for) says can be done, and also on suspicion: right after the admission (with 4 KiB in
     /// `io.buffers.input`, where a worker has 64 KiB), while a thread looks again before it sleeps, and a bounded number of
     /// times when the service stops. So it must say [`Turn::Idle`] exactly when nothing was done: anything else counts as a
@@ -160,6 +163,12 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
     /// serve ends the connections of an earlier one.
     fn unlimited(settings: Self::Settings) -> Self::Settings {
         settings
+    }
+
+    /// The most memory that a connection under these settings and terms takes. From it follow the bound of its send buffer,
+    /// and what the limits of a configuration need. `None`: that is not known, and the send buffer has the system's size.
+    fn footprint(_settings: &Self::Settings, _terms: &Self::Terms) -> Option<Footprint> {
+        None
     }
 
     /// Gives the memory back that the connection held.
@@ -287,6 +296,9 @@ pub struct Io<'a, P: Protocol> {
     pub ready: Ready,
     /// Receives from the peer and sends to it.
     pub peer: PeerStream<'a>,
+    /// How many lines (messages of the protocol) the turn answers at most. It is smaller while several users have something
+    /// to do. The rest is answered in later turns: [`Protocol::waits_for`] says [`Interest::Write`] meanwhile.
+    pub most_lines: usize,
     /// Memory of this thread.
     pub buffers: &'a mut Buffers,
     /// The settings in force.
@@ -304,6 +316,7 @@ pub struct PeerStream<'a> {
     pub(crate) socket: &'a mut Stream,
     pub(crate) judged: Uid,
     pub(crate) progress: &'a mut Progress,
+    pub(crate) share: &'a mut Share,
 }
 
 /// What one read gave.
@@ -341,7 +354,11 @@ impl PeerStream<'_> {
         match received {
             Ok((_, Some(sender))) => Received::SenderMismatch(sender),
             Ok((0, None)) => Received::End,
-            Ok((count, None)) => Received::Bytes(count),
+            Ok((count, None)) => {
+                self.share.received += count;
+                self.share.has_more |= count == buffer.len();
+                Received::Bytes(count)
+            }
             Err(error) => match error.kind() {
                 ErrorKind::WouldBlock | ErrorKind::Interrupted => Received::Nothing,
                 ErrorKind::InvalidData => Received::Descriptors,
@@ -365,11 +382,15 @@ impl PeerStream<'_> {
         while written < output.len() {
             match self.socket.write(&output[written..]) {
                 Ok(count) => written += count,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    self.share.is_blocked = true;
+                    break;
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+        self.share.sent += written;
         Ok(written)
     }
 }
@@ -396,16 +417,18 @@ impl Lines<'_> {
         self.audit.writes_lines()
     }
 
-    /// Records a line of so many bytes.
-    pub fn record(&self, length: usize) {
-        if !self.are_recorded() {
+    /// Records so many lines, of so many bytes in all: the first ones, with their `lengths`, one by one, the rest as counts.
+    pub fn record(&self, count: u64, bytes: usize, lengths: impl IntoIterator<Item = usize>) {
+        if !self.are_recorded() || count == 0 {
             return;
         }
-        let mut record = Record::new(Event::Line);
-        record.rule = Some(self.rule.as_str().into());
-        record.connection = Some(self.connection);
-        record.bytes = Some(length as u64);
-        record.about = Some(About::former(self.peer));
-        self.audit.write(record);
+        self.audit.lines(self.peer.uid(), (count, bytes as u64), lengths, |length| {
+            let mut record = Record::new(Event::Line);
+            record.rule = Some(self.rule.as_str().into());
+            record.connection = Some(self.connection);
+            record.bytes = Some(length as u64);
+            record.about = Some(About::former(self.peer));
+            record
+        });
     }
 }

@@ -36,7 +36,7 @@ const STATUS_PAUSE: Duration = Duration::from_secs(1);
 /// How soon to look again after an idle exit had to be put off, because a connection is just being closed.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
 /// More workers than this gain nothing, unless the configuration says so.
-const MOST_WORKERS: usize = 16;
+pub const MOST_WORKERS: usize = 16;
 /// How often other threads may wake the main thread.
 const NOTICE_PAUSE: Duration = Duration::from_secs(1);
 

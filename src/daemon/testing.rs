@@ -18,6 +18,7 @@ use crate::buffers::Buffers;
 use crate::close::Context;
 use crate::config::values::{SIZE, show_size};
 use crate::connection::WorkerConfig;
+use crate::memory::Footprint;
 use crate::protocol::{Counters, Interest, Io, Protocol, Received, RuleKeys, Settings, Turn};
 use crate::terms::Terms;
 
@@ -89,6 +90,11 @@ impl Protocol for Lines {
 
     fn counters(&self) -> Counters {
         Counters { bytes: self.bytes, ..Counters::default() }
+    }
+
+    fn footprint(settings: &LineSettings, terms: &LineTerms) -> Option<Footprint> {
+        let held = terms.line_length.unwrap_or(settings.line_length);
+        Some(Footprint { held, state: 0, send_buffer: 0 })
     }
 
     fn release(self, buffers: &mut Buffers) {

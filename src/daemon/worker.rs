@@ -1,6 +1,6 @@
 //! The event loop behind the gate: one thread, one epoll, many connections. Workers share nothing.
 //!
-//! Each connection has its turns ([`Protocol::turn`]). In the steady state nothing is allocated, and a connection with nothing
+//! Each connection has its turns ([`Protocol::turn`]), and each user its part of them ([`Rounds`]). In the steady state nothing is allocated, and a connection with nothing
 //! pending owns no buffer.
 
 use std::io;
@@ -10,7 +10,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Instant;
 
-use nix::sys::epoll::{EpollEvent, EpollTimeout};
+use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use peergate::audit::Reason;
 use peergate::policy::Verdict;
 use peergate::poll_timeout;
@@ -18,11 +18,12 @@ use peergate::systemd::Monitored;
 
 use crate::buffers::Buffers;
 use crate::close::{Context, End};
-use crate::connection::{Connection, Watched, WorkerConfig};
+use crate::connection::{Connection, WorkerConfig};
 use crate::mailbox::{Mailbox, Message, SECOND, TOKEN_WAKE};
 use crate::moment::Moment;
 use crate::pacing::Pacing;
 use crate::protocol::{Interest, Protocol, Ready, Turn};
+use crate::rounds::{Rounds, Share};
 use crate::timeouts::Timeouts;
 
 /// The most that is read from one connection before another gets its turn.
@@ -105,6 +106,8 @@ struct WorkerLoop<P: Protocol> {
     connections: Vec<Option<Box<Connection<P>>>>,
     /// How many places are taken.
     present: usize,
+    /// Whose turn it is.
+    rounds: Rounds,
     timeouts: Timeouts,
     /// When turns are due that nothing else calls for: [`Protocol::due`].
     due_turns: Timeouts,
@@ -131,6 +134,7 @@ impl<P: Protocol> WorkerLoop<P> {
             config,
             connections: Vec::new(),
             present: 0,
+            rounds: Rounds::default(),
             timeouts: Timeouts::default(),
             due_turns: Timeouts::default(),
             buffers: Buffers::new(READ),
@@ -150,12 +154,13 @@ impl<P: Protocol> WorkerLoop<P> {
                 match event.data() {
                     TOKEN_WAKE => {}
                     token if P::HAS_SECOND && token & SECOND != 0 => {
-                        self.serve((token & !SECOND) as usize, Ready::Second);
+                        self.note_ready((token & !SECOND) as usize, Ready::Second);
                     }
-                    slot => self.serve(slot as usize, Ready::Peer),
+                    slot => self.note_ready(slot as usize, Ready::Peer),
                 }
             }
             self.note_last_heard(&events[..count]);
+            self.give_turns();
             if self.mailbox.has_mail() {
                 self.open_mail();
                 self.alone = 0;
@@ -171,7 +176,7 @@ impl<P: Protocol> WorkerLoop<P> {
     }
 
     /// Something has happened on a connection.
-    fn serve(&mut self, slot: usize, ready: Ready) {
+    fn note_ready(&mut self, slot: usize, ready: Ready) {
         if self.connections.get(slot).is_none_or(Option::is_none) {
             // It came quietly. Where it is not even in the mail yet, the gate's thread is about to put it there.
             self.open_mail();
@@ -179,10 +184,29 @@ impl<P: Protocol> WorkerLoop<P> {
                 return thread::yield_now();
             }
         }
-        self.turn(slot, ready);
+        if !self.rounds.add(slot, ready) {
+            // Heard of once more, and then not any more until the epoll is asked again: each look would find it.
+            if let Some(connection) = self.connections[slot].as_mut().filter(|connection| connection.heard.is_some()) {
+                connection.heard = None;
+                let once = EpollEvent::new(connection.protocol.waits_for().flags() | EpollFlags::EPOLLONESHOT, slot as u64);
+                let _ = self.mailbox.epoll.modify(&connection.socket, &mut { once });
+            }
+        }
+    }
+
+    /// Gives turns until nothing is ready, or it is time to look for what has happened meanwhile.
+    fn give_turns(&mut self) {
+        let until = self.rounds.work() + self.rounds.bounds().work;
+        while self.rounds.work() < until {
+            let Some((slot, ready)) = self.rounds.next() else { return };
+            self.turn(slot, ready);
+        }
     }
 
     fn wait(&mut self, events: &mut [EpollEvent]) -> usize {
+        if !self.rounds.is_empty() {
+            return self.mailbox.epoll.wait(events, EpollTimeout::ZERO).unwrap_or(0);
+        }
         if self.alone >= ALONE {
             if let Some(count) = self.look(events) {
                 return count;
@@ -211,7 +235,7 @@ impl<P: Protocol> WorkerLoop<P> {
             if self.turn(slot, Ready::Any) {
                 self.pacing.found();
                 turns += 1;
-                if turns < TURNS_ALONE {
+                if turns < TURNS_ALONE && self.rounds.is_empty() {
                     continue;
                 }
                 return self.mailbox.epoll.wait(events, EpollTimeout::ZERO).ok();
@@ -272,8 +296,9 @@ impl<P: Protocol> WorkerLoop<P> {
         if P::takes_descriptors(&self.config.settings) {
             connection.socket.take_descriptors(true);
         }
+        connection.bound_send_buffer(&self.config.settings);
         let slot = self.mailbox.take_slot();
-        if self.mailbox.watch(&connection, slot).is_err() {
+        if self.mailbox.watch(&mut connection, slot).is_err() {
             // Out of memory or watches (fs.epoll.max_user_watches): this connection cannot be served.
             self.mailbox.free_slot(slot);
             return self.close(connection, End::Closed);
@@ -291,6 +316,7 @@ impl<P: Protocol> WorkerLoop<P> {
         if self.connections.len() <= slot {
             self.connections.resize_with(slot + 1, || None);
         }
+        self.rounds.put(slot, self.config.policy.owner_of(connection.peer.uid()));
         self.connections[slot] = Some(connection);
         self.present += 1;
         let connections = &self.connections;
@@ -302,16 +328,20 @@ impl<P: Protocol> WorkerLoop<P> {
     /// One connection's turn. Says whether anything happened.
     fn turn(&mut self, slot: usize, ready: Ready) -> bool {
         let Some(connection) = self.connections.get_mut(slot).and_then(Option::as_mut) else { return false };
-        let (before, due) = (connection.watched(), connection.protocol.due());
-        let turn = connection.turn(ready, &self.config.settings, &mut self.buffers, &self.context.audit);
+        let (due, lines) = (connection.protocol.due(), connection.protocol.counters().lines);
+        let mut share = Share::of(ready, self.rounds.bounds().lines);
+        let turn = connection.turn(&mut share, &self.config.settings, &mut self.buffers, &self.context.audit);
+        let answered = connection.protocol.counters().lines.unwrap_or(0) - lines.unwrap_or(0);
+        self.rounds.charge(slot, &share, answered);
         match turn {
-            Turn::Idle if !P::HAS_SECOND => return false,
             Turn::Idle | Turn::Progress => {
                 if turn == Turn::Progress && !self.timeouts.is_empty() {
                     connection.progress.active = Moment::now();
                 }
-                let now = connection.watched();
-                if now != before && !rewatch(&self.mailbox, slot, connection, before, now) {
+                // A turn that ended at its bounds: the next one need not be asked for.
+                if !P::HAS_SECOND && turn == Turn::Progress && share.goes_on(connection.protocol.waits_for()) {
+                    self.rounds.add_again(slot);
+                } else if !renew_interest(&self.mailbox, slot, connection) {
                     self.end_of(slot, End::Closed);
                     return true;
                 }
@@ -332,6 +362,7 @@ impl<P: Protocol> WorkerLoop<P> {
     /// Takes a connection out of its place, which stays reserved.
     fn take(&mut self, slot: usize) -> Option<Box<Connection<P>>> {
         let connection = self.connections.get_mut(slot)?.take()?;
+        self.rounds.take(slot);
         self.present -= 1;
         Some(connection)
     }
@@ -365,13 +396,13 @@ impl<P: Protocol> WorkerLoop<P> {
             if takes != P::takes_descriptors(&before.settings) {
                 connection.socket.take_descriptors(takes);
             }
-            let watched = connection.watched();
             if let Some(end) = self.judge_again(&mut connection) {
                 self.mailbox.free_slot(slot);
                 self.close(connection, end);
                 continue;
             }
-            self.renew_interest(slot, &connection, watched);
+            connection.bound_send_buffer(&self.config.settings);
+            renew_interest(&self.mailbox, slot, &mut connection);
             self.put(slot, connection);
         }
     }
@@ -401,14 +432,6 @@ impl<P: Protocol> WorkerLoop<P> {
         }
         // What came too late for that ends the connection now.
         self.last_turns(connection)
-    }
-
-    /// After turns outside the loop, before which it waited for this.
-    fn renew_interest(&self, slot: usize, connection: &Connection<P>, before: Watched) {
-        let now = connection.watched();
-        if now != before {
-            rewatch(&self.mailbox, slot, connection, before, now);
-        }
     }
 
     fn note_due_turn_of(&mut self, slot: usize) {
@@ -459,7 +482,6 @@ impl<P: Protocol> WorkerLoop<P> {
         self.timeouts.clear();
         for slot in 0..self.connections.len() {
             let Some(mut connection) = self.take(slot) else { continue };
-            let watched = connection.watched();
             if let Some(end) = self.end_before_rest(&mut connection) {
                 self.mailbox.free_slot(slot);
                 self.close(connection, end);
@@ -474,7 +496,7 @@ impl<P: Protocol> WorkerLoop<P> {
                 // Everything received by now is answered, a fragment too; then the end. On our side what is in the queue
                 // can still be read, and after it comes the end of file; the peer can add nothing to it.
                 let _ = connection.socket.shutdown(Shutdown::Read);
-                self.renew_interest(slot, &connection, watched);
+                renew_interest(&self.mailbox, slot, &mut connection);
                 self.put(slot, connection);
             }
         }
@@ -503,7 +525,8 @@ impl<P: Protocol> WorkerLoop<P> {
     fn last_turns(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
         for _ in 0..LAST_TURNS {
             let waits_for_room = connection.protocol.waits_for() == Interest::Write;
-            let turn = connection.turn(Ready::Any, &self.config.settings, &mut self.buffers, &self.context.audit);
+            let mut share = Share::whole(Ready::Any);
+            let turn = connection.turn(&mut share, &self.config.settings, &mut self.buffers, &self.context.audit);
             match turn {
                 Turn::Idle => return None,
                 Turn::Progress if waits_for_room && connection.protocol.waits_for() == Interest::Write => return None,
@@ -532,18 +555,17 @@ impl<P: Protocol> WorkerLoop<P> {
 }
 
 /// Has the epoll look for what a connection waits for now. False where it cannot: the connection cannot be served.
-fn rewatch<P: Protocol>(
-    mailbox: &Mailbox<P>,
-    slot: usize,
-    connection: &Connection<P>,
-    before: Watched,
-    now: Watched,
-) -> bool {
-    if now.peer != before.peer {
+fn renew_interest<P: Protocol>(mailbox: &Mailbox<P>, slot: usize, connection: &mut Connection<P>) -> bool {
+    let now = connection.watched();
+    let before = connection.heard.replace(now);
+    if before == Some(now) {
+        return true;
+    }
+    if before.is_none_or(|before| before.peer != now.peer) {
         let mut event = EpollEvent::new(now.peer.flags(), slot as u64);
         let _ = mailbox.epoll.modify(&connection.socket, &mut event);
     }
-    mailbox.watch_second(connection, slot, Some(before), now).is_ok()
+    mailbox.watch_second(connection, slot, before, now).is_ok()
 }
 
 #[cfg(test)]

@@ -2,14 +2,23 @@
 
 use peergate::audit::Reason;
 use peergate_daemon::buffers::{Buffers, SMALL, grow};
+use peergate_daemon::memory::Footprint;
 use peergate_daemon::protocol::{Counters, Interest, Io, Protocol, Received, Refusal, Turn};
 use serde::{Deserialize, Serialize};
 
-use crate::line::{self, Cursor, End};
+use peergate_daemon::worker::READ;
+
+use crate::line::{self, Cursor, End, Room};
 use crate::settings::{Settings, Terms};
 
-/// The most echo of one turn: that of a whole read, even one of bare LFs, and no more, however long a line is.
-const ROOM: usize = 4 * peergate_daemon::worker::READ;
+/// The most echo of one turn, however long a line is.
+const ROOM: usize = 2 * READ;
+
+/// What the state takes besides what is held.
+const STATE: usize = 256;
+/// Bounds of the send buffer: less costs throughput however short the lines are, more gains none (benches/README.md).
+const LEAST_SEND_BUFFER: usize = 32 * 1024;
+const MOST_SEND_BUFFER: usize = 208 * 1024;
 
 /// One connection.
 #[derive(Debug, Serialize, Deserialize)]
@@ -79,7 +88,7 @@ impl Protocol for Echo {
     fn owed(&self) -> Vec<u8> {
         let mut owed = Vec::new();
         if self.state != State::Refusing {
-            line::echo(&self.held, Cursor { start: 0, sent: self.sent }, usize::MAX, true, usize::MAX, &mut owed);
+            line::echo(&self.held, Cursor { start: 0, sent: self.sent }, usize::MAX, true, Room::ENDLESS, &mut owed);
         }
         owed
     }
@@ -107,6 +116,17 @@ impl Protocol for Echo {
 
     fn unlimited(_: Settings) -> Settings {
         Settings { line_length: usize::MAX }
+    }
+
+    fn footprint(settings: &Settings, terms: &Terms) -> Option<Footprint> {
+        let limit = limit(settings, terms);
+        // A line that has not ended, and one read more.
+        let most = limit.saturating_add(limit.min(READ));
+        Some(Footprint {
+            held: most.checked_next_power_of_two().unwrap_or(most).min(limit.saturating_mul(2)),
+            state: most.saturating_add(STATE),
+            send_buffer: limit.saturating_mul(2).clamp(LEAST_SEND_BUFFER, MOST_SEND_BUFFER),
+        })
     }
 
     fn release(self, buffers: &mut Buffers) {
@@ -212,14 +232,14 @@ impl Echo {
         let output = &mut io.buffers.output;
         output.clear();
         let is_last = matches!(self.state, State::Finishing | State::AtDescriptors);
-        let echoed = line::echo(input, from, limit, is_last, ROOM, output);
+        let room = Room { bytes: ROOM, lines: io.most_lines as u64 };
+        let echoed = line::echo(input, from, limit, is_last, room, output);
         let Ok(written) = io.peer.send(output) else { return Emitted::Broken };
         let all = written == output.len();
         let (at, lines) = if all { (echoed.next, echoed.lines) } else { line::advance(input, from, written) };
         if io.lines.are_recorded() {
-            input[from.start..at.start]
-                .split_inclusive(|byte| *byte == b'\n')
-                .for_each(|line| io.lines.record(line.len()));
+            let answered = &input[from.start..at.start];
+            io.lines.record(lines, answered.len(), answered.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::len));
         }
         self.lines += lines;
         match echoed.end {
@@ -261,6 +281,7 @@ mod tests {
     use peergate::{Stream, audit};
     use peergate_daemon::connection::Connection;
     use peergate_daemon::protocol::Ready;
+    use peergate_daemon::rounds::Share;
     use peergate_daemon::worker::READ;
 
     use super::*;
@@ -287,19 +308,19 @@ mod tests {
             while connection.socket.write(b"an echo\n").is_ok() {}
             client.set_nonblocking(true).unwrap();
             client.write_all(&[&[b'x'; 100][..], ends.as_bytes()].concat()).unwrap();
-            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
             if connection.protocol.state == State::Reading {
                 // No more than the limit is read at once.
-                assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
+                assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
             }
             assert_eq!((connection.protocol.state, connection.watched().peer), (State::Refusing, Interest::Write));
-            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
             let mut heard = Vec::new();
             let mut part = [0; 4096];
             while let Ok(count) = client.read(&mut part) {
                 heard.extend_from_slice(&part[..count]);
             }
-            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Refused);
+            assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Refused);
             let refusal = connection.protocol.refusal(&settings, &Terms::default()).unwrap();
             assert_eq!((refusal.message, &*refusal.text), (&b""[..], "a line was longer than 99 bytes"));
             let count = client.read(&mut part).unwrap();
@@ -325,7 +346,7 @@ mod tests {
         });
         let (mut out, mut turns) = (0, 0);
         while !connection.protocol.held.is_empty() {
-            assert_eq!(connection.turn(Ready::Peer, &settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
             let echo = &connection.protocol;
             let now = if echo.held.is_empty() { LENGTH + 2 } else { echo.sent };
             assert!(now - out <= ROOM, "{} bytes in a turn", now - out);
@@ -348,12 +369,12 @@ mod tests {
         let mut round = || {
             for part in [&b"a line of thirty-two bytes, LF in\n"[..], &many, &long, b"half ", b"a line\n"] {
                 client.write_all(part).unwrap();
-                while connection.turn(Ready::Peer, &settings, &mut buffers, &audit) != Turn::Idle {}
+                while connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit) != Turn::Idle {}
                 client.set_nonblocking(true).unwrap();
                 while client.read(&mut answer).is_ok() {}
                 client.set_nonblocking(false).unwrap();
                 while connection.protocol.waits_for() == Interest::Write {
-                    connection.turn(Ready::Peer, &settings, &mut buffers, &audit);
+                    connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit);
                 }
             }
         };

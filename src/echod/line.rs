@@ -4,7 +4,7 @@
 //! not yet been echoed is kept as it came, with a [`Cursor`] into it, never as echo: so a connection holds no
 //! more than it received.
 
-use memchr::{memchr, memchr_iter};
+use memchr::memchr;
 
 /// What stands before each line that comes back.
 const PROMPT: &[u8] = b"> ";
@@ -21,12 +21,26 @@ pub struct Cursor {
     pub sent: usize,
 }
 
+/// How much is echoed at once.
+#[derive(Clone, Copy, Debug)]
+pub struct Room {
+    /// Bytes of echo; at least one.
+    pub bytes: usize,
+    /// Lines; at least one.
+    pub lines: u64,
+}
+
+impl Room {
+    /// Room for everything.
+    pub const ENDLESS: Self = Self { bytes: usize::MAX, lines: u64::MAX };
+}
+
 /// Why [`echo`] stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
     /// Every line is echoed; what is left, if anything, is a line that has not ended yet.
     Complete,
-    /// No more room for output.
+    /// No more room.
     Full,
     /// The next line is longer than allowed.
     TooLong,
@@ -43,15 +57,19 @@ pub struct Echoed {
     pub end: End,
 }
 
-/// Appends the echo of `input` from `from` on to `out`, until `out` holds `room` bytes.
+/// Appends the echo of `input` from `from` on to `out`, as far as there is room.
 ///
 /// `limit` is the longest line allowed, LF included. `ended` says that nothing follows `input`: then a
 /// last fragment without LF is a line too.
-pub fn echo(input: &[u8], from: Cursor, limit: usize, ended: bool, room: usize, out: &mut Vec<u8>) -> Echoed {
+pub fn echo(input: &[u8], from: Cursor, limit: usize, ended: bool, room: Room, out: &mut Vec<u8>) -> Echoed {
+    let Room { bytes: room, lines: most } = room;
     let mut at = from;
     let mut lines = 0;
     let mut put = |at: &mut Cursor, end: usize| {
         let line = &input[at.start..end];
+        if lines == most {
+            return Err(End::Full);
+        }
         if line.len() > limit {
             return Err(End::TooLong);
         }
@@ -74,8 +92,10 @@ pub fn echo(input: &[u8], from: Cursor, limit: usize, ended: bool, room: usize, 
         return Echoed { next: at, lines: 0, end: End::Full };
     }
     let mut end = End::Complete;
-    for lf in memchr_iter(b'\n', &input[out_already..]) {
-        if let Err(why) = put(&mut at, out_already + lf + 1) {
+    let mut next = out_already;
+    while let Some(lf) = find_lf(&input[next..]) {
+        next += lf + 1;
+        if let Err(why) = put(&mut at, next) {
             end = why;
             break;
         }
@@ -88,6 +108,11 @@ pub fn echo(input: &[u8], from: Cursor, limit: usize, ended: bool, room: usize, 
         }
     }
     Echoed { next: at, lines, end }
+}
+
+/// Where the next line ends. An empty one is found without the search, which costs more than all the rest of its echo.
+fn find_lf(input: &[u8]) -> Option<usize> {
+    if input.first() == Some(&b'\n') { Some(0) } else { memchr(b'\n', input) }
 }
 
 /// As much of a line's echo as there is space for. True when that was all of it.
@@ -164,7 +189,7 @@ mod tests {
             let ended = i == chunks.len();
             loop {
                 let mut some = Vec::new();
-                let echoed = echo(&held, at, limit, ended, 64, &mut some);
+                let echoed = echo(&held, at, limit, ended, Room { bytes: 64, lines: 3 }, &mut some);
                 // The socket takes part of it.
                 let taken = some.len().min(rooms.next().unwrap());
                 out.extend_from_slice(&some[..taken]);
@@ -243,8 +268,11 @@ mod tests {
 
     #[test]
     fn lines_are_counted_when_they_are_out() {
-        let echoed = echo(b"a\nb\nc", Cursor::default(), LIMIT, false, 100, &mut Vec::new());
-        assert_eq!((echoed.lines, echoed.next.start), (2, 4));
+        let echoed = echo(b"a\nb\nc", Cursor::default(), LIMIT, false, Room::ENDLESS, &mut Vec::new());
+        assert_eq!((echoed.lines, echoed.next.start, echoed.end), (2, 4, End::Complete));
+        let one = Room { lines: 1, ..Room::ENDLESS };
+        let echoed = echo(b"a\nb\nc", Cursor::default(), LIMIT, false, one, &mut Vec::new());
+        assert_eq!((echoed.lines, echoed.next.start, echoed.end), (1, 2, End::Full));
         assert_eq!(advance(b"a\nb\nc", Cursor::default(), 5), (Cursor { start: 2, sent: 1 }, 1));
         assert_eq!(advance(b"a\nb\nc", Cursor::default(), 11), (Cursor { start: 5, sent: 0 }, 3));
     }

@@ -45,7 +45,7 @@ pub enum RecordScope {
     Denials,
     /// Also admissions, and how each connection ended.
     Connections,
-    /// Also each line: its length, never its content.
+    /// Also each line: its length, never its content. The first of each user and interval one by one, the rest counted.
     Lines,
 }
 
@@ -67,7 +67,7 @@ pub struct Settings {
     /// How much is written in full.
     pub scope: RecordScope,
     /// How many denials, refusals, and connections revoked because of their sender are written in full, for each user
-    /// and reason in an interval.
+    /// and reason in an interval; and how many lines, for each user.
     pub burst: u32,
     /// How long an interval is.
     pub interval: Duration,
@@ -128,6 +128,8 @@ struct RecordQueue {
     /// How many records the writer has finished with.
     dealt_with: u64,
     windows: Windows,
+    /// Of lines. Apart, because admitted users could fill the places of users that are turned away.
+    line_windows: Windows,
     /// Records that were not written and are in no summary, since the last note that gave their number.
     unwritten: u64,
     /// The last record did not reach the journal, or standard error where there is none.
@@ -161,7 +163,10 @@ impl Audit {
         self.0.scope.store(settings.scope as u8, Ordering::Relaxed);
         let mut queue = self.lock();
         // Before the summaries: the next one is due by the new interval.
-        (queue.windows.burst, queue.windows.interval) = (settings.burst, settings.interval);
+        let RecordQueue { windows, line_windows, .. } = &mut *queue;
+        for windows in [windows, line_windows] {
+            (windows.burst, windows.interval) = (settings.burst, settings.interval);
+        }
         queue.summarize(Instant::now(), true);
         self.wake(queue);
     }
@@ -235,7 +240,7 @@ impl Audit {
         let now = Instant::now();
         let mut queue = self.lock();
         // A writer that waits for the end of an interval need not be woken for a count.
-        let known = queue.windows.next_tick().is_some();
+        let known = queue.next_tick().is_some();
         queue.end_intervals(now);
         if !queue.has_room() || !queue.windows.may_write(uid, reason, now) {
             queue.windows.count(uid, reason, 1, 0, now);
@@ -247,6 +252,36 @@ impl Audit {
         let mut queue = self.lock();
         queue.push(record);
         self.wake(queue);
+    }
+
+    /// Records `count` lines of a user, of `bytes` in all: the first ones by what `record` makes of their `lengths`, as many
+    /// as the burst of this interval has left and the queue has room for. The next summary counts the rest.
+    ///
+    /// All of them in one go: a peer may send a line for each of its bytes.
+    pub fn lines(
+        &self,
+        uid: Uid,
+        (count, bytes): (u64, u64),
+        lengths: impl IntoIterator<Item = usize>,
+        mut record: impl FnMut(usize) -> Record,
+    ) {
+        let now = Instant::now();
+        let mut queue = self.lock();
+        let known = queue.next_tick().is_some();
+        queue.end_intervals(now);
+        let wanted = u32::try_from(count).unwrap_or(u32::MAX).min(queue.room_for_the_admitted());
+        let first = queue.line_windows.may_write_of(wanted, Some(uid), Reason::Lines, now);
+        let mut left = (count, bytes);
+        for length in lengths.into_iter().take(first as usize) {
+            queue.push(record(length));
+            left = (left.0.saturating_sub(1), left.1.saturating_sub(length as u64));
+        }
+        if left.0 > 0 {
+            queue.line_windows.count_lines(Some(uid), left.0, left.1, 0, now);
+        }
+        if first > 0 || !known {
+            self.wake(queue);
+        }
     }
 
     /// Puts a record into the queue. If there is no room it is left out, and a note gives the number of records left out.
@@ -265,7 +300,7 @@ impl Audit {
             }
             // Only a reload causes these: the administrator bounds their number.
             (Event::Revoked | Event::ConfigLoaded | Event::ConfigRefused, _) => queue.push(record),
-            _ if queue.has_room_for_the_admitted() => queue.push(record),
+            _ if queue.room_for_the_admitted() > 0 => queue.push(record),
             _ => queue.unwritten += 1,
         }
         self.wake(queue);
@@ -346,7 +381,7 @@ impl Audit {
                 return Next::Finished;
             }
             queue.sleeping = true;
-            queue = match queue.windows.next_tick() {
+            queue = match queue.next_tick() {
                 Some(due) => {
                     let pause = due.saturating_duration_since(now);
                     self.0.wake.wait_timeout(queue, pause).unwrap_or_else(PoisonError::into_inner).0
@@ -408,10 +443,16 @@ impl RecordQueue {
         self.waiting.len() < MOST_WAITING && self.waiting_bytes < MOST_WAITING_BYTES
     }
 
-    /// Admissions, ends and lines may fill three quarters of the queue. Admitted peers cause any number of them, and the
-    /// last quarter is kept for denials.
-    fn has_room_for_the_admitted(&self) -> bool {
-        self.waiting.len() < MOST_WAITING / 4 * 3 && self.waiting_bytes < MOST_WAITING_BYTES / 4 * 3
+    /// For how many records of admissions, ends and lines there is room. They may fill three quarters of the queue: admitted
+    /// peers cause any number of them, and the last quarter is kept for denials.
+    fn room_for_the_admitted(&self) -> u32 {
+        let has_room = self.waiting_bytes < MOST_WAITING_BYTES / 4 * 3;
+        let left = if has_room { (MOST_WAITING / 4 * 3).saturating_sub(self.waiting.len()) } else { 0 };
+        u32::try_from(left).unwrap_or(u32::MAX)
+    }
+
+    fn next_tick(&self) -> Option<Instant> {
+        self.windows.next_tick().into_iter().chain(self.line_windows.next_tick()).min()
     }
 
     fn release(&mut self) -> Option<Record> {
@@ -422,6 +463,10 @@ impl RecordQueue {
     /// Counts again what `record` stands for. `on_stderr` of these are on standard error.
     fn count_again(&mut self, record: &Record, on_stderr: u64) {
         let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
+        if matches!(record.event, Event::Line | Event::LineSummary) {
+            let (lines, bytes) = (record.stands_for(), record.bytes.unwrap_or(0));
+            return self.line_windows.count_lines(uid, lines, bytes, on_stderr, now);
+        }
         let (reason, count) = match (record.event, record.reason, record.stands_for()) {
             (Event::Revoked, Some(reason), _) if reason != Reason::Policy => (reason, 1),
             (_, Some(reason), count @ 1..) => (reason, count),
@@ -432,7 +477,7 @@ impl RecordQueue {
 
     /// Called with every denial too: a writer that waits must not make an interval longer.
     fn end_intervals(&mut self, now: Instant) {
-        if self.windows.next_tick().is_some_and(|due| due <= now) {
+        if self.next_tick().is_some_and(|due| due <= now) {
             self.summarize(now, false);
         }
     }
@@ -464,8 +509,11 @@ impl RecordQueue {
         // may take nothing for a long time.
         let has_room = self.closed || self.waiting.len() < MOST_WAITING + MOST_TRACKED;
         let soonest = if self.journal_is_away { now + LOOK_FOR_JOURNAL } else { now };
-        let summaries = self.windows.end(now, all, has_room, soonest);
-        summaries.into_iter().for_each(|summary| self.push(summary));
+        for of_lines in [false, true] {
+            let windows = if of_lines { &mut self.line_windows } else { &mut self.windows };
+            let summaries = windows.end(now, all, has_room, soonest);
+            summaries.into_iter().for_each(|summary| self.push(summary));
+        }
     }
 }
 
@@ -608,7 +656,55 @@ mod tests {
         }
         assert!(audit.lock().waiting.len() <= MOST_WAITING + 2 * MOST_TRACKED);
         audit.close();
-        assert_eq!(sum(&drain(&audit)), 30 + MOST_WAITING as u64 + 10 * 500);
+        let records: Vec<_> = drain(&audit).into_iter().filter(|record| record.event != Event::Line).collect();
+        assert_eq!(sum(&records), 30 + MOST_WAITING as u64 + 10 * 500);
+    }
+
+    fn record_lines(audit: &Audit, uid: u32, lengths: &[usize]) {
+        let sums = (lengths.len() as u64, lengths.iter().sum::<usize>() as u64);
+        audit.lines(Uid::new(uid), sums, lengths.iter().copied(), |length| Record {
+            bytes: Some(length as u64),
+            about: Some(About::user(Uid::new(uid))),
+            ..Record::new(Event::Line)
+        });
+    }
+
+    /// Lines and bytes that records of lines and their summaries stand for, and the number of these records.
+    fn lines_of(records: &[Record]) -> (u64, u64, usize) {
+        let lines = records.iter().filter(|record| matches!(record.event, Event::Line | Event::LineSummary));
+        lines.fold((0, 0, 0), |sum, record| (sum.0 + record.stands_for(), sum.1 + record.bytes.unwrap(), sum.2 + 1))
+    }
+
+    #[test]
+    fn the_first_lines_of_a_user_are_written_and_the_rest_counted() {
+        let audit = audit(10);
+        record_lines(&audit, 1000, &[7, 9]);
+        record_lines(&audit, 1000, &[1; 65_536]);
+        record_lines(&audit, 1001, &[5]);
+        deny(&audit, 1000);
+        assert_eq!(audit.lock().waiting.len(), 12, "in one go, and denials have a burst of their own");
+        audit.close();
+        let records = drain(&audit);
+        assert_eq!(lines_of(&records), (65_539, 65_536 + 21, 12));
+        let summary = records.iter().find(|record| record.event == Event::LineSummary).unwrap();
+        assert_eq!((summary.count, summary.bytes, summary.reason), (Some(65_528), Some(65_528), Some(Reason::Lines)));
+        assert!(!records.iter().any(|record| record.event == Event::Summary));
+    }
+
+    #[test]
+    fn lines_without_room_or_journal_are_counted_and_leave_room_for_denials() {
+        let audit = audit(u32::MAX);
+        record_lines(&audit, 1000, &[3; 10_000]);
+        assert_eq!(audit.lock().waiting.len(), MOST_WAITING / 4 * 3);
+        (0..5000).for_each(|uid| record_lines(&audit, uid, &[1]));
+        assert!(audit.lock().windows.by_user.is_empty() && audit.lock().line_windows.by_user.len() <= MOST_TRACKED + 1);
+        deny(&audit, 1000);
+        assert!(matches!(audit.next(), Next::Write(_)));
+        assert!(write_to_stderr(&audit, true));
+        audit.close();
+        let records = drain(&audit);
+        let (lines, bytes, _) = lines_of(&records);
+        assert_eq!((lines, bytes, sum(&records) - lines), (15_000, 35_000, 1));
     }
 
     #[test]

@@ -160,13 +160,14 @@ pub fn written_fields() -> BTreeSet<String> {
 }
 
 /// Every event that has an id.
-pub const WITH_ID: [Event; 9] = [
+pub const WITH_ID: [Event; 10] = [
     Event::Denied,
     Event::Refused,
     Event::Summary,
     Event::Admitted,
     Event::Closed,
     Event::Line,
+    Event::LineSummary,
     Event::ConfigLoaded,
     Event::ConfigRefused,
     Event::Revoked,

@@ -32,6 +32,8 @@ pub enum Event {
     Closed,
     /// A line came back to its sender.
     Line,
+    /// The number of lines that were not written one by one.
+    LineSummary,
     /// A configuration is in force.
     ConfigLoaded,
     /// A configuration was refused; the one before it stays.
@@ -73,6 +75,7 @@ impl Event {
             Self::Admitted => "fb07ecd99a40415abb029457009dd51a",
             Self::Closed => "9aa9a5f08d08409e9e656c48f20bf4f8",
             Self::Line => "b4a1cf2d2f5c4b0f9d0f5ab96f3f1c27",
+            Self::LineSummary => "a32225cea0b74f40a0009c977477f105",
             Self::ConfigLoaded => "b07bc66e288e48eba96896e38dfe1144",
             Self::ConfigRefused => "00e1479225c6488a9e2fed748c43c786",
             Self::Revoked => "765ab08f733d46e1a5b6850cc41b9003",
@@ -89,7 +92,8 @@ impl Event {
             Self::Admitted => "admitted",
             Self::Closed => "closed",
             Self::Revoked => "revoked",
-            Self::Line | Self::ConfigLoaded | Self::ConfigRefused | Self::Note(_) => return None,
+            // Of lines nothing is decided: this summary stands for no denial and no refusal.
+            Self::Line | Self::LineSummary | Self::ConfigLoaded | Self::ConfigRefused | Self::Note(_) => return None,
         })
     }
 
@@ -99,7 +103,7 @@ impl Event {
             Self::ConfigRefused => Severity::Error,
             Self::Denied | Self::Refused | Self::Summary | Self::Revoked => Severity::Warning,
             Self::ConfigLoaded => Severity::Notice,
-            Self::Admitted | Self::Closed | Self::Line => Severity::Info,
+            Self::Admitted | Self::Closed | Self::Line | Self::LineSummary => Severity::Info,
             Self::Note(severity) => severity,
         }
     }
@@ -127,6 +131,8 @@ pub enum Reason {
     Stopping,
     /// The service that the connection was to be passed on to could not be reached.
     Upstream,
+    /// No reason, but what the count of a summary is one of: lines.
+    Lines,
 }
 
 impl Reason {
@@ -142,6 +148,7 @@ impl Reason {
             Self::Idle => "idle",
             Self::Stopping => "stopping",
             Self::Upstream => "upstream",
+            Self::Lines => "lines",
         }
     }
 
@@ -333,6 +340,7 @@ impl Record {
             Event::Admitted => "Admitted",
             Event::Closed => "Closed",
             Event::Line => "Line of",
+            Event::LineSummary => "Lines of",
             Event::Revoked => "Revoked",
             Event::ConfigLoaded | Event::ConfigRefused | Event::Note(_) => {
                 return out.write_str(text.unwrap_or_default());
@@ -358,6 +366,11 @@ impl Record {
                 if self.reason.is_some() { write!(out, "; {}", self.why()) } else { Ok(()) }
             }
             Event::Line => write!(out, ": {}", counted(self.bytes.unwrap_or(0), "byte")),
+            Event::LineSummary => {
+                let (count, bytes) = (self.count.unwrap_or(0), self.bytes.unwrap_or(0));
+                let seconds = self.duration.unwrap_or_default().as_secs_f64();
+                write!(out, ": {count} more in {seconds:.1} s, {}", counted(bytes, "byte"))
+            }
             _ => match text {
                 Some(text) => write!(out, ": {text}"),
                 None => write!(out, ": {}", self.why()),
@@ -379,7 +392,8 @@ impl Record {
 
     fn write_peer(&self, (user, login): (Option<&str>, Option<&str>), out: &mut String) -> std::fmt::Result {
         let Some(about) = &self.about else {
-            return out.write_str(if self.event == Event::Summary { " peers" } else { " a peer" });
+            let several = matches!(self.event, Event::Summary | Event::LineSummary);
+            return out.write_str(if several { " peers" } else { " a peer" });
         };
         let login = about.login_of_another().map(|uid| match login {
             Some(login) => format!("logged in as {login}"),
@@ -418,6 +432,7 @@ impl Record {
             (Some(Reason::Idle), _) => "nothing came for too long",
             (Some(Reason::Stopping), _) => "the service is stopping",
             (Some(Reason::Upstream), _) => "the service behind could not be reached",
+            (Some(Reason::Lines), _) => "lines",
             (None, _) => "no reason given",
         })
     }
@@ -440,11 +455,11 @@ impl Record {
         size_of::<Self>() + about + self.text.as_ref().map_or(0, String::len)
     }
 
-    /// How many denials or refusals the record stands for.
+    /// How many denials, refusals or lines the record stands for.
     pub(super) fn stands_for(&self) -> u64 {
         match self.event {
-            Event::Denied | Event::Refused => 1,
-            Event::Summary => self.count.unwrap_or(0),
+            Event::Denied | Event::Refused | Event::Line => 1,
+            Event::Summary | Event::LineSummary => self.count.unwrap_or(0),
             _ => 0,
         }
     }

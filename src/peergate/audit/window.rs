@@ -1,4 +1,5 @@
-//! What is counted: the denials and refusals of each user and reason, after the first in an interval.
+//! What is counted: the denials and refusals of each user and reason, and the lines of each user, after the first in an
+//! interval.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -24,6 +25,8 @@ pub(super) struct Window {
     since: Instant,
     written: u32,
     pub(super) counted: u64,
+    /// Bytes of the counted lines.
+    bytes: u64,
     /// How many of `counted` are on standard error already, and owed to the journal alone.
     on_stderr: u64,
     first_counted: Instant,
@@ -38,11 +41,22 @@ impl Windows {
 
     /// Whether one more record of this interval may be written. If so it is counted as written.
     pub(super) fn may_write(&mut self, uid: Option<Uid>, reason: Reason, now: Instant) -> bool {
+        self.may_write_of(1, uid, reason, now) == 1
+    }
+
+    /// How many of `count` more records of this interval may be written. These are counted as written.
+    pub(super) fn may_write_of(&mut self, count: u32, uid: Option<Uid>, reason: Reason, now: Instant) -> u32 {
         let burst = self.burst;
         let window = self.window(uid, reason, now);
-        let first = window.written < burst;
-        window.written += u32::from(first);
+        let first = burst.saturating_sub(window.written).min(count);
+        window.written += first;
         first
+    }
+
+    /// Counts so many more lines of so many bytes.
+    pub(super) fn count_lines(&mut self, uid: Option<Uid>, lines: u64, bytes: u64, on_stderr: u64, now: Instant) {
+        self.count(uid, Reason::Lines, lines, on_stderr, now);
+        self.window(uid, Reason::Lines, now).bytes += bytes;
     }
 
     /// Counts `count` more, of which `on_stderr` are on standard error.
@@ -64,6 +78,7 @@ impl Windows {
             since: now,
             written: 0,
             counted: 0,
+            bytes: 0,
             on_stderr: 0,
             first_counted: now,
             last_counted: now,
@@ -82,7 +97,7 @@ impl Windows {
                     return true;
                 }
                 summaries.push(window.summary(*uid, *reason));
-                (window.counted, window.on_stderr) = (0, 0);
+                (window.counted, window.bytes, window.on_stderr) = (0, 0, 0);
                 if over {
                     (window.since, window.written) = (now, 0);
                 }
@@ -102,13 +117,15 @@ impl Windows {
 
 impl Window {
     fn summary(&self, uid: Option<Uid>, reason: Reason) -> Record {
+        let of_lines = reason == Reason::Lines;
         Record {
             reason: Some(reason),
+            bytes: of_lines.then_some(self.bytes),
             count: Some(self.counted),
             on_stderr: self.on_stderr,
             duration: Some(self.last_counted.saturating_duration_since(self.first_counted)),
             about: uid.map(About::user),
-            ..Record::new(Event::Summary)
+            ..Record::new(if of_lines { Event::LineSummary } else { Event::Summary })
         }
     }
 }

@@ -175,6 +175,17 @@ impl<T> Rule<T> {
         self.conditions.iter().map(move |condition| (condition.key.name, condition.shown(me)))
     }
 
+    /// The number of users that the rule can match at most: those that its key `users` lists. `None`: any number. A user's
+    /// subordinate ids count as the user.
+    pub fn most_users(&self) -> Option<u64> {
+        let users = self.conditions.iter().find(|condition| condition.key.name == "users")?;
+        users.values.iter().try_fold(0_u64, |sum, value| match value {
+            Value::Me | Value::Id(_) | Value::Named(..) => Some(sum.saturating_add(1)),
+            Value::Range(low, high) => Some(sum.saturating_add(u64::from(high.saturating_sub(*low)) + 1)),
+            Value::Any | Value::Pattern(_) => None,
+        })
+    }
+
     /// Notes where the rule is written.
     #[must_use]
     pub fn at(mut self, place: Place) -> Self {
