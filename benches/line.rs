@@ -2,7 +2,7 @@
 
 use divan::counter::BytesCount;
 use divan::{Bencher, black_box};
-use echod::line::{Cursor, echo};
+use echod::line::{Cursor, Room, echo};
 
 /// Bytes received at once, in lines of these lengths.
 const INPUT: usize = 16 * 1024;
@@ -16,11 +16,11 @@ fn lines(length: usize) -> Vec<u8> {
 fn frame(bencher: Bencher, length: usize) {
     let (input, mut out) = (lines(length), Vec::with_capacity(3 * INPUT));
     let due = INPUT + 2 * (INPUT / length);
-    assert_eq!(echo(&input, Cursor::default(), INPUT, false, usize::MAX, &mut out).lines, (INPUT / length) as u64);
+    assert_eq!(echo(&input, Cursor::default(), INPUT, false, Room::ENDLESS, &mut out).lines, (INPUT / length) as u64);
     assert_eq!(out.len(), due);
     bencher.counter(BytesCount::new(INPUT)).bench_local(|| {
         out.clear();
-        echo(black_box(&input), Cursor::default(), INPUT, false, usize::MAX, &mut out)
+        echo(black_box(&input), Cursor::default(), INPUT, false, Room::ENDLESS, &mut out)
     });
 }
 

@@ -362,6 +362,51 @@ pub fn denials(path: &Path, message: &[u8], span: Duration) -> Result<Run> {
     Ok(run)
 }
 
+/// Streams bare LFs on so many connections for `span`, as fast as the server takes them, and reads what comes back. `started`
+/// is called when each connection has had an echo.
+pub fn stream(path: &Path, count: u32, span: Duration, started: impl FnOnce()) -> Result<Run> {
+    const ECHO: &[u8] = b"> \n";
+    let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+    let mut conns = open(path, count, 32, 1)?;
+    started();
+    for (index, conn) in conns.iter_mut().enumerate() {
+        conn.stream.set_nonblocking(true)?;
+        conn.got = 0;
+        epoll.add(&conn.stream, EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT, index as u64))?;
+    }
+    let due = ECHO.repeat(128 * 1024);
+    let (lines, mut chunk) = (vec![b'\n'; 64 * 1024], vec![0; 256 * 1024]);
+    let mut events = [EpollEvent::empty(); 64];
+    let patience = EpollTimeout::try_from(PATIENCE).map_err(Error::other)?;
+    let (start, mut echoed) = (Instant::now(), 0_u64);
+    while start.elapsed() < span {
+        let n = epoll.wait(&mut events, patience)?;
+        if n == 0 {
+            return Err(Error::new(ErrorKind::TimedOut, "no line came back"));
+        }
+        for event in &events[..n] {
+            let conn = &mut conns[usize::try_from(event.data()).map_err(Error::other)?];
+            let none_or = |result: Result<usize>| match result {
+                Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(None),
+                other => other.map(Some),
+            };
+            none_or(conn.stream.write(&lines))?;
+            let n = match none_or(conn.stream.read(&mut chunk))? {
+                Some(0) => return Err(Error::new(ErrorKind::UnexpectedEof, "closed while lines were streamed")),
+                Some(n) => n,
+                None => continue,
+            };
+            // How far it is within an echo says which bytes are due.
+            if chunk[..n] != due[conn.got % ECHO.len()..][..n] {
+                return Err(Error::new(ErrorKind::InvalidData, format!("wrong bytes: {:?}", excerpt(&chunk[..n]))));
+            }
+            conn.got += n;
+            echoed += n as u64;
+        }
+    }
+    Ok(Run { lines: echoed / ECHO.len() as u64, elapsed: start.elapsed(), latencies: Vec::new() })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

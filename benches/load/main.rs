@@ -72,14 +72,16 @@ fn main() -> ExitCode {
     let role = own.first().map_or("", String::as_str);
     let end = match role {
         process::LAUNCH => process::launcher(&own[1..]).map(|never| match never {}),
-        workloads::DENIED_CLIENT | workloads::ATTACKER => workloads::denied_client(role, &own[1..]),
+        workloads::DENIED_CLIENT | workloads::ATTACKER | workloads::STREAMER => {
+            workloads::denied_client(role, &own[1..])
+        }
         _ => bench(&Args::parse()),
     };
     match end {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             match role {
-                process::LAUNCH | workloads::DENIED_CLIENT | workloads::ATTACKER => {
+                process::LAUNCH | workloads::DENIED_CLIENT | workloads::ATTACKER | workloads::STREAMER => {
                     eprintln!("{NAME}, {role}: {error}")
                 }
                 _ => eprintln!("{NAME}: {error}"),

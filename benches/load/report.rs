@@ -116,6 +116,8 @@ impl Results {
         let also: Vec<String> = [
             (Figure::QuietP50, "quiet p50 µs"),
             (Figure::QuietP99, "quiet p99 µs"),
+            (Figure::Streamed, "lines per second of the streaming user alone"),
+            (Figure::StreamedCpu, "CPU ns for each of these"),
             (Figure::Denials, "denied per second"),
             (Figure::Alone, "denied per second alone"),
             (Figure::TurnedDown, "EAGAIN %"),

@@ -35,8 +35,9 @@ pub enum Figure {
     P50,
     P99,
     P999,
-    /// Microseconds.
-    QuietP99,
+    /// Lines per second of a user that streams, while no other user is there; nanoseconds of CPU for each.
+    Streamed,
+    StreamedCpu,
     /// Denials per second during the flood.
     Denials,
     /// Microseconds.
@@ -76,6 +77,8 @@ pub enum Needs {
     JudgementInOne,
     /// The same; and the denied clients do not look at the answer.
     JudgementInHaste,
+    /// It serves all its connections in one process, and this process may switch to other users.
+    OtherUsers,
     /// It is started by the connection.
     Activation,
 }
@@ -145,6 +148,13 @@ pub const ALL: &[Workload] = &[
         Needs::JudgementInHaste,
         unfair_connect,
     ),
+    workload(
+        "unfair-lines",
+        "1 connection as ping-free while another user streams bare LFs on 64",
+        65,
+        Needs::OtherUsers,
+        unfair_lines,
+    ),
     workload("flat-64", "64 active connections of 64", 64, Needs::Nothing, |b, s| flat(b, s, 64)),
     workload("flat-1000", "64 active connections of 1,000", 1_000, Needs::Nothing, |b, s| flat(b, s, 1_000)),
     workload("flat-10000", "64 active connections of 10,000", 10_000, Needs::Nothing, |b, s| flat(b, s, 10_000)),
@@ -163,6 +173,9 @@ impl Workload {
             Needs::Activation if !spec.activated => Some("is not started by a socket"),
             Needs::Activation => None,
             _ if !bench.root => Some("needs root, to connect as another user"),
+            Needs::OtherUsers if spec.denies != Denies::NoPeer && !spec.notifies => Some("admits one user only"),
+            Needs::OtherUsers if spec.most <= 100 => Some("starts a process for each connection"),
+            Needs::OtherUsers => None,
             _ if spec.denies == Denies::NoPeer => Some("denies no peer"),
             Needs::JudgementInOne | Needs::JudgementInHaste if spec.most <= 100 => {
                 Some("starts a process for each denial")
@@ -183,7 +196,7 @@ impl Workload {
         let echo = Lie { option: "--lie", nth: bench.many(self.connections) + 40, span: patient };
         let denial = Lie { option: "--lie-denial", nth: 1, span: patient };
         match self.needs {
-            Needs::Nothing | Needs::JudgementInHaste => vec![echo],
+            Needs::Nothing | Needs::JudgementInHaste | Needs::OtherUsers => vec![echo],
             Needs::Judgement => vec![denial],
             // The other users' clients report at the end.
             Needs::JudgementInOne => vec![echo, Lie { span: Duration::from_secs(1), ..denial }],
@@ -410,6 +423,43 @@ fn unfair_connect(bench: &Bench, spec: &Spec) -> Result<Figures> {
     Ok(figures)
 }
 
+/// The uid of the streaming client, which echod's configuration admits; it needs no account.
+const STREAMING_UID: u32 = 400;
+/// Its connections: as many as echod's default limits allow one user.
+const STREAMS: u32 = 64;
+/// The command line by which this program starts itself as that client.
+pub const STREAMER: &str = "streaming-client";
+
+fn unfair_lines(bench: &Bench, spec: &Spec) -> Result<Figures> {
+    let socket = bench.socket();
+    let server = spec.start(&socket, Setting::default())?;
+    let mut conns = client::open(&socket, 1, 32, 1)?;
+    let mut quiet = Run::default();
+    conns[0].ping(bench.span, Duration::ZERO, &mut quiet)?;
+    let quiet = percentiles(&mut quiet);
+    // With no other user connected: that is what is compared with a server that gives no user its part.
+    finish(conns)?;
+    let before = server.cpu()?;
+    let stream = |span| DeniedClient::start(STREAMER, STREAMING_UID, &socket, "", span);
+    let alone = stream(bench.span)?.end()?;
+    let cpu = server.cpu()?.saturating_sub(before);
+    let mut conns = client::open(&socket, 1, 32, 1)?;
+    // It streams for longer than the measurement lasts, so that no part of that is quiet.
+    let mut streaming = stream(bench.span * 2)?;
+    streaming.started()?;
+    let mut figures = metered(&server, || {
+        let mut run = Run::default();
+        conns[0].ping(bench.span, Duration::ZERO, &mut run).map(|()| run)
+    })?;
+    streaming.end()?;
+    figures.remove(&Figure::Cpu);
+    figures.insert(Figure::QuietP50, quiet[&Figure::P50]);
+    figures.insert(Figure::Streamed, alone.lines as f64 / alone.elapsed.as_secs_f64());
+    figures.insert(Figure::StreamedCpu, cpu.as_secs_f64() * 1e9 / alone.lines as f64);
+    finish(conns)?;
+    Ok(figures)
+}
+
 /// A process of another user that connects and is denied.
 struct DeniedClient {
     child: Child,
@@ -426,7 +476,7 @@ impl DeniedClient {
         let mut command = Command::new("/proc/self/exe");
         command.arg(role).arg(uid.to_string()).arg(socket).arg(message).arg(span.as_millis().to_string());
         let mut child = command.arg(std::process::id().to_string()).stdout(Stdio::piped()).spawn()?;
-        let said = child.stdout.take().ok_or_else(|| Error::other("no pipe from the denied client"))?;
+        let said = child.stdout.take().ok_or_else(|| Error::other("no pipe from another user's client"))?;
         Ok(Self { child, said: BufReader::new(said) })
     }
 
@@ -493,8 +543,12 @@ pub fn denied_client(role: &str, args: &[String]) -> Result<()> {
         // Another user's processes are a session of their own, and the kernel may share processors out by session.
         nix::unistd::setsid()?;
     }
-    println!("started");
+    if role != STREAMER {
+        println!("started");
+    }
     let end = match role {
+        // Its connections take a moment.
+        STREAMER => client::stream(Path::new(socket), STREAMS, span, || println!("started")),
         ATTACKER => client::attack(Path::new(socket), span),
         _ => client::denials(Path::new(socket), message.as_bytes(), span),
     };

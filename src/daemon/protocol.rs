@@ -417,8 +417,13 @@ impl Lines<'_> {
         self.audit.writes_lines()
     }
 
+    /// Records a line of so many bytes.
+    pub fn record(&self, length: usize) {
+        self.record_all(1, length, [length]);
+    }
+
     /// Records so many lines, of so many bytes in all: the first ones, with their `lengths`, one by one, the rest as counts.
-    pub fn record(&self, count: u64, bytes: usize, lengths: impl IntoIterator<Item = usize>) {
+    pub fn record_all(&self, count: u64, bytes: usize, lengths: impl IntoIterator<Item = usize>) {
         if !self.are_recorded() || count == 0 {
             return;
         }

@@ -212,7 +212,7 @@ impl Rounds {
     }
 
     /// The place of the connection whose turn it is, and what the turn is called for.
-    pub fn next(&mut self) -> Option<(usize, Ready)> {
+    pub fn next_turn(&mut self) -> Option<(usize, Ready)> {
         loop {
             let is_fresh = !self.fresh.is_empty();
             let list = if is_fresh { &mut self.fresh } else { &mut self.served };
@@ -273,14 +273,14 @@ mod tests {
     const SHARE: Share = Share { ready: PEER, lines: 0, received: 0, sent: 0, has_more: false, is_blocked: false };
 
     fn next(rounds: &mut Rounds) -> Option<usize> {
-        rounds.next().map(|(slot, _)| slot)
+        rounds.next_turn().map(|(slot, _)| slot)
     }
 
     /// Gives turns until so much work is done. Each turn answers as many lines as it may, and its connection stays ready.
     fn stream(rounds: &mut Rounds, work: u64, turns: &mut HashMap<usize, u64>) {
         let until = rounds.work() + work;
         while rounds.work() < until {
-            let (slot, _) = rounds.next().unwrap();
+            let (slot, _) = rounds.next_turn().unwrap();
             let lines = rounds.bounds().lines as u64;
             let before = rounds.work();
             rounds.charge(slot, &Share { received: 65_536, ..SHARE }, lines);
@@ -337,7 +337,7 @@ mod tests {
             // Each is ready again only after its turn, and the first always a little sooner.
             rounds.add(0, PEER);
             rounds.add(1, PEER);
-            let (slot, _) = rounds.next().unwrap();
+            let (slot, _) = rounds.next_turn().unwrap();
             let before = rounds.work();
             rounds.charge(slot, &Share { received: 65_536, ..SHARE }, [2048, 200][slot]);
             turns[slot] += rounds.work() - before;

@@ -188,7 +188,8 @@ impl<P: Protocol> WorkerLoop<P> {
             // Heard of once more, and then not any more until the epoll is asked again: each look would find it.
             if let Some(connection) = self.connections[slot].as_mut().filter(|connection| connection.heard.is_some()) {
                 connection.heard = None;
-                let once = EpollEvent::new(connection.protocol.waits_for().flags() | EpollFlags::EPOLLONESHOT, slot as u64);
+                let once =
+                    EpollEvent::new(connection.protocol.waits_for().flags() | EpollFlags::EPOLLONESHOT, slot as u64);
                 let _ = self.mailbox.epoll.modify(&connection.socket, &mut { once });
             }
         }
@@ -198,7 +199,7 @@ impl<P: Protocol> WorkerLoop<P> {
     fn give_turns(&mut self) {
         let until = self.rounds.work() + self.rounds.bounds().work;
         while self.rounds.work() < until {
-            let Some((slot, ready)) = self.rounds.next() else { return };
+            let Some((slot, ready)) = self.rounds.next_turn() else { return };
             self.turn(slot, ready);
         }
     }

@@ -239,7 +239,11 @@ impl Echo {
         let (at, lines) = if all { (echoed.next, echoed.lines) } else { line::advance(input, from, written) };
         if io.lines.are_recorded() {
             let answered = &input[from.start..at.start];
-            io.lines.record(lines, answered.len(), answered.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::len));
+            io.lines.record_all(
+                lines,
+                answered.len(),
+                answered.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::len),
+            );
         }
         self.lines += lines;
         match echoed.end {
@@ -308,13 +312,22 @@ mod tests {
             while connection.socket.write(b"an echo\n").is_ok() {}
             client.set_nonblocking(true).unwrap();
             client.write_all(&[&[b'x'; 100][..], ends.as_bytes()].concat()).unwrap();
-            assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(
+                connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit),
+                Turn::Progress
+            );
             if connection.protocol.state == State::Reading {
                 // No more than the limit is read at once.
-                assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
+                assert_eq!(
+                    connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit),
+                    Turn::Progress
+                );
             }
             assert_eq!((connection.protocol.state, connection.watched().peer), (State::Refusing, Interest::Write));
-            assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(
+                connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit),
+                Turn::Progress
+            );
             let mut heard = Vec::new();
             let mut part = [0; 4096];
             while let Ok(count) = client.read(&mut part) {
@@ -346,7 +359,10 @@ mod tests {
         });
         let (mut out, mut turns) = (0, 0);
         while !connection.protocol.held.is_empty() {
-            assert_eq!(connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit), Turn::Progress);
+            assert_eq!(
+                connection.turn(&mut Share::whole(Ready::Peer), &settings, &mut buffers, &audit),
+                Turn::Progress
+            );
             let echo = &connection.protocol;
             let now = if echo.held.is_empty() { LENGTH + 2 } else { echo.sent };
             assert!(now - out <= ROOM, "{} bytes in a turn", now - out);
