@@ -182,7 +182,7 @@ impl<T> Rule<T> {
         users.values.iter().try_fold(0_u64, |sum, value| match value {
             Value::Me | Value::Id(_) | Value::Named(..) => Some(sum.saturating_add(1)),
             Value::Range(low, high) => Some(sum.saturating_add(u64::from(high.saturating_sub(*low)) + 1)),
-            Value::Any | Value::Pattern(_) => None,
+            Value::Any | Value::Pattern(_) | Value::Refused(..) => None,
         })
     }
 
