@@ -192,6 +192,8 @@ impl Results {
                 most,
             );
         }
+        let lines = ("unfair-lines", echod);
+        aim("unfair-lines: p50 / quiet p50", self.quotient((lines, Figure::P50), (lines, Figure::QuietP50)), 5.0);
         aim("unfair-connect: EAGAIN, per cent", self.median("unfair-connect", echod, Figure::TurnedDown), 0.1);
         for many in ["flat-1000", "flat-10000"] {
             let flat = self.ratio((many, echod), ("flat-64", echod), Figure::Cpu);

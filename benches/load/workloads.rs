@@ -42,6 +42,7 @@ pub enum Figure {
     Denials,
     /// Microseconds.
     QuietP50,
+    QuietP99,
     /// Per cent of the connects that do not wait for which the listener's queue was full.
     TurnedDown,
     /// Connections per second of the attackers, while no other client is there.
