@@ -26,7 +26,7 @@ test: lint
 	+$(MAKE) --no-print-directory bench-quick
 
 # Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.
-root_tests := lifecycle equation outside handover_faults handover abuse access examples identity journals names newcomer record services
+root_tests := lifecycle equation outside handover_faults handover abuse access deny examples identity journals names newcomer record services
 tests := $(notdir $(basename $(wildcard tests/*.rs)))
 other_tests := $(filter-out $(root_tests),$(tests))
 
@@ -36,7 +36,7 @@ check: lint
 
 # Formatting and clippy, then everything compiled that is run afterwards.
 lint:
-	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux strace:strace systemd-analyze:systemd \
+	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux newuidmap:uidmap strace:strace systemd-analyze:systemd \
 		man:man-db journalctl:systemd systemd-journal-remote
 	cargo fmt --check
 	cargo clippy --locked --all-targets -- --deny warnings
@@ -47,7 +47,7 @@ lint:
 suites := $(if $(filter 0,$(shell id -u)),$(root_tests)) $(other_tests)
 suites: $(suites:%=suite-%) unit-tests doctests
 $(suites:%=suite-%): suite-%:
-	cargo test --locked --test $*
+	tools/no-login cargo test --locked --test $*
 unit-tests:
 	cargo test --locked --lib --bins --examples
 doctests:
@@ -60,7 +60,7 @@ features:
 check-root:
 ifneq ($(shell id -u),0)
 	@tools/require sudo:sudo
-	env "CARGO_TARGET_$$(rustc --version --verbose | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER=sudo --preserve-env env PATH=$$PATH" \
+	env "CARGO_TARGET_$$(rustc --version --verbose | sed -n 's/^host: //p' | tr a-z- A-Z_)_RUNNER=sudo --preserve-env $(CURDIR)/tools/no-login env PATH=$$PATH" \
 		cargo test --locked $(root_tests:%=--test %)
 endif
 

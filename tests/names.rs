@@ -5,61 +5,9 @@ mod common;
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use common::{ALICE, DENIED, Echod, Journald, PeerProcess, Place, Start, TOO_LONG, eventually, needs_root};
+use common::{ALICE, DENIED, Database, Echod, Journald, PeerProcess, Place, Start, TOO_LONG, eventually, needs_root};
 use nix::sys::signal::Signal;
-
-/// A user database of files that the test can change while the program runs.
-struct Database(Place);
-
-impl Database {
-    fn new() -> Self {
-        let database = Self(Place::new());
-        for file in ["passwd", "group"] {
-            database.put(file, &fs::read_to_string(Path::new("/etc").join(file)).unwrap());
-        }
-        database.put("nsswitch.conf", "passwd: files\ngroup: files\n");
-        fs::copy("/etc/ld.so.cache", database.0.path("ld.so.cache")).unwrap();
-        database
-    }
-
-    fn put(&self, file: &str, text: &str) {
-        self.0.file(file, text);
-    }
-
-    /// As useradd(8) does it: writes a new file and renames it.
-    fn add(&self, file: &str, line: &str) {
-        let text = fs::read_to_string(self.0.path(file)).unwrap();
-        self.put(file, &format!("{text}{line}\n"));
-    }
-
-    /// Replaces a file by a pipe: reading it blocks until the test writes.
-    fn hang(&self, file: &str) -> PathBuf {
-        let pipe = self.0.path("pipe");
-        nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::from_bits_truncate(0o644)).unwrap();
-        fs::rename(&pipe, self.0.path(file)).unwrap();
-        self.0.path(file)
-    }
-
-    /// A wrapper with a mount namespace in which this is /etc.
-    fn wrapper(&self) -> Vec<String> {
-        let script = "mount --bind \"$0\" /etc && exec \"$@\"";
-        let place = self.0.path("").to_string_lossy().into_owned();
-        ["unshare", "-m", "--propagation", "private", "sh", "-c", script, &place].map(str::to_owned).to_vec()
-    }
-
-    /// Runs `echod ARGUMENTS --config FILE` with it: exit code, standard output, standard error.
-    fn echod(&self, arguments: &[&str], config: &Path) -> (i32, String, String) {
-        let wrapper = self.wrapper();
-        let mut command = Command::new(&wrapper[0]);
-        command.args(&wrapper[1..]).arg(env!("CARGO_BIN_EXE_echod")).args(arguments).arg("--config").arg(config);
-        let output = command.output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap();
-        (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
-    }
-}
 
 /// The number of threads of this name.
 fn threads(echod: &Echod, name: &str) -> usize {
@@ -205,8 +153,8 @@ fn a_name_keeps_its_id_over_a_reload_without_an_answer() {
     let alice = PeerProcess::user(ALICE, &echod.socket());
     alice.client().echo("in");
     // A symlink to itself cannot be opened: ELOOP.
-    fs::remove_file(database.0.path("passwd")).unwrap();
-    std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
+    fs::remove_file(database.path("passwd")).unwrap();
+    std::os::unix::fs::symlink("passwd", database.path("passwd")).unwrap();
     echod.reload_with(&format!("{policy}[allow.root]\nusers = [0]\n"));
     echod.wait_for_stderr("the user database did not answer; as before: user \"newcomer\" (64001)");
     alice.client().echo("not cut off");
@@ -222,7 +170,7 @@ fn large_group(database: &Database) {
     let members: Vec<String> = (0..70_000).map(|number| format!("member-{number:010}")).collect();
     database.add("passwd", "newcomer:x:64001:64001::/:/bin/sh");
     database.add("group", &format!("large:x:64100:{},newcomer", members.join(",")));
-    assert!(fs::metadata(database.0.path("group")).unwrap().len() > 1 << 20);
+    assert!(fs::metadata(database.path("group")).unwrap().len() > 1 << 20);
 }
 
 #[test]
@@ -270,20 +218,20 @@ fn explain_counts_all_groups_and_decides_as_the_service() {
 fn names_in_allow_rules_wait_for_a_failing_database() {
     needs_root();
     let database = Database::new();
-    fs::remove_file(database.0.path("passwd")).unwrap();
-    std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
+    fs::remove_file(database.path("passwd")).unwrap();
+    std::os::unix::fs::symlink("passwd", database.path("passwd")).unwrap();
     let policy = "[allow.some]\nusers = [\"newcomer\", 0]\n";
     let echod = Start::serving(policy).wrapper(&database.wrapper()).ready();
     echod.wait_for_stderr("\"newcomer\" could not be looked up (");
     echod.connect().echo("by number");
-    fs::remove_file(database.0.path("passwd")).unwrap();
+    fs::remove_file(database.path("passwd")).unwrap();
     database.put("passwd", "newcomer:x:64001:64001::/:/bin/sh\n");
     echod.wait_for_stderr("Names found");
     echoes(&echod, "64001:64001");
 
     let config = echod.place.file("denied.toml", &format!("{policy}[deny.x]\nusers = [\"gone\"]\n"));
-    fs::remove_file(database.0.path("passwd")).unwrap();
-    std::os::unix::fs::symlink("passwd", database.0.path("passwd")).unwrap();
+    fs::remove_file(database.path("passwd")).unwrap();
+    std::os::unix::fs::symlink("passwd", database.path("passwd")).unwrap();
     let (code, _, said) = database.echod(&["check"], &config);
     assert_eq!(code, 78, "{said}");
     assert!(said.contains("\"gone\" could not be looked up ("), "{said}");

@@ -178,6 +178,27 @@ Read: 1 journal file in /var/log/journal/m, from Mon 2026-11-23 20:14:15 UTC on.
 }
 
 #[test]
+fn a_row_names_the_user_who_logged_in_where_it_is_another() {
+    let denied = |login: &str, time: u32| {
+        ours(&format!(
+            r#""__REALTIME_TIMESTAMP":"179546486{time}000000","GATE_VERDICT":"denied","GATE_REASON":"policy","PEER_UID":"0","PEER_USER":"root"{login}"#
+        ))
+    };
+    let alice = r#","PEER_LOGINUID":"1000","PEER_LOGIN":"alice""#;
+    let (own, gone) = (r#","PEER_LOGINUID":"0","PEER_LOGIN":"root""#, r#","PEER_LOGINUID":"1009""#);
+    let lines = [denied(alice, 1), denied(alice, 2)];
+    let text = Journal::of(&lines.each_ref().map(String::as_str)).text(&["--system"]);
+    assert!(text.contains("  root (0), logged in as alice  policy "), "{text}");
+    let lines = [denied(alice, 1), denied(own, 2), denied(gone, 3), denied("", 4)];
+    let journal = Journal::of(&lines.each_ref().map(String::as_str));
+    let text = journal.text(&["--system"]);
+    assert!(text.contains("  root (0)  policy "), "{text}");
+    assert!(text.contains("denied; logged in as alice (1), 1009 (1)\n"), "{text}");
+    let logins = &journal.json(&["--system"])["peers"][0]["logins"];
+    assert_eq!(*logins, serde_json::json!([{ "name": "alice", "records": 1 }, { "name": "1009", "records": 1 }]));
+}
+
+#[test]
 fn a_connection_cut_off_counts_as_neither_denied_nor_refused() {
     let lines = [
         ours(r#""GATE_VERDICT":"revoked","GATE_REASON":"policy","GATE_RULE":"default","PEER_UID":"1000""#),

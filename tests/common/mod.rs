@@ -10,6 +10,7 @@
 #![allow(dead_code, unused_imports)]
 
 mod client;
+mod database;
 mod dir;
 mod fds;
 mod journald;
@@ -26,6 +27,7 @@ use std::time::Duration;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 pub use client::{Client, End, answer, show};
+pub use database::Database;
 pub use dir::Place;
 pub use fds::{duplicate, lingering, receive, send_along, send_fds};
 pub use journald::{Entry, Journald, stands_for};

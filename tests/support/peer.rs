@@ -14,6 +14,7 @@
 //! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers, ranges LO-HI, or NxTIMES for the
 //!                        same one so many times, separated by commas
 //! --cgroup FILE          write its own pid into FILE first
+//! --login UID            be of a login of that user; 4294967295 for of none
 //! --comm NAME            be called so; \n and \e stand for themselves
 //! --say TEXT             send TEXT on each connection
 //! --then UID             after that, become that user ...
@@ -61,6 +62,7 @@ fn main() -> Outcome<()> {
         match word.as_str() {
             "--as" => become_user(&value()?)?,
             "--cgroup" => fs::write(value()?, std::process::id().to_string())?,
+            "--login" => fs::write("/proc/self/loginuid", value()?)?,
             "--comm" => nix::sys::prctl::set_name(&CString::new(unescape(&value()?))?)?,
             "--say" => options.say = Some(unescape(&value()?)),
             "--then" => options.then = Some(value()?.parse()?),

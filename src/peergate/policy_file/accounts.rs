@@ -101,6 +101,10 @@ impl<T> Reader<'_, T> {
         users.push(self.policy.me());
         let ranges = self.subordinate_ranges(&subuid, &users);
         let members = self.members(&denied);
+        if self.users.questions >= MOST_QUESTIONS {
+            let message = format!("more than {MOST_QUESTIONS} names to ask for one by one; the rest count as unknown");
+            self.warnings.push(Fault::of_file("user database", message));
+        }
         Accounts::new(ranges, users, members)
     }
 
@@ -266,7 +270,161 @@ fn number(text: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+    use crate::policy::{Group, Rule, Verdict};
+    use crate::policy_file::Account;
+
+    /// A user database of users u0, u1, … and one group, and what is asked of it one by one.
+    #[derive(Default)]
+    struct Database {
+        subuid: String,
+        users: u32,
+        members: Vec<String>,
+        lists_all: bool,
+        fails: bool,
+        asked: Cell<usize>,
+    }
+
+    const GROUP: Gid = Gid::new(50);
+
+    impl Database {
+        fn answer<V>(&self, value: V) -> io::Result<V> {
+            if self.fails { Err(io::ErrorKind::TimedOut.into()) } else { Ok(value) }
+        }
+    }
+
+    impl Names for Database {
+        fn uid(&self, name: &str) -> io::Result<Option<Uid>> {
+            self.asked.set(self.asked.get() + 1);
+            self.answer(name.strip_prefix('u').and_then(|uid| uid.parse().ok()).map(Uid::new))
+        }
+
+        fn gid(&self, _: &str) -> io::Result<Option<Gid>> {
+            Ok(Some(GROUP))
+        }
+
+        fn users(&self) -> io::Result<Vec<Account>> {
+            let listed = if self.lists_all { self.users } else { 0 };
+            self.answer((0..listed).map(|uid| Account::new(format!("u{uid}"), Uid::new(uid), Gid::new(100))).collect())
+        }
+
+        fn groups(&self) -> io::Result<Vec<(Gid, Vec<String>)>> {
+            self.answer(if self.lists_all { vec![(GROUP, self.members.clone())] } else { Vec::new() })
+        }
+
+        fn members(&self, gid: Gid) -> io::Result<Vec<String>> {
+            self.answer(if gid == GROUP { self.members.clone() } else { Vec::new() })
+        }
+
+        fn lists_all(&self) -> bool {
+            self.lists_all
+        }
+
+        fn subordinate_ids(&self) -> io::Result<Source> {
+            self.answer(Source::new("/etc/subuid", self.subuid.clone()))
+        }
+    }
+
+    fn deny() -> Policy<()> {
+        let groups = [Group::Id(GROUP), Group::Range(Gid::new(1000), Gid::new(3000))];
+        Policy::new([Rule::deny("group").groups(groups)], Uid::new(0)).unwrap()
+    }
+
+    fn denies(policy: &Policy<()>, uid: u32) -> bool {
+        struct Peer(Uid);
+        impl crate::Subject for Peer {
+            fn uid(&self) -> Uid {
+                self.0
+            }
+            fn gids(&self) -> &[Gid] {
+                &[]
+            }
+            fn gids_complete(&self) -> bool {
+                true
+            }
+            fn units(&self) -> Option<&crate::unit::Units> {
+                None
+            }
+        }
+        matches!(policy.decide(&Peer(Uid::new(uid))), Verdict::Denied(Some(_)))
+    }
+
+    #[test]
+    fn a_group_of_fifty_thousand_listed_members_asks_for_none_of_them() {
+        let members = (0..50_000).map(|uid| format!("u{uid}")).chain(["gone".to_owned()]).collect();
+        let database = Database { users: 50_000, members, lists_all: true, ..Database::default() };
+        let (policy, warnings) = with_accounts(deny(), &database).unwrap();
+        assert_eq!((database.asked.get(), warnings), (0, vec![]));
+        assert!(denies(&policy, 0) && denies(&policy, 49_999) && !denies(&policy, 50_000));
+    }
+
+    #[test]
+    fn members_that_a_directory_does_not_list_are_asked_for_once_each_and_in_bounds() {
+        let members: Vec<String> = (0..70_000).flat_map(|uid| [format!("u{uid}"), "u1".to_owned()]).collect();
+        let database = Database { members, ..Database::default() };
+        let (policy, warnings) = with_accounts(deny(), &database).unwrap();
+        assert_eq!((database.asked.get(), warnings.len()), (MOST_QUESTIONS, 1), "{warnings:?}");
+        assert!(denies(&policy, 0) && denies(&policy, MOST_QUESTIONS as u32 - 1));
+    }
+
+    #[test]
+    fn ten_thousand_lines_of_subordinate_ids_are_ten_thousand_owners() {
+        let line = |uid: u32| format!("u{uid}:{}:65536\n", 100_000 + 65_536 * uid);
+        let database =
+            Database { subuid: (0..10_000).map(line).collect(), users: 10_000, lists_all: true, ..Database::default() };
+        let (policy, warnings) = with_accounts(deny(), &database).unwrap();
+        assert_eq!((database.asked.get(), warnings.len()), (0, 0));
+        for uid in [0, 1, 4_711, 9_999] {
+            assert_eq!(policy.owner_of(Uid::new(100_000 + 65_536 * uid + 7)), Uid::new(uid));
+        }
+        assert_eq!(policy.accounts().subordinate_ids(), 655_360_000);
+    }
+
+    #[test]
+    fn lines_that_newuidmap_passes_over_give_no_id_and_a_warning_each_up_to_ten() {
+        let read = |text: &str| {
+            let database = Database { subuid: text.to_owned(), users: 10, lists_all: true, ..Database::default() };
+            let (policy, warnings) = with_accounts(deny(), &database).unwrap();
+            (policy.accounts().subordinate_ids(), warnings.iter().map(Fault::to_string).collect::<Vec<_>>())
+        };
+        let long = format!("u1:{}100000:1", "0".repeat(1100));
+        let bad = [
+            "u1",
+            "u1:1",
+            ":100000:1",
+            "u1::1",
+            "u1:100000:",
+            "u1:100000:0",
+            "u1:200000:-65536",
+            "u1:5000000000:1",
+            &long,
+        ];
+        for line in bad.into_iter().chain(["gone:100000:1", "\u{1b}[2J:1:1"]) {
+            let (ids, warnings) = read(&format!("{line}\nu2:100000:3\n"));
+            assert_eq!((ids, warnings.len()), (3, 1), "{line:?} {warnings:?}");
+            assert!(warnings[0].starts_with("/etc/subuid:1:1: ") && !warnings[0].contains('\u{1b}'), "{warnings:?}");
+        }
+        // More than there are, a field too many, ids that no process can have, a comment, two ranges of one owner.
+        let good = "u1:100000:1:x\nu1:200000:18446744073709551615\n#u1:1:1\n\n";
+        assert_eq!(read(good), (1 + u64::from(HIGHEST) - 199_999, vec![]));
+        let (_, warnings) = read(&"nonsense\n".repeat(1000));
+        assert_eq!(warnings.len(), MOST_WARNINGS + 1);
+        assert_eq!(warnings[MOST_WARNINGS], "/etc/subuid: 990 more lines like these");
+    }
+
+    #[test]
+    fn a_denial_that_would_be_lost_is_a_fault_and_a_limit_only_a_warning() {
+        let database = Database { fails: true, ..Database::default() };
+        let faults = with_accounts(deny(), &database).unwrap_err();
+        assert!(
+            faults.0.len() >= 2 && faults.0.iter().all(|fault| fault.message().contains("must not be lost")),
+            "{faults}"
+        );
+        let (_, warnings) = with_accounts(Policy::<()>::owner_only(Uid::new(5)), &database).unwrap();
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+    }
 
     #[test]
     fn numbers_are_read_as_strtoul_reads_them() {
