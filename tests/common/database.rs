@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::Place;
+use super::program::PROGRAM;
 
 /// A user database of files that the test can change while the program runs.
 pub struct Database(Place);
@@ -53,7 +54,7 @@ impl Database {
     pub fn echod(&self, arguments: &[&str], config: &Path) -> (i32, String, String) {
         let wrapper = self.wrapper();
         let mut command = Command::new(&wrapper[0]);
-        command.args(&wrapper[1..]).arg(env!("CARGO_BIN_EXE_echod")).args(arguments).arg("--config").arg(config);
+        command.args(&wrapper[1..]).arg(PROGRAM).args(arguments).arg("--config").arg(config);
         let output = command.output().unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
         (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
