@@ -253,6 +253,7 @@ fn place(args: &Args, work: PathBuf) -> Result<servers::Place> {
     Ok(servers::Place {
         floor: beside("floor"),
         inetd_echo: beside("inetd-echo"),
+        tokio: beside("tokio"),
         go: args.go.clone(),
         echods,
         work,

@@ -175,6 +175,13 @@ impl Results {
             let rate = self.ratio((workload, "s6"), (workload, echod), Figure::Rate);
             aim(&format!("time per connection, {workload}, / s6"), rate, 1.0 / 30.0);
         }
+        // What the gate costs a service on tokio.
+        for (workload, each, most) in
+            [("connect-1", "connection", 1.15), ("connect-16", "connection", 1.15), ("ping-64", "line", 1.03)]
+        {
+            let ratio = self.ratio((workload, "tokio gate"), (workload, "tokio"), Figure::Cpu);
+            aim(&format!("CPU per {each}, {workload}, tokio gate / tokio"), ratio, most);
+        }
         aim("idle: bytes per connection", self.median("idle", echod, Figure::PerConnection), 256.0);
         aim("idle: wake-ups per second", self.median("idle", echod, Figure::Wakeups), 0.0);
         aim("peak RSS KiB, ping-free", self.median("ping-free", echod, Figure::Peak), 4096.0);

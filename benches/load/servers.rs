@@ -41,6 +41,7 @@ pub struct Spec {
 pub struct Place {
     pub floor: PathBuf,
     pub inetd_echo: PathBuf,
+    pub tokio: PathBuf,
     pub go: Option<PathBuf>,
     pub echods: Vec<(String, PathBuf, Option<PathBuf>)>,
     pub work: PathBuf,
@@ -79,6 +80,17 @@ pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
         },
     ];
     specs.extend(echods(place)?);
+    let tokio = |name: &str, what, mode: &str, denies| Spec {
+        name: name.into(),
+        what,
+        command: vec![text(&place.tokio), mode.to_owned()],
+        judging: Vec::new(),
+        denies,
+        notifies: denies == Denies::WithMessage,
+        ..floor(place, name, what, &[])
+    };
+    specs.push(tokio("tokio", "one thread of tokio's runtime, no policy, no record", "plain", Denies::NoPeer));
+    specs.push(tokio("tokio gate", "the same behind the gate, with policy and record", "gate", Denies::WithMessage));
     match &place.go {
         Some(go) => specs.push(Spec {
             name: "Go".into(),

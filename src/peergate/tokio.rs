@@ -417,3 +417,91 @@ impl<T: Terms> fmt::Debug for Connection<T> {
         f.debug_struct("Connection").field("session", self.session()).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::path::PathBuf;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::task::JoinSet;
+
+    use super::*;
+    use crate::policy::Policy;
+    use crate::{Uid, activation};
+
+    /// A service at a path of this name, without systemd, that ends when `main` returns.
+    fn serve<R: Future<Output = Result<(), Error>>>(name: &str, main: impl FnOnce(Handle<()>, PathBuf) -> R) {
+        let path = std::env::temp_dir().join(format!("tokio-test-{name}-{}.sock", std::process::id()));
+        let service = Service::from_systemd(name).listener(activation::bind(&path).unwrap());
+        let service = service.policy(Policy::owner_only(Uid::effective()));
+        service.block_on(|gate| main(gate, path)).unwrap();
+    }
+
+    fn connect(path: &PathBuf) -> std::os::unix::net::UnixStream {
+        let client = std::os::unix::net::UnixStream::connect(path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        client
+    }
+
+    #[test]
+    fn an_accept_that_is_dropped_loses_no_connection() {
+        serve("cancel", async |gate, path| {
+            let mut clients = JoinSet::new();
+            for number in 0..50 {
+                let path = path.clone();
+                clients.spawn_blocking(move || {
+                    let (mut client, mut answer) = (connect(&path), String::new());
+                    client.write_all(format!("{number}").as_bytes()).unwrap();
+                    client.shutdown(Shutdown::Write).unwrap();
+                    client.read_to_string(&mut answer).unwrap();
+                    assert_eq!(answer, number.to_string());
+                });
+            }
+            let mut served = 0;
+            while served < 50 {
+                // Most accepts are dropped before they are ready.
+                let mut connection = tokio::select! {
+                    connection = gate.accept() => connection,
+                    () = tokio::task::yield_now() => continue,
+                };
+                served += 1;
+                tokio::spawn(async move {
+                    let mut text = Vec::new();
+                    connection.read_to_end(&mut text).await.unwrap();
+                    connection.write_all(&text).await.unwrap();
+                });
+            }
+            while let Some(client) = clients.join_next().await {
+                client.unwrap();
+            }
+            Ok(())
+        });
+    }
+
+    #[test]
+    fn connections_of_a_runtime_that_ends_are_closed_in_order() {
+        let mut clients = Vec::new();
+        serve("ends", async |gate, path| {
+            for _ in 0..10 {
+                let mut client = connect(&path);
+                // It is never read: closing the socket alone would reset the connection.
+                client.write_all(b"unread").unwrap();
+                clients.push(client);
+                let mut connection = gate.accept().await;
+                connection.write_all(b"hello").await.unwrap();
+                tokio::spawn(async move {
+                    connection.session().revoked().await;
+                    drop(connection);
+                });
+            }
+            assert_eq!(gate.connections(), 10);
+            Ok(())
+        });
+        for mut client in clients {
+            let mut text = String::new();
+            client.read_to_string(&mut text).unwrap();
+            assert_eq!(text, "hello");
+        }
+    }
+}

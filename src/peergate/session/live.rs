@@ -200,3 +200,63 @@ impl<T: Terms> fmt::Debug for Live<T> {
         write!(f, "Live({} connections)", lock(&self.list).links.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::audit::{Event, Next};
+    use crate::gate::{Gate, Setup};
+    use crate::ids::Uid;
+    use crate::permits::Permits;
+    use crate::policy::Rule;
+
+    fn admission(generation: u64, permits: &Permits) -> (Admission<()>, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        theirs.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let peer = Peer::credentials_of(&ours).unwrap();
+        let permit = permits.resume(peer.uid());
+        let rule = Arc::new(Rule::allow("before", ()));
+        let mut admission = Admission::new(Stream::accepted(ours), peer, rule, permit);
+        admission.generation = generation;
+        (admission, theirs)
+    }
+
+    /// A reload is over, and then comes a connection that the policy before admitted.
+    #[test]
+    fn a_connection_that_comes_too_late_for_a_reload_is_judged_by_it() {
+        let (audit, permits, me) = (Audit::default(), Permits::new(), Uid::effective());
+        let nothing = Policy::new([], me).unwrap();
+        let mut gate = Gate::new(Setup::without_listeners(Policy::<()>::owner_only(me), audit.clone())).unwrap();
+        let live = Arc::new(Live::new(&audit, gate.judge(), gate.closer()).unwrap());
+        let enter = |admission| live.enter(admission, false, |fd| Ok(Socket::Plain(fd))).unwrap();
+
+        let (early, mut its_peer) = admission(0, &permits);
+        let early = enter(early).unwrap();
+        assert_eq!(live.put_in_force(&Arc::new(Policy::owner_only(me)), 1), 0);
+        assert_eq!(early.session().rule().name().as_str(), "allow.owner", "the rule is the new policy's");
+        let reload = gate.set_policy(nothing);
+        assert_eq!(live.put_in_force(&gate.config().policy.clone(), reload + 1), 1);
+        drop(early);
+
+        let (late, mut late_peer) = admission(reload, &permits);
+        assert!(enter(late).is_none());
+        // The gate closes in order what the list has revoked.
+        gate.turn(Some(Duration::ZERO), &mut Vec::new());
+        for peer in [&mut its_peer, &mut late_peer] {
+            let mut answer = String::new();
+            peer.read_to_string(&mut answer).unwrap();
+            assert_eq!(answer, "Unauthorized access\n");
+            let Next::Write(record) = audit.next() else { panic!("no record") };
+            assert_eq!((record.event, record.rule.as_deref()), (Event::Revoked, Some("default")));
+        }
+        assert_eq!(permits.total(), 0);
+
+        let (newer, _its_peer) = admission(reload + 1, &permits);
+        assert!(enter(newer).is_some(), "the newest policy has judged it already");
+        assert!(live.is_empty());
+    }
+}
