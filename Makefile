@@ -1,7 +1,7 @@
 # The commands for people. Each target names what it needs beyond make, and installs what is missing (tools/require).
 
 .PHONY: run test lint check check-root suites unit-tests doctests features e2e units deb installed package-test lintian piuparts \
-	debians-rust bench bench-quick fuzz soak flood audit
+	debians-rust bench bench-quick fuzz soak flood tonic audit
 # One after another, but for what `test` and `check` ask to have side by side.
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
@@ -118,6 +118,10 @@ flood:
 	ECHOD_TEST_VISITS=100 cargo test --release --locked --test identity -- many_groups
 	ECHOD_TEST_DENIALS=1000000 cargo test --release --locked --test equation -- at_full_speed at_once
 	ECHOD_TEST_IDLE=10000 cargo test --release --locked --test abuse
+
+# The example on tonic: a package of its own, which needs Rust 1.88 and many crates.
+tonic:
+	cargo clippy --locked --manifest-path examples/tonic_health/Cargo.toml -- --deny warnings
 
 # Licences, sources and known vulnerabilities of the dependencies.
 audit:

@@ -435,7 +435,9 @@ mod tests {
         let path = std::env::temp_dir().join(format!("tokio-test-{name}-{}.sock", std::process::id()));
         let service = Service::from_systemd(name).listener(activation::bind(&path).unwrap());
         let service = service.policy(Policy::owner_only(Uid::effective()));
-        service.block_on(|gate| main(gate, path)).unwrap();
+        // What is lost would be waited for without end.
+        let in_time = async |gate| tokio::time::timeout(Duration::from_secs(60), main(gate, path)).await.unwrap();
+        service.block_on(in_time).unwrap();
     }
 
     fn connect(path: &PathBuf) -> std::os::unix::net::UnixStream {
