@@ -41,7 +41,7 @@ use std::thread;
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use tokio::io::unix::AsyncFd;
+use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
@@ -172,21 +172,20 @@ async fn turn<T: Terms>(core: Arc<Core<T>>, queue: Arc<Queue<T>>) {
         Err(error) => return core.note(Severity::Error, format!("the runtime does not take the gate: {error}")),
     };
     let mut admitted = Vec::new();
+    let mut ready: Option<AsyncFdReadyGuard<'_, OwnedFd>> = None;
     while let Some(due) = core.turn(&mut admitted) {
-        let is_busy = !admitted.is_empty();
         queue.push(admitted.drain(..));
         // The runtime tells of changes only, and a turn is bounded: there may be more to do.
-        if is_busy || is_readable(epoll.get_ref().as_fd()) {
+        if is_readable(epoll.get_ref().as_fd()) {
             tokio::task::yield_now().await;
             continue;
         }
-        let readable = match due {
-            Some(due) => timeout_at(due.into(), epoll.readable()).await.ok(),
-            None => Some(epoll.readable().await),
+        // What has changed since this readiness was seen makes the descriptor ready again.
+        ready.take().as_mut().map(AsyncFdReadyGuard::clear_ready);
+        ready = match due {
+            Some(due) => timeout_at(due.into(), epoll.readable()).await.ok().and_then(Result::ok),
+            None => epoll.readable().await.ok(),
         };
-        if let Some(Ok(mut readable)) = readable {
-            readable.clear_ready();
-        }
     }
 }
 
