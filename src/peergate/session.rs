@@ -24,7 +24,7 @@ use crate::policy::{Rule, RuleName};
 
 pub(crate) use link::{Link, Socket};
 pub(crate) use live::Live;
-pub(crate) use notice::Notice;
+pub(crate) use notice::{Notice, Place};
 
 /// A live connection, as the gate knows it: the peer, the rule that admits it, its number. Cheap to clone.
 pub struct Session<T>(Arc<Inner<T>>);
@@ -90,7 +90,7 @@ impl<T> Session<T> {
     ///
     /// Most services need not wait: a revoked connection reads as at its end.
     pub fn revoked(&self) -> Revoked<T> {
-        Revoked(self.clone())
+        Revoked { session: self.clone(), place: Place::new() }
     }
 
     /// Whether the terms in force allow what the peer asks for. If not, that is recorded as a denial by the rule: tell the
@@ -123,7 +123,7 @@ impl<T> Session<T> {
     /// Ready once nothing more is read: the session is revoked, or the service stops.
     #[cfg(feature = "tokio")]
     pub(crate) fn poll_ended(&self, context: &mut Context<'_>) -> Poll<()> {
-        self.0.ended.poll(context)
+        self.0.ended.poll(Place::READER, context)
     }
 
     /// What cannot be asked again once the peer's process has ended.
@@ -204,19 +204,28 @@ impl<T: fmt::Debug> fmt::Debug for TermsInForce<T> {
 
 /// Ready when the session is revoked: [`Session::revoked`].
 #[must_use = "a future does nothing until it is awaited"]
-pub struct Revoked<T>(Session<T>);
+pub struct Revoked<T> {
+    session: Session<T>,
+    place: Place,
+}
 
 impl<T> Future for Revoked<T> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        self.0.0.revoked.poll(context)
+        self.session.0.revoked.poll(self.place, context)
+    }
+}
+
+impl<T> Drop for Revoked<T> {
+    fn drop(&mut self) {
+        self.session.0.revoked.leave(self.place);
     }
 }
 
 impl<T> fmt::Debug for Revoked<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Revoked").field(&self.0).finish()
+        f.debug_tuple("Revoked").field(&self.session).finish()
     }
 }
 

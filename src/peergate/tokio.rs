@@ -52,7 +52,7 @@ use crate::audit::Severity;
 use crate::gate::Admission;
 use crate::permits::Terms;
 use crate::service::{Attendant, Core, Error, Service};
-use crate::session::{Link, Session, Socket};
+use crate::session::{Link, Place, Session, Socket};
 
 /// How long tasks that cannot be interrupted may keep the runtime from ending.
 const LAST_TASKS: Duration = Duration::from_secs(1);
@@ -233,7 +233,7 @@ impl<T: Terms> Handle<T> {
 
     /// Ready when the service stops: no connection is accepted any more, and what is under way is to end.
     pub fn stopping(&self) -> Stopping<T> {
-        Stopping(Arc::clone(&self.core))
+        Stopping { core: Arc::clone(&self.core), place: Place::new() }
     }
 
     /// How many connections are admitted.
@@ -276,13 +276,22 @@ impl<T: Terms> fmt::Debug for Listener<T> {
 
 /// Ready when the service stops: [`Handle::stopping`].
 #[must_use = "a future does nothing until it is awaited"]
-pub struct Stopping<T: Terms>(Arc<Core<T>>);
+pub struct Stopping<T: Terms> {
+    core: Arc<Core<T>>,
+    place: Place,
+}
 
 impl<T: Terms> Future for Stopping<T> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        self.0.stopping.poll(context)
+        self.core.stopping.poll(self.place, context)
+    }
+}
+
+impl<T: Terms> Drop for Stopping<T> {
+    fn drop(&mut self) {
+        self.core.stopping.leave(self.place);
     }
 }
 
