@@ -26,7 +26,8 @@ test: lint
 	+$(MAKE) --no-print-directory bench-quick
 
 # Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.
-root_tests := lifecycle equation outside handover_faults handover abuse access deny examples identity journals names newcomer record services
+root_tests := lifecycle equation outside proxy_ids handover_faults handover abuse access deny examples identity journals names newcomer \
+	record services
 tests := $(notdir $(basename $(wildcard tests/*.rs)))
 other_tests := $(filter-out $(root_tests),$(tests))
 

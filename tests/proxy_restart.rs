@@ -96,7 +96,7 @@ fn transfers_both_ways_lose_and_double_no_byte_over_restarts() {
     let (mut proxy, behind) = serve("");
     let stop = Arc::new(AtomicBool::new(false));
     let mut threads = Vec::new();
-    for number in 0..16 {
+    for number in 0..8 {
         let (client, service) = pair(&proxy, &behind);
         for (end, out, into) in [(client, number, 100 + number), (service, 100 + number, number)] {
             let end = Arc::new(end);
@@ -105,7 +105,7 @@ fn transfers_both_ways_lose_and_double_no_byte_over_restarts() {
             threads.push((into, false, thread::spawn(move || drain(into, &end.0))));
         }
     }
-    for _ in 0..5 {
+    for _ in 0..3 {
         proxy = restart(proxy);
     }
     stop.store(true, Ordering::Relaxed);

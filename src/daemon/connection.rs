@@ -179,8 +179,8 @@ impl<P: Protocol> Connection<P> {
 
     /// Only its descriptors. Closing these does not end the connection while the service manager holds them too; dropping the
     /// stream may shut it down.
-    pub fn into_descriptors(self) -> (OwnedFd, Option<OwnedFd>) {
-        (self.socket.into(), self.protocol.into_second())
+    pub fn into_descriptors(self) -> (OwnedFd, Vec<OwnedFd>) {
+        (self.socket.into(), self.protocol.into_further())
     }
 
     /// One turn.

@@ -145,10 +145,7 @@ impl<P: Protocol> Inheritance<P> {
         };
         match restore::<P>(bytes, &peer) {
             Ok((passing, progress, mut protocol)) => {
-                for second in further {
-                    let _ = set_nonblocking(&second);
-                    protocol.set_second(second);
-                }
+                protocol.set_further(further);
                 let passing = Some(passing);
                 self.connections.push(Inherited { socket, peer, progress, protocol, passing, fate: Fate::GoesOn });
             }
@@ -196,7 +193,7 @@ pub fn leave<P: Protocol>(
     let header = postcard::to_allocvec(&next_connection).map_err(io::Error::other)?;
     let parcels = connections.iter().map(|connection| Parcel {
         socket: connection.socket.as_fd(),
-        further: connection.protocol.second().map(|(second, _)| second).into_iter().collect(),
+        further: connection.protocol.further(),
         state: state_of(connection),
     });
     handover::leave(store, P::NAME, &header, parcels, PATIENCE)

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use nix::sys::epoll::EpollFlags;
 use peergate::Stream;
 use peergate::audit::{About, Audit, Event, Reason, Record};
+use peergate::fd_passing::Descriptors;
 use peergate::gate::Replies;
 use peergate::ids::Uid;
 use peergate::peer::Peer;
@@ -24,6 +25,9 @@ use crate::connection::Progress;
 use crate::memory::Footprint;
 use crate::moment::Moment;
 use crate::rounds::Share;
+
+/// The most descriptors that a connection has besides the peer's.
+pub const MOST_FURTHER: usize = 249;
 
 /// The state of one connection as the daemon's protocol sees it, and its turns.
 ///
@@ -101,12 +105,17 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
         None
     }
 
-    /// Gives the second descriptor back, of a connection that was left by an earlier process.
-    fn set_second(&mut self, _second: OwnedFd) {}
+    /// All descriptors that go to the next process with the connection, [`MOST_FURTHER`] at most.
+    fn further(&self) -> Vec<BorrowedFd<'_>> {
+        self.second().map(|(second, _)| second).into_iter().collect()
+    }
 
-    /// Only the second descriptor: it is left to the next process, and closing this copy must not end anything.
-    fn into_second(self) -> Option<OwnedFd> {
-        None
+    /// Gives back what [`further`](Self::further) was in an earlier process.
+    fn set_further(&mut self, _further: Vec<OwnedFd>) {}
+
+    /// Only these descriptors: they are left to the next process, and closing these copies must not end anything.
+    fn into_further(self) -> Vec<OwnedFd> {
+        Vec::new()
     }
 
     /// When the next turn is due, whatever happens until then. Only with [`HAS_SECOND`](Self::HAS_SECOND).
@@ -336,34 +345,68 @@ pub enum Received {
     Descriptors,
 }
 
+impl Received {
+    fn of(result: io::Result<(usize, Option<Option<Uid>>)>) -> Self {
+        match result {
+            Ok((_, Some(sender))) => Self::SenderMismatch(sender),
+            Ok((0, None)) => Self::End,
+            Ok((count, None)) => Self::Bytes(count),
+            Err(error) => match error.kind() {
+                ErrorKind::WouldBlock | ErrorKind::Interrupted => Self::Nothing,
+                ErrorKind::InvalidData => Self::Descriptors,
+                _ => Self::Broken,
+            },
+        }
+    }
+}
+
 impl PeerStream<'_> {
     /// Reads once.
     pub fn receive(&mut self, buffer: &mut [u8]) -> Received {
         let received = if self.progress.pass_credentials {
-            self.socket.receive(buffer).map(|(count, sender)| {
-                let came_before = sender.is_none() && count <= self.progress.unattested;
-                let is_mismatch = count > 0 && sender != Some(self.judged) && !came_before;
-                if !is_mismatch {
-                    self.progress.unattested = self.progress.unattested.saturating_sub(count);
-                }
-                (count, is_mismatch.then_some(sender))
-            })
+            self.socket.receive(buffer).map(|(count, sender)| (count, self.mismatch(count, sender)))
         } else {
             self.socket.read(buffer).map(|count| (count, None))
         };
-        match received {
-            Ok((_, Some(sender))) => Received::SenderMismatch(sender),
-            Ok((0, None)) => Received::End,
-            Ok((count, None)) => {
-                self.share.received += count;
-                self.share.has_more |= count == buffer.len();
-                Received::Bytes(count)
-            }
-            Err(error) => match error.kind() {
-                ErrorKind::WouldBlock | ErrorKind::Interrupted => Received::Nothing,
-                ErrorKind::InvalidData => Received::Descriptors,
-                _ => Received::Broken,
-            },
+        self.note(Received::of(received), buffer.len())
+    }
+
+    /// What one read gave, with room for so many bytes, counts in the peer's share.
+    fn note(&mut self, received: Received, room: usize) -> Received {
+        if let Received::Bytes(count) = received {
+            self.share.received += count;
+            self.share.has_more |= count == room;
+        }
+        received
+    }
+
+    /// The sender of data, where it is not the user that was judged.
+    fn mismatch(&mut self, count: usize, sender: Option<Uid>) -> Option<Option<Uid>> {
+        let came_before = sender.is_none() && count <= self.progress.unattested;
+        let is_mismatch = count > 0 && sender != Some(self.judged) && !came_before;
+        if !is_mismatch {
+            self.progress.unattested = self.progress.unattested.saturating_sub(count);
+        }
+        is_mismatch.then_some(sender)
+    }
+
+    /// Reads once, with the descriptors that came with the bytes.
+    pub fn receive_with_descriptors(&mut self, buffer: &mut [u8], descriptors: &mut Descriptors) -> Received {
+        let verify = self.progress.pass_credentials;
+        let received = self.socket.receive_with_descriptors(buffer, descriptors);
+        let received =
+            received.map(|(count, sender)| (count, if verify { self.mismatch(count, sender) } else { None }));
+        self.note(Received::of(received), buffer.len())
+    }
+
+    /// As [`send`](Self::send), with these descriptors, which go with the first byte.
+    ///
+    /// # Errors
+    /// What sendmsg(2) says, where the connection is broken.
+    pub fn send_with_descriptors(&mut self, output: &[u8], descriptors: &Descriptors) -> io::Result<usize> {
+        match self.socket.send_with_descriptors(output, descriptors) {
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
+            result => result.inspect(|written| self.share.sent += written),
         }
     }
 

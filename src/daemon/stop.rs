@@ -59,7 +59,7 @@ impl<P: Protocol> Service<P> {
     }
 
     /// Leaves connections to the next process. A connection that cannot be left is ended in order. Returns our copies of the sockets that were left.
-    fn leave(&mut self, mut carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<(OwnedFd, Option<OwnedFd>)> {
+    fn leave(&mut self, mut carried: Vec<Box<Connection<P>>>, next_connection: u64) -> Vec<(OwnedFd, Vec<OwnedFd>)> {
         self.notifier.extend_timeout(handover::PATIENCE + DRAIN * 2);
         let (left, error) = match handover::leave(&carried, next_connection, &self.store) {
             Ok(Left { connections, stopped_by, .. }) => (connections, stopped_by),

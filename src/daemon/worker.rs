@@ -518,6 +518,7 @@ impl<P: Protocol> WorkerLoop<P> {
         match connection.protocol.will_end() {
             Some(turn @ (Turn::Refused | Turn::DescriptorsReceived)) => End::of(turn),
             // The service manager would have to close the descriptors in the end, and PID 1 must not wait for a peer.
+            _ if P::takes_descriptors(&self.config.settings) => None,
             _ => connection.socket.holds_descriptors().then_some(End::DescriptorsReceived),
         }
     }

@@ -16,14 +16,16 @@
 
 use std::fmt;
 use std::fs;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::sys::socket::{MsgFlags, UnixAddr, getpeername, recv, send, setsockopt, shutdown, sockopt};
+use nix::sys::socket::{
+    ControlMessage, MsgFlags, UnixAddr, getpeername, recv, send, sendmsg, setsockopt, shutdown, sockopt,
+};
 use nix::sys::time::TimeVal;
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +99,11 @@ impl Descriptors {
         self.0.is_empty()
     }
 
+    /// Closes them, on another thread.
+    pub fn clear(&mut self) {
+        std::mem::take(&mut self.0).into_iter().for_each(drop_later);
+    }
+
     /// Each of them.
     pub fn iter(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.0.iter().map(AsFd::as_fd)
@@ -112,19 +119,15 @@ impl From<Vec<OwnedFd>> for Descriptors {
 
 impl Drop for Descriptors {
     fn drop(&mut self) {
-        std::mem::take(&mut self.0).into_iter().for_each(drop_later);
+        self.clear();
     }
 }
 
-/// What one read gave.
-#[derive(Debug)]
-pub struct Received {
-    /// So many bytes; 0 at the end of file.
-    pub length: usize,
-    /// The real uid of the process that sent them; only where the kernel attaches credentials (SO_PASSCRED).
-    pub sender: Option<Uid>,
-    /// What came with the bytes.
-    pub descriptors: Descriptors,
+/// They are the caller's to close.
+impl From<Descriptors> for Vec<OwnedFd> {
+    fn from(mut descriptors: Descriptors) -> Self {
+        std::mem::take(&mut descriptors.0)
+    }
 }
 
 /// Whether the kernel refuses descriptors on every connection that is made to this listener from now on.
@@ -189,24 +192,46 @@ impl Stream {
         }
     }
 
-    /// Reads once, with the descriptors that came with the bytes; they are close-on-exec. The bytes of a message with
-    /// descriptors are never joined with bytes that came before or after it. Never waits. The kernel closes the descriptors
-    /// for which the process has no numbers left.
+    /// As [`receive`](Self::receive), with the descriptors that came with the bytes, which replace what is in `descriptors`;
+    /// they are close-on-exec. The bytes of a message with descriptors are never joined with bytes that came before or after
+    /// it.
     ///
     /// # Errors
-    /// What recvmsg(2) reports; EAGAIN if there is no data.
-    pub fn receive_with_descriptors(&mut self, buffer: &mut [u8]) -> io::Result<Received> {
+    /// What recvmsg(2) reports; EAGAIN if there is no data; EMFILE if the process has no numbers left for the descriptors, which
+    /// are closed then.
+    pub fn receive_with_descriptors(
+        &mut self,
+        buffer: &mut [u8],
+        descriptors: &mut Descriptors,
+    ) -> io::Result<(usize, Option<Uid>)> {
+        descriptors.clear();
         let Self { fd: Some(fd), guard } = self else { return Err(io::ErrorKind::NotConnected.into()) };
         let most = match guard.peek_first(fd.as_fd(), buffer, false) {
             Ok(most) => most,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => buffer.len(),
             Err(error) => return Err(error),
         };
-        let sys::Received { length, fds, sender, .. } =
+        let sys::Received { length, fds, sender, lacks_descriptors, .. } =
             sys::receive_descriptors(fd.as_fd(), &mut buffer[..most], false)?;
         guard.note_end(length, most);
         let sender = sender.filter(|_| guard.credentials).and_then(|sender| peer::sender(&sender));
-        Ok(Received { length, sender, descriptors: Descriptors(fds) })
+        descriptors.0 = fds;
+        if lacks_descriptors {
+            descriptors.clear();
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
+        }
+        Ok((length, sender))
+    }
+
+    /// As [`Write::write`], and sends these descriptors with the first byte.
+    ///
+    /// # Errors
+    /// What sendmsg(2) reports; ETOOMANYREFS if too many descriptors of this user are in flight (RLIMIT_NOFILE).
+    pub fn send_with_descriptors(&self, bytes: &[u8], descriptors: &Descriptors) -> io::Result<usize> {
+        let fds: Vec<RawFd> = descriptors.iter().map(|fd| fd.as_raw_fd()).collect();
+        let rights = [ControlMessage::ScmRights(&fds)];
+        let flags = MsgFlags::MSG_NOSIGNAL;
+        Ok(sendmsg::<()>(self.as_raw_fd(), &[IoSlice::new(bytes)], &rights, flags, None)?)
     }
 
     /// As [`new`](Self::new), for a connection that was made when its listener refused descriptors already (see

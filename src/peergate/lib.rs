@@ -123,6 +123,7 @@ pub mod audit;
 #[cfg(feature = "axum")]
 pub mod axum;
 mod clock;
+pub mod connect_as;
 mod connection;
 mod deferred_close;
 pub mod escape;

@@ -4,10 +4,16 @@
 //! has.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
+use peergate::fd_passing::Descriptors;
 use peergate_daemon::buffers::Buffers;
-use peergate_daemon::protocol::Received;
-use serde::{Deserialize, Serialize};
+use peergate_daemon::protocol::{MOST_FURTHER, Received};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// The most descriptors that come with one message: those of both directions go to the next process with the connection to the
+/// service.
+pub const MOST_DESCRIPTORS: usize = (MOST_FURTHER - 1) / 2;
 
 /// What of a direction is under way.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -16,6 +22,8 @@ pub struct Direction {
     held: Vec<u8>,
     taken: usize,
     state: State,
+    /// What came with the first byte of `held`, and has not gone yet.
+    descriptors: InTransit,
     /// How many bytes were read, and were taken.
     read: u64,
     written: u64,
@@ -29,6 +37,25 @@ enum State {
     Ended,
     /// Nothing more goes this way.
     Over,
+}
+
+/// Descriptors that are on their way. Written down is how many: they go to the next process beside that.
+#[derive(Debug, Default)]
+struct InTransit {
+    here: Descriptors,
+    left: u8,
+}
+
+impl Serialize for InTransit {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u8(u8::try_from(self.here.len()).unwrap_or(u8::MAX))
+    }
+}
+
+impl<'de> Deserialize<'de> for InTransit {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(Self { here: Descriptors::default(), left: u8::deserialize(deserializer)? })
+    }
 }
 
 /// What a turn of a direction has done.
@@ -83,7 +110,24 @@ impl Direction {
     pub fn stop(&mut self, buffers: &mut Buffers) {
         self.state = State::Over;
         self.taken = 0;
+        self.descriptors.here.clear();
         buffers.give_back(std::mem::take(&mut self.held));
+    }
+
+    /// Descriptors that are on their way.
+    pub fn descriptors(&self) -> &Descriptors {
+        &self.descriptors.here
+    }
+
+    /// Takes them out.
+    pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        std::mem::take(&mut self.descriptors.here).into()
+    }
+
+    /// Takes as many as were on their way in the process that left this.
+    pub fn put_descriptors(&mut self, from: &mut impl Iterator<Item = OwnedFd>) {
+        let fds: Vec<_> = from.take(usize::from(self.descriptors.left)).collect();
+        self.descriptors = InTransit { here: fds.into(), left: 0 };
     }
 
     /// Gives back the memory.
@@ -92,11 +136,18 @@ impl Direction {
     }
 
     /// Writes what is held.
-    pub fn flush(&mut self, buffers: &mut Buffers, mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> Moved {
+    pub fn flush(
+        &mut self,
+        buffers: &mut Buffers,
+        mut write: impl FnMut(&[u8], &Descriptors) -> io::Result<usize>,
+    ) -> Moved {
         let pending = self.held.get(self.taken..).unwrap_or_default();
         let all = pending.len();
-        let Ok(count) = write(pending) else { return Moved::ReceiverGone };
+        let Ok(count) = write(pending, &self.descriptors.here) else { return Moved::ReceiverGone };
         self.written += count as u64;
+        if count > 0 {
+            self.descriptors.here.clear();
+        }
         match count {
             0 => Moved::Nothing,
             count if count < all => {
@@ -115,10 +166,14 @@ impl Direction {
     pub fn pass(
         &mut self,
         buffers: &mut Buffers,
-        mut read: impl FnMut(&mut [u8]) -> Received,
-        mut write: impl FnMut(&[u8]) -> io::Result<usize>,
+        mut read: impl FnMut(&mut [u8], &mut Descriptors) -> Received,
+        mut write: impl FnMut(&[u8], &Descriptors) -> io::Result<usize>,
     ) -> Moved {
-        let count = match read(&mut buffers.input) {
+        let count = match read(&mut buffers.input, &mut self.descriptors.here) {
+            Received::Bytes(_) if self.descriptors.here.len() > MOST_DESCRIPTORS => {
+                self.descriptors.here.clear();
+                return Moved::Stopped(Received::Descriptors);
+            }
             Received::Bytes(count) => count,
             Received::Nothing => return Moved::Nothing,
             Received::End => {
@@ -132,8 +187,11 @@ impl Direction {
             other => return Moved::Stopped(other),
         };
         self.read += count as u64;
-        let Ok(written) = write(&buffers.input[..count]) else { return Moved::ReceiverGone };
+        let Ok(written) = write(&buffers.input[..count], &self.descriptors.here) else { return Moved::ReceiverGone };
         self.written += written as u64;
+        if written > 0 {
+            self.descriptors.here.clear();
+        }
         if written < count {
             let mut held = buffers.take(count - written, usize::MAX);
             held.extend_from_slice(&buffers.input[written..count]);

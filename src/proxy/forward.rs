@@ -11,16 +11,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use peergate::Stream;
 use peergate::audit::Reason;
-use peergate::gate;
+use peergate::{fd_passing, gate};
 use peergate_daemon::buffers::Buffers;
 use peergate_daemon::config::Config;
 use peergate_daemon::moment::Moment;
-use peergate_daemon::protocol::{Counters, Interest, Io, Protocol, Ready, Received, Refusal, Turn};
+use peergate_daemon::protocol::{Counters, Interest, Io, PeerStream, Protocol, Ready, Received, Refusal, Turn};
 use serde::{Deserialize, Serialize};
 
 use crate::direction::{Direction, Moved};
+use crate::identity;
 use crate::options::Options;
-use crate::settings::{self, Settings, Terms};
+use crate::settings::{self, Descriptors, Identity, Settings, Terms};
 use crate::upstream::{Upstream, is_temporary};
 
 /// The pause before the second attempt to connect. Each doubles it, up to the longest.
@@ -36,6 +37,8 @@ pub struct Forward {
     /// Where that is, as the configuration had it.
     to: Option<Box<str>>,
     phase: Phase,
+    /// Whether descriptors are passed on.
+    passes: bool,
     /// From the peer to the service.
     up: Direction,
     /// From the service to the peer.
@@ -50,8 +53,32 @@ enum Phase {
     Waiting { since: Moment, due: Moment, tries: u32 },
     /// Bytes go both ways.
     Open,
-    /// The service could not be reached in time, for this reason (errno(3)).
-    Refused(i32),
+    /// The service was not reached.
+    Refused(Why),
+}
+
+/// Why a peer does not get to the service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Why {
+    /// It could not be connected to in time: errno(3).
+    Error(i32),
+    /// The peer is root, and its rule does not say that the service may be connected to as root.
+    Root,
+    /// An id of the peer is unknown in this user namespace.
+    Unmapped,
+    /// The peer has more groups than can be told.
+    Groups,
+}
+
+impl Why {
+    fn text(self, to: &str) -> String {
+        match self {
+            Self::Error(number) => format!("{to} could not be reached: {}", Errno::from_raw(number).desc()),
+            Self::Root => format!("{to} is not connected to as root; expected root = true in its rule"),
+            Self::Unmapped => format!("{to} cannot be connected to with an id that is unknown here"),
+            Self::Groups => format!("{to} cannot be connected to with groups that cannot all be told"),
+        }
+    }
 }
 
 impl Protocol for Forward {
@@ -66,7 +93,7 @@ impl Protocol for Forward {
 
     fn start() -> Self {
         let (up, down) = (Direction::default(), Direction::default());
-        Self { upstream: None, to: None, phase: Phase::Started, up, down }
+        Self { upstream: None, to: None, phase: Phase::Started, passes: false, up, down }
     }
 
     fn turn(&mut self, io: &mut Io<'_, Self>) -> Turn {
@@ -91,12 +118,29 @@ impl Protocol for Forward {
         self.upstream.as_ref().map(|upstream| (upstream.as_fd(), interest))
     }
 
-    fn set_second(&mut self, second: OwnedFd) {
-        self.upstream = Some(Stream::inherited(second, false));
+    fn further(&self) -> Vec<BorrowedFd<'_>> {
+        let upstream = self.upstream.as_ref().map(AsFd::as_fd);
+        upstream.into_iter().chain(self.up.descriptors().iter()).chain(self.down.descriptors().iter()).collect()
     }
 
-    fn into_second(self) -> Option<OwnedFd> {
-        self.upstream.map(OwnedFd::from)
+    fn set_further(&mut self, further: Vec<OwnedFd>) {
+        let mut further = further.into_iter();
+        if self.phase == Phase::Open {
+            self.upstream = further.next().map(|fd| match self.passes {
+                true => Stream::taking_descriptors(fd, false),
+                false => Stream::inherited(fd, false),
+            });
+        }
+        self.up.put_descriptors(&mut further);
+        self.down.put_descriptors(&mut further);
+    }
+
+    fn into_further(mut self) -> Vec<OwnedFd> {
+        let mut further: Vec<OwnedFd> = self.upstream.map(OwnedFd::from).into_iter().collect();
+        for direction in [&mut self.up, &mut self.down] {
+            further.extend(direction.take_descriptors());
+        }
+        further
     }
 
     fn due(&self) -> Option<Moment> {
@@ -133,9 +177,8 @@ impl Protocol for Forward {
     }
 
     fn refusal(&self, settings: &Settings, _: &Terms) -> Option<Refusal> {
-        let Phase::Refused(error) = self.phase else { return None };
-        let to = self.to.as_deref().unwrap_or_default();
-        let text = format!("{to} could not be reached: {}", Errno::from_raw(error).desc());
+        let Phase::Refused(why) = self.phase else { return None };
+        let text = why.text(self.to.as_deref().unwrap_or_default());
         Some(Refusal { reason: Reason::Upstream, text, message: settings.replies.unreachable() })
     }
 
@@ -168,6 +211,10 @@ impl Protocol for Forward {
         settings::obstacles(config, sockets)
     }
 
+    fn takes_descriptors(settings: &Settings) -> bool {
+        settings.descriptors == Descriptors::Pass
+    }
+
     fn replies(settings: &Settings) -> gate::Replies {
         settings.replies.of_gate()
     }
@@ -190,38 +237,48 @@ fn target<'s>(settings: &'s Settings, terms: &'s Terms) -> Option<&'s Arc<Upstre
 impl Forward {
     /// Tries to reach the service, and passes on what is there.
     fn connect(&mut self, io: &mut Io<'_, Self>, now: Moment) -> Turn {
-        let Some(target) = target(io.settings, io.terms) else { return self.refuse(Errno::EDESTADDRREQ) };
+        let Some(target) = target(io.settings, io.terms) else {
+            return self.refuse(Why::Error(Errno::EDESTADDRREQ as i32));
+        };
         if self.to.is_none() {
             self.to = Some((**target.text()).into());
         }
-        match target.connect() {
+        let connected = match io.settings.identity {
+            Identity::Own => target.connect().map_err(|error| Why::Error(error as i32)),
+            Identity::Peer => identity::connect(target, &io.peer, io.terms.root),
+        };
+        match connected {
             Ok(fd) => {
-                self.upstream = Some(Stream::accepted(fd));
+                self.passes = io.settings.descriptors == Descriptors::Pass;
+                self.upstream = Some(match self.passes {
+                    true => Stream::taking_descriptors(fd, false),
+                    false => Stream::accepted(fd),
+                });
                 self.phase = Phase::Open;
                 match self.pass_any(io) {
                     Ok(_) => self.ended().unwrap_or(Turn::Progress),
                     Err(turn) => turn,
                 }
             }
-            Err(error) if is_temporary(error) => self.wait(io, now, error),
-            Err(error) => self.refuse(error),
+            Err(Why::Error(error)) if is_temporary(Errno::from_raw(error)) => self.wait(io, now, Why::Error(error)),
+            Err(why) => self.refuse(why),
         }
     }
 
-    fn refuse(&mut self, error: Errno) -> Turn {
-        self.phase = Phase::Refused(error as i32);
+    fn refuse(&mut self, why: Why) -> Turn {
+        self.phase = Phase::Refused(why);
         Turn::Refused
     }
 
     /// Tries again a little later, unless the time is up.
-    fn wait(&mut self, io: &Io<'_, Self>, now: Moment, error: Errno) -> Turn {
+    fn wait(&mut self, io: &Io<'_, Self>, now: Moment, why: Why) -> Turn {
         let (since, tries) = match self.phase {
             Phase::Waiting { since, tries, .. } => (since, tries),
             _ => (now, 0),
         };
         let end = since.checked_add(io.settings.connect_timeout);
         if end.is_some_and(|end| end <= now) {
-            return self.refuse(error);
+            return self.refuse(why);
         }
         let pause = FIRST_PAUSE.saturating_mul(1 << tries.min(10)).min(LONGEST_PAUSE);
         let next = now.checked_add(pause).unwrap_or(now);
@@ -264,12 +321,16 @@ impl Forward {
     /// The peer may take more, or may have sent something.
     fn pass_from_peer(&mut self, io: &mut Io<'_, Self>) -> Result<bool, Turn> {
         let (mut flushed, mut passed) = (Moved::Nothing, Moved::Nothing);
-        let Self { upstream: Some(upstream), up, down, .. } = self else { return Err(Turn::Closed) };
+        let Self { upstream: Some(upstream), passes, up, down, .. } = self else { return Err(Turn::Closed) };
         if down.writes() {
-            flushed = down.flush(io.buffers, |bytes| io.peer.send(bytes));
+            flushed = down.flush(io.buffers, |bytes, with| send_to_peer(&mut io.peer, bytes, with));
         }
         if up.reads() {
-            passed = up.pass(io.buffers, |room| io.peer.receive(room), |bytes| send(upstream, bytes));
+            passed = up.pass(
+                io.buffers,
+                |room, with| if *passes { io.peer.receive_with_descriptors(room, with) } else { io.peer.receive(room) },
+                |bytes, with| send(upstream, bytes, with),
+            );
         }
         Ok(self.settle(Way::Down, flushed, io)? | self.settle(Way::Up, passed, io)?)
     }
@@ -277,12 +338,16 @@ impl Forward {
     /// The service may take more, or may have sent something.
     fn pass_from_upstream(&mut self, io: &mut Io<'_, Self>) -> Result<bool, Turn> {
         let (mut flushed, mut passed) = (Moved::Nothing, Moved::Nothing);
-        let Self { upstream: Some(upstream), up, down, .. } = self else { return Err(Turn::Closed) };
+        let Self { upstream: Some(upstream), passes, up, down, .. } = self else { return Err(Turn::Closed) };
         if up.writes() {
-            flushed = up.flush(io.buffers, |bytes| send(upstream, bytes));
+            flushed = up.flush(io.buffers, |bytes, with| send(upstream, bytes, with));
         }
         if down.reads() {
-            passed = down.pass(io.buffers, |room| receive(upstream, room), |bytes| io.peer.send(bytes));
+            passed = down.pass(
+                io.buffers,
+                |room, with| receive(upstream, room, with, *passes),
+                |bytes, with| send_to_peer(&mut io.peer, bytes, with),
+            );
         }
         Ok(self.settle(Way::Up, flushed, io)? | self.settle(Way::Down, passed, io)?)
     }
@@ -329,8 +394,12 @@ impl Forward {
 }
 
 /// Reads once from the service.
-fn receive(upstream: &mut Stream, room: &mut [u8]) -> Received {
-    match upstream.read(room) {
+fn receive(upstream: &mut Stream, room: &mut [u8], with: &mut fd_passing::Descriptors, passes: bool) -> Received {
+    let read = match passes {
+        true => upstream.receive_with_descriptors(room, with).map(|(count, _)| count),
+        false => upstream.read(room),
+    };
+    match read {
         Ok(0) => Received::End,
         Ok(count) => Received::Bytes(count),
         Err(error) => match error.kind() {
@@ -341,8 +410,18 @@ fn receive(upstream: &mut Stream, room: &mut [u8]) -> Received {
     }
 }
 
+fn send_to_peer(peer: &mut PeerStream<'_>, bytes: &[u8], with: &fd_passing::Descriptors) -> io::Result<usize> {
+    if with.is_empty() { peer.send(bytes) } else { peer.send_with_descriptors(bytes, with) }
+}
+
 /// Writes as much as the service takes now.
-fn send(upstream: &mut Stream, bytes: &[u8]) -> io::Result<usize> {
+fn send(upstream: &mut Stream, bytes: &[u8], with: &fd_passing::Descriptors) -> io::Result<usize> {
+    if !with.is_empty() {
+        return match upstream.send_with_descriptors(bytes, with) {
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
+            result => result,
+        };
+    }
     let mut written = 0;
     while written < bytes.len() {
         match upstream.write(&bytes[written..]) {

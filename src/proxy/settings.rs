@@ -13,6 +13,7 @@ use peergate_daemon::config::values::{SPAN, show_span};
 use peergate_daemon::{protocol, terms as daemon};
 
 use crate::forward::Forward;
+use crate::identity;
 use crate::replies::{REPLIES, Replies};
 use crate::upstream::Upstream;
 
@@ -168,12 +169,15 @@ pub fn faults(config: &Config<Forward>) -> Vec<String> {
 
 /// What keeps this process from serving these sockets.
 pub fn obstacles(config: &Config<Forward>, sockets: &[Arc<str>]) -> Vec<String> {
-    let loops = upstreams(config).filter(|to| sockets.iter().any(|own| is_same(to, own)));
-    loops
-        .map(|to| {
+    let of_own = |to: &Arc<Upstream>| {
+        let is_own = sockets.iter().any(|own| is_same(to, own));
+        is_own.then(|| {
             format!("`to`: {} is a socket that peergate itself listens on; expected the service's own", to.text())
         })
-        .collect()
+    };
+    let takes_ids = config.settings.identity == Identity::Peer;
+    let identity = if takes_ids { identity::start() } else { Ok(()) };
+    upstreams(config).filter_map(of_own).chain(identity.err()).collect()
 }
 
 fn upstreams(config: &Config<Forward>) -> impl Iterator<Item = &Arc<Upstream>> {

@@ -1,7 +1,10 @@
 //! The service behind the gate: its address, and connecting to it.
 
 use std::fmt;
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -37,6 +40,17 @@ impl Upstream {
     /// The path, unless it is an abstract name.
     pub fn path(&self) -> Option<&Path> {
         self.address.path()
+    }
+
+    /// As the standard library has addresses.
+    ///
+    /// # Errors
+    /// None, for an address that was parsed.
+    pub fn to_std(&self) -> io::Result<SocketAddr> {
+        match self.address.as_abstract() {
+            Some(name) => SocketAddr::from_abstract_name(name),
+            None => SocketAddr::from_pathname(&*self.text),
+        }
     }
 
     /// A connection to it, non-blocking and close-on-exec. Never waits.

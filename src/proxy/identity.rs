@@ -1,0 +1,60 @@
+//! `identity = "peer"`: the service is connected to with the ids of the peer.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::OnceLock;
+
+use nix::errno::Errno;
+use peergate::Subject as _;
+use peergate::connect_as::{ConnectAs, Ids};
+use peergate::peer::Peer;
+
+use crate::forward::Why;
+use crate::upstream::Upstream;
+
+/// The drop-in that gives the service what it needs, and where it goes.
+const DROP_IN: &str = "peergate@NAME.service.d/identity.conf";
+
+/// One for the whole process, from when a configuration first asks for it.
+static THREAD: OnceLock<ConnectAs> = OnceLock::new();
+
+/// Starts the thread that takes other ids. What keeps it from that, as a sentence.
+pub fn start() -> Result<(), String> {
+    if THREAD.get().is_some() {
+        return Ok(());
+    }
+    match ConnectAs::start() {
+        Ok(thread) => {
+            let _ = THREAD.set(thread);
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(format!(
+            "`identity` = \"peer\" needs the capabilities CAP_SETUID and CAP_SETGID; expected the drop-in {DROP_IN} (an example is \
+             in /usr/share/doc/peergate/examples), or `identity` = \"own\""
+        )),
+        Err(error) => Err(format!("`identity` = \"peer\": starting its thread: {error}")),
+    }
+}
+
+/// A connection to the service with the ids of the peer of this socket.
+pub fn connect(to: &Upstream, peer: &impl AsFd, may_be_root: bool) -> Result<OwnedFd, Why> {
+    let Some(thread) = THREAD.get() else { return Err(Why::Error(Errno::EPERM as i32)) };
+    let peer = Peer::credentials_of(peer).map_err(why)?;
+    if !peer.gids_complete() {
+        return Err(Why::Groups);
+    }
+    if peer.uid().raw() == 0 && !may_be_root {
+        return Err(Why::Root);
+    }
+    let groups = peer.gids().iter().copied().filter(|gid| *gid != peer.gid()).collect();
+    let address = to.to_std().map_err(why)?;
+    thread.connect(&address, Ids { uid: peer.uid(), gid: peer.gid(), groups }).map_err(why)
+}
+
+fn why(error: io::Error) -> Why {
+    match error.raw_os_error() {
+        Some(number) => Why::Error(number),
+        None if error.kind() == io::ErrorKind::InvalidInput => Why::Unmapped,
+        None => Why::Error(Errno::EIO as i32),
+    }
+}

@@ -1,0 +1,251 @@
+//! What the proxy passes on besides bytes: the peer's ids (`identity = "peer"`) and file descriptors (`descriptors = "pass"`).
+//! Clients are processes of other users.
+
+mod common;
+
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::Path;
+
+use common::{ALICE, BOB, Client, OWNER, PeerProcess, Start, eventually, needs_root, receive, send_along};
+use nix::sys::socket::{getsockopt, sockopt};
+use peergate::connect_as::{ConnectAs, Ids};
+use peergate::{Gid, Uid};
+
+const EVERYBODY: &str = "[allow.everybody]\nusers = [\"any\"]\n";
+
+fn start(config: &str, more: &str) -> (Start, UnixListener) {
+    let start = Start::bare();
+    let path = start.place().path("behind");
+    let behind = UnixListener::bind(&path).unwrap();
+    let listener = start.place().listener("socket");
+    let text = format!("{config}\n[forward]\nto = \"{}\"\n{more}", path.display());
+    (start.config(&text).socket("peergate@test.socket", listener), behind)
+}
+
+fn accept(behind: &UnixListener) -> Client {
+    Client::of(behind.accept().unwrap().0)
+}
+
+/// As the service sees the other end: uid, gid, supplementary groups.
+fn seen(service: &Client) -> (u32, u32, Vec<u32>) {
+    let credentials = getsockopt(&service.0, sockopt::PeerCredentials).unwrap();
+    let peer = peergate::Peer::credentials_of(&service.0).unwrap();
+    let mut groups: Vec<_> = peer.gids().iter().skip(1).map(|gid| gid.raw()).collect();
+    groups.sort_unstable();
+    (credentials.uid(), credentials.gid(), groups)
+}
+
+fn open_to_all(behind: &Path) {
+    std::fs::set_permissions(behind, std::fs::Permissions::from_mode(0o666)).unwrap();
+}
+
+#[test]
+fn the_service_sees_the_peers_ids_and_groups() {
+    needs_root();
+    let (start, behind) = start(EVERYBODY, "identity = \"peer\"\n");
+    open_to_all(&start.place().path("behind"));
+    // Only root gets to the socket, by its path.
+    let gated = start.place().path("gated");
+    std::fs::create_dir(&gated).unwrap();
+    std::fs::set_permissions(&gated, std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::rename(start.place().path("behind"), gated.join("behind")).unwrap();
+    let to = gated.join("behind").display().to_string();
+    let proxy = start.args(&["--to", &to]).ready();
+    for (ids, expected) in [
+        ("64001:64010", (ALICE, 64010, vec![])),
+        ("64002:64002:64020,64021", (BOB, 64002, vec![64020, 64021])),
+        ("64001:64001:4", (ALICE, 64001, vec![4])),
+    ] {
+        let peer = PeerProcess::with(&["--as", ids], &proxy.socket());
+        let service = accept(&behind);
+        assert_eq!(seen(&service), expected);
+        peer.connections[0].send("hello");
+        service.expect("hello");
+        service.send("you");
+        peer.connections[0].expect("you");
+    }
+    // Of all threads' ids: their own again.
+    let status = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("status")).unwrap();
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", proxy.pid())).unwrap();
+    for status in tasks.map(|task| status(task.unwrap())) {
+        assert!(status.contains("Uid:\t0\t0\t0\t0\n") && status.contains("Gid:\t0\t0\t0\t0\n"), "{status}");
+    }
+}
+
+#[test]
+fn connecting_as_another_user_changes_no_thread_for_longer_than_that() {
+    needs_root();
+    let address = SocketAddr::from_abstract_name(format!("connect-as-{}", std::process::id())).unwrap();
+    let listener = UnixListener::bind_addr(&address).unwrap();
+    let connect_as = ConnectAs::start().unwrap();
+    let ids = |uid, gid, groups: &[u32]| Ids {
+        uid: Uid::new(uid),
+        gid: Gid::new(gid),
+        groups: groups.iter().map(|group| Gid::new(*group)).collect(),
+    };
+    for (uid, gid, groups) in [(ALICE, 64011, &[64021, 64022][..]), (BOB, BOB, &[]), (0, 0, &[7]), (ALICE, 5, &[6])] {
+        let _connection = connect_as.connect(&address, ids(uid, gid, groups)).unwrap();
+        assert_eq!(seen(&accept(&listener)), (uid, gid, groups.to_vec()));
+    }
+    for unknown in [ids(65534, 1, &[]), ids(1, 65534, &[]), ids(1, 1, &[65534])] {
+        assert_eq!(connect_as.connect(&address, unknown).unwrap_err().kind(), ErrorKind::InvalidInput);
+    }
+    let nowhere = SocketAddr::from_pathname("/nonexistent/socket").unwrap();
+    assert_eq!(connect_as.connect(&nowhere, ids(ALICE, ALICE, &[])).unwrap_err().kind(), ErrorKind::NotFound);
+    let _connection = connect_as.connect(&address, ids(BOB, ALICE, &[])).unwrap();
+    assert_eq!(seen(&accept(&listener)), (BOB, ALICE, vec![]), "the thread goes on");
+    assert!(nix::unistd::geteuid().is_root() && nix::unistd::getegid().as_raw() == 0);
+}
+
+#[test]
+fn the_file_mode_of_the_services_socket_holds_for_the_peer() {
+    needs_root();
+    let (start, behind) = start(EVERYBODY, "identity = \"peer\"\nreplies = \"text\"\n");
+    let proxy = start.ready();
+    // Only root may write to it.
+    let peer = PeerProcess::user(ALICE, &proxy.socket());
+    peer.connections[0].expect_end("Service unavailable\n");
+    behind.set_nonblocking(true).unwrap();
+    assert!(behind.accept().is_err());
+    drop(peer);
+    assert!(proxy.stop().contains("could not be reached: Permission denied"));
+}
+
+#[test]
+fn root_gets_to_the_service_only_under_a_rule_that_says_so() {
+    needs_root();
+    let (proxy, behind) = start(OWNER, "identity = \"peer\"\nreplies = \"text\"\n");
+    let proxy = proxy.ready();
+    proxy.connect().expect_end("Service unavailable\n");
+    let to = proxy.place.path("behind");
+    proxy.reload_with(&format!("{OWNER}root = true\n[forward]\nto = \"{}\"\nidentity = \"peer\"\n", to.display()));
+    let _client = proxy.connect();
+    assert_eq!(seen(&accept(&behind)).0, 0);
+    proxy.signal(nix::sys::signal::Signal::SIGTERM);
+    assert!(proxy.wait().2.contains("is not connected to as root; expected root = true in its rule"));
+}
+
+#[test]
+fn without_the_capabilities_the_start_and_a_reload_fail() {
+    needs_root();
+    let without = ["setpriv", "--bounding-set", "-setuid", "--inh-caps", "-setuid", "--"];
+    let (first, _) = start(OWNER, "identity = \"peer\"\n");
+    let (code, _, told) = first.wrapper(&without).run();
+    assert!(code == 78 && told.contains("CAP_SETUID") && told.contains("peergate@NAME.service.d/"), "{code} {told}");
+    let (proxy, behind) = start(OWNER, "");
+    let proxy = proxy.wrapper(&without).ready();
+    let to = proxy.place.path("behind");
+    proxy.place.file("echod.toml", &format!("{OWNER}[forward]\nto = \"{}\"\nidentity = \"peer\"\n", to.display()));
+    assert_eq!(proxy.reload().0, 78);
+    let client = proxy.connect();
+    let service = accept(&behind);
+    client.send("as before");
+    service.expect("as before");
+}
+
+fn is_same_file(one: &impl AsFd, other: &impl AsFd) -> bool {
+    let file = |fd: BorrowedFd<'_>| nix::sys::stat::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).unwrap();
+    file(one.as_fd()) == file(other.as_fd())
+}
+
+/// The next message: its bytes, and what came with them.
+fn next(from: &UnixStream) -> (Vec<u8>, Vec<OwnedFd>) {
+    let mut room = [0; 1024];
+    let (count, fds) = receive(from, &mut room).unwrap().unwrap();
+    (room[..count].to_vec(), fds)
+}
+
+#[test]
+fn descriptors_pass_both_ways_with_the_bytes_that_they_came_with() {
+    let (start, behind) = start(OWNER, "descriptors = \"pass\"\n");
+    let proxy = start.with_store();
+    let before = common::descriptors(&proxy);
+    let client = proxy.connect();
+    let service = accept(&behind);
+    let (one, other) = UnixStream::pair().unwrap();
+    for (from, to) in [(&client, &service), (&service, &client)] {
+        from.send("before");
+        send_along(&from.0, b"with two", &[one.as_raw_fd(), other.as_raw_fd()]).unwrap();
+        from.send("after");
+        to.expect("before");
+        let (bytes, fds) = next(&to.0);
+        assert_eq!((&*bytes, fds.len()), (&b"with two"[..], 2));
+        assert!(is_same_file(&fds[0], &one) && is_same_file(&fds[1], &other));
+        to.expect("after");
+    }
+    eventually("the proxy has closed its copies", || (common::descriptors(&proxy) <= before + 2).then_some(()));
+    // The service does not read: they wait in the proxy, also over a restart.
+    let clogged = client.clog(b"x");
+    client.0.set_nonblocking(true).unwrap();
+    let proxy = proxy.restart(|start, _| start);
+    let mut heard = 0;
+    let mut room = vec![0; 65_536];
+    let mut sent = false;
+    while heard < clogged.len() || !sent {
+        sent = sent || send_along(&client.0, b"late", &[one.as_raw_fd()]).is_ok();
+        if heard < clogged.len() {
+            let most = room.len().min(clogged.len() - heard);
+            heard += (&service.0).read(&mut room[..most]).unwrap();
+        }
+    }
+    let (bytes, fds) = next(&service.0);
+    assert!(bytes == b"late" && fds.len() == 1 && is_same_file(&fds[0], &one));
+    drop((client, service));
+    proxy.stop();
+}
+
+#[test]
+fn descriptors_held_at_a_restart_arrive() {
+    let (start, behind) = start(OWNER, "descriptors = \"pass\"\n");
+    let mut proxy = start.with_store();
+    let client = proxy.connect();
+    let service = accept(&behind);
+    let (one, _other) = UnixStream::pair().unwrap();
+    client.0.set_nonblocking(true).unwrap();
+    // Each message with a descriptor, until nothing more fits in anywhere: the proxy holds some of it.
+    let (mut sent, mut stalls) = (0, 0);
+    while stalls < 50 {
+        match send_along(&client.0, &[b'm'; 20_000], &[one.as_raw_fd()]) {
+            Ok(count) => {
+                sent += count;
+                stalls = 0;
+            }
+            Err(_) => {
+                stalls += 1;
+                std::thread::yield_now();
+            }
+        }
+    }
+    proxy = proxy.restart(|start, _| start);
+    client.half_close();
+    let (mut heard, mut fds) = (0, 0);
+    let mut room = vec![0; 20_000];
+    while let Some((count, came)) = receive(&service.0, &mut room).unwrap().filter(|(count, _)| *count > 0) {
+        assert!(came.iter().all(|fd| is_same_file(fd, &one)));
+        heard += count;
+        fds += came.len();
+    }
+    assert_eq!((heard, fds), (sent, sent.div_ceil(20_000)));
+    drop((client, service));
+    proxy.stop();
+}
+
+#[test]
+fn descriptors_are_refused_unless_they_are_asked_for() {
+    let (start, behind) = start(OWNER, "");
+    let proxy = start.ready();
+    let client = proxy.connect();
+    let service = accept(&behind);
+    let (one, _) = UnixStream::pair().unwrap();
+    client.send("before");
+    service.expect("before");
+    match send_along(&client.0, b"with one", &[one.as_raw_fd()]) {
+        // From Linux 6.16 on the kernel refuses them.
+        Err(error) => assert_eq!(error, nix::errno::Errno::EPERM),
+        Ok(_) => service.expect_end(""),
+    }
+}
