@@ -226,7 +226,7 @@ fn forwarders(proxy: &Path, work: &Path, behind: &Path) -> Outcome<Vec<Running>>
         let file = at("haproxy.cfg");
         let (socket, to) = (at("haproxy").display().to_string(), behind.display());
         let text = format!(
-            "global\n nbthread 1\n maxconn 20000\ndefaults\n mode tcp\n timeout connect 10s\n timeout client 1h\n timeout server 1h\n\
+            "global\n nbthread 1\n maxconn 2000\ndefaults\n mode tcp\n timeout connect 10s\n timeout client 1h\n timeout server 1h\n\
              listen l\n bind unix@{socket}\n server s unix@{to}\n"
         );
         fs::write(&file, text)?;

@@ -33,6 +33,8 @@ const LAST_TURNS: usize = 32;
 
 /// How often in a row one peer must have been heard before it is worth waiting for awake.
 const ALONE: u32 = 2;
+/// The same where a connection has two descriptors: one message makes several events then.
+const ALONE_IN_A_PAIR: u32 = 8;
 /// Turns in a row of the peer that is waited for awake, before everything else gets a look.
 const TURNS_ALONE: u32 = 4;
 /// Looks for that peer alone, before one for all connections.
@@ -208,7 +210,7 @@ impl<P: Protocol> WorkerLoop<P> {
         if !self.rounds.is_empty() {
             return self.mailbox.epoll.wait(events, EpollTimeout::ZERO).unwrap_or(0);
         }
-        if self.alone >= ALONE {
+        if self.alone >= if P::HAS_SECOND { ALONE_IN_A_PAIR } else { ALONE } {
             if let Some(count) = self.look(events) {
                 return count;
             }
