@@ -405,19 +405,18 @@ fn unfair_connect(bench: &Bench, spec: &Spec) -> Result<Figures> {
     // The attack lasts longer than the measurement, so that no part of it is quiet.
     let span = bench.span * 2;
     let attackers = attack(span)?;
-    let mut turned_down = 0;
+    let mut turned_down = 0.0;
     let mut figures = metered(&server, || {
         let (run, eagain) = client::tries(&socket, bench.span)?;
-        turned_down = eagain;
+        turned_down = 100.0 * eagain as f64 / run.lines.max(1) as f64;
         Ok(run)
     })?;
     // The server's time went to the attackers; divided by the client's lines it means nothing.
     figures.remove(&Figure::Cpu);
     let quiet_figures = percentiles(&mut quiet);
-    let tries = figures[&Figure::Rate] * bench.span.as_secs_f64();
     figures.insert(Figure::QuietP50, quiet_figures[&Figure::P50]);
     figures.insert(Figure::QuietP99, quiet_figures[&Figure::P99]);
-    figures.insert(Figure::TurnedDown, 100.0 * turned_down as f64 / tries);
+    figures.insert(Figure::TurnedDown, turned_down);
     figures.insert(Figure::Alone, alone);
     figures.insert(Figure::Denials, per_second(attackers, span)?);
     finish(client::open(&socket, 1, 32, 1)?)?;
