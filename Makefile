@@ -77,7 +77,7 @@ deb:
 
 version = $(shell dpkg-parsechangelog --show-field Version)
 architecture = $(shell dpkg --print-architecture)
-debs = out/peergate-common_$(version)_all.deb out/echod_$(version)_$(architecture).deb out/peergate_$(version)_$(architecture).deb
+debs = out/echod_$(version)_$(architecture).deb out/peergate_$(version)_$(architecture).deb
 
 # The finished package: installation, upgrade, removal and debian/tests on each booted release. A target of its own, so
 # that make test, which needs it twice, runs it once.
