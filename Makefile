@@ -5,6 +5,9 @@
 # One after another, but for what `test` and `check` ask to have side by side.
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
+else
+# What the recipes start, such as cargo and debian/rules, has jobs of its own.
+unexport MAKEFLAGS
 endif
 .DEFAULT_GOAL := run
 

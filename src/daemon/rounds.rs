@@ -1,7 +1,7 @@
 //! Whose turn it is: a worker gives its time in rounds by user, however many connections a user has.
 //!
 //! Connections that are ready wait in a queue of their user. Users take turns by deficit round robin: each may use
-//! [`QUANTUM`] of work in a round, and pays for its turns when they are over. A user that had nothing ready comes before the
+//! `QUANTUM` of work in a round, and pays for its turns when they are over. A user that had nothing ready comes before the
 //! ones that always have (as in fq_codel, RFC 8290): its line waits for the turn that is under way, not for the round.
 //!
 //! Work is counted, not timed: bytes that were moved, lines that were answered, and the turn itself, in units of about a
