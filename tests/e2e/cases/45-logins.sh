@@ -20,7 +20,7 @@ the_record_of_a_denied_root_names_the_user_behind_sudo() {
     expect "session" "number" "$(jq --raw-output '.PEER_SESSION | tonumber | type' <<<"$record")"
     expect "message" "Denied root (uid 0, logged in as alice) gid 0" \
         "$(jq --raw-output .MESSAGE <<<"$record" | grep --only-matching '^Denied .* gid 0')"
-    expect "report" "root (0), logged in as alice" "$(echod report --system | grep --only-matching 'root (0), logged in as alice')"
+    expect "report" "root (0), logged in as alice" "$(echod report --system "$(since)" | grep --only-matching 'root (0), logged in as alice')"
 }
 
 a_rule_by_login_admits_one_users_sudo_and_no_service() {
