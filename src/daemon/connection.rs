@@ -140,7 +140,7 @@ pub struct Connection<P: Protocol> {
     /// What its worker's epoll looks for; `None`: for nothing, because another turn is due anyway.
     pub heard: Option<Watched>,
     /// What its send buffer is bounded by; 0: it has the system's size.
-    send_buffer: usize,
+    send_buffer: u32,
     /// Whether it came from an earlier process, so that the service manager may hold the same socket for a moment.
     pub is_shared: bool,
 }
@@ -229,8 +229,9 @@ impl<P: Protocol> Connection<P> {
     /// Bounds what the kernel takes for the peer before the peer has read it, where the protocol says by what.
     pub fn bound_send_buffer(&mut self, settings: &P::Settings) {
         let Some(footprint) = P::footprint(settings, &self.rule.terms().own) else { return };
-        if footprint.send_buffer != self.send_buffer {
-            self.send_buffer = footprint.send_buffer;
+        let wanted = u32::try_from(footprint.send_buffer).unwrap_or(u32::MAX);
+        if wanted != self.send_buffer {
+            self.send_buffer = wanted;
             // The kernel doubles the number (socket(7)).
             let _ = setsockopt(&self.socket, sockopt::SndBuf, &(footprint.send_buffer / 2));
         }

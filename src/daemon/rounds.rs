@@ -105,7 +105,8 @@ pub struct Rounds {
 
 #[derive(Clone, Copy, Debug)]
 struct Place {
-    user: usize,
+    /// Its place among the users. Small, because each idle connection has one of these.
+    user: u32,
     /// For what it waits for its turn, if it does.
     waits: Option<Ready>,
     /// Whether its last turn ended at its bounds, so that the next one need not be asked for.
@@ -136,6 +137,8 @@ impl Rounds {
         if self.places.len() <= slot {
             self.places.resize(slot + 1, None);
         }
+        // There are not more users than descriptors.
+        let user = u32::try_from(user).unwrap_or(u32::MAX);
         self.places[slot] = Some(Place { user, waits: None, has_more: false });
     }
 
@@ -151,7 +154,8 @@ impl Rounds {
 
     /// A connection leaves its place.
     pub fn take(&mut self, slot: usize) {
-        let Some(Place { user, waits, .. }) = self.places.get_mut(slot).and_then(Option::take) else { return };
+        let Some(place) = self.places.get_mut(slot).and_then(Option::take) else { return };
+        let (user, waits) = (place.user as usize, place.waits);
         if waits.is_some() {
             self.users[user].ready.retain(|other| *other != slot);
             self.waiting -= 1;
@@ -198,11 +202,12 @@ impl Rounds {
     fn enqueue(&mut self, slot: usize) {
         let Some(Some(place)) = self.places.get(slot) else { return };
         self.waiting += 1;
-        let user = &mut self.users[place.user];
+        let number = place.user as usize;
+        let user = &mut self.users[number];
         user.ready.push_back(slot);
         if !user.is_listed {
             (user.is_listed, user.credit) = (true, QUANTUM);
-            self.fresh.push_back(place.user);
+            self.fresh.push_back(number);
         }
     }
 
@@ -251,10 +256,11 @@ impl Rounds {
         let Some(Some(place)) = self.places.get(slot) else { return };
         let work = share.work(answered);
         self.work += work;
-        if place.user != self.last {
-            (self.last, self.changed) = (place.user, self.work);
+        let number = place.user as usize;
+        if number != self.last {
+            (self.last, self.changed) = (number, self.work);
         }
-        let user = &mut self.users[place.user];
+        let user = &mut self.users[number];
         let work = i64::try_from(work).unwrap_or(i64::MAX);
         user.credit = user.credit.saturating_sub(work).max(-MOST_OWED);
     }
