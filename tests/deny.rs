@@ -115,6 +115,42 @@ fn a_denied_user_is_denied_under_a_subordinate_id() {
 }
 
 #[test]
+fn a_user_whose_uid_lies_in_anothers_range_is_not_that_other_one() {
+    let database = world();
+    database.put("subuid", "frank:64000:100\n");
+    let policy = format!("[limits]\nconnections-per-user = 1\n[deny.frank]\nusers = [\"frank\"]\n{ADMIT_ALL}");
+    let echod = serving(&database, &policy);
+    let held = [EVE, "64023"].map(|uid| connect(&database, &echod, [uid, ""], &[], 1));
+    held.iter().for_each(|peer| peer.client().echo("in, beside another user of the range"));
+    for uid in ["64022", "64000", "64099"] {
+        assert!(!is_admitted(connect(&database, &echod, [uid, ""], &[], 1).client()), "{uid}");
+    }
+    assert!(is_admitted(connect(&database, &echod, ["64100", ""], &[], 1).client()));
+    let warning = "/etc/subuid:1:1: the range covers the uid 64021 of a user, who keeps it";
+    assert!(echod.stop().contains(warning));
+}
+
+#[test]
+fn each_of_fifty_thousand_members_of_a_denied_group_is_denied() {
+    let database = world();
+    let names: Vec<String> = (0..50_000).map(|number| format!("member{number}")).collect();
+    let accounts = names.iter().zip(200_000..).map(|(name, uid)| format!("{name}:x:{uid}:{uid}::/:\n"));
+    database.add("passwd", accounts.collect::<String>().trim_end());
+    database.add("group", &format!("crowd:x:64040:{}", names.join(",")));
+    let policy = format!("[deny.crowd]\ngroups = [\"crowd\"]\n{ADMIT_ALL}");
+    database.put("echod.toml", &policy);
+    for (uid, verdict) in
+        [("200000", "denied by deny.crowd"), ("249999", "denied by deny.crowd"), ("250000", "admitted by allow.any")]
+    {
+        let text = database.echod(&["explain", "--uid", uid], &database.path("echod.toml")).1;
+        assert_eq!(text.lines().next(), Some(verdict), "{text}");
+    }
+    let echod = serving(&database, &policy);
+    assert!(!is_admitted(connect(&database, &echod, ["249999", ""], &[], 1).client()));
+    assert!(is_admitted(connect(&database, &echod, ["250000", ""], &[], 1).client()));
+}
+
+#[test]
 fn one_user_has_one_limit_under_all_subordinate_ids() {
     let database = world();
     let policy = format!("[limits]\nconnections-per-user = 3\n{ADMIT_ALL}");
@@ -132,6 +168,26 @@ fn one_user_has_one_limit_under_all_subordinate_ids() {
     held.iter().for_each(|peer| peer.client().echo("still in"));
     let wrapper = [&UNSHARE[..], &["setpriv", "--reuid", "8", "--regid", "8", "--clear-groups"]].concat();
     connect(&database, &echod, [EVE, ""], &wrapper, 1).client().expect_end(BUSY);
+}
+
+#[test]
+fn one_user_has_one_burst_of_records_under_all_subordinate_ids() {
+    let database = world();
+    let journald = Journald::new();
+    let policy = format!("[audit]\nburst = 2\n{}", common::DENY_ALL);
+    let echod = Start::serving(&policy).wrapper(&database.wrapper()).journal(&journald).ready();
+    for uid in [EVE, "5", "6", "7", "8"] {
+        let under = [&UNSHARE[..], &["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"]].concat();
+        let wrapper = if uid == EVE { &[][..] } else { &under };
+        connect(&database, &echod, [EVE, ""], wrapper, 1).client().expect_end(DENIED);
+    }
+    echod.stop();
+    let entries = journald.entries();
+    let of = |verdict| entries.iter().filter(|entry| with_verdict(verdict)(entry)).collect::<Vec<_>>();
+    let denied: Vec<_> = of("denied").iter().map(|entry| get(entry, "PEER_UID")).collect();
+    assert_eq!(denied, [EVE, "1000004"], "{entries:?}");
+    let [summary] = of("summary")[..] else { panic!("{entries:?}") };
+    assert_eq!([get(summary, "PEER_UID"), get(summary, "GATE_COUNT")], [EVE, "3"]);
 }
 
 #[test]

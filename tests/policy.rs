@@ -433,6 +433,11 @@ fn decisions_and_explanations_agree_with_the_model() {
             assert_eq!(explanation.is_admitted(), expected.starts_with("allow."));
             let matched = explanation.to_string().lines().filter(|line| line.ends_with(" matches:")).count();
             assert_eq!(matched, usize::from(expected != "default"), "only the deciding rule matches");
+            // Where the user database has decided, the words say so.
+            let words = explanation.to_string();
+            let says_so = words.contains("is a subordinate id of uid") || words.contains("by the user database");
+            let is_told = says_so || !Uid::new(subject.uid).is_known();
+            assert!(alone == expected || is_told, "{words}{subject:?}\n{text}");
 
             // With only the facts that the decision depends on, the decision is the same.
             let needs = policy.needs_of(Uid::new(subject.uid));

@@ -43,8 +43,8 @@ fn unread(sources: &[String]) -> Option<String> {
     let others: Vec<&str> = sources.iter().map(String::as_str).filter(|source| *source != "files").collect();
     (!others.is_empty()).then(|| {
         format!(
-            "subordinate ids come from {} (subid: in /etc/nsswitch.conf), which is not read: deny rules and \
-             connections-per-user do not count them as their owner; expected them in /etc/subuid",
+            "subordinate ids come from {} (subid: in /etc/nsswitch.conf), which is not read: deny rules, \
+             connections-per-user and burst do not count them as their owner; expected them in /etc/subuid",
             others.join(", ")
         )
     })

@@ -30,7 +30,7 @@ use window::{MOST_TRACKED, Windows};
 use crate::ids::Uid;
 use crate::peer::Peer;
 use crate::permits::LimitExceeded;
-use crate::policy::RuleName;
+use crate::policy::{Accounts, Policy, RuleName};
 
 /// How many records may wait for the journal. Denials beyond it are counted.
 const MOST_WAITING: usize = 4096;
@@ -67,7 +67,8 @@ pub struct Settings {
     /// How much is written in full.
     pub scope: RecordScope,
     /// How many denials, refusals, and connections revoked because of their sender are written in full, for each user
-    /// and reason in an interval; and how many lines, for each user.
+    /// and reason in an interval; and how many lines, for each user. Subordinate ids count as their owner
+    /// ([`Audit::count_by_owner`]).
     pub burst: u32,
     /// How long an interval is.
     pub interval: Duration,
@@ -123,6 +124,8 @@ struct Shared {
 struct RecordQueue {
     waiting: VecDeque<Record>,
     waiting_bytes: usize,
+    /// Tell the owner of a subordinate uid. A user has thousands of them, and one burst and one count for all.
+    accounts: Arc<Accounts>,
     /// Taken out by the writer, and not yet reported as written or failed.
     in_hand: Option<Record>,
     /// How many records the writer has finished with.
@@ -169,6 +172,13 @@ impl Audit {
         }
         queue.summarize(Instant::now(), true);
         self.wake(queue);
+    }
+
+    /// Counts users as `policy` does from now on: each subordinate id as its owner
+    /// ([`Policy::owner_of`](crate::Policy::owner_of)). A [`Gate`](crate::Gate) asks for it with each policy that is put in
+    /// force.
+    pub fn count_by_owner<T>(&self, policy: &Policy<T>) {
+        self.lock().accounts = policy.shared_accounts();
     }
 
     /// Whether admissions and ends of connections are written.
@@ -242,6 +252,7 @@ impl Audit {
         // A writer that waits for the end of an interval need not be woken for a count.
         let known = queue.next_tick().is_some();
         queue.end_intervals(now);
+        let uid = queue.owner_of(uid);
         if !queue.has_room() || !queue.windows.may_write(uid, reason, now) {
             queue.windows.count(uid, reason, 1, 0, now);
             return if known { drop(queue) } else { self.wake(queue) };
@@ -269,15 +280,16 @@ impl Audit {
         let mut queue = self.lock();
         let known = queue.next_tick().is_some();
         queue.end_intervals(now);
+        let owner = queue.owner_of(Some(uid));
         let wanted = u32::try_from(count).unwrap_or(u32::MAX).min(queue.room_for_the_admitted());
-        let first = queue.line_windows.may_write_of(wanted, Some(uid), Reason::Lines, now);
+        let first = queue.line_windows.may_write_of(wanted, owner, Reason::Lines, now);
         let mut left = (count, bytes);
         for length in lengths.into_iter().take(first as usize) {
             queue.push(record(length));
             left = (left.0.saturating_sub(1), left.1.saturating_sub(length as u64));
         }
         if left.0 > 0 {
-            queue.line_windows.count_lines(Some(uid), left.0, left.1, 0, now);
+            queue.line_windows.count_lines(owner, left.0, left.1, 0, now);
         }
         if first > 0 || !known {
             self.wake(queue);
@@ -290,7 +302,7 @@ impl Audit {
         match (record.event, record.reason) {
             // A peer can cause any number of these: as with denials, the first are written and the rest counted.
             (Event::Revoked, Some(reason)) if reason != Reason::Policy => {
-                let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
+                let (uid, now) = (queue.owner_of(record.uid()), Instant::now());
                 queue.end_intervals(now);
                 if queue.has_room() && queue.windows.may_write(uid, reason, now) {
                     queue.push(record);
@@ -455,6 +467,10 @@ impl RecordQueue {
         self.windows.next_tick().into_iter().chain(self.line_windows.next_tick()).min()
     }
 
+    fn owner_of(&self, uid: Option<Uid>) -> Option<Uid> {
+        uid.map(|uid| self.accounts.owner_of(uid))
+    }
+
     fn release(&mut self) -> Option<Record> {
         self.dealt_with += 1;
         self.in_hand.take()
@@ -462,7 +478,7 @@ impl RecordQueue {
 
     /// Counts again what `record` stands for. `on_stderr` of these are on standard error.
     fn count_again(&mut self, record: &Record, on_stderr: u64) {
-        let (uid, now) = (record.about.as_ref().map(|about| about.uid), Instant::now());
+        let (uid, now) = (self.owner_of(record.uid()), Instant::now());
         if matches!(record.event, Event::Line | Event::LineSummary) {
             let (lines, bytes) = (record.stands_for(), record.bytes.unwrap_or(0));
             return self.line_windows.count_lines(uid, lines, bytes, on_stderr, now);
@@ -519,6 +535,8 @@ impl RecordQueue {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::ids::Gid;
 
@@ -602,6 +620,32 @@ mod tests {
         let shared: Vec<_> = records.iter().filter(|record| record.about.is_none()).collect();
         assert_eq!(shared.len(), 1);
         assert_eq!(shared[0].count, Some(5000 - MOST_TRACKED as u64));
+    }
+
+    #[test]
+    fn all_subordinate_ids_of_a_user_have_one_burst_and_one_summary() {
+        let (eve, first) = (1000, 100_000);
+        let range = crate::policy::SubordinateRange::new(Uid::new(eve), first, first + 65_535);
+        let policy = Policy::<()>::owner_only(Uid::new(0)).with_accounts(Accounts::new([range], [], [])).unwrap();
+        let audit = audit(10);
+        audit.count_by_owner(&policy);
+        deny(&audit, eve);
+        (first..first + 5000).for_each(|uid| deny(&audit, uid));
+        (0..30).for_each(|nth| audit.write(revoked(first + nth, Reason::Sender)));
+        (0..30).for_each(|nth| record_lines(&audit, first + nth, &[1, 1]));
+        (0..20).for_each(|_| deny(&audit, 1001));
+        // What the journal did not take is counted for the owner too.
+        (0..4).for_each(|_| assert!(matches!(audit.next(), Next::Write(_)) && write_to_stderr(&audit, true)));
+        audit.close();
+        let records = drain(&audit);
+        let summaries: Vec<_> = records
+            .iter()
+            .filter_map(|record| Some((record.reason?.as_str(), record.uid()?.raw(), record.count?)))
+            .collect();
+        let expected = [("policy", eve, 4991 + 4), ("sender", eve, 20), ("policy", 1001, 10), ("lines", eve, 50)];
+        assert_eq!(BTreeSet::from_iter(summaries), BTreeSet::from(expected));
+        let written = |event| records.iter().filter(|record| record.event == event).count();
+        assert_eq!((written(Event::Denied), written(Event::Revoked), written(Event::Line)), (20 - 4, 10, 10));
     }
 
     #[test]

@@ -203,6 +203,7 @@ impl<T: Terms> Gate<T> {
             accepting: true,
         };
         gate.apply_pass_credentials()?;
+        gate.audit.count_by_owner(&gate.config.policy);
         let wake = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, TOKEN_WAKE);
         gate.epoll.add(gate.closer.event(), wake)?;
         for (token, listener) in gate.listeners.iter().enumerate() {
@@ -225,6 +226,7 @@ impl<T: Terms> Gate<T> {
     /// earlier one was judged by an earlier policy.
     pub fn set_config(&mut self, config: GateConfig<T>) -> u64 {
         self.closer.set_denied(&config.replies.denied);
+        self.audit.count_by_owner(&config.policy);
         self.config = config;
         if let Err(error) = self.apply_pass_credentials() {
             self.record_once(Severity::Warning, &format!("setting SO_PASSCRED: {error}"));

@@ -238,6 +238,10 @@ impl<T> Policy<T> {
         &self.accounts
     }
 
+    pub(crate) fn shared_accounts(&self) -> Arc<Accounts> {
+        Arc::clone(&self.accounts)
+    }
+
     /// The user to whom this uid is subordinate (/etc/subuid); of any other uid, itself. What counts by user goes by this:
     /// a user with subordinate ids is otherwise many.
     pub fn owner_of(&self, uid: Uid) -> Uid {

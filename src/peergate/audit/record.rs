@@ -446,6 +446,10 @@ impl Record {
         }
     }
 
+    pub(super) fn uid(&self) -> Option<Uid> {
+        self.about.as_ref().map(|about| about.uid)
+    }
+
     pub(super) fn weight(&self) -> usize {
         let about = self.about.as_ref().map_or(0, |about| {
             let details = [&about.details.comm, &about.details.unit, &about.details.label];

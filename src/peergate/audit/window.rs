@@ -1,5 +1,5 @@
 //! What is counted: the denials and refusals of each user and reason, and the lines of each user, after the first in an
-//! interval.
+//! interval. A user is given by the owner of all of its ids ([`Audit::count_by_owner`](super::Audit::count_by_owner)).
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

@@ -581,6 +581,9 @@ mod tests {
     fn a_process_that_has_ended_has_no_facts() {
         use std::io::{Read, Write};
         use std::process::{Command, Stdio};
+
+        use nix::sys::wait::{Id, WaitPidFlag, waitid};
+        use nix::unistd::Pid;
         let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         // Until it answers it may be on its way from this program to that one.
         child.stdin.as_ref().unwrap().write_all(b"?").unwrap();
@@ -588,6 +591,14 @@ mod tests {
         let peer = Peer::of_process(child.id() as i32).unwrap();
         assert_eq!(peer.read_proc("comm").as_deref(), Some("cat\n"));
         child.kill().unwrap();
+        let (id, flags) = (Id::Pid(Pid::from_raw(child.id() as i32)), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT);
+        waitid(id, flags).unwrap();
+        // Until it is waited for, /proc goes on telling of it: only the pidfd does not.
+        for file in ["comm", "loginuid", "cgroup"] {
+            assert!(!fs::read(format!("/proc/{}/{file}", child.id())).unwrap().is_empty());
+            assert_eq!(peer.read_proc(file), None);
+        }
+        assert_eq!((peer.login(), peer.units()), (Login::Unknown, None));
         child.wait().unwrap();
         assert_eq!(peer.read_proc("comm"), None);
     }
