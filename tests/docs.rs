@@ -136,20 +136,9 @@ fn the_examples_of_the_manual_pages_are_accepted() {
     assert_examples_are_accepted(&read("packaging/man/echod.toml.5"), "");
 }
 
-/// The mebibytes of memory that `check` says this configuration needs.
-fn need(name: &str, config: &str) -> u64 {
-    let said = check(name, config).unwrap();
-    said.split_once("# up to ").unwrap().1.split_once("M of memory").unwrap().0.parse().unwrap()
-}
-
 #[test]
 fn the_units_memory_is_enough_for_the_default_limits_and_the_manual_page_says_for_which_not() {
-    let default = need("memory-default", "[allow.all]\nusers = [\"any\"]\n");
-    for unit in ["systemd/system/echo.service", "systemd/user/echo.service"] {
-        let unit = read(unit);
-        let limit = unit.lines().find_map(|line| line.strip_prefix("MemoryMax=")?.strip_suffix('M')).unwrap();
-        assert!(default <= limit.parse().unwrap(), "{default}M are needed, and the unit allows {limit}M");
-    }
+    assert_units_have_the_memory_for_the_default_limits("echo.service", "");
     let page = read("packaging/man/echod.toml.5").replace("\\-", "-");
     let example =
         page.split(".Bd -literal -offset indent\n").find(|block| block.contains("connections = 4096")).unwrap();

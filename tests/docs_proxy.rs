@@ -57,6 +57,12 @@ fn manual_page_and_annotated_configuration_state_the_same_defaults() {
 }
 
 #[test]
+fn the_units_memory_is_enough_for_the_default_limits() {
+    let service = "[forward]\nto = \"/run/behind/service.sock\"\n";
+    assert_units_have_the_memory_for_the_default_limits("peergate@.service", service);
+}
+
+#[test]
 fn the_examples_and_the_recipes_of_the_manual_pages_are_accepted() {
     let service = "\n[forward]\nto = \"/run/behind/service.sock\"\n";
     assert_examples_are_accepted(&read(PAGE_OF_FILE), service);

@@ -2,10 +2,8 @@
 
 mod common;
 
-use std::io::Write as _;
-
 use common::records::{get, serve};
-use common::{ALICE, Client, Journald, MemoryGroup, PeerProcess, Start, answer, needs_root, setting};
+use common::{ALICE, Client, Journald, MemoryGroup, PeerProcess, Start, answer, clog_all, needs_root, setting};
 use nix::sys::signal::Signal;
 
 const ALL: &str = "[allow.all]\nusers = [\"any\"]\n";
@@ -54,24 +52,8 @@ fn need(connections: usize, limits: &str) -> u64 {
     line.split_once("M of memory").unwrap().0.parse::<u64>().unwrap() << 20
 }
 
-/// Sends on all of them, in lines of this length, until the service takes no more. What each has sent.
-fn clog(clients: &[Client], line: usize) -> Vec<Vec<u8>> {
-    let line = [&b"m".repeat(line - 1)[..], b"\n"].concat();
-    let mut sent = vec![0; clients.len()];
-    clients.iter().for_each(|client| client.0.set_nonblocking(true).unwrap());
-    let mut quiet = 0;
-    while quiet < 5 {
-        let before: usize = sent.iter().sum();
-        for (client, sent) in clients.iter().zip(&mut sent) {
-            while let Ok(count) = (&client.0).write(&line[*sent % line.len()..]) {
-                *sent += count;
-            }
-        }
-        quiet = if sent.iter().sum::<usize>() > before { 0 } else { quiet + 1 };
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
-    clients.iter().for_each(|client| client.0.set_nonblocking(false).unwrap());
-    sent.into_iter().map(|count| line.iter().copied().cycle().take(count).collect()).collect()
+fn line_of(length: usize) -> Vec<u8> {
+    [&b"m".repeat(length - 1)[..], b"\n"].concat()
 }
 
 /// Under a limit of what `check` says the connections take, no more: the kernel kills where that is too little.
@@ -97,7 +79,7 @@ fn survive_peers_that_do_not_read(limits: &str, lines: [usize; 3]) {
     let third = number.div_ceil(3);
     for (kind, line) in lines.into_iter().enumerate() {
         let some = kind * third..((kind + 1) * third).min(number);
-        sent[some.clone()].clone_from_slice(&clog(&greedy[some], line));
+        sent[some.clone()].clone_from_slice(&clog_all(&greedy[some], &line_of(line)));
     }
     modest.client().echo("while nobody reads");
     let clogged = group.as_ref().map_or(0, MemoryGroup::usage);

@@ -4,7 +4,7 @@ use std::fmt::{self, Write as _};
 
 use peergate::policy::Rule;
 
-use crate::cli::Choice;
+use crate::cli::{Choice, Options as _};
 use crate::config::Config;
 use crate::config::values::show_span;
 use crate::protocol::{Protocol, RuleKeys as _, Settings as _};
@@ -30,7 +30,8 @@ pub fn run<P: Protocol>(choice: &Choice<P::Options>) -> u8 {
             }
             // Only a check that runs as the service does is in the service's control group.
             let is_service = std::env::var_os("CONFIGURATION_DIRECTORY").is_some();
-            let limit = if is_service { memory::own_limit() } else { memory::limit_of_unit(P::UNIT) };
+            let instance = choice.own.served_instance();
+            let limit = if is_service { memory::own_limit() } else { memory::limit_of_unit(P::UNIT, instance) };
             if let Some(shortage) = memory::shortage(&config, limit) {
                 output::say(&format!("warning: {shortage}"));
             }
@@ -70,7 +71,7 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
         settings.show_limits().iter().try_for_each(|line| writeln!(f, "{line}"))?;
         writeln!(f, "idle-timeout = {}", or_off(span(limits.idle_timeout)))?;
         if let Some(need) = memory::need(self.0) {
-            writeln!(f, "# up to {} of memory, if no peer reads (MemoryMax=)", memory::mebibytes(need))?;
+            writeln!(f, "# up to {} of memory, if nothing is read (MemoryMax=)", memory::mebibytes(need))?;
         }
         f.write_char('\n')?;
         writeln!(f, "[audit]")?;
@@ -196,7 +197,7 @@ connections-per-user = 64
 waiting-per-user = 256
 line-length = \"64K\"
 idle-timeout = \"off\"
-# up to NEED of memory, if no peer reads (MemoryMax=)
+# up to NEED of memory, if nothing is read (MemoryMax=)
 
 [audit]
 record = \"denials\"

@@ -23,6 +23,11 @@ pub trait Options: Args + Clone + fmt::Debug + Default + Send + 'static {
         FileName::Optional(format!("{program}.toml"))
     }
 
+    /// The instance of a template unit that serves by this.
+    fn served_instance(&self) -> Option<&str> {
+        None
+    }
+
     /// The instance of a template unit whose records `report` is to show.
     fn instance(_report: &Self::Report) -> Option<&str> {
         None

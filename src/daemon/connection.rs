@@ -228,12 +228,13 @@ impl<P: Protocol> Connection<P> {
 
     /// Bounds what the kernel takes for the peer before the peer has read it, where the protocol says by what.
     pub fn bound_send_buffer(&mut self, settings: &P::Settings) {
-        let Some(footprint) = P::footprint(settings, &self.rule.terms().own) else { return };
-        let wanted = u32::try_from(footprint.send_buffer).unwrap_or(u32::MAX);
+        let footprint = P::footprint(settings, &self.rule.terms().own);
+        let Some(send_buffer) = footprint.and_then(|footprint| footprint.to_peer.send_buffer) else { return };
+        let wanted = u32::try_from(send_buffer).unwrap_or(u32::MAX);
         if wanted != self.send_buffer {
             self.send_buffer = wanted;
             // The kernel doubles the number (socket(7)).
-            let _ = setsockopt(&self.socket, sockopt::SndBuf, &(footprint.send_buffer / 2));
+            let _ = setsockopt(&self.socket, sockopt::SndBuf, &(send_buffer / 2));
         }
     }
 

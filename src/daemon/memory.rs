@@ -7,8 +7,10 @@
 
 use std::fs;
 use std::num::NonZeroUsize;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use nix::sys::socket::{getsockopt, sockopt};
 use peergate::policy::Kind;
 
 use crate::config::Config;
@@ -25,29 +27,53 @@ const CONNECTION: u64 = 5 * 1024;
 const LONGEST_PIECE: u64 = 37 * 1024;
 const PAGE: u64 = 4096;
 
-/// The most that one connection takes besides what every connection does, in bytes.
+/// The most that one connection takes besides what every connection does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
-    /// What the protocol holds of the peer's data while the peer does not read.
-    pub held: usize,
-    /// The state that a restart writes for the next process.
+    /// What the peer has not read.
+    pub to_peer: Unread,
+    /// What is not read at the second descriptor ([`Protocol::second`]), where there is one: it is another connection.
+    pub to_second: Option<Unread>,
+    /// The state that a restart writes for the next process, in bytes.
     pub state: usize,
-    /// The send buffer (SO_SNDBUF, socket(7)): what the kernel takes before the peer has read. It counts what it needs to
-    /// keep the bytes, not the bytes alone.
-    pub send_buffer: usize,
+}
+
+/// What one end of a connection has not read, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unread {
+    /// What the protocol holds, in one buffer.
+    pub held: usize,
+    /// The send buffer (SO_SNDBUF, socket(7)): what the kernel takes before the other end has read. It counts what it needs
+    /// to keep the bytes, not the bytes alone. `None`: as the system has it.
+    pub send_buffer: Option<usize>,
 }
 
 impl Footprint {
     /// What the whole connection takes at most.
     pub fn worst(self) -> u64 {
-        let [held, state, send_buffer] = [self.held, self.state, self.send_buffer].map(|bytes| bytes as u64);
-        let pages = |bytes: u64| bytes.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
-        // Buffers of this size are mapped one by one, with a page for their head.
-        let held = if held > 0 { pages(held).saturating_add(PAGE) } else { 0 };
-        // The kernel takes one more piece as long as the buffer is not full.
-        let unread = send_buffer.saturating_add(LONGEST_PIECE.min(send_buffer / 2 + 1024));
-        CONNECTION.saturating_add(unread).saturating_add(held).saturating_add(pages(state))
+        let second = self.to_second.map_or(0, |unread| CONNECTION.saturating_add(unread.worst()));
+        CONNECTION.saturating_add(self.to_peer.worst()).saturating_add(second).saturating_add(pages(self.state))
     }
+}
+
+impl Unread {
+    fn worst(self) -> u64 {
+        // Buffers of this size are mapped one by one, with a page for their head.
+        let held = if self.held > 0 { pages(self.held).saturating_add(PAGE) } else { 0 };
+        let send_buffer = self.send_buffer.unwrap_or_else(default_send_buffer) as u64;
+        // The kernel takes one more piece as long as the buffer is not full.
+        send_buffer.saturating_add(LONGEST_PIECE.min(send_buffer / 2 + 1024)).saturating_add(held)
+    }
+}
+
+fn pages(bytes: usize) -> u64 {
+    (bytes as u64).checked_next_multiple_of(PAGE).unwrap_or(u64::MAX)
+}
+
+/// What a new socket has. A sandbox may hide net.core.wmem_default, so a socket is asked.
+fn default_send_buffer() -> usize {
+    let asked = UnixStream::pair().ok().and_then(|(socket, _)| getsockopt(&socket, sockopt::SndBuf).ok());
+    asked.unwrap_or(208 * 1024)
 }
 
 /// What the service needs where every connection takes the most. `None`: the protocol does not say what that is.
@@ -76,7 +102,7 @@ pub fn shortage<P: Protocol>(config: &Config<P>, limit: Option<u64>) -> Option<S
     let (need, limit) = (need(config)?, limit?);
     (limit < need).then(|| {
         format!(
-            "[limits] connections = {} needs up to {} of memory if no peer reads, the control group's limit is {} (MemoryMax=)",
+            "[limits] connections = {} needs up to {} of memory if nothing is read, the control group's limit is {} (MemoryMax=)",
             config.limits.connections,
             mebibytes(need),
             mebibytes(limit)
@@ -94,10 +120,16 @@ pub fn own_limit() -> Option<u64> {
     limit_of(Path::new("/sys/fs/cgroup"), &fs::read_to_string("/proc/self/cgroup").ok()?)
 }
 
-/// The limit of the system's unit of this name, while the unit is active.
-pub fn limit_of_unit(unit: &str) -> Option<u64> {
-    let path = format!("/system.slice/{unit}.service");
+/// The limit of the system's unit of this name, while the unit is active; of a template, of its instance.
+pub fn limit_of_unit(unit: &str, instance: Option<&str>) -> Option<u64> {
+    let path = path_of_unit(unit, instance);
     limit_of(Path::new("/sys/fs/cgroup"), &format!("1:memory:{path}\n0::{path}\n"))
+}
+
+fn path_of_unit(unit: &str, instance: Option<&str>) -> String {
+    let Some(template) = unit.strip_suffix('@') else { return format!("/system.slice/{unit}.service") };
+    // Instances have a slice for each template (Slice=, systemd.unit(5)).
+    format!("/system.slice/system-{template}.slice/{unit}{}.service", instance.unwrap_or_default())
 }
 
 /// `groups` is a process's cgroup file (cgroups(7)). A limit of a group counts for all groups below it.
@@ -147,6 +179,24 @@ mod tests {
     }
 
     #[test]
+    fn the_control_group_of_an_instance_lies_in_its_templates_slice() {
+        assert_eq!(path_of_unit("echo", None), "/system.slice/echo.service");
+        let path = path_of_unit("peergate@", Some("docker"));
+        assert_eq!(path, "/system.slice/system-peergate.slice/peergate@docker.service");
+    }
+
+    #[test]
+    fn a_second_descriptor_counts_as_another_connection() {
+        let to_peer = Unread { held: 1, send_buffer: Some(8192) };
+        let one = Footprint { to_peer, to_second: None, state: 1 }.worst();
+        assert_eq!(one, CONNECTION + 8192 + 5120 + 2 * PAGE + PAGE);
+        let two = Footprint { to_peer, to_second: Some(Unread { held: 0, send_buffer: Some(400) }), state: 1 }.worst();
+        assert_eq!(two - one, CONNECTION + 400 + 1224);
+        let as_the_system_has_it = Unread { held: 0, send_buffer: None }.worst();
+        assert!(as_the_system_has_it > LONGEST_PIECE, "{as_the_system_has_it}");
+    }
+
+    #[test]
     fn the_largest_connections_take_as_many_places_as_their_rules_allow() {
         use crate::terms::Terms;
         use crate::testing::{LineTerms, Lines};
@@ -154,7 +204,10 @@ mod tests {
         use peergate::policy::{Policy, Rule, User};
         let mut config = Config::<Lines>::without_file(Uid::new(1000));
         config.service.workers = NonZeroUsize::new(2);
-        let worst = |held| Footprint { held, state: 0, send_buffer: 0 }.worst();
+        let worst = |held| {
+            let to_peer = Unread { held, send_buffer: Some(0) };
+            Footprint { to_peer, to_second: None, state: 0 }.worst()
+        };
         let base = PROCESS + 2 * WORKER;
         assert_eq!(need(&config), Some(base + 64 * worst(65_536)), "one user alone has no more places");
         let own = |line_length, connections_per_user| Terms {

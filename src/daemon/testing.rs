@@ -18,7 +18,7 @@ use crate::buffers::Buffers;
 use crate::close::Context;
 use crate::config::values::{SIZE, show_size};
 use crate::connection::WorkerConfig;
-use crate::memory::Footprint;
+use crate::memory::{Footprint, Unread};
 use crate::protocol::{Counters, Interest, Io, Protocol, Received, RuleKeys, Settings, Turn};
 use crate::terms::Terms;
 
@@ -94,7 +94,8 @@ impl Protocol for Lines {
 
     fn footprint(settings: &LineSettings, terms: &LineTerms) -> Option<Footprint> {
         let held = terms.line_length.unwrap_or(settings.line_length);
-        Some(Footprint { held, state: 0, send_buffer: 0 })
+        let to_peer = Unread { held, send_buffer: Some(0) };
+        Some(Footprint { to_peer, to_second: None, state: 0 })
     }
 
     fn release(self, buffers: &mut Buffers) {

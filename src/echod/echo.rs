@@ -2,7 +2,7 @@
 
 use peergate::audit::Reason;
 use peergate_daemon::buffers::{Buffers, SMALL, grow};
-use peergate_daemon::memory::Footprint;
+use peergate_daemon::memory::{Footprint, Unread};
 use peergate_daemon::protocol::{Counters, Interest, Io, Protocol, Received, Refusal, Turn};
 use serde::{Deserialize, Serialize};
 
@@ -122,11 +122,10 @@ impl Protocol for Echo {
         let limit = limit(settings, terms);
         // A line that has not ended, and one read more.
         let most = limit.saturating_add(limit.min(READ));
-        Some(Footprint {
-            held: most.checked_next_power_of_two().unwrap_or(most).min(limit.saturating_mul(2)),
-            state: most.saturating_add(STATE),
-            send_buffer: limit.saturating_mul(2).clamp(LEAST_SEND_BUFFER, MOST_SEND_BUFFER),
-        })
+        let held = most.checked_next_power_of_two().unwrap_or(most).min(limit.saturating_mul(2));
+        let send_buffer = limit.saturating_mul(2).clamp(LEAST_SEND_BUFFER, MOST_SEND_BUFFER);
+        let to_peer = Unread { held, send_buffer: Some(send_buffer) };
+        Some(Footprint { to_peer, to_second: None, state: most.saturating_add(STATE) })
     }
 
     fn release(self, buffers: &mut Buffers) {

@@ -14,8 +14,10 @@ use peergate::audit::Reason;
 use peergate::{fd_passing, gate};
 use peergate_daemon::buffers::Buffers;
 use peergate_daemon::config::Config;
+use peergate_daemon::memory::{Footprint, Unread};
 use peergate_daemon::moment::Moment;
 use peergate_daemon::protocol::{Counters, Interest, Io, PeerStream, Protocol, Ready, Received, Refusal, Turn};
+use peergate_daemon::worker::READ;
 use serde::{Deserialize, Serialize};
 
 use crate::direction::{Direction, Moved};
@@ -27,6 +29,9 @@ use crate::upstream::{Upstream, is_temporary};
 /// The pause before the second attempt to connect. Each doubles it, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+
+/// What the state of a connection takes besides the bytes that are held.
+const STATE: usize = 256;
 
 /// One connection.
 #[derive(Debug, Serialize, Deserialize)]
@@ -190,6 +195,12 @@ impl Protocol for Forward {
 
     fn upstream(&self) -> Option<Arc<str>> {
         self.to.as_deref().map(Arc::from)
+    }
+
+    fn footprint(_: &Settings, _: &Terms) -> Option<Footprint> {
+        // Either direction holds one read at most.
+        let unread = Unread { held: READ, send_buffer: None };
+        Some(Footprint { to_peer: unread, to_second: Some(unread), state: 2 * READ + STATE })
     }
 
     fn release(self, buffers: &mut Buffers) {

@@ -36,6 +36,10 @@ impl cli::Options for Options {
         }
     }
 
+    fn served_instance(&self) -> Option<&str> {
+        self.instance.as_deref()
+    }
+
     fn instance(report: &ReportOptions) -> Option<&str> {
         report.instance.as_deref()
     }

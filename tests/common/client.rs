@@ -124,6 +124,25 @@ impl Client {
     }
 }
 
+/// Sends on all of them, the same bytes again and again, until none takes more. What each has sent.
+pub fn clog_all(clients: &[Client], bytes: &[u8]) -> Vec<Vec<u8>> {
+    let mut sent = vec![0; clients.len()];
+    clients.iter().for_each(|client| client.0.set_nonblocking(true).unwrap());
+    let mut quiet = 0;
+    while quiet < 5 {
+        let before: usize = sent.iter().sum();
+        for (client, sent) in clients.iter().zip(&mut sent) {
+            while let Ok(count) = (&client.0).write(&bytes[*sent % bytes.len()..]) {
+                *sent += count;
+            }
+        }
+        quiet = if sent.iter().sum::<usize>() > before { 0 } else { quiet + 1 };
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    clients.iter().for_each(|client| client.0.set_nonblocking(false).unwrap());
+    sent.into_iter().map(|count| bytes.iter().copied().cycle().take(count).collect()).collect()
+}
+
 /// What the service answers to these bytes.
 pub fn answer(input: &[u8]) -> Vec<u8> {
     input.split_inclusive(|byte| *byte == b'\n').flat_map(|line| [b"> ", line].concat()).collect()

@@ -26,7 +26,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-pub use client::{Client, End, answer, show};
+pub use client::{Client, End, answer, clog_all, show};
 pub use database::Database;
 pub use dir::Place;
 pub use fds::{duplicate, lingering, receive, send_along, send_fds};

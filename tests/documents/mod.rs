@@ -45,6 +45,22 @@ pub fn check(name: &str, text: &str) -> Result<String, String> {
     if check.status.success() { Ok(printed) } else { Err(format!("{text}\n{}", utf8(check.stderr))) }
 }
 
+/// The mebibytes of memory that `check` says this configuration needs.
+pub fn need(name: &str, config: &str) -> u64 {
+    let said = check(name, config).unwrap();
+    said.split_once("# up to ").unwrap().1.split_once("M of memory").unwrap().0.parse().unwrap()
+}
+
+/// MemoryMax= of the units is what the default limits need, up to the next 128 MiB.
+pub fn assert_units_have_the_memory_for_the_default_limits(service: &str, more: &str) {
+    let default = need("memory-default", &format!("[allow.all]\nusers = [\"any\"]\n{more}"));
+    for unit in [format!("systemd/system/{service}"), format!("systemd/user/{service}")] {
+        let text = read(&unit);
+        let limit = text.lines().find_map(|line| line.strip_prefix("MemoryMax=")?.strip_suffix('M')).unwrap();
+        assert_eq!(limit, default.next_multiple_of(128).to_string(), "{unit}, where {default}M are needed");
+    }
+}
+
 /// The shipped configuration with its commented settings in force.
 pub fn uncommented(text: &str) -> String {
     let is_setting = |line: &str| line.starts_with(|c: char| c.is_ascii_lowercase()) && line.contains(" = ");
