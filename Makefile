@@ -25,7 +25,7 @@ side_by_side = $(MAKE) --no-print-directory --jobs=6 --output-sync=target SIDE_B
 
 # Everything, as CI runs it.
 test: lint
-	+$(side_by_side) units package-test suites features check-root
+	+$(side_by_side) units package-test suites features check-root tonic
 	+$(MAKE) --no-print-directory bench-quick
 
 # Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.
@@ -125,7 +125,10 @@ flood:
 
 # The example on tonic: a package of its own, which needs Rust 1.88 and many crates.
 tonic:
-	cargo clippy --locked --manifest-path examples/tonic_health/Cargo.toml -- --deny warnings
+	cargo clippy --locked --all-targets --manifest-path examples/tonic_health/Cargo.toml -- --deny warnings
+ifeq ($(shell id -u),0)
+	cargo test --locked --manifest-path examples/tonic_health/Cargo.toml
+endif
 
 # Licences, sources and known vulnerabilities of the dependencies.
 audit:

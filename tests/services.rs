@@ -6,19 +6,23 @@ mod common;
 
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use common::records::{DENIALS, denials, expect_flood, get, with_verdict};
 use common::{
-    ALICE, BOB, Client, DENIED, Echod, Journald, PeerProcess, Start, eventually, flood, lingering, needs_root,
-    send_along, stands_for,
+    ALICE, BOB, BUSY, Client, DENIED, Echod, End, Entry, Journald, PeerProcess, Start, eventually, flood, lingering,
+    needs_root, send_along, stands_for,
 };
 use nix::sys::signal::Signal;
 
 /// The users of a test's policy.
 const ALL: &str = "[allow.all]\nusers = [\"any\"]\n";
 const ONLY_ROOT: &str = "[allow.root]\nusers = [0]\n";
+
+/// Restarts of these lose no connection.
+const FILTERS: [&str; 2] = ["shout", "tokio_shout"];
 
 const RUNTIMES: [&str; 3] = ["threads", "tokio", "tokio-one"];
 
@@ -42,7 +46,7 @@ fn answers(client: &Client, word: &str) {
 #[test]
 fn an_example_is_a_whole_service_in_forty_lines() {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
-    for name in ["axum_note", "shout", "tokio_echo"] {
+    for name in ["axum_note", "shout", "tokio_echo", "tokio_shout"] {
         let text = fs::read_to_string(examples.join(name).with_extension("rs")).unwrap();
         let is_code = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with("//");
         let lines = text.lines().filter(is_code).count();
@@ -116,43 +120,63 @@ fn a_reload_gives_a_live_http_connection_its_new_terms_or_ends_it() {
 #[test]
 fn a_restart_of_the_filter_loses_no_byte_of_a_live_connection() {
     needs_root();
-    let example = Start::example("shout", &[], &format!("[allow.some]\nusers = [{ALICE}, {BOB}]\n"));
-    let example = example.with_store();
-    let [alice, bob] = [ALICE, BOB].map(|uid| PeerProcess::user(uid, &example.socket()));
-    alice.client().send("one\nhal");
-    alice.client().expect("ONE\n");
-    bob.client().send("two\n");
-    bob.client().expect("TWO\n");
-    let example = example.restart(|start, stored| {
-        assert_eq!(stored.len(), 1, "one descriptor, however many connections there are");
-        // No process serves now.
-        alice.client().send("f\nlast");
-        start
-    });
-    alice.client().expect("HALF\n");
-    // The next process reloads as the one before, also for connections that it inherited.
-    reload_with(&example, &format!("[allow.alice]\nusers = [{ALICE}]\n"));
-    bob.client().expect_end(DENIED);
-    alice.client().half_close();
-    alice.client().expect_end("LAST");
-    example.stop();
+    for name in FILTERS {
+        let example = Start::example(name, &[], &format!("[allow.some]\nusers = [{ALICE}, {BOB}]\n"));
+        let example = example.with_store();
+        let [alice, bob] = [ALICE, BOB].map(|uid| PeerProcess::user(uid, &example.socket()));
+        alice.client().send("one\nhal");
+        alice.client().expect("ONE\n");
+        bob.client().send("two\n");
+        bob.client().expect("TWO\n");
+        let example = example.restart(|start, stored| {
+            assert_eq!(stored.len(), 1, "one descriptor, however many connections there are");
+            // No process serves now.
+            alice.client().send("f\nlast");
+            start
+        });
+        alice.client().expect("HALF\n");
+        // The next process reloads as the one before, also for connections that it inherited.
+        reload_with(&example, &format!("[allow.alice]\nusers = [{ALICE}]\n"));
+        bob.client().expect_end(DENIED);
+        alice.client().half_close();
+        alice.client().expect_end("LAST");
+        example.stop();
+    }
 }
 
 #[test]
 fn a_connection_that_the_policy_denies_after_a_restart_is_revoked() {
     needs_root();
-    let journald = Journald::new();
-    let example = Start::example("shout", &[], ALL).journal(&journald).with_store();
-    let peer = PeerProcess::user(ALICE, &example.socket());
-    peer.client().send("one\n");
-    peer.client().expect("ONE\n");
-    let example = example.restart(|start, _| {
-        start.place().file("policy.toml", ONLY_ROOT);
-        start.journal(&journald)
-    });
-    peer.client().expect_end(DENIED);
-    journald.wait_for("it is revoked", with_verdict("revoked"));
-    example.stop();
+    for name in FILTERS {
+        let journald = Journald::new();
+        let example = Start::example(name, &[], ALL).journal(&journald).with_store();
+        let peer = PeerProcess::user(ALICE, &example.socket());
+        peer.client().send("one\n");
+        peer.client().expect("ONE\n");
+        let example = example.restart(|start, _| {
+            start.place().file("policy.toml", ONLY_ROOT);
+            start.journal(&journald)
+        });
+        peer.client().expect_end(DENIED);
+        journald.wait_for("it is revoked", with_verdict("revoked"));
+        example.stop();
+    }
+}
+
+/// Not at a restart: no other process follows.
+#[test]
+fn a_final_stop_of_the_filter_ends_its_connections_in_order() {
+    needs_root();
+    for name in FILTERS {
+        let example = Start::example(name, &[], ALL).with_store();
+        let client = example.connect();
+        client.send("one\nrest");
+        client.expect("ONE\n");
+        example.signal(Signal::SIGINT);
+        client.expect_end("REST");
+        let (status, _, stderr) = example.wait();
+        assert!(status.success(), "{name}: {stderr}");
+    }
 }
 
 #[test]
@@ -189,6 +213,11 @@ fn a_reload_revokes_live_connections_on_every_runtime() {
         waits.client().expect_end([b"told\n", DENIED].concat());
         also_goes.client().expect_end(DENIED);
         answers(stays.client(), "four");
+        // A request is half there when a policy comes that goes on admitting its peer.
+        stays.client().send("say whole");
+        reload_with(&service, ALL);
+        stays.client().send(" line\n");
+        stays.client().expect("whole line\n");
         // A file with a fault changes nothing.
         service.place.file("policy.toml", "[allow.x]\nusers = [\n");
         assert_eq!(service.reload().0, 78, "{runtime}");
@@ -248,6 +277,137 @@ fn descriptors_of_a_peer_delay_no_other_and_are_on_record() {
         service.stop();
         let revoked = journald.entries().iter().filter(|entry| with_verdict("revoked")(entry)).count();
         assert_eq!(revoked, 1 + RUNTIMES.iter().position(|one| *one == runtime).unwrap());
+    }
+}
+
+#[test]
+fn descriptors_sent_to_a_running_service_are_refused_or_end_the_connection() {
+    let journald = Journald::new();
+    for runtime in RUNTIMES {
+        let service = service(&journald, runtime, ALL);
+        let (client, other) = (service.connect(), service.connect());
+        answers(&client, "first");
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        match send_along(&client.0, b"say it\n", &[theirs.as_raw_fd()]) {
+            // From Linux 6.16 on sendmsg(2) fails, and the connection stays open.
+            Err(nix::errno::Errno::EPERM) => answers(&client, "still here"),
+            sent => {
+                sent.unwrap();
+                client.expect_end(DENIED);
+            }
+        }
+        drop(theirs);
+        // The descriptor was refused, or closed by the service.
+        Client::of(ours).expect_end("");
+        answers(&other, "meanwhile");
+        service.stop();
+    }
+}
+
+#[test]
+fn peers_that_never_read_or_send_half_a_request_stop_no_other() {
+    let journald = Journald::new();
+    for runtime in RUNTIMES {
+        let service = service(&journald, runtime, ALL);
+        let deaf = service.connect();
+        deaf.send("pour\n");
+        deaf.expect("pouring\n");
+        let half = service.connect();
+        half.send("say hal");
+        answers(&service.connect(), "meanwhile");
+        half.send("f\n");
+        half.expect("half\n");
+        // The peer closes, and with that ends what is poured.
+        drop(deaf);
+        let of_first = |entry: &Entry| with_verdict("closed")(entry) && get(entry, "GATE_CONNECTION") == "1";
+        let all = 1 + RUNTIMES.iter().position(|one| *one == runtime).unwrap();
+        eventually("it ends", || {
+            (journald.entries().iter().filter(|entry| of_first(entry)).count() == all).then_some(())
+        });
+        half.send("say unfin");
+        service.signal(Signal::SIGTERM);
+        // With threads what has begun is the last line.
+        assert_eq!(half.rest().1, End::Eof, "{runtime}");
+        assert!(service.wait().0.success(), "{runtime}");
+    }
+}
+
+#[test]
+fn a_peer_over_a_limit_is_told_and_on_record_on_every_runtime() {
+    const MOST: usize = 64;
+    for runtime in RUNTIMES {
+        let journald = Journald::new();
+        let service = service(&journald, runtime, ALL);
+        let inside: Vec<Client> = (0..MOST).map(|_| service.connect()).collect();
+        inside.iter().for_each(|client| answers(client, "in"));
+        (0..3).for_each(|_| service.connect().expect_end(BUSY));
+        let left = inside.into_iter().next_back().unwrap();
+        left.half_close();
+        left.expect_end("");
+        answers(&service.connect(), "there is room again");
+        service.stop();
+        assert_eq!(stands_for(&journald.entries(), "refused", &["user-limit"]), 3, "{runtime}");
+    }
+}
+
+#[test]
+fn out_of_descriptors_a_service_refuses_goes_on_and_recovers() {
+    for runtime in RUNTIMES {
+        needs_root();
+        let start = Start::example("service", &[runtime], ALL).wrapper(&["prlimit", "--nofile=40:40"]);
+        let service = start.env("WATCHDOG_USEC", "1000000").ready();
+        let clients: Vec<Client> = (0..50).map(|_| service.connect()).collect();
+        clients.iter().for_each(|client| drop(client.try_send("say in\n")));
+        let (inside, refused): (Vec<_>, Vec<_>) = clients.into_iter().partition(|client| client.read(1) == b"i");
+        refused.iter().for_each(|client| client.expect_end(&BUSY[1..]));
+        assert!(inside.len() >= 5 && refused.len() >= 10, "{runtime}: {} in, {} refused", inside.len(), refused.len());
+        inside.iter().for_each(|client| client.expect("n\n"));
+        inside.iter().for_each(|client| answers(client, "still in"));
+        drop(inside);
+        // Closing takes a moment: a connection that comes before it is refused.
+        eventually("there is room again", || {
+            let client = service.connect();
+            let _ = client.try_send("say again\n");
+            (client.read(1) == b"a").then_some(())
+        });
+        let stderr = service.stop();
+        assert!(stderr.contains("out of file descriptors"), "{runtime}: {stderr}");
+    }
+}
+
+#[test]
+fn a_service_serves_and_loses_no_denial_while_the_journal_is_away() {
+    for runtime in RUNTIMES {
+        let journald = Journald::new();
+        let service = service(&journald, runtime, ONLY_ROOT);
+        let live = service.connect();
+        answers(&live, "before");
+        expect_flood(flood(ALICE, 20, &service.socket()), 20);
+        journald.vanish();
+        expect_flood(flood(BOB, 200, &service.socket()), 200);
+        answers(&live, "meanwhile");
+        journald.start();
+        expect_flood(flood(ALICE, 20, &service.socket()), 20);
+        service.stop();
+        assert_eq!(stands_for(&journald.entries(), "denied", DENIALS), 240, "{runtime}");
+    }
+}
+
+/// The service's own code ends while connections are open, and tasks in the middle of something.
+#[test]
+fn a_runtime_that_is_shut_down_in_the_middle_ends_its_connections_in_order() {
+    let journald = Journald::new();
+    for runtime in ["tokio", "tokio-one"] {
+        let service = service(&journald, runtime, ALL);
+        let (idle, deaf, last) = (service.connect(), service.connect(), service.connect());
+        answers(&idle, "one");
+        idle.send("say hal");
+        deaf.send("await\n");
+        deaf.expect("waiting\n");
+        last.send("quit\nand more that is not read\n");
+        [idle, deaf, last].iter().for_each(|client| client.expect_end(""));
+        let (status, _, stderr) = service.wait();
+        assert!(status.success(), "{runtime}: {stderr}");
     }
 }
 

@@ -47,6 +47,8 @@ mod closing;
 mod config;
 mod decision;
 mod door;
+#[cfg(feature = "tokio")]
+mod outside;
 mod over_limit;
 mod replies;
 mod reserve;
@@ -78,6 +80,8 @@ pub use self::closing::Closer;
 pub use self::config::{GateConfig, Replies, Setup};
 pub use self::decision::Judge;
 pub use self::door::Door;
+#[cfg(feature = "tokio")]
+pub(crate) use self::outside::Ready;
 
 /// Admissions handed out by one turn: each holds a place in the limits, and waits until the caller has served the others.
 const ADMISSIONS_PER_TURN: usize = 16;
@@ -170,6 +174,8 @@ pub struct Gate<T> {
     take_descriptors: bool,
     /// Whether the kernel's queue may hold a connection besides the one that an epoll event tells of.
     more_may_come: bool,
+    /// Whether a runtime watches the listeners, in place of the epoll.
+    is_watched_outside: bool,
     /// What was recorded of late, and when.
     complaints: Vec<(String, Instant)>,
     accepting: bool,
@@ -199,6 +205,7 @@ impl<T: Terms> Gate<T> {
             pass_credentials: false,
             take_descriptors: false,
             more_may_come: false,
+            is_watched_outside: false,
             complaints: Vec::new(),
             accepting: true,
         };
@@ -263,6 +270,12 @@ impl<T: Terms> Gate<T> {
     /// admitted to `admitted`. Says whether any connection was judged.
     pub fn turn(&mut self, timeout: Option<Duration>, admitted: &mut Vec<Admission<T>>) -> bool {
         let first = self.next_connection;
+        self.take_events(timeout, admitted);
+        self.do_what_is_due(admitted) || self.next_connection != first
+    }
+
+    /// Waits for events in the epoll and deals with them. Whether there may be more.
+    fn take_events(&mut self, timeout: Option<Duration>, admitted: &mut Vec<Admission<T>>) -> bool {
         let mut events = [EpollEvent::empty(); 64];
         let count = self.wait(timeout, &mut events);
         for event in &events[..count] {
@@ -273,9 +286,14 @@ impl<T: Terms> Gate<T> {
                     }
                 }
                 token if token >= TOKEN_CLOSING => self.closings.ready(&self.epoll, token),
-                listener => self.accept_from(listener as usize, admitted),
+                listener => _ = self.accept_from(listener as usize, admitted),
             }
         }
+        count == events.len()
+    }
+
+    /// Judges connections that wait and ends what has run out of time. Says whether any connection was judged in its turn.
+    fn do_what_is_due(&mut self, admitted: &mut Vec<Admission<T>>) -> bool {
         let any_in_turn = self.judge_in_turn(admitted);
         let now = Instant::now();
         for one in self.over_limit.take_due(now) {
@@ -283,7 +301,7 @@ impl<T: Terms> Gate<T> {
         }
         self.closings.expire(&self.epoll, now);
         self.resume_accepting(now);
-        any_in_turn || self.next_connection != first
+        any_in_turn
     }
 
     fn wait(&self, timeout: Option<Duration>, events: &mut [EpollEvent]) -> usize {

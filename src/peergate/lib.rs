@@ -74,7 +74,7 @@
 //! | an answer that is known at once | [`Service::serve_inline`] | |
 //! | tokio | [`Service::block_on`](service/struct.Service.html#method.block_on), [`tokio`](tokio/index.html) | `tokio` |
 //! | axum, tonic, hyper | [`axum`](axum/index.html) | `axum` |
-//! | restarts that lose no live connection | [`Service::hand_over`](service/struct.Service.html#method.hand_over) | `restart` |
+//! | restarts that lose no live connection, with threads or on tokio | [`Service::hand_over`](service/struct.Service.html#method.hand_over) | `restart` |
 //! | an event loop of its own | [`Gate`], a value that is polled | |
 //! | a main loop of its own | [`Door`], a thread around a gate; [`Signals`], [`Notifier`], [`Writer`] | |
 //! | an accept loop of its own | [`Peer`], [`Policy`], [`Permits`], [`Audit`] | |

@@ -59,6 +59,8 @@ pub(crate) use self::attend::Attendant;
 pub(crate) use self::core::Core;
 #[cfg(feature = "restart")]
 pub use self::restart::HandOver;
+#[cfg(all(feature = "restart", feature = "tokio"))]
+pub(crate) use self::restart::{Inheritance, Leaving, Start, finish, leave};
 
 /// Reads the policy, at the start and at each reload.
 type Source<T> = Arc<dyn Fn() -> Result<Read<T>, String> + Send + Sync>;

@@ -126,6 +126,12 @@ impl<T> Session<T> {
         self.0.ended.poll(Place::READER, context)
     }
 
+    /// For a reader that [`poll_ended`](Self::poll_ended) will wake.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn is_ended(&self) -> bool {
+        self.0.ended.is_given()
+    }
+
     /// What cannot be asked again once the peer's process has ended.
     #[cfg(feature = "restart")]
     pub(crate) fn remembered(&self) -> crate::peer::Remembered {

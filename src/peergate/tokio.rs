@@ -25,34 +25,42 @@
 //! The gate takes its turns in a task of the runtime. Signals, reload and watchdog are heard on a thread of their own: a
 //! runtime that is kept from running its tasks gets no WATCHDOG=1, and the service manager starts the service again.
 //!
+//! At a stop, what the gate has admitted is accepted first; then [`Handle::stopping`] is ready. With the feature `restart`,
+//! `hand_over` gives the live connections to the next process (`HandOver::block_on`).
+//!
 //! [`Service`] has blocked SIGTERM, SIGINT, SIGHUP and SIGCONT for all threads: `tokio::signal` does not hear them. Wait for
 //! [`Handle::stopping`] instead.
 
+mod connection;
+#[cfg(feature = "restart")]
+mod restart;
+mod turn;
+
+use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
-use std::io::{self, ErrorKind};
-use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::runtime::Runtime;
 use tokio::sync::Notify;
-use tokio::time::timeout_at;
 
 use crate::audit::Severity;
 use crate::gate::Admission;
 use crate::permits::Terms;
-use crate::service::{Attendant, Core, Error, Service};
-use crate::session::{Link, Place, Session, Socket};
+use crate::service::{Attendant, Core, Error, Opened, Service};
+use crate::session::{Place, Socket};
+
+pub use self::connection::Connection;
+#[cfg(feature = "restart")]
+pub use self::restart::{Carried, Carrier};
 
 /// How long tasks that cannot be interrupted may keep the runtime from ending.
 const LAST_TASKS: Duration = Duration::from_secs(1);
@@ -69,10 +77,9 @@ impl<T: Terms> Service<T> {
         R: Future<Output = Result<(), E>>,
         E: fmt::Display,
     {
-        let opened = self.open()?;
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-        let runtime = runtime.map_err(|error| Error::new("starting the runtime", error))?;
-        serve(opened, runtime, main)
+        let (ended, attendant) = run(self.open()?, runtime()?, false, main)?;
+        attendant.end();
+        ended.map_err(ended_by)
     }
 
     /// As [`block_on`](Self::block_on), on a runtime that the caller has made. Make it after the [`Service`], so that its
@@ -86,31 +93,57 @@ impl<T: Terms> Service<T> {
         R: Future<Output = Result<(), E>>,
         E: fmt::Display,
     {
-        serve(self.open()?, runtime, main)
+        let (ended, attendant) = run(self.open()?, runtime, false, main)?;
+        attendant.end();
+        ended.map_err(ended_by)
     }
 }
 
-fn serve<T, F, R, E>(opened: crate::service::Opened<T>, runtime: Runtime, main: F) -> Result<(), Error>
+/// With a thread for each processor.
+fn runtime() -> Result<Runtime, Error> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.map_err(|error| Error::new("starting the runtime", error))
+}
+
+fn ended_by(error: impl fmt::Display) -> Error {
+    Error::new("the service ended", error)
+}
+
+/// Serves until `main` returns. What is left to do then is the attendant's. With `is_carrying`, live connections are left to
+/// the next process if one follows.
+fn run<T, F, R, E>(
+    opened: Opened<T>,
+    runtime: Runtime,
+    is_carrying: bool,
+    main: F,
+) -> Result<(Result<(), E>, Attendant<T>), Error>
 where
     T: Terms,
     F: FnOnce(Handle<T>) -> R,
     R: Future<Output = Result<(), E>>,
-    E: fmt::Display,
 {
     let (core, journal, plan) = Core::open(opened)?;
-    let queue = Arc::new(Queue { admitted: Mutex::default(), more: Notify::new() });
+    let queue = Arc::new(Queue::default());
     let handle = Handle { core: Arc::clone(&core), queue: Arc::clone(&queue) };
     let is_done = Arc::new(AtomicBool::new(false));
     let mut attendant = Attendant::new(&core, plan, journal);
+    // Before the gate's first turn: what an earlier process left comes first.
+    let main = main(handle);
     let attend = {
         let (core, queue, is_done) = (Arc::clone(&core), Arc::clone(&queue), Arc::clone(&is_done));
         move || {
             let is_done = || is_done.load(Ordering::Acquire);
-            attendant.attend(is_done);
+            let ending = attendant.attend(is_done);
             attendant.begin_end();
+            if is_carrying {
+                attendant.leave_or_end_all(ending);
+            }
             let mut admitted = Vec::new();
             core.stop_accepting(&mut admitted);
             queue.push(admitted);
+            queue.is_last.store(true, Ordering::Release);
+            // A connection that the gate has admitted is served, like one that was taken before.
+            attendant.wait_a_while(|| queue.is_empty() || is_done());
             core.stopping.give();
             attendant.wait_until(is_done);
             attendant
@@ -118,18 +151,19 @@ where
     };
     let attending = thread::Builder::new().name("service".to_owned()).spawn(attend);
     let attending = attending.map_err(|error| Error::new("starting the service's thread", error))?;
-    runtime.spawn(turn(Arc::clone(&core), queue));
+    runtime.spawn(turn::turn(Arc::clone(&core), Arc::clone(&queue)));
     let ended = {
         // Also where `main` panics: the attendant would keep the process.
         let _done = Done { is_done: &is_done, core: &core };
-        runtime.block_on(main(handle))
+        runtime.block_on(main)
     };
     // The tasks' connections are closed in order, by the gate.
     runtime.shutdown_timeout(LAST_TASKS);
-    if let Ok(attendant) = attending.join() {
-        attendant.end();
+    while let Some(admission) = queue.pop() {
+        core.close_in_order(admission.socket);
     }
-    ended.map_err(|error| Error::new("the service ended", error))
+    let attendant = attending.join().map_err(|_| Error::new("the service's thread", "it panicked"))?;
+    Ok((ended, attendant))
 }
 
 struct Done<'a, T: Terms> {
@@ -146,13 +180,21 @@ impl<T: Terms> Drop for Done<'_, T> {
 
 /// Connections that the gate has admitted and that nothing serves yet. There are never more than the limits allow.
 struct Queue<T> {
-    admitted: Mutex<std::collections::VecDeque<Admission<T>>>,
+    admitted: Mutex<VecDeque<Admission<T>>>,
     more: Notify,
+    /// None comes after those that are in here.
+    is_last: AtomicBool,
+}
+
+impl<T> Default for Queue<T> {
+    fn default() -> Self {
+        Self { admitted: Mutex::default(), more: Notify::new(), is_last: AtomicBool::new(false) }
+    }
 }
 
 impl<T> Queue<T> {
     fn push(&self, admitted: impl IntoIterator<Item = Admission<T>>) {
-        let mut queue = self.admitted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queue = self.lock();
         for admission in admitted {
             queue.push_back(admission);
             self.more.notify_one();
@@ -160,44 +202,16 @@ impl<T> Queue<T> {
     }
 
     fn pop(&self) -> Option<Admission<T>> {
-        self.admitted.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        self.lock().pop_front()
     }
-}
 
-/// Gives the gate its turns.
-async fn turn<T: Terms>(core: Arc<Core<T>>, queue: Arc<Queue<T>>) {
-    let watched = core.epoll().try_clone().and_then(watched);
-    let epoll = match watched {
-        Ok(epoll) => epoll,
-        Err(error) => return core.note(Severity::Error, format!("the runtime does not take the gate: {error}")),
-    };
-    let mut admitted = Vec::new();
-    let mut ready: Option<AsyncFdReadyGuard<'_, OwnedFd>> = None;
-    while let Some(due) = core.turn(&mut admitted) {
-        queue.push(admitted.drain(..));
-        // The runtime tells of changes only, and a turn is bounded: there may be more to do.
-        if is_readable(epoll.get_ref().as_fd()) {
-            tokio::task::yield_now().await;
-            continue;
-        }
-        // What has changed since this readiness was seen makes the descriptor ready again.
-        ready.take().as_mut().map(AsyncFdReadyGuard::clear_ready);
-        ready = match due {
-            Some(due) => timeout_at(due.into(), epoll.readable()).await.ok().and_then(Result::ok),
-            None => epoll.readable().await.ok(),
-        };
+    fn is_empty(&self) -> bool {
+        self.lock().is_empty()
     }
-}
 
-/// tokio asks for a promise, which only unsafe code can give, that the descriptor stays the same for as long as its owner
-/// lives. That is so for `OwnedFd`. This is the call from before that promise.
-#[allow(deprecated)]
-fn watched(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::with_interest(fd, Interest::READABLE)
-}
-
-fn is_readable(fd: BorrowedFd<'_>) -> bool {
-    poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Admission<T>>> {
+        self.admitted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The running service, for the tasks that serve. Cheap to clone.
@@ -211,17 +225,30 @@ impl<T: Terms> Handle<T> {
     /// stops and all admitted connections have been taken, it never ends: wait for [`stopping`](Self::stopping) too.
     pub async fn accept(&self) -> Connection<T> {
         loop {
-            let Some(admission) = self.queue.pop() else {
-                self.queue.more.notified().await;
-                continue;
-            };
-            let number = admission.connection;
-            match self.core.live.enter(admission, false, registered) {
-                Ok(Some(link)) => return Connection { link, is_plain: false },
-                Ok(None) => {}
-                Err(error) => {
-                    self.core.note(Severity::Error, format!("the runtime does not take connection {number}: {error}"))
+            match self.queue.pop() {
+                Some(admission) => {
+                    if let Some(connection) = self.enter(admission, false) {
+                        return connection;
+                    }
                 }
+                None => self.queue.more.notified().await,
+            }
+        }
+    }
+
+    /// `None` where a reload has revoked it meanwhile, or the runtime does not take it.
+    fn enter(&self, admission: Admission<T>, is_shared: bool) -> Option<Connection<T>> {
+        if self.queue.is_last.load(Ordering::Acquire) {
+            // The attendant waits until every connection is taken.
+            self.core.wakeup.notify();
+        }
+        let number = admission.connection;
+        match self.core.live.enter(admission, is_shared, registered) {
+            Ok(link) => link.map(Connection::new),
+            Err(error) => {
+                let text = format!("the runtime does not take connection {number}: {error}");
+                self.core.note(Severity::Error, text);
+                None
             }
         }
     }
@@ -298,131 +325,6 @@ impl<T: Terms> Drop for Stopping<T> {
 impl<T: Terms> fmt::Debug for Stopping<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Stopping")
-    }
-}
-
-/// An admitted connection that a task serves.
-///
-/// - It never takes descriptors from the peer: a read fails with [`InvalidData`](ErrorKind::InvalidData), and the connection
-///   is revoked.
-/// - When a reload revokes it, it reads as at its end. Its answers can still be written, for five seconds. Wait for
-///   [`Session::revoked`] where an answer may take longer.
-/// - Dropped, it is closed in order: the peer gets what was written and an end of file, not a reset. The peer of a revoked
-///   connection gets the message for a denied one, also where the connection was shut down before.
-pub struct Connection<T: Terms> {
-    link: Arc<Link<T>>,
-    /// No descriptors can come: there is no need to look before a read.
-    is_plain: bool,
-}
-
-impl<T: Terms> Connection<T> {
-    /// The peer, the rule that admits it, whether it is revoked.
-    pub fn session(&self) -> &Session<T> {
-        self.link.session()
-    }
-
-    fn socket(&self) -> io::Result<&UnixStream> {
-        match self.link.socket() {
-            Socket::Tokio(socket) => Ok(socket),
-            Socket::Plain(_) => Err(ErrorKind::NotConnected.into()),
-        }
-    }
-}
-
-/// Reads what has come. A read that does not fill the buffer has emptied the queue, where no descriptors are possible: the
-/// runtime is told that the socket is not ready any more, as its own types do, which saves the next read a call in vain.
-fn try_read<T: Terms>(
-    link: &Link<T>,
-    socket: &UnixStream,
-    is_plain: &mut bool,
-    buffer: &mut [u8],
-) -> io::Result<usize> {
-    let mut partly = None;
-    let read = socket.try_io(Interest::READABLE, || {
-        let count = link.read_now(buffer)?;
-        if *is_plain && 0 < count && count < buffer.len() {
-            partly = Some(count);
-            return Err(ErrorKind::WouldBlock.into());
-        }
-        Ok(count)
-    });
-    if !*is_plain {
-        *is_plain = link.reads_plainly();
-    }
-    partly.map_or(read, Ok)
-}
-
-impl<T: Terms> AsyncRead for Connection<T> {
-    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let Self { link, is_plain } = self.get_mut();
-        let Socket::Tokio(socket) = link.socket() else { return Poll::Ready(Err(ErrorKind::NotConnected.into())) };
-        loop {
-            match socket.poll_read_ready(context) {
-                Poll::Ready(ready) => ready?,
-                Poll::Pending if link.session().poll_ended(context).is_ready() => return Poll::Ready(Ok(())),
-                Poll::Pending => return Poll::Pending,
-            }
-            match try_read(link, socket, is_plain, buffer.initialize_unfilled()) {
-                Ok(count) => {
-                    buffer.advance(count);
-                    return Poll::Ready(Ok(()));
-                }
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
-    }
-}
-
-impl<T: Terms> AsyncWrite for Connection<T> {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let socket = self.socket()?;
-        loop {
-            ready!(socket.poll_write_ready(context))?;
-            match socket.try_io(Interest::WRITABLE, || self.link.write_now(bytes)) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                result => return Poll::Ready(result),
-            }
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        parts: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let socket = self.socket()?;
-        loop {
-            ready!(socket.poll_write_ready(context))?;
-            match socket.try_write_vectored(parts) {
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                result => return Poll::Ready(result),
-            }
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(self.link.shutdown(Shutdown::Write))
-    }
-}
-
-impl<T: Terms> AsFd for Connection<T> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.link.socket().as_fd()
-    }
-}
-
-impl<T: Terms> fmt::Debug for Connection<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Connection").field("session", self.session()).finish_non_exhaustive()
     }
 }
 

@@ -8,6 +8,8 @@
 //! leave           it answers "bye" and returns, with more of the peer's bytes unread
 //! shut            it answers "half", ends its direction, and waits for the peer's end
 //! await           it answers "waiting", waits until the session is revoked, answers "told" and returns
+//! pour            it answers "pouring" and then bytes without end, until the peer has gone
+//! quit            on tokio: the service's own code returns at once
 //! anything else   no answer
 //! ```
 
@@ -22,6 +24,7 @@ use std::thread;
 use peergate::audit::{RecordScope, Settings};
 use peergate::{Connection, Error, Service, Session};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::sync::Notify;
 
 /// Wakes a thread that waits for a future.
 struct Unpark(thread::Thread);
@@ -56,6 +59,12 @@ fn on_thread(connection: &mut Connection<()>) -> io::Result<()> {
                 wait_for_revocation(connection.session());
                 return connection.write_all(b"told\n");
             }
+            ("pour", _) => {
+                connection.write_all(b"pouring\n")?;
+                loop {
+                    connection.write_all(&[0; 4096])?;
+                }
+            }
             _ => {}
         }
         line.clear();
@@ -63,7 +72,7 @@ fn on_thread(connection: &mut Connection<()>) -> io::Result<()> {
     Ok(())
 }
 
-async fn in_task(mut connection: peergate::tokio::Connection<()>) -> io::Result<()> {
+async fn in_task(mut connection: peergate::tokio::Connection<()>, quit: Arc<Notify>) -> io::Result<()> {
     let mut line = String::new();
     loop {
         line.clear();
@@ -88,16 +97,28 @@ async fn in_task(mut connection: peergate::tokio::Connection<()>) -> io::Result<
                 connection.session().revoked().await;
                 return connection.write_all(b"told\n").await;
             }
+            ("pour", _) => {
+                connection.write_all(b"pouring\n").await?;
+                loop {
+                    connection.write_all(&[0; 4096]).await?;
+                }
+            }
+            ("quit", _) => {
+                quit.notify_one();
+                std::future::pending::<()>().await;
+            }
             _ => {}
         }
     }
 }
 
 async fn serve(gate: peergate::tokio::Handle<()>) -> io::Result<()> {
+    let quit = Arc::new(Notify::new());
     loop {
         tokio::select! {
-            connection = gate.accept() => drop(tokio::spawn(in_task(connection))),
+            connection = gate.accept() => drop(tokio::spawn(in_task(connection, Arc::clone(&quit)))),
             () = gate.stopping() => return Ok(()),
+            () = quit.notified() => return Ok(()),
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Accepting: takes connections out of the kernel's queue as fast as they come and lets each wait for its user's turn.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -72,18 +73,28 @@ pub(super) fn most_waiting() -> usize {
 }
 
 impl<T: Terms> Gate<T> {
-    /// Accepts what waits in the kernel's queue, up to a number, and lets it wait for its turn.
-    pub(super) fn accept_from(&mut self, index: usize, admitted: &mut Vec<Admission<T>>) {
-        // A connection that comes alone costs no second accept(2) in vain.
-        let most = if std::mem::replace(&mut self.more_may_come, true) { ACCEPTS_PER_TURN } else { 1 };
+    /// Accepts what waits in the kernel's queue, up to a number, and lets it wait for its turn. Whether the queue was found
+    /// empty.
+    pub(super) fn accept_from(&mut self, index: usize, admitted: &mut Vec<Admission<T>>) -> bool {
+        // A connection that comes alone costs no second accept(2) in vain. A runtime tells of each change once: there the
+        // queue has to be looked at until it is empty, but poll(2) costs less.
+        let more_may_come = std::mem::replace(&mut self.more_may_come, true);
+        let most = if more_may_come || self.is_watched_outside { ACCEPTS_PER_TURN } else { 1 };
         let reserve = Arc::clone(&self.reserve);
-        for _ in 0..most {
+        for taken in 0..most {
             if admitted.len() >= ADMISSIONS_PER_TURN || !self.accepting {
-                return;
+                return false;
             }
-            let Some(listener) = self.listeners.get(index) else { return };
+            let Some(listener) = self.listeners.get(index) else { return true };
+            if taken == 1 && self.is_watched_outside && !is_readable(listener.as_fd()) {
+                self.note_empty(index);
+                return true;
+            }
             // While another thread judges with the reserved descriptors, an accepted connection would take one of them.
-            let Some(mut reserve) = reserve.try_hold() else { return self.pause() };
+            let Some(mut reserve) = reserve.try_hold() else {
+                self.pause();
+                return false;
+            };
             let error = match sys::accept(listener.as_fd()) {
                 Ok(socket) => {
                     drop(reserve);
@@ -91,34 +102,42 @@ impl<T: Terms> Gate<T> {
                     if self.let_wait(arrival, admitted) {
                         continue;
                     }
-                    return;
+                    return false;
                 }
                 Err(error) => error,
             };
             match error.raw_os_error().map(Errno::from_raw) {
                 Some(Errno::EAGAIN) => {
-                    self.more_may_come = !self.arrivals.is_empty();
-                    if let Some(refusal) = self.refusal.get_mut(index) {
-                        refusal.note_empty();
-                    }
-                    return;
+                    self.note_empty(index);
+                    return true;
                 }
                 // The client has gone already, or a signal came: the next one.
                 Some(Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO) => {}
                 // Many of the connections that wait end when they are judged, and give a descriptor back.
-                Some(Errno::EMFILE | Errno::ENFILE) if !self.arrivals.is_empty() => return,
+                Some(Errno::EMFILE | Errno::ENFILE) if !self.arrivals.is_empty() => return false,
                 Some(Errno::EMFILE | Errno::ENFILE) => {
                     if !self.accept_with_reserve(index, &mut reserve) {
-                        return self.pause();
+                        self.pause();
+                        return false;
                     }
                 }
                 // Out of memory for a socket, or something new: neither spin nor give up.
                 _ => {
                     let text = format!("accepting from {}: {error}", listener.address());
                     self.record_once(Severity::Warning, &text);
-                    return self.pause();
+                    self.pause();
+                    return false;
                 }
             }
+        }
+        false
+    }
+
+    /// The listener's queue is empty.
+    fn note_empty(&mut self, index: usize) {
+        self.more_may_come = !self.arrivals.is_empty();
+        if let Some(refusal) = self.refusal.get_mut(index) {
+            refusal.note_empty();
         }
     }
 
@@ -216,4 +235,8 @@ impl<T: Terms> Gate<T> {
         let unattested = self.pass_credentials.then(|| socket.attach_credentials(true));
         Arrival { socket, peer: None, listener, number, unattested }
     }
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }

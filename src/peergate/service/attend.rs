@@ -195,6 +195,31 @@ impl<T: Terms> Attendant<T> {
         }
     }
 
+    /// Waits until `is_over`, for [`PATIENCE`] at most.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn wait_a_while(&mut self, is_over: impl Fn() -> bool) {
+        let until = later(Instant::now(), PATIENCE);
+        loop {
+            self.core.wakeup.arm();
+            if is_over() || until <= Instant::now() {
+                return;
+            }
+            self.wait(Some(until));
+        }
+    }
+
+    /// From now on each reader is told to leave its connection to the next process, if one follows and can take it. Otherwise
+    /// it reads what has come, and then the end.
+    #[cfg(any(feature = "restart", feature = "tokio"))]
+    pub(crate) fn leave_or_end_all(&self, ending: Ending) {
+        let Plan { store, signals, .. } = &self.plan;
+        if ending == Ending::Stop && store.is_present() && !signals.stop_is_final() {
+            self.core.live.leave_all();
+        } else {
+            self.core.live.end_all();
+        }
+    }
+
     /// Closes in order what is being closed, and writes the rest of the record.
     pub(crate) fn end(self) {
         // The sockets that we bound ourselves go last: until then a client finds the service.

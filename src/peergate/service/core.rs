@@ -8,6 +8,10 @@ use std::time::{Duration, Instant};
 use super::{Error, Opened, Plan};
 use crate::Wakeup;
 use crate::audit::{Audit, Record, Severity};
+#[cfg(any(feature = "restart", feature = "tokio"))]
+use crate::fd_passing::Stream;
+#[cfg(feature = "tokio")]
+use crate::gate::Ready;
 use crate::gate::{Admission, Closer, Gate};
 use crate::journal::Writer;
 use crate::permits::{Permits, Terms};
@@ -75,6 +79,23 @@ impl<T: Terms> Core<T> {
         Some(gate.deadline())
     }
 
+    /// As [`turn`](Self::turn), for a runtime that watches the listeners itself. When the next turn is due at the latest;
+    /// `None` where the gate has ended.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn turn_with(&self, ready: &mut Ready, admitted: &mut Vec<Admission<T>>) -> Option<Option<Instant>> {
+        self.heartbeat.answer();
+        Some(self.gate().as_mut()?.turn_with(ready, admitted))
+    }
+
+    /// Copies of the listeners, for a runtime that watches them from now on.
+    #[cfg(feature = "tokio")]
+    pub(crate) fn watch_outside(&self) -> io::Result<(Vec<OwnedFd>, Ready)> {
+        match self.gate().as_mut() {
+            Some(gate) => gate.watch_outside(),
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
     /// Puts a policy in force for the next connection and for the live ones. Returns how many it revoked.
     pub(super) fn put_in_force(&self, policy: Arc<Policy<T>>) -> usize {
         let Some(generation) = self.gate().as_mut().map(|gate| gate.set_policy(Arc::clone(&policy))) else { return 0 };
@@ -117,6 +138,12 @@ impl<T: Terms> Core<T> {
     #[cfg(feature = "restart")]
     pub(super) fn closer(&self) -> &Closer {
         &self.closer
+    }
+
+    /// Closes a connection that nothing serves.
+    #[cfg(any(feature = "restart", feature = "tokio"))]
+    pub(crate) fn close_in_order(&self, socket: impl Into<Stream>) {
+        self.closer.close_with(socket, &Arc::from(&b""[..]));
     }
 
     pub(crate) fn monitored(&self) -> Monitored {

@@ -1,4 +1,4 @@
-//! Live connections of a service with threads, over a restart.
+//! Live connections of a service over a restart. On tokio: `tokio/restart.rs`.
 //!
 //! A connection's bytes are the version of this format, the length of what serde has written, that, and what was received
 //! and not consumed. What serde writes is JSON: a state of another version of the program is read by the names of its
@@ -16,9 +16,8 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::attend::Ending;
 use super::threads::{Serve, Threads};
-use super::{Attendant, Core, Error, Opened, Plan, Service};
+use super::{Attendant, Core, Error, Opened, Service};
 use crate::activation::address_of;
 use crate::audit::{At, Event, Reason, Severity};
 use crate::connection::Connection;
@@ -43,6 +42,8 @@ pub struct HandOver<T, W> {
 
 impl<T: Terms> Service<T> {
     /// Leaves live connections to the next process when the service is restarted, each with its state, a `W`.
+    ///
+    /// The connections are served by [`HandOver::serve_threads`], or on tokio by `HandOver::block_on`.
     ///
     /// The units decide what is a restart: `KillSignal=SIGINT` and `RestartKillSignal=SIGTERM`, and
     /// `FileDescriptorStoreMax=1` for room ([`handover`]). Otherwise connections end, as without this.
@@ -103,31 +104,34 @@ impl<T: Terms, W: Serialize + DeserializeOwned + Default + Send + 'static> HandO
         let mut attendant = Attendant::new(&core, plan, journal);
         let left = Arc::new(Mutex::default());
         let threads = Threads::new(&core, Carrying { serve, left: Arc::clone(&left), work: PhantomData });
-        inherited.go_on(&core, &threads);
+        inherited.go_on(&core, |admission, start| threads.begin(admission, true, start));
         threads.start()?;
         let ending = attendant.attend(|| false);
         attendant.begin_end();
         threads.stop_accepting();
-        let plan = &attendant.plan;
-        let follows = ending == Ending::Stop && plan.store.is_present() && !plan.signals.stop_is_final();
-        if follows && !core.live.is_empty() {
-            core.live.leave_all()
-        } else {
-            core.live.end_all()
-        }
+        attendant.leave_or_end_all(ending);
         attendant.wait_until(|| core.live.is_empty());
-        let left = take(&mut *left.lock().unwrap_or_else(PoisonError::into_inner));
-        leave(&core, &attendant.plan, left);
+        leave(&attendant, &left);
         attendant.end();
         Ok(())
     }
+
+    #[cfg(feature = "tokio")]
+    pub(crate) fn into_service(self) -> Service<T> {
+        self.service
+    }
 }
 
-/// A connection on its way to another process, and its bytes.
-type Leaving = (OwnedFd, Vec<u8>);
+/// Connections on their way to another process, each with its bytes.
+pub(crate) type Leaving = Mutex<Vec<(OwnedFd, Vec<u8>)>>;
+
+/// What serving begins with: the state, and what was received and not consumed.
+pub(crate) type Start<W> = (W, Vec<u8>);
 
 /// Leaves connections to the next process. What cannot be left is closed in order.
-fn leave<T: Terms>(core: &Core<T>, plan: &Plan<T>, mut left: Vec<Leaving>) {
+pub(crate) fn leave<T: Terms>(attendant: &Attendant<T>, left: &Leaving) {
+    let Attendant { core, plan, .. } = attendant;
+    let mut left = take(&mut *left.lock().unwrap_or_else(PoisonError::into_inner));
     let Some((_, next_connection)) = core.state().filter(|_| !left.is_empty()) else { return };
     plan.notifier.extend_timeout(PATIENCE * 2);
     let parcels = left.iter().map(|(socket, state)| Parcel::new(socket.as_fd(), state.clone()));
@@ -140,18 +144,33 @@ fn leave<T: Terms>(core: &Core<T>, plan: &Plan<T>, mut left: Vec<Leaving>) {
     let why = error.map(|error| format!(": {error}")).unwrap_or_default();
     let severity = if ending.is_empty() { Severity::Notice } else { Severity::Warning };
     core.note(severity, format!("{count} connections left to the next process, {} ended{why}", ending.len()));
-    close_in_order(core, ending.into_iter().map(|(socket, _)| socket));
+    ending.into_iter().for_each(|(socket, _)| core.close_in_order(socket));
 }
 
-fn close_in_order<T: Terms>(core: &Core<T>, sockets: impl IntoIterator<Item = OwnedFd>) {
-    let nothing = Arc::from(&b""[..]);
-    sockets.into_iter().for_each(|socket| core.closer().close_with(socket, &nothing));
+/// Keeps a connection that was served until now, with its state and what was received and not consumed, for the next
+/// process. If the reader was not told to leave it, it is closed.
+pub(crate) fn finish<T: Terms, W: Serialize>(
+    core: &Core<T>,
+    link: Link<T>,
+    (work, received): Start<W>,
+    left: &Leaving,
+) {
+    if !link.is_left() {
+        return;
+    }
+    let (number, process) = (link.session().connection(), link.session().remembered());
+    match state_of(&State { number, process, work }, &received) {
+        Ok(state) => link.leave_socket(|socket| {
+            left.lock().unwrap_or_else(PoisonError::into_inner).push((socket, state));
+        }),
+        Err(error) => core.note(Severity::Error, format!("the state of connection {number}: {error}")),
+    }
 }
 
 /// The function that serves, and what it has left.
 struct Carrying<F, W> {
     serve: F,
-    left: Arc<Mutex<Vec<Leaving>>>,
+    left: Arc<Leaving>,
     work: PhantomData<fn() -> W>,
 }
 
@@ -161,19 +180,14 @@ where
     F: Fn(&mut Connection<T>, &mut W) -> io::Result<()> + Send + Sync + 'static,
     W: Serialize + Default + Send + 'static,
 {
-    /// The state, and what was received and not consumed.
-    type Start = (W, Vec<u8>);
+    type Start = Start<W>;
 
     fn serve(&self, core: &Core<T>, link: Arc<Link<T>>, (mut work, received): Self::Start) {
         let mut connection = Connection::new(link, received);
         if (self.serve)(&mut connection, &mut work).is_err() {
             return;
         }
-        let (number, process) = (connection.session().connection(), connection.session().remembered());
         let (mut link, received) = connection.into_parts();
-        if !link.is_left() {
-            return;
-        }
         // The thread that ends connections holds one for a moment.
         let link = loop {
             match Arc::try_unwrap(link) {
@@ -182,12 +196,7 @@ where
             }
             thread::yield_now();
         };
-        match state_of(&State { number, process, work }, &received) {
-            Ok(state) => link.leave_socket(|socket| {
-                self.left.lock().unwrap_or_else(PoisonError::into_inner).push((socket, state));
-            }),
-            Err(error) => core.note(Severity::Error, format!("the state of connection {number}: {error}")),
-        }
+        finish(core, link, (work, received), &self.left);
     }
 }
 
@@ -217,19 +226,18 @@ struct Inherited<W> {
     socket: OwnedFd,
     peer: Peer,
     number: u64,
-    /// What serving begins with.
-    start: (W, Vec<u8>),
+    start: Start<W>,
 }
 
 /// What an earlier process left.
-struct Inheritance<W> {
+pub(crate) struct Inheritance<W> {
     connections: Vec<Inherited<W>>,
     /// Connections whose state cannot be used.
     ending: Vec<OwnedFd>,
 }
 
 impl<W: DeserializeOwned> Inheritance<W> {
-    fn take_back<T: Terms>(opened: &mut Opened<T>) -> Self {
+    pub(crate) fn take_back<T: Terms>(opened: &mut Opened<T>) -> Self {
         let plan = &mut opened.plan;
         let mut left = handover::take_back(take(&mut plan.kept), &plan.name, &plan.store);
         let header = left.header().and_then(|bytes| bytes.first_chunk().map(|bytes| u64::from_le_bytes(*bytes)));
@@ -258,7 +266,7 @@ impl<W: DeserializeOwned> Inheritance<W> {
     }
 
     /// Judges the connections by the policy in force. What it admits goes on, each with a place in the limits.
-    fn go_on<T: Terms, S: Serve<T, Start = (W, Vec<u8>)>>(self, core: &Core<T>, threads: &Threads<T, S>) {
+    pub(crate) fn go_on<T: Terms>(self, core: &Core<T>, mut begin: impl FnMut(Admission<T>, Start<W>)) {
         let Some((policy, _)) = core.state() else { return };
         let (ended, all) = (self.ending.len(), self.ending.len() + self.connections.len());
         if all == 0 {
@@ -267,11 +275,11 @@ impl<W: DeserializeOwned> Inheritance<W> {
         let mut revoked = 0;
         for Inherited { socket, peer, number, start } in self.connections {
             match judge(core, &policy, peer, socket, number) {
-                Some(admission) => threads.begin(admission, true, start),
+                Some(admission) => begin(admission, start),
                 None => revoked += 1,
             }
         }
-        close_in_order(core, self.ending);
+        self.ending.into_iter().for_each(|socket| core.close_in_order(socket));
         let severity = if ended > 0 { Severity::Warning } else { Severity::Notice };
         let carried = all - ended - revoked;
         core.note(

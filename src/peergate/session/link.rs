@@ -154,6 +154,12 @@ impl<T: Terms> Link<T> {
         }
     }
 
+    /// Wakes a task that waits to read.
+    #[cfg(any(feature = "restart", feature = "tokio"))]
+    pub(super) fn wake_reader(&self) {
+        self.session.0.ended.give();
+    }
+
     /// Ends both directions: the peer gets no more, and a thread that waits to write goes on.
     pub(super) fn cut(&self) {
         self.session.0.ended.give();

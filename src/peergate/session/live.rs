@@ -158,10 +158,11 @@ impl<T: Terms> Live<T> {
     }
 
     /// From now on each reader is told to leave its connection to the next process.
-    #[cfg(feature = "restart")]
+    #[cfg(any(feature = "restart", feature = "tokio"))]
     pub(crate) fn leave_all(&self) {
         self.is_leaving.store(true, Ordering::Release);
         let _ = self.leaving.write(1);
+        self.for_each(|link| link.wake_reader());
     }
 
     pub(crate) fn is_leaving(&self) -> bool {

@@ -14,7 +14,14 @@ use super::lock;
 #[derive(Debug, Default)]
 pub(crate) struct Notice {
     is_given: AtomicBool,
-    waiting: Mutex<HashMap<Place, Waker>>,
+    waiting: Mutex<Waiting>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    /// [`Place::READER`]. Each connection has one, and most have no other.
+    reader: Option<Waker>,
+    others: HashMap<Place, Waker>,
 }
 
 /// Where the waker of one future is kept.
@@ -23,7 +30,6 @@ pub(crate) struct Place(u64);
 
 impl Place {
     /// For the one reader of a connection.
-    #[cfg(feature = "tokio")]
     pub(crate) const READER: Self = Self(0);
 
     pub(crate) fn new() -> Self {
@@ -37,7 +43,7 @@ impl Notice {
     pub(crate) fn give(&self) -> bool {
         let is_first = !self.is_given.swap(true, Ordering::SeqCst);
         let waiting = std::mem::take(&mut *lock(&self.waiting));
-        waiting.into_values().for_each(Waker::wake);
+        waiting.reader.into_iter().chain(waiting.others.into_values()).for_each(Waker::wake);
         is_first
     }
 
@@ -51,7 +57,12 @@ impl Notice {
             let mut waiting = lock(&self.waiting);
             // Given meanwhile: no call after this one would wake the task.
             if !self.is_given.load(Ordering::SeqCst) {
-                waiting.entry(place).or_insert_with(|| context.waker().clone()).clone_from(context.waker());
+                let waker = context.waker();
+                if place == Place::READER {
+                    waiting.reader = Some(waker.clone());
+                } else {
+                    waiting.others.entry(place).or_insert_with(|| waker.clone()).clone_from(waker);
+                }
                 return Poll::Pending;
             }
         }
@@ -60,7 +71,7 @@ impl Notice {
 
     /// The future of this place waits no more.
     pub(crate) fn leave(&self, place: Place) {
-        lock(&self.waiting).remove(&place);
+        lock(&self.waiting).others.remove(&place);
     }
 }
 
@@ -84,8 +95,8 @@ mod tests {
             let waker = Waker::from(Arc::new(Idle));
             assert_eq!(notice.poll(place, &mut Context::from_waker(&waker)), Poll::Pending);
         }
-        assert_eq!(lock(&notice.waiting).len(), 1);
+        assert_eq!(lock(&notice.waiting).others.len(), 1);
         notice.leave(place);
-        assert!(lock(&notice.waiting).is_empty());
+        assert!(lock(&notice.waiting).others.is_empty());
     }
 }
