@@ -331,6 +331,7 @@ impl<T: Terms> fmt::Debug for Stopping<T> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::net::Shutdown;
     use std::path::PathBuf;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
