@@ -17,7 +17,8 @@
 //! ```
 //!
 //! `cut` counts connections; `lost`, `doubled` and `wrong` count bytes. The pause is the time from a send to its echo;
-//! with a torrent, that between two reads.
+//! with a torrent, that between two reads. Waits that began before `ready` do not count: then thousands of connections
+//! wait for their admission.
 //!
 //! The package's tests (debian/tests) compile this file by itself, with Debian 12's rustc or a newer one: it uses only
 //! std, and nothing newer than Rust 1.63.
@@ -38,6 +39,9 @@ const PIECE: u64 = 300;
 const GULP: usize = 4096;
 /// The longest wait for an echo. After it the connection counts as cut.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Whether each connection has had its first echo.
+static ALL_UNDER_WAY: AtomicBool = AtomicBool::new(false);
 
 /// The state that all connections share.
 struct Run {
@@ -128,6 +132,7 @@ fn main() -> io::Result<()> {
         threads.push(scope.spawn(move || ignore(deaf, run)));
         // A connection that was cut before it was under way reports so too, and is counted at the end.
         starts.iter().take(arguments.count).for_each(drop);
+        ALL_UNDER_WAY.store(true, Ordering::Relaxed);
         println!("ready");
         let input = io::copy(&mut io::stdin(), &mut io::sink());
         run.over.store(true, Ordering::Relaxed);
@@ -233,19 +238,32 @@ impl Tally {
     }
 }
 
+/// A connection waits for bytes.
+struct Wait {
+    since: Instant,
+    /// Whether it began when each connection was under way.
+    counts: bool,
+}
+
+impl Wait {
+    fn begin() -> Self {
+        Self { since: Instant::now(), counts: ALL_UNDER_WAY.load(Ordering::Relaxed) }
+    }
+}
+
 struct Connection {
     socket: UnixStream,
     text: Text,
     check: Check,
-    /// The time of the send that awaits its echo.
-    asked: Instant,
+    /// The send that awaits its echo.
+    asked: Wait,
     started: Started,
 }
 
 impl Connection {
     fn new(socket: UnixStream, number: u64, started: Started) -> Self {
         let check = Check { number, awaited: 0, received: Vec::new(), tally: Tally::default() };
-        Self { socket, text: Text::new(number), check, asked: Instant::now(), started }
+        Self { socket, text: Text::new(number), check, asked: Wait::begin(), started }
     }
 
     /// Runs `what` unless the connection has been cut. A cut is counted and does not stop the other connections.
@@ -258,7 +276,7 @@ impl Connection {
 
     fn send_piece(&mut self, last: bool) -> io::Result<()> {
         let piece = if last { self.text.rest_of_line() } else { self.text.next_piece() };
-        self.asked = Instant::now();
+        self.asked = Wait::begin();
         self.socket.write_all(&piece)
     }
 
@@ -267,7 +285,7 @@ impl Connection {
         let mut buffer = [0; GULP];
         while self.check.awaited < self.text.line {
             let got = self.socket.read(&mut buffer)?;
-            self.check.pause(self.asked.elapsed());
+            self.check.pause(&self.asked);
             if got == 0 {
                 return Err(ErrorKind::UnexpectedEof.into());
             }
@@ -321,11 +339,11 @@ impl Connection {
 
     fn listen_to_the_end(&mut self, mut heard: impl FnMut(&[u8])) -> io::Result<()> {
         let mut buffer = [0; 16 * GULP];
-        let mut since = Instant::now();
+        let mut since = Wait::begin();
         loop {
             let got = self.socket.read(&mut buffer)?;
-            self.check.pause(since.elapsed());
-            since = Instant::now();
+            self.check.pause(&since);
+            since = Wait::begin();
             if got == 0 {
                 return Ok(());
             }
@@ -395,8 +413,10 @@ struct Check {
 }
 
 impl Check {
-    fn pause(&mut self, pause: Duration) {
-        self.tally.pause = self.tally.pause.max(pause);
+    fn pause(&mut self, wait: &Wait) {
+        if wait.counts {
+            self.tally.pause = self.tally.pause.max(wait.since.elapsed());
+        }
     }
 
     fn take(&mut self, bytes: &[u8]) {
