@@ -1,7 +1,7 @@
 //! A connection that is served: what the gate knows of it, how far it has come, and the protocol's own state.
 
 use std::fmt;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,8 +60,8 @@ pub struct Progress {
     pub active: Moment,
     /// Whether the kernel attaches the sender's credentials to what comes (SO_PASSCRED).
     pub pass_credentials: bool,
-    /// Of the bytes yet to be read, how many of the first may lack credentials.
-    pub unattested: usize,
+    /// Of the bytes yet to be read, how many of the first may lack credentials: no more than a socket's queue holds.
+    pub unattested: u32,
 }
 
 impl Progress {
@@ -150,7 +150,7 @@ impl<P: Protocol> Connection<P> {
     pub fn admitted(admission: Admission<Terms<P>>) -> Self {
         let progress = Progress {
             pass_credentials: admission.pass_credentials,
-            unattested: admission.unattested,
+            unattested: u32::try_from(admission.unattested).unwrap_or(u32::MAX),
             ..Progress::new(admission.connection)
         };
         Self {
@@ -241,7 +241,7 @@ impl<P: Protocol> Connection<P> {
     /// What an epoll is to look for.
     pub fn watched(&self) -> Watched {
         let second = if P::HAS_SECOND { self.protocol.second() } else { None };
-        Watched { peer: self.protocol.waits_for(), second: second.map(|(fd, interest)| (fd.as_raw_fd(), interest)) }
+        Watched { peer: self.protocol.waits_for(), second: second.map(|(_, interest)| interest) }
     }
 }
 
@@ -250,8 +250,8 @@ impl<P: Protocol> Connection<P> {
 pub struct Watched {
     /// On the peer's socket.
     pub peer: Interest,
-    /// The second descriptor, and what for.
-    pub second: Option<(RawFd, Interest)>,
+    /// On the second descriptor, once it is open: then it stays the same one.
+    pub second: Option<Interest>,
 }
 
 impl<P: Protocol> fmt::Debug for Connection<P> {

@@ -382,10 +382,10 @@ impl PeerStream<'_> {
 
     /// The sender of data, where it is not the user that was judged.
     fn mismatch(&mut self, count: usize, sender: Option<Uid>) -> Option<Option<Uid>> {
-        let came_before = sender.is_none() && count <= self.progress.unattested;
+        let came_before = sender.is_none() && count <= self.progress.unattested as usize;
         let is_mismatch = count > 0 && sender != Some(self.judged) && !came_before;
         if !is_mismatch {
-            self.progress.unattested = self.progress.unattested.saturating_sub(count);
+            self.progress.unattested = self.progress.unattested.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         }
         is_mismatch.then_some(sender)
     }

@@ -118,8 +118,8 @@ struct User {
     uid: Option<Uid>,
     /// How many connections are present.
     present: usize,
-    /// The places of the connections that are ready.
-    ready: VecDeque<usize>,
+    /// The places of the connections that are ready. It keeps its room, and so is small.
+    ready: VecDeque<u32>,
     /// What is left to it in this round; below zero, what it owes.
     credit: i64,
     is_listed: bool,
@@ -137,9 +137,7 @@ impl Rounds {
         if self.places.len() <= slot {
             self.places.resize(slot + 1, None);
         }
-        // There are not more users than descriptors.
-        let user = u32::try_from(user).unwrap_or(u32::MAX);
-        self.places[slot] = Some(Place { user, waits: None, has_more: false });
+        self.places[slot] = Some(Place { user: small(user), waits: None, has_more: false });
     }
 
     fn new_user(&mut self, owner: Uid) -> usize {
@@ -157,7 +155,7 @@ impl Rounds {
         let Some(place) = self.places.get_mut(slot).and_then(Option::take) else { return };
         let (user, waits) = (place.user as usize, place.waits);
         if waits.is_some() {
-            self.users[user].ready.retain(|other| *other != slot);
+            self.users[user].ready.retain(|other| *other != small(slot));
             self.waiting -= 1;
         }
         self.users[user].present -= 1;
@@ -204,7 +202,7 @@ impl Rounds {
         self.waiting += 1;
         let number = place.user as usize;
         let user = &mut self.users[number];
-        user.ready.push_back(slot);
+        user.ready.push_back(small(slot));
         if !user.is_listed {
             (user.is_listed, user.credit) = (true, QUANTUM);
             self.fresh.push_back(number);
@@ -226,6 +224,7 @@ impl Rounds {
             let has_credit = user.credit > 0;
             if has_credit {
                 if let Some(slot) = user.ready.pop_front() {
+                    let slot = slot as usize;
                     self.waiting -= 1;
                     let ready = self.places[slot].as_mut().and_then(|place| place.waits.take());
                     return Some((slot, ready.unwrap_or(Ready::Any)));
@@ -269,6 +268,11 @@ impl Rounds {
     pub fn work(&self) -> u64 {
         self.work
     }
+}
+
+/// The number of a place in four bytes. There are not more places, and not more users, than descriptors.
+fn small(place: usize) -> u32 {
+    u32::try_from(place).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]
