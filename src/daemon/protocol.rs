@@ -385,7 +385,8 @@ impl PeerStream<'_> {
         let came_before = sender.is_none() && count <= self.progress.unattested as usize;
         let is_mismatch = count > 0 && sender != Some(self.judged) && !came_before;
         if !is_mismatch {
-            self.progress.unattested = self.progress.unattested.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
+            self.progress.unattested =
+                self.progress.unattested.saturating_sub(u32::try_from(count).unwrap_or(u32::MAX));
         }
         is_mismatch.then_some(sender)
     }
