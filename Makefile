@@ -112,9 +112,10 @@ SECONDS ?= 60
 fuzz:
 	fuzz/run $(SECONDS)
 
-# Everything at once for ten minutes; another length: tests/soak/run SECONDS
+# Everything at once for ten minutes, on echod and through the proxy; another length: tests/soak/run [--proxy] SECONDS
 soak:
 	tests/soak/run
+	tests/soak/run --proxy
 
 # The tests of floods at full size: a million denials, ten thousand idle connections and as many refused.
 flood:

@@ -1,5 +1,6 @@
-//! The proxy beside others that forward a local socket: a bare copying forwarder (one epoll, no policy), systemd-socket-proxyd,
-//! HAProxy and socat. Every forwarder stands in front of the same echo. Each line that comes back is compared.
+//! The proxy beside others that forward a local socket: a bare forwarder (one epoll, no policy) that copies and one that uses
+//! splice(2), systemd-socket-proxyd, HAProxy, socat, s6. Every forwarder stands in front of the same echo. Each line that comes
+//! back is compared.
 //!
 //! ```console
 //! $ cargo build --release --locked --example forward --bin peergate
@@ -10,8 +11,8 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -19,8 +20,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, SpliceFFlags, splice};
+use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{Backlog, listen};
+use nix::unistd::{Pid, pipe2};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -28,15 +33,16 @@ const LINE: &[u8] = b"a line of thirty-two bytes, LF in\n";
 const MANY: usize = 64;
 const LARGE: usize = 60 * 1024;
 const ROUNDS: usize = 5;
-const SPAN: Duration = Duration::from_millis(700);
+const SPAN: Duration = Duration::from_millis(500);
 
 fn main() -> Outcome<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["--echo", at] => echo(Path::new(at)),
-        ["--bare", at, to] => bare(Path::new(at), Path::new(to)),
-        [proxy] => compare(Path::new(proxy)),
-        _ => Err("expected the path of peergate".into()),
+        ["--bare", at, to] => bare(Path::new(at), Path::new(to), &mut Copying::default()),
+        ["--splice", at, to] => bare(Path::new(at), Path::new(to), &mut Splicing::new()?),
+        [proxy, ref only @ ..] => compare(Path::new(proxy), only),
+        _ => Err("expected the path of peergate, and perhaps the beginnings of workloads".into()),
     }
 }
 
@@ -75,8 +81,76 @@ fn echo(at: &Path) -> Outcome<()> {
     }
 }
 
-/// What forwarding costs at least: reads one end and writes the other. No policy, no limits, no record.
-fn bare(at: &Path, to: &Path) -> Outcome<()> {
+/// How bytes get from one end to the other.
+trait Passes {
+    /// Passes on what one read gives. What was not taken; an error: an end is gone, or nothing has come.
+    fn pass(&mut self, from: &UnixStream, to: &UnixStream) -> io::Result<Vec<u8>>;
+}
+
+/// Reads and writes.
+struct Copying(Vec<u8>);
+
+impl Default for Copying {
+    fn default() -> Self {
+        Self(vec![0; 64 * 1024])
+    }
+}
+
+impl Passes for Copying {
+    fn pass(&mut self, mut from: &UnixStream, mut to: &UnixStream) -> io::Result<Vec<u8>> {
+        let count = from.read(&mut self.0)?;
+        if count == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        match to.write(&self.0[..count]) {
+            Ok(written) => Ok(self.0[written..count].to_vec()),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(self.0[..count].to_vec()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Moves pages through a pipe, which is empty in between: what was not taken is read from it.
+struct Splicing {
+    out: File,
+    into: File,
+}
+
+impl Splicing {
+    fn new() -> Outcome<Self> {
+        let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+        Ok(Self { out: out.into(), into: into.into() })
+    }
+}
+
+impl Passes for Splicing {
+    fn pass(&mut self, from: &UnixStream, to: &UnixStream) -> io::Result<Vec<u8>> {
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        let count = splice(from, None, &self.into, None, 64 * 1024, flags)?;
+        if count == 0 {
+            return Err(ErrorKind::UnexpectedEof.into());
+        }
+        let mut left = count;
+        let mut outcome = Ok(());
+        while left > 0 && outcome.is_ok() {
+            match splice(&self.out, None, to, None, left, flags) {
+                Ok(taken) => left -= taken,
+                Err(error) => outcome = Err(error),
+            }
+        }
+        let mut held = vec![0; left];
+        self.out.read_exact(&mut held)?;
+        if let Err(error) = outcome {
+            if error != Errno::EAGAIN {
+                return Err(error.into());
+            }
+        }
+        Ok(held)
+    }
+}
+
+/// What forwarding costs at least: no policy, no limits, no record.
+fn bare(at: &Path, to: &Path, passes: &mut impl Passes) -> Outcome<()> {
     struct Pair {
         ends: [UnixStream; 2],
         held: [Vec<u8>; 2],
@@ -85,7 +159,6 @@ fn bare(at: &Path, to: &Path) -> Outcome<()> {
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;
     let mut pairs: Vec<Option<Box<Pair>>> = Vec::new();
-    let mut room = vec![0; 64 * 1024];
     let mut events = [EpollEvent::empty(); 128];
     let interest = |pair: &Pair, side: usize| {
         let mut flags = EpollFlags::empty();
@@ -121,15 +194,8 @@ fn bare(at: &Path, to: &Path) -> Outcome<()> {
                 }
             }
             if pair.held[1 - side].is_empty() {
-                match (&pair.ends[side]).read(&mut room) {
-                    Ok(0) => is_over = true,
-                    Ok(count) => match (&pair.ends[1 - side]).write(&room[..count]) {
-                        Ok(written) => pair.held[1 - side].extend_from_slice(&room[written..count]),
-                        Err(error) if error.kind() == ErrorKind::WouldBlock => {
-                            pair.held[1 - side].extend_from_slice(&room[..count]);
-                        }
-                        Err(_) => is_over = true,
-                    },
+                match passes.pass(&pair.ends[side], &pair.ends[1 - side]) {
+                    Ok(held) => pair.held[1 - side] = held,
                     Err(error) => is_over |= error.kind() != ErrorKind::WouldBlock,
                 }
             }
@@ -163,16 +229,27 @@ impl Drop for Running {
 }
 
 impl Running {
+    /// Its threads, and its children's.
+    fn tasks(&self) -> Vec<PathBuf> {
+        let pid = self.process.id();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        let processes = children.split_whitespace().map(str::to_owned).chain([pid.to_string()]);
+        let of = |pid: String| fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        processes.flat_map(of).map(|task| task.path()).collect()
+    }
+
     /// Processor time of the process and its children so far.
     fn cpu(&self) -> Duration {
-        let of = |pid: u32| {
-            let tasks = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
-            let spent = tasks.filter_map(|task| fs::read_to_string(task.path().join("schedstat")).ok());
-            spent.filter_map(|text| text.split(' ').next()?.parse().ok()).map(Duration::from_nanos).sum::<Duration>()
-        };
-        let children =
-            fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.process.id())).unwrap_or_default();
-        of(self.process.id()) + children.split_whitespace().filter_map(|pid| pid.parse().ok()).map(of).sum::<Duration>()
+        let spent = self.tasks().into_iter().filter_map(|task| fs::read_to_string(task.join("schedstat")).ok());
+        spent.filter_map(|text| text.split(' ').next()?.parse().ok()).map(Duration::from_nanos).sum()
+    }
+
+    /// Has it run on these processors only.
+    fn pin(&self, to: &CpuSet) {
+        for task in self.tasks() {
+            let number = task.file_name().and_then(|name| name.to_str()?.parse().ok());
+            let _ = number.map(|number| sched_setaffinity(Pid::from_raw(number), to));
+        }
     }
 }
 
@@ -208,6 +285,10 @@ fn forwarders(proxy: &Path, work: &Path, behind: &Path) -> Outcome<Vec<Running>>
     command.arg("--bare").arg(at("bare")).arg(behind);
     all.push(start("bare", &at("bare"), command)?);
 
+    let mut command = Command::new(&me);
+    command.arg("--splice").arg(at("splice")).arg(behind);
+    all.push(start("splice", &at("splice"), command)?);
+
     let config = at("bench.toml");
     let text =
         "[allow.owner]\nusers = [\"self\"]\n[limits]\nconnections = 20000\nconnections-per-user = 20000\n[forward]\n";
@@ -218,8 +299,16 @@ fn forwarders(proxy: &Path, work: &Path, behind: &Path) -> Outcome<Vec<Running>>
     all.push(start("peergate", &at("peergate"), command)?);
 
     if let (Some(proxyd), Some(activate)) = (installed("systemd-socket-proxyd"), installed("systemd-socket-activate")) {
-        let mut command = Command::new(activate);
-        command.arg("-l").arg(at("proxyd")).arg(proxyd).arg("--connections-max=20000").arg(behind);
+        // As in a unit (IgnoreSIGPIPE=): a client that closes early would end it.
+        let mut command = Command::new("env");
+        command
+            .arg("--ignore-signal=PIPE")
+            .arg(activate)
+            .arg("-l")
+            .arg(at("proxyd"))
+            .arg(proxyd)
+            .arg("--connections-max=20000")
+            .arg(behind);
         all.push(start("socket-proxyd", &at("proxyd"), command)?);
     }
     if let Some(haproxy) = installed("haproxy") {
@@ -240,6 +329,12 @@ fn forwarders(proxy: &Path, work: &Path, behind: &Path) -> Outcome<Vec<Running>>
         command.arg(format!("UNIX-CONNECT:{}", behind.display()));
         all.push(start("socat", &at("socat"), command)?);
     }
+    if let Some(server) = installed("s6-ipcserver") {
+        let mut command = Command::new(server);
+        command.args(["-c", "2000", "-C", "2000", "-b", "4096"]).arg(at("s6"));
+        command.arg("s6-ipcclient").arg(behind).arg("s6-ioconnect");
+        all.push(start("s6", &at("s6"), command)?);
+    }
     Ok(all)
 }
 
@@ -251,6 +346,25 @@ struct Figure {
     cpu: f64,
     /// The median time of an operation, where there is one at a time.
     p50: f64,
+}
+
+/// Has the forwarder run on one processor, and clients and the service on the other: then the forwarder is what limits.
+fn apart<T>(forwarder: &Running, echo: &Running, run: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    let processors = std::thread::available_parallelism()?.get();
+    let of = |numbers: std::ops::Range<usize>| {
+        let mut set = CpuSet::new();
+        numbers.into_iter().try_for_each(|number| set.set(number)).map(|()| set)
+    };
+    let all = of(0..processors)?;
+    forwarder.pin(&of(0..1)?);
+    let others = of(1.min(processors - 1)..processors)?;
+    echo.pin(&others);
+    sched_setaffinity(Pid::from_raw(0), &others)?;
+    let outcome = run();
+    sched_setaffinity(Pid::from_raw(0), &all)?;
+    echo.pin(&all);
+    forwarder.pin(&all);
+    outcome
 }
 
 /// So many connections, each with one message of this length under way.
@@ -318,50 +432,56 @@ fn visit(forwarder: &Running) -> Outcome<Figure> {
     Ok(Figure { rate: count as f64 / span.as_secs_f64(), cpu: cpu.as_secs_f64() / count as f64, p50: 0.0 })
 }
 
-fn compare(proxy: &Path) -> Outcome<()> {
+fn compare(proxy: &Path, only: &[&str]) -> Outcome<()> {
     let work = std::env::temp_dir().join(format!("forward-{}", std::process::id()));
     fs::create_dir(&work)?;
-    let outcome = compare_in(proxy, &work);
+    let outcome = compare_in(proxy, &work, only);
     fs::remove_dir_all(&work)?;
     outcome
 }
 
-fn compare_in(proxy: &Path, work: &Path) -> Outcome<()> {
+fn compare_in(proxy: &Path, work: &Path, only: &[&str]) -> Outcome<()> {
     let behind = work.join("behind");
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--echo").arg(&behind);
-    let _echo = start("echo", &behind, command)?;
+    let echo = start("echo", &behind, command)?;
     let all = forwarders(proxy, work, &behind)?;
     let large = vec![b'x'; LARGE];
     type Workload<'w> = (&'static str, Box<dyn Fn(&Running) -> Outcome<Figure> + 'w>);
-    let workloads: [Workload<'_>; 4] = [
-        ("64 connections, 32-byte lines", Box::new(|one| exchange(one, MANY, LINE))),
-        ("1 connection, 32-byte lines", Box::new(|one| exchange(one, 1, LINE))),
-        ("8 connections, 60 KiB messages", Box::new(|one| exchange(one, 8, &large))),
+    let workloads: [Workload<'_>; 6] = [
+        ("64 connections, lines", Box::new(|one| exchange(one, MANY, LINE))),
+        ("64, a CPU of its own", Box::new(|one| apart(one, &echo, || exchange(one, MANY, LINE)))),
+        ("1 connection, lines", Box::new(|one| exchange(one, 1, LINE))),
+        ("8 connections, 60 KiB", Box::new(|one| exchange(one, 8, &large))),
+        ("8 of 60 KiB, a CPU of its own", Box::new(|one| apart(one, &echo, || exchange(one, 8, &large)))),
         ("connect, line, close", Box::new(visit)),
     ];
-    println!(
-        "{:32} {:14} {:>11} {:>8} {:>9} {:>8} {:>9} {:>8}",
-        "", "", "per second", "of bare", "CPU µs", "of bare", "p50 µs", "of bare"
-    );
-    for (name, run) in &workloads {
-        let mut figures: BTreeMap<usize, Vec<Figure>> = BTreeMap::new();
+    println!("| workload | forwarder | per second | × bare | CPU µs each | × bare | p50 µs | × bare |");
+    println!("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |");
+    for (name, run) in
+        workloads.iter().filter(|(name, _)| only.is_empty() || only.iter().any(|it| name.starts_with(it)))
+    {
+        let mut figures: Vec<Vec<Figure>> = vec![Vec::new(); all.len()];
         for _ in 0..ROUNDS {
-            for (number, one) in all.iter().enumerate() {
-                figures.entry(number).or_default().push(run(one)?);
+            for (figures, one) in figures.iter_mut().zip(&all) {
+                figures.push(run(one).map_err(|error| format!("{}: {error}", one.name))?);
             }
         }
-        let median = |number: usize, what: fn(&Figure) -> f64| {
-            let mut values: Vec<f64> = figures[&number].iter().map(what).collect();
-            values.sort_unstable_by(f64::total_cmp);
-            values[values.len() / 2]
-        };
-        for (number, one) in all.iter().enumerate() {
-            let of = |what: fn(&Figure) -> f64| (median(number, what), median(number, what) / median(0, what));
+        for (one, own) in all.iter().zip(&figures) {
+            // Of each round, so that what slows down the machine for a while slows down both.
+            let of = |what: fn(&Figure) -> f64| {
+                let ratios = own.iter().zip(&figures[0]).map(|(own, bare)| what(own) / what(bare)).collect();
+                (median(own.iter().map(what).collect()), median(ratios))
+            };
             let (rate, cpu, p50) = (of(|f| f.rate), of(|f| f.cpu * 1e6), of(|f| f.p50 * 1e6));
-            print!("{name:32} {:14} {:>11.0} {:>8.2} {:>9.2} {:>8.2}", one.name, rate.0, rate.1, cpu.0, cpu.1);
-            if p50.0 > 0.0 { println!(" {:>9.1} {:>8.2}", p50.0, p50.1) } else { println!() }
+            print!("| {name} | {} | {:.0} | {:.2} | {:.1} | {:.2} |", one.name, rate.0, rate.1, cpu.0, cpu.1);
+            if p50.0 > 0.0 { println!(" {:.1} | {:.2} |", p50.0, p50.1) } else { println!(" | |") }
         }
     }
     Ok(())
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values[values.len() / 2]
 }

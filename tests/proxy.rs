@@ -1,63 +1,16 @@
 //! The proxy between clients and a service that is the test's own. Every byte is compared, and how each end sees the other
-//! one go. Restarts: proxy_restart.rs.
+//! one go. Restarts: proxy_restart.rs. What goes wrong: proxy_abuse.rs.
 
 mod common;
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
 use std::sync::Arc;
 
-use common::{Client, DENY_ALL, Echod, End, OWNER, Place, Start, eventually, show};
+use common::behind::{Behind, pair, serve, start};
+use common::{DENY_ALL, End, OWNER, Place, Start, eventually, show};
 use nix::sys::socket::{Backlog, listen};
-
-/// The service behind the gate.
-struct Behind {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Behind {
-    fn at(place: &Arc<Place>) -> Self {
-        let path = place.path("behind");
-        Self { listener: UnixListener::bind(&path).unwrap(), path }
-    }
-
-    /// The next connection from the proxy.
-    fn accept(&self) -> Client {
-        let (stream, _) = self.listener.accept().unwrap();
-        Client::of(stream)
-    }
-
-    fn is_left_alone(&self) -> bool {
-        self.listener.set_nonblocking(true).unwrap();
-        let nobody = self.listener.accept().is_err_and(|error| error.kind() == ErrorKind::WouldBlock);
-        self.listener.set_nonblocking(false).unwrap();
-        nobody
-    }
-}
-
-/// What the proxy is started with, and where the service is to be.
-fn start(config: &str, more: &str) -> (Start, PathBuf) {
-    let start = Start::bare();
-    let path = start.place().path("behind");
-    let listener = start.place().listener("socket");
-    let text = format!("{config}\n[forward]\nto = \"{}\"\n{more}", path.display());
-    (start.config(&text).socket("peergate@test.socket", listener), path)
-}
-
-fn serve(config: &str, more: &str) -> (Echod, Behind) {
-    let (start, _) = start(config, more);
-    let behind = Behind::at(start.place());
-    (start.ready(), behind)
-}
-
-/// A connection through the proxy: both ends.
-fn pair(proxy: &Echod, behind: &Behind) -> (Client, Client) {
-    let client = proxy.connect();
-    (client, behind.accept())
-}
 
 #[test]
 fn bytes_pass_both_ways_and_so_does_each_end_of_file() {

@@ -147,6 +147,22 @@ fn without_the_capabilities_the_start_and_a_reload_fail() {
     service.expect("as before");
 }
 
+#[test]
+fn a_peer_with_an_id_that_is_unknown_here_does_not_get_to_the_service() {
+    needs_root();
+    let rule = "[allow.root]\nusers = [0]\nroot = true\n";
+    let (start, behind) = start(rule, "identity = \"peer\"\nreplies = \"text\"\n");
+    // A user namespace that maps root and its group, and no other.
+    let proxy = start.wrapper(&["unshare", "-U", "-r"]).ready();
+    let peer = PeerProcess::with(&["--as", "0:64001"], &proxy.socket());
+    peer.connections[0].expect_end("Service unavailable\n");
+    behind.set_nonblocking(true).unwrap();
+    assert!(behind.accept().is_err());
+    drop(peer);
+    let told = proxy.stop();
+    assert!(told.contains("cannot be connected to with an id that is unknown here"), "{told}");
+}
+
 fn is_same_file(one: &impl AsFd, other: &impl AsFd) -> bool {
     let file = |fd: BorrowedFd<'_>| nix::sys::stat::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).unwrap();
     file(one.as_fd()) == file(other.as_fd())

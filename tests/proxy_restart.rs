@@ -10,6 +10,8 @@ use std::thread;
 
 use common::{Client, Echod, OWNER, PATIENCE, Start, show};
 
+const TRANSFERS: usize = 64;
+
 const MORE: &str = "[limits]\nconnections-per-user = 1000\n";
 
 fn serve(more: &str) -> (Echod, UnixListener) {
@@ -96,9 +98,9 @@ fn transfers_both_ways_lose_and_double_no_byte_over_restarts() {
     let (mut proxy, behind) = serve("");
     let stop = Arc::new(AtomicBool::new(false));
     let mut threads = Vec::new();
-    for number in 0..8 {
+    for number in 0..TRANSFERS {
         let (client, service) = pair(&proxy, &behind);
-        for (end, out, into) in [(client, number, 100 + number), (service, 100 + number, number)] {
+        for (end, out, into) in [(client, number, TRANSFERS + number), (service, TRANSFERS + number, number)] {
             let end = Arc::new(end);
             let (pouring, stop) = (Arc::clone(&end), Arc::clone(&stop));
             threads.push((out, true, thread::spawn(move || pour(out, &pouring.0, &stop))));

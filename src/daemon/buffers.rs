@@ -1,6 +1,11 @@
 //! Memory that all connections of a thread use in turn, so that an idle connection owns none and the steady state allocates
 //! nothing.
 
+use std::io;
+use std::os::fd::BorrowedFd;
+
+use crate::pipe::{Pipe, Spliced};
+
 /// Buffers kept for the next connection that needs one: so many big ones, so many small ones.
 const SPARE: usize = 4;
 const SPARE_SMALL: usize = 16;
@@ -19,6 +24,7 @@ pub struct Buffers {
     pub output: Vec<u8>,
     spare: Vec<Vec<u8>>,
     spare_small: Vec<Vec<u8>>,
+    pipe: Option<Pipe>,
 }
 
 /// Makes room for `more` bytes in a buffer of messages that are `limit` bytes long at most. Capacities are powers of two:
@@ -34,7 +40,18 @@ pub fn grow(buffer: &mut Vec<u8>, more: usize, limit: usize) {
 impl Buffers {
     /// For reads of up to `read` bytes.
     pub fn new(read: usize) -> Self {
-        Self { input: vec![0; read].into(), output: Vec::new(), spare: Vec::new(), spare_small: Vec::new() }
+        Self { input: vec![0; read].into(), output: Vec::new(), spare: Vec::new(), spare_small: Vec::new(), pipe: None }
+    }
+
+    /// As if `input` was read into and then written, but without copying. Only what is not taken is in `input` afterwards.
+    ///
+    /// # Errors
+    /// What splice(2) says where it reads, or pipe2(2).
+    pub fn splice(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<Spliced> {
+        let mut pipe = self.pipe.take().map_or_else(Pipe::new, Ok)?;
+        let outcome = pipe.pass(from, to, &mut self.input);
+        self.pipe = Some(pipe);
+        outcome
     }
 
     /// An empty buffer for `length` bytes, of a connection whose messages are `limit` bytes long at most.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use nix::sys::epoll::EpollFlags;
 use peergate::Stream;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::fd_passing::Descriptors;
+use peergate::fd_passing::{Descriptors, Passing};
 use peergate::gate::Replies;
 use peergate::ids::Uid;
 use peergate::peer::Peer;
@@ -409,6 +409,17 @@ impl PeerStream<'_> {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
             result => result.inspect(|written| self.share.sent += written),
         }
+    }
+
+    /// Whether what comes may be passed on unseen: it carries no descriptors, and its senders are not verified.
+    pub fn is_plain(&self) -> bool {
+        !self.progress.pass_credentials && self.socket.passing() == Passing::Refused
+    }
+
+    /// Counts in the peer's share what was passed on unseen.
+    pub fn note_passed(&mut self, received: usize, sent: usize) {
+        self.share.received += received;
+        self.share.sent += sent;
     }
 
     /// Ends one direction.

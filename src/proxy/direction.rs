@@ -2,18 +2,24 @@
 //!
 //! A direction holds the rest of one read at most, and only while the other end does not take it. Nothing is read before it
 //! has.
+//!
+//! Where reads are long, the bytes are not copied (splice(2)). That costs more for short ones, so that the length of a read
+//! decides for the next.
 
-use std::io;
-use std::os::fd::OwnedFd;
+use std::io::{self, ErrorKind};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
 use peergate::fd_passing::Descriptors;
 use peergate_daemon::buffers::Buffers;
+use peergate_daemon::pipe::Spliced;
 use peergate_daemon::protocol::{MOST_FURTHER, Received};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// The most descriptors that come with one message: those of both directions go to the next process with the connection to the
 /// service.
 pub const MOST_DESCRIPTORS: usize = (MOST_FURTHER - 1) / 2;
+/// A read of so many bytes is long.
+const LONG: usize = 16 * 1024;
 
 /// What of a direction is under way.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -27,6 +33,9 @@ pub struct Direction {
     /// How many bytes were read, and were taken.
     read: u64,
     written: u64,
+    /// Whether the last read was long.
+    #[serde(skip)]
+    is_long: bool,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -186,8 +195,35 @@ impl Direction {
             }
             other => return Moved::Stopped(other),
         };
+        let written = write(&buffers.input[..count], &self.descriptors.here);
+        self.note_passed(count, written.ok(), buffers)
+    }
+
+    /// Reads once and writes that without copying it. `None`: the last read was not long, or this cannot be done.
+    pub fn splice(&mut self, buffers: &mut Buffers, from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> Option<Moved> {
+        if !self.is_long {
+            return None;
+        }
+        match buffers.splice(from, to) {
+            Ok(Spliced { read: 0, .. }) => {
+                self.state = State::Ended;
+                Some(self.end_if_due())
+            }
+            Ok(Spliced { read, written }) => Some(self.note_passed(read, written.ok(), buffers)),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Some(Moved::Nothing),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                self.state = State::Ended;
+                Some(Moved::SenderGone)
+            }
+            Err(_) => None,
+        }
+    }
+
+    /// So many bytes were read into the buffer, and so many of these written; `None`: no more can be.
+    fn note_passed(&mut self, count: usize, written: Option<usize>, buffers: &mut Buffers) -> Moved {
         self.read += count as u64;
-        let Ok(written) = write(&buffers.input[..count], &self.descriptors.here) else { return Moved::ReceiverGone };
+        self.is_long = count >= LONG;
+        let Some(written) = written else { return Moved::ReceiverGone };
         self.written += written as u64;
         if written > 0 {
             self.descriptors.here.clear();

@@ -11,7 +11,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use peergate::Stream;
 use peergate::audit::Reason;
-use peergate::{fd_passing, gate};
+use peergate::fd_passing::{self, Passing};
+use peergate::gate;
 use peergate_daemon::buffers::Buffers;
 use peergate_daemon::config::Config;
 use peergate_daemon::memory::{Footprint, Unread};
@@ -337,11 +338,16 @@ impl Forward {
             flushed = down.flush(io.buffers, |bytes, with| send_to_peer(&mut io.peer, bytes, with));
         }
         if up.reads() {
-            passed = up.pass(
-                io.buffers,
-                |room, with| if *passes { io.peer.receive_with_descriptors(room, with) } else { io.peer.receive(room) },
-                |bytes, with| send(upstream, bytes, with),
-            );
+            let spliced = if *passes || !io.peer.is_plain() { None } else { splice(Way::Up, up, upstream, io) };
+            passed = spliced.unwrap_or_else(|| {
+                up.pass(
+                    io.buffers,
+                    |room, with| {
+                        if *passes { io.peer.receive_with_descriptors(room, with) } else { io.peer.receive(room) }
+                    },
+                    |bytes, with| send(upstream, bytes, with),
+                )
+            });
         }
         Ok(self.settle(Way::Down, flushed, io)? | self.settle(Way::Up, passed, io)?)
     }
@@ -354,11 +360,15 @@ impl Forward {
             flushed = up.flush(io.buffers, |bytes, with| send(upstream, bytes, with));
         }
         if down.reads() {
-            passed = down.pass(
-                io.buffers,
-                |room, with| receive(upstream, room, with, *passes),
-                |bytes, with| send_to_peer(&mut io.peer, bytes, with),
-            );
+            let is_plain = upstream.passing() == Passing::Refused;
+            let spliced = if *passes || !is_plain { None } else { splice(Way::Down, down, upstream, io) };
+            passed = spliced.unwrap_or_else(|| {
+                down.pass(
+                    io.buffers,
+                    |room, with| receive(upstream, room, with, *passes),
+                    |bytes, with| send_to_peer(&mut io.peer, bytes, with),
+                )
+            });
         }
         Ok(self.settle(Way::Up, flushed, io)? | self.settle(Way::Down, passed, io)?)
     }
@@ -402,6 +412,22 @@ impl Forward {
         };
         if is_gone { Turn::Closed } else { Turn::Idle }
     }
+}
+
+/// Passes on what comes one way without copying it, where that is worth it.
+fn splice(way: Way, direction: &mut Direction, upstream: &Stream, io: &mut Io<'_, Forward>) -> Option<Moved> {
+    let before = [direction.read(), direction.written()];
+    let (peer, service) = (io.peer.as_fd(), upstream.as_fd());
+    let moved = match way {
+        Way::Up => direction.splice(io.buffers, peer, service),
+        Way::Down => direction.splice(io.buffers, service, peer),
+    };
+    let since = |now: u64, before: u64| usize::try_from(now - before).unwrap_or(usize::MAX);
+    match way {
+        Way::Up => io.peer.note_passed(since(direction.read(), before[0]), 0),
+        Way::Down => io.peer.note_passed(0, since(direction.written(), before[1])),
+    }
+    moved
 }
 
 /// Reads once from the service.

@@ -9,6 +9,7 @@
 // Each test program uses some of the helpers.
 #![allow(dead_code, unused_imports)]
 
+pub mod behind;
 mod client;
 mod database;
 mod dir;

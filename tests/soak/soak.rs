@@ -1,11 +1,26 @@
 //! The soak test: one echod, many kinds of clients, and a journal that stops now and then. Started by tests/soak/run in
-//! a mount namespace of its own, as root; the argument is the number of seconds.
+//! a mount namespace of its own, as root; the argument is the number of seconds. With a second argument, `peergate`, the
+//! proxy is in between: the clients are its own, and it is restarted now and then.
 //!
 //! It starts itself again for each kind of client (see [`ROLES`]), as the user of that kind. At the end it compares
 //! what the clients saw with the records in the journal, and memory and descriptors early on with the figures at the end.
 
 // A program for testers: on a failure it stops and says so.
 #![allow(clippy::unwrap_used)]
+
+#[path = "../common/dir.rs"]
+#[allow(dead_code)]
+mod dir;
+#[path = "../common/fds.rs"]
+#[allow(dead_code)]
+mod fds;
+#[path = "../common/manager.rs"]
+#[allow(dead_code)]
+mod manager;
+mod service;
+#[path = "../common/wait.rs"]
+#[allow(dead_code)]
+mod wait;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,17 +31,25 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use dir::Place;
+use fds::receive;
+use service::{Process, Service};
+use wait::Shared;
+
 const DIRECTORY: &str = "/run/soak";
 const SOCKET: &str = "/run/soak/echo.sock";
 const CONFIG: &str = "/run/soak/echod.toml";
-const NOTIFY: &str = "/run/soak/notify";
+/// Where the proxy's clients end up.
+const BEHIND: &str = "/run/soak/behind.sock";
+/// Says in a client's environment that there is a proxy.
+const PROXIED: &str = "SOAK_PROXIED";
 const JOURNAL: &str = "/run/systemd/journal/socket";
 
 /// A client that gets no answer for so long gives up: the service has stalled.
@@ -58,7 +81,9 @@ const ROLES: [Role; 8] = [
 ];
 
 /// The policy. `n` makes the policy of each reload another one.
-fn configuration(n: u64) -> String {
+fn configuration(program: &str, n: u64) -> String {
+    let forward =
+        if program == PROXY { format!("[forward]\nto = \"{BEHIND}\"\nreplies = \"text\"\n") } else { String::new() };
     format!(
         "# Reload {n}\n\
          [deny.flood]\nusers = [\"{}\"]\n\
@@ -66,17 +91,24 @@ fn configuration(n: u64) -> String {
          [allow.slow]\nusers = [\"{SLOW}\"]\nconnections-per-user = 512\n\
          [allow.greedy]\nusers = [\"{GREEDY}\"]\nconnections-per-user = 4\n\
          [allow.changing]\nusers = [\"{}\"]\n\
-         [audit]\ninterval = \"1s\"\n",
+         [audit]\ninterval = \"1s\"\n{forward}",
         FLOODERS[0],
         62_000 + n % 1000,
     )
 }
 
+const PROXY: &str = "peergate";
+/// So many seconds are between two restarts of the proxy.
+const RESTARTS: u64 = 15;
+
 fn main() -> ExitCode {
     let argument = std::env::args().nth(1).expect("started by tests/soak/run");
     match ROLES.iter().find(|role| role.name == argument) {
         Some(role) => be_client(role),
-        None => conduct(Duration::from_secs(argument.parse().expect("a number of seconds"))),
+        None => {
+            let program = if std::env::args().nth(2).is_some() { PROXY } else { "echod" };
+            conduct(program, Duration::from_secs(argument.parse().expect("a number of seconds")))
+        }
     }
 }
 
@@ -255,7 +287,10 @@ fn nul(stop: &AtomicBool, figures: &Figures) {
             // Until the service closes the connection.
             threads.spawn(move || while writing.write_all(&[0; 16 << 10]).is_ok() {});
             let mut answer = Vec::new();
-            socket.read_to_end(&mut answer).unwrap();
+            let end = socket.read_to_end(&mut answer);
+            // What the service leaves unread the proxy cannot deliver, and the kernel tells its sender.
+            let is_reset = end.as_ref().is_err_and(|error| error.kind() == ErrorKind::ConnectionReset);
+            assert!(end.is_ok() || is_reset && std::env::var_os(PROXIED).is_some(), "{end:?}");
             answer
         });
         assert_eq!(answer, b"Line too long\n");
@@ -441,63 +476,53 @@ fn sample(pid: u32) -> Sample {
     Sample { memory, descriptors: fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64 }
 }
 
-fn start_client(role: &Role) -> Child {
+fn start_client(program: &str, role: &Role) -> Child {
     let mut command = Command::new(format!("{DIRECTORY}/soak"));
+    if program == PROXY {
+        command.env(PROXIED, "1");
+    }
     command.arg(role.name).uid(role.uid).gid(role.uid).stdin(Stdio::piped()).stdout(Stdio::piped());
     command.spawn().unwrap()
 }
 
-/// The service, killed when this is dropped, also when a claim has failed.
-struct Service(Child);
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-    }
-}
-
 /// Waits until the service is ready. Its standard error must stay empty, since there is a journal all the time.
-fn start_service(journal: &Journal) -> Service {
-    let manager = UnixDatagram::bind(NOTIFY).unwrap();
-    let (is_ready, ready) = mpsc::channel();
-    thread::spawn(move || {
-        let mut message = [0; 4096];
-        while let Ok(length) = manager.recv(&mut message) {
-            if message[..length].starts_with(b"READY=1\n") {
-                // Sent at each reload too, when it is not awaited any more.
-                let _ = is_ready.send(());
-            }
-        }
-    });
-    fs::write(CONFIG, configuration(0)).unwrap();
-    let mut service = Command::new(format!("{DIRECTORY}/echod"));
-    service.args(["--listen", SOCKET, "--config", CONFIG]).env("NOTIFY_SOCKET", NOTIFY).stderr(Stdio::piped());
-    let service = Service(service.spawn().unwrap());
-    ready.recv_timeout(PATIENCE).expect("the service does not start");
+fn start_service(program: &'static str, journal: &Journal) -> Service {
+    fs::write(CONFIG, configuration(program, 0)).unwrap();
+    let service = Service::start(program);
     // With its first record the service has opened all that it writes to.
-    let patience = Instant::now() + PATIENCE;
-    while journal.entries.load(Ordering::Relaxed) == 0 {
-        assert!(Instant::now() < patience, "the service writes nothing");
-        thread::sleep(Duration::from_millis(20));
-    }
+    await_entries(journal, 1);
     service
 }
 
-fn signal(Service(service): &Service, signal: Signal) {
-    kill(Pid::from_raw(i32::try_from(service.id()).unwrap()), signal).unwrap();
+fn await_entries(journal: &Journal, count: u64) {
+    let patience = Instant::now() + PATIENCE;
+    while journal.entries.load(Ordering::Relaxed) < count {
+        assert!(Instant::now() < patience, "the service writes nothing");
+        thread::sleep(Duration::from_millis(20));
+    }
 }
 
-fn conduct(length: Duration) -> ExitCode {
+/// The echo behind the proxy, which admits only that.
+fn start_behind() -> Process {
+    let config = format!("{DIRECTORY}/behind.toml");
+    fs::write(&config, "[allow.gate]\nusers = [\"self\"]\n[limits]\nconnections = 4000\nconnections-per-user = 4000\n")
+        .unwrap();
+    let mut command = Command::new(format!("{DIRECTORY}/echod"));
+    let behind = Process(command.args(["--listen", BEHIND, "--config", &config]).spawn().unwrap());
+    let patience = Instant::now() + PATIENCE;
+    while UnixStream::connect(BEHIND).is_err() {
+        assert!(Instant::now() < patience, "the service behind does not start");
+        thread::sleep(Duration::from_millis(20));
+    }
+    behind
+}
+
+fn conduct(program: &'static str, length: Duration) -> ExitCode {
     let (journal, receiving) = Journal::start();
-    let mut service = start_service(&journal);
-    let pid = service.0.id();
-    let mut complaints = service.0.stderr.take().unwrap();
-    let complaints = thread::spawn(move || {
-        let mut text = String::new();
-        complaints.read_to_string(&mut text).map(|_| text)
-    });
-    let idle = sample(pid);
-    let mut clients: Vec<_> = ROLES.iter().map(|role| (role, start_client(role))).collect();
+    let behind = (program == PROXY).then(start_behind);
+    let mut service = start_service(program, &journal);
+    let idle = sample(service.pid());
+    let mut clients: Vec<_> = ROLES.iter().map(|role| (role, start_client(program, role))).collect();
 
     let begun = Instant::now();
     let mut samples = Vec::new();
@@ -506,14 +531,17 @@ fn conduct(length: Duration) -> ExitCode {
         if begun.elapsed() >= length {
             break;
         }
-        samples.push(sample(pid));
+        samples.push(sample(service.pid()));
         // For three seconds in ten the journal does not read.
         journal.stopped.store(matches!(second % 10, 5..=7), Ordering::Relaxed);
         receiving.thread().unpark();
         if second % 2 == 0 {
-            fs::write(format!("{CONFIG}.new"), configuration(second)).unwrap();
+            fs::write(format!("{CONFIG}.new"), configuration(program, second)).unwrap();
             fs::rename(format!("{CONFIG}.new"), CONFIG).unwrap();
-            signal(&service, Signal::SIGHUP);
+            service.signal(Signal::SIGHUP);
+        }
+        if program == PROXY && second % RESTARTS == 0 {
+            service.restart();
         }
         if let Some((role, _)) = clients.iter_mut().find_map(|(role, client)| Some((role, client.try_wait().unwrap()?)))
         {
@@ -539,16 +567,20 @@ fn conduct(length: Duration) -> ExitCode {
     }
     // No client is connected any more: a descriptor that stays open now is lost.
     let patience = Instant::now() + PATIENCE;
-    let mut left = sample(pid);
-    while left.descriptors > idle.descriptors && Instant::now() < patience {
+    let mut left = sample(service.pid());
+    // A worker of the proxy keeps a pipe.
+    let pipes = if program == PROXY { 2 * thread::available_parallelism().unwrap().get() as u64 } else { 0 };
+    while left.descriptors > idle.descriptors + pipes && Instant::now() < patience {
         thread::sleep(Duration::from_millis(100));
-        left = sample(pid);
+        left = sample(service.pid());
     }
-    signal(&service, Signal::SIGTERM);
-    let status = service.0.wait().unwrap();
+    let (status, complaints) = service.stop();
+    if let Some(mut behind) = behind {
+        kill(Pid::from_raw(behind.0.id() as i32), Signal::SIGTERM).unwrap();
+        assert!(behind.0.wait().unwrap().success());
+    }
     journal.ended.store(true, Ordering::Relaxed);
     receiving.join().unwrap();
-    let complaints = complaints.join().unwrap().unwrap();
 
     println!("{:22}{:>14}", "CLIENTS", "");
     for ((role, name), number) in &seen {
@@ -561,10 +593,12 @@ fn conduct(length: Duration) -> ExitCode {
     verdict.equal("denied, uid 61004", figure("flood-more", "denied"), journal.of("denied", FLOODERS[1]));
     verdict.equal("vanished, uid 61005", figure("vanish", "connections"), journal.of("denied", VANISHER));
     verdict.equal("refused, uid 61006", figure("greed", "refused"), journal.of("refused", GREEDY));
-    verdict.equal("line too long, uid 61002", figure("nul", "too-long"), journal.of("refused", SLOW));
+    // Through the proxy it is the echo's record, and root the echo's peer.
+    let (uid, whose) = if program == PROXY { (0, "0, behind") } else { (SLOW, "61002") };
+    verdict.equal(&format!("line too long, uid {whose}"), figure("nul", "too-long"), journal.of("refused", uid));
     verdict.growth(&samples);
     let claim = format!("descriptors without clients: {} at first, {} in the end", idle.descriptors, left.descriptors);
-    verdict.holds(&claim, left.descriptors <= idle.descriptors);
+    verdict.holds(&claim, left.descriptors <= idle.descriptors + pipes);
     println!("       RssAnon without clients: {} KiB at first, {} KiB in the end", idle.memory, left.memory);
     verdict.holds("clients that did their work", figure("talk", "connections") > 0 && figure("greed", "refused") > 0);
     verdict.holds("service ended as asked", status.success());

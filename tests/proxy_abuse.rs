@@ -1,0 +1,285 @@
+//! What goes wrong on either side of the proxy: a service that is silent, away, restarted or broken off, clients that leave or
+//! never read, too few descriptors, and a reload in the middle of a transfer.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::thread;
+
+use common::behind::{Behind, pair, serve, start};
+use common::records::{get, with_verdict};
+use common::{Client, End, Journald, OWNER, descriptors, eventually, memory, setting};
+use nix::sys::resource::{Resource, getrlimit};
+
+#[test]
+fn a_silent_service_holds_up_no_other_connection() {
+    let (proxy, behind) = serve(OWNER, "");
+    let (waits, silent) = pair(&proxy, &behind);
+    waits.send("question");
+    for _ in 0..50 {
+        let (client, service) = pair(&proxy, &behind);
+        client.send("ping");
+        service.expect("ping");
+        service.send("pong");
+        client.expect("pong");
+    }
+    // The client is the one to give up.
+    drop(waits);
+    silent.expect_end("question");
+}
+
+#[test]
+fn an_idle_timeout_ends_what_a_silent_service_leaves_open() {
+    let (proxy, behind) = serve(&format!("{OWNER}[limits]\nidle-timeout = \"100ms\"\n"), "");
+    let (client, service) = pair(&proxy, &behind);
+    client.send("question");
+    client.expect_end("");
+    service.expect_end("question");
+}
+
+#[test]
+fn a_service_that_restarts_gets_what_clients_sent_meanwhile() {
+    let (proxy, behind) = serve(OWNER, "connect-timeout = \"1h\"\n");
+    let (before, service) = pair(&proxy, &behind);
+    let path = behind.path.clone();
+    drop((service, behind));
+    before.expect_end("");
+    // Its socket is still there, and no process listens on it.
+    let early = proxy.connect();
+    early.send("early");
+    std::fs::remove_file(&path).unwrap();
+    let late = proxy.connect();
+    late.send("later");
+    let behind = Behind { listener: UnixListener::bind(&path).unwrap(), path };
+    let mut heard: Vec<_> = [behind.accept(), behind.accept()].iter().map(|service| service.read(5)).collect();
+    heard.sort();
+    assert_eq!(heard, [b"early", b"later"]);
+}
+
+/// Waits until something to read has come.
+fn await_bytes(end: &Client) {
+    assert_eq!(nix::sys::socket::recv(fd_of(end), &mut [0], nix::sys::socket::MsgFlags::MSG_PEEK), Ok(1));
+}
+
+fn fd_of(end: &Client) -> std::os::fd::RawFd {
+    std::os::fd::AsRawFd::as_raw_fd(&end.0)
+}
+
+#[test]
+fn an_end_that_breaks_the_connection_off_ends_the_other_one() {
+    let (proxy, behind) = serve(OWNER, "");
+    let before = descriptors(&proxy);
+    for _ in 0..20 {
+        // What is unread as a socket is closed makes the kernel tell the other end of a reset.
+        let (client, service) = pair(&proxy, &behind);
+        service.send("unread");
+        await_bytes(&client);
+        drop(client);
+        assert_eq!(service.rest().0, b"");
+        let (client, service) = pair(&proxy, &behind);
+        client.send("unread");
+        await_bytes(&service);
+        drop(service);
+        assert_eq!(client.rest().0, b"");
+    }
+    eventually("the proxy has closed everything", || (descriptors(&proxy) == before).then_some(()));
+}
+
+#[test]
+fn a_client_that_never_reads_holds_up_its_own_connection_only() {
+    let (proxy, behind) = serve(OWNER, "");
+    let (deaf, service) = pair(&proxy, &behind);
+    let poured = service.clog(b"for deaf ears ");
+    assert!(poured.len() < 1 << 20, "{} bytes were taken", poured.len());
+    let (client, other) = pair(&proxy, &behind);
+    client.send("ping");
+    other.expect("ping");
+    drop(deaf);
+    eventually("the service gets EPIPE", || (&service.0).write(b"more").is_err().then_some(()));
+}
+
+/// Bytes that differ from place to place, as many times as it takes.
+struct Pattern(Vec<u8>);
+
+impl Pattern {
+    const PERIOD: usize = 8191;
+    const MOST: usize = 64 * 1024;
+
+    fn new() -> Self {
+        let of = |at: usize| ((at % Self::PERIOD).wrapping_mul(2_654_435_761) >> 9) as u8;
+        Self((0..Self::PERIOD + Self::MOST).map(of).collect())
+    }
+
+    fn at(&self, place: usize, length: usize) -> &[u8] {
+        &self.0[place % Self::PERIOD..][..length]
+    }
+
+    /// Writes what follows after `from` until `to`, or as much as the other end takes.
+    fn write(&self, mut end: &UnixStream, from: usize, to: usize) -> usize {
+        let mut at = from;
+        while at < to {
+            match end.write(self.at(at, Self::MOST.min(to - at))) {
+                Ok(count) => at += count,
+                Err(_) => break,
+            }
+        }
+        at
+    }
+
+    /// Reads and compares until the connection ends. How many bytes there were.
+    fn read(&self, mut end: &UnixStream) -> usize {
+        let (mut at, mut room) = (0, vec![0; Self::MOST]);
+        while let Ok(count @ 1..) = end.read(&mut room) {
+            assert!(room[..count] == *self.at(at, count), "other bytes from {at} on");
+            at += count;
+        }
+        at
+    }
+}
+
+#[test]
+fn a_stream_waits_for_its_reader_and_takes_no_memory_meanwhile() {
+    let length = setting("PEERGATE_TEST_STREAM", 64 << 20);
+    let (proxy, behind) = serve(OWNER, "");
+    let (client, service) = pair(&proxy, &behind);
+    let before = memory(&proxy, "VmRSS");
+    let pattern = Pattern::new();
+    for (from, into) in [(&client, &service), (&service, &client)] {
+        let stalled = from.clog(&pattern.0[..Pattern::PERIOD]).len();
+        assert!(stalled < 1 << 20, "{stalled} bytes were taken without a reader");
+        let heard = thread::scope(|scope| {
+            scope.spawn(|| {
+                assert_eq!(pattern.write(&from.0, stalled, length), length);
+                from.half_close();
+            });
+            pattern.read(&into.0)
+        });
+        assert_eq!(heard, length);
+    }
+    let grown = memory(&proxy, "VmHWM").saturating_sub(before);
+    assert!(grown < 1024, "grown by {grown} KiB");
+}
+
+#[test]
+fn a_reload_that_leads_elsewhere_in_the_middle_of_transfers_damages_none() {
+    let (proxy, behind) = serve(OWNER, "");
+    let pattern = Arc::new(Pattern::new());
+    let pairs: Vec<_> = (0..4).map(|_| pair(&proxy, &behind)).map(Arc::new).collect();
+    let mut threads = Vec::new();
+    for both in &pairs {
+        for is_up in [true, false] {
+            let ends = |both: &Arc<(Client, Client)>| Arc::clone(both);
+            let (pouring, hearing, of_one, of_other) = (ends(both), ends(both), pattern.clone(), pattern.clone());
+            let sent = thread::spawn(move || {
+                let from = if is_up { &pouring.0 } else { &pouring.1 };
+                of_one.write(&from.0, 0, usize::MAX)
+            });
+            let heard = thread::spawn(move || {
+                let into = if is_up { &hearing.1 } else { &hearing.0 };
+                of_other.read(&into.0)
+            });
+            threads.push((sent, heard));
+        }
+    }
+    let other = proxy.place.path("other");
+    let elsewhere = Behind { listener: UnixListener::bind(&other).unwrap(), path: other.clone() };
+    proxy.reload_with(&format!("{OWNER}[forward]\nto = \"{}\"\n", other.display()));
+    for (sent, heard) in threads {
+        let (sent, heard) = (sent.join().unwrap(), heard.join().unwrap());
+        assert!(heard <= sent, "{heard} of {sent} bytes");
+    }
+    assert!(elsewhere.is_left_alone(), "nothing of a transfer goes to another service");
+    let (client, service) = pair(&proxy, &elsewhere);
+    client.send("from the beginning");
+    service.expect("from the beginning");
+    drop((client, service));
+    let told = proxy.stop();
+    assert_eq!(told.matches("Revoked ").count(), pairs.len(), "{told}");
+}
+
+#[test]
+fn out_of_descriptors_a_client_waits_for_the_second_one_or_is_refused() {
+    const CLIENTS: usize = 60;
+    let config = format!("{OWNER}[limits]\nconnections = 100\nconnections-per-user = 100\n");
+    let (start, _) = start(&config, "connect-timeout = \"300ms\"\n");
+    let behind = Behind::at(start.place());
+    let proxy = start.wrapper(&["prlimit", "--nofile=41:41"]).ready();
+    let before = descriptors(&proxy);
+    let echo = |service: Client| {
+        let mut word = [0; 64];
+        while let Ok(count @ 1..) = (&service.0).read(&mut word) {
+            service.send(&word[..count]);
+        }
+    };
+    let listener = behind.listener.try_clone().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            thread::spawn(move || echo(Client::of(stream.unwrap())));
+        }
+    });
+    let clients: Vec<_> = (0..CLIENTS).map(|_| proxy.connect()).collect();
+    let is_served = |(number, client): (usize, &Client)| {
+        let word = format!("client {number:2}");
+        let _ = client.try_send(&word);
+        let mut heard = vec![0; word.len()];
+        let is_answered = (&client.0).read_exact(&mut heard).is_ok();
+        assert!(!is_answered || heard == word.as_bytes());
+        is_answered
+    };
+    let served = clients.iter().enumerate().filter(|client| is_served(*client)).count();
+    assert!(served > 5 && served < CLIENTS, "{served} were served");
+    drop(clients);
+    eventually("all are closed", || (descriptors(&proxy) == before).then_some(()));
+    assert!(is_served((0, &proxy.connect())), "there is room again");
+    let told = proxy.stop();
+    assert!(told.contains("could not be reached: Too many open files"), "{told}");
+}
+
+#[test]
+fn idle_pairs_take_little_memory() {
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    common::raise_descriptor_limit(most);
+    // Two descriptors each, in this process as in the proxy.
+    let pairs = setting("PEERGATE_TEST_PAIRS", 10_000).min((most as usize - 1500) / 2);
+    let config = format!("{OWNER}[limits]\nconnections = 20000\nconnections-per-user = 20000\n");
+    let (proxy, behind) = serve(&config, "");
+    let talk = |(client, service): &(Client, Client)| {
+        client.send("question");
+        service.expect("question");
+        service.send("answer");
+        client.expect("answer");
+    };
+    // What the first of them cost: buffers, stacks, tables.
+    let first: Vec<_> = (0..500).map(|_| pair(&proxy, &behind)).inspect(talk).collect();
+    let before = memory(&proxy, "RssAnon");
+    let idle: Vec<_> = (first.len()..pairs).map(|_| pair(&proxy, &behind)).inspect(talk).collect();
+    let each = (memory(&proxy, "RssAnon") - before) * 1024 / idle.len() as u64;
+    common::figure!("{pairs} idle pairs: {each} bytes each");
+    assert!(each <= 600, "{each} bytes for each idle pair");
+    idle.iter().chain(&first).for_each(talk);
+}
+
+#[test]
+fn records_tell_the_service_and_what_was_passed_on() {
+    let journald = Journald::new();
+    let (start, path) = start(&format!("{OWNER}[audit]\nrecord = \"connections\"\n"), "connect-timeout = \"1ms\"\n");
+    let behind = Behind::at(start.place());
+    let proxy = start.journal(&journald).ready();
+    let (client, service) = pair(&proxy, &behind);
+    client.send("question");
+    service.expect("question");
+    service.send("an answer");
+    client.expect("an answer");
+    drop((client, service, behind));
+    std::fs::remove_file(&path).unwrap();
+    assert_eq!(proxy.connect().rest(), (Vec::new(), End::Eof));
+    let to = path.to_str().unwrap();
+    let closed = journald.wait_for("the end of the first", with_verdict("closed"));
+    let fields = ["GATE_UPSTREAM", "GATE_BYTES", "GATE_BYTES_SENT", "GATE_LINES"].map(|field| get(&closed, field));
+    assert_eq!(fields, [to, "8", "9", "(absent)"]);
+    let refused = journald.wait_for("the refusal", with_verdict("refused"));
+    let fields = ["GATE_UPSTREAM", "GATE_REASON", "GATE_RULE"].map(|field| get(&refused, field));
+    assert_eq!(fields, [to, "upstream", "allow.owner"]);
+}
