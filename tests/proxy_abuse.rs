@@ -4,11 +4,11 @@
 mod common;
 
 use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 
-use common::behind::{Behind, pair, serve, start};
+use common::behind::{Behind, Pattern, pair, serve, start};
 use common::records::{get, with_verdict};
 use common::{Client, End, Journald, OWNER, descriptors, eventually, memory, setting};
 use nix::sys::resource::{Resource, getrlimit};
@@ -100,48 +100,9 @@ fn a_client_that_never_reads_holds_up_its_own_connection_only() {
     eventually("the service gets EPIPE", || (&service.0).write(b"more").is_err().then_some(()));
 }
 
-/// Bytes that differ from place to place, as many times as it takes.
-struct Pattern(Vec<u8>);
-
-impl Pattern {
-    const PERIOD: usize = 8191;
-    const MOST: usize = 64 * 1024;
-
-    fn new() -> Self {
-        let of = |at: usize| ((at % Self::PERIOD).wrapping_mul(2_654_435_761) >> 9) as u8;
-        Self((0..Self::PERIOD + Self::MOST).map(of).collect())
-    }
-
-    fn at(&self, place: usize, length: usize) -> &[u8] {
-        &self.0[place % Self::PERIOD..][..length]
-    }
-
-    /// Writes what follows after `from` until `to`, or as much as the other end takes.
-    fn write(&self, mut end: &UnixStream, from: usize, to: usize) -> usize {
-        let mut at = from;
-        while at < to {
-            match end.write(self.at(at, Self::MOST.min(to - at))) {
-                Ok(count) => at += count,
-                Err(_) => break,
-            }
-        }
-        at
-    }
-
-    /// Reads and compares until the connection ends. How many bytes there were.
-    fn read(&self, mut end: &UnixStream) -> usize {
-        let (mut at, mut room) = (0, vec![0; Self::MOST]);
-        while let Ok(count @ 1..) = end.read(&mut room) {
-            assert!(room[..count] == *self.at(at, count), "other bytes from {at} on");
-            at += count;
-        }
-        at
-    }
-}
-
 #[test]
 fn a_stream_waits_for_its_reader_and_takes_no_memory_meanwhile() {
-    let length = setting("PEERGATE_TEST_STREAM", 64 << 20);
+    let length = setting("PEERGATE_TEST_STREAM", 32 << 20);
     let (proxy, behind) = serve(OWNER, "");
     let (client, service) = pair(&proxy, &behind);
     let before = memory(&proxy, "VmRSS");
@@ -154,7 +115,7 @@ fn a_stream_waits_for_its_reader_and_takes_no_memory_meanwhile() {
                 assert_eq!(pattern.write(&from.0, stalled, length), length);
                 from.half_close();
             });
-            pattern.read(&into.0)
+            pattern.read(&into.0, 0)
         });
         assert_eq!(heard, length);
     }
@@ -178,7 +139,7 @@ fn a_reload_that_leads_elsewhere_in_the_middle_of_transfers_damages_none() {
             });
             let heard = thread::spawn(move || {
                 let into = if is_up { &hearing.1 } else { &hearing.0 };
-                of_other.read(&into.0)
+                of_other.read(&into.0, 0)
             });
             threads.push((sent, heard));
         }
@@ -201,11 +162,17 @@ fn a_reload_that_leads_elsewhere_in_the_middle_of_transfers_damages_none() {
 
 #[test]
 fn out_of_descriptors_a_client_waits_for_the_second_one_or_is_refused() {
+    // With one limit or the other the number of those left is odd, and one client lacks the second one.
+    let told = [40, 41].map(serve_with_few_descriptors);
+    assert!(told.iter().any(|told| told.contains("could not be reached: Too many open files")), "{told:?}");
+}
+
+fn serve_with_few_descriptors(limit: usize) -> String {
     const CLIENTS: usize = 60;
     let config = format!("{OWNER}[limits]\nconnections = 100\nconnections-per-user = 100\n");
     let (start, _) = start(&config, "connect-timeout = \"300ms\"\n");
     let behind = Behind::at(start.place());
-    let proxy = start.wrapper(&["prlimit", "--nofile=41:41"]).ready();
+    let proxy = start.wrapper(&["prlimit", &format!("--nofile={limit}:{limit}")]).ready();
     let before = descriptors(&proxy);
     let echo = |service: Client| {
         let mut word = [0; 64];
@@ -233,8 +200,7 @@ fn out_of_descriptors_a_client_waits_for_the_second_one_or_is_refused() {
     drop(clients);
     eventually("all are closed", || (descriptors(&proxy) == before).then_some(()));
     assert!(is_served((0, &proxy.connect())), "there is room again");
-    let told = proxy.stop();
-    assert!(told.contains("could not be reached: Too many open files"), "{told}");
+    proxy.stop()
 }
 
 #[test]
@@ -256,7 +222,7 @@ fn idle_pairs_take_little_memory() {
     let before = memory(&proxy, "RssAnon");
     let idle: Vec<_> = (first.len()..pairs).map(|_| pair(&proxy, &behind)).inspect(talk).collect();
     let each = (memory(&proxy, "RssAnon") - before) * 1024 / idle.len() as u64;
-    common::figure!("{pairs} idle pairs: {each} bytes each");
+    figure!("{pairs} idle pairs: {each} bytes each");
     assert!(each <= 600, "{each} bytes for each idle pair");
     idle.iter().chain(&first).for_each(talk);
 }

@@ -2,12 +2,13 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixListener;
+use std::net::Shutdown;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use common::behind::Pattern;
 use common::{Client, Echod, OWNER, PATIENCE, Start, show};
 
 const TRANSFERS: usize = 64;
@@ -63,48 +64,36 @@ fn a_connection_goes_on_over_a_restart_with_what_lies_in_between() {
     proxy.stop();
 }
 
-/// Byte `at` of the stream of connection `number`: no two places near each other look alike.
-fn byte(number: usize, at: usize) -> u8 {
-    ((at.wrapping_mul(2_654_435_761) >> 7) as u8) ^ (number as u8)
+/// Where in the pattern the stream of this number begins: no two look alike.
+fn beginning(number: usize) -> usize {
+    number * 61
 }
 
-fn pour(number: usize, mut to: &std::os::unix::net::UnixStream, stop: &AtomicBool) -> usize {
-    let mut at = 0;
+/// How many bytes were written.
+fn pour(pattern: &Pattern, number: usize, to: &UnixStream, stop: &AtomicBool) -> usize {
+    let begin = beginning(number);
+    let mut at = begin;
     while !stop.load(Ordering::Relaxed) {
-        let piece: Vec<u8> = (at..at + 8192).map(|at| byte(number, at)).collect();
-        to.write_all(&piece).unwrap();
-        at += piece.len();
+        at = pattern.write(to, at, at + 20_000);
     }
-    to.shutdown(std::net::Shutdown::Write).unwrap();
-    at
-}
-
-fn drain(number: usize, mut from: &std::os::unix::net::UnixStream) -> usize {
-    let (mut at, mut room) = (0, [0; 50_000]);
-    loop {
-        let count = from.read(&mut room).unwrap();
-        if count == 0 {
-            return at;
-        }
-        for (offset, got) in room[..count].iter().enumerate() {
-            assert_eq!(*got, byte(number, at + offset), "connection {number}, byte {}", at + offset);
-        }
-        at += count;
-    }
+    to.shutdown(Shutdown::Write).unwrap();
+    at - begin
 }
 
 #[test]
 fn transfers_both_ways_lose_and_double_no_byte_over_restarts() {
     let (mut proxy, behind) = serve("");
-    let stop = Arc::new(AtomicBool::new(false));
+    let (stop, pattern) = (Arc::new(AtomicBool::new(false)), Arc::new(Pattern::new()));
     let mut threads = Vec::new();
     for number in 0..TRANSFERS {
         let (client, service) = pair(&proxy, &behind);
         for (end, out, into) in [(client, number, TRANSFERS + number), (service, TRANSFERS + number, number)] {
             let end = Arc::new(end);
             let (pouring, stop) = (Arc::clone(&end), Arc::clone(&stop));
-            threads.push((out, true, thread::spawn(move || pour(out, &pouring.0, &stop))));
-            threads.push((into, false, thread::spawn(move || drain(into, &end.0))));
+            let (one, other) = (Arc::clone(&pattern), Arc::clone(&pattern));
+            threads.push((out, true, thread::spawn(move || pour(&one, out, &pouring.0, &stop))));
+            let from = beginning(into);
+            threads.push((into, false, thread::spawn(move || other.read(&end.0, from) - from)));
         }
     }
     for _ in 0..3 {

@@ -1,7 +1,7 @@
 //! The proxy in front of a service that is the test's own.
 
-use std::io::ErrorKind;
-use std::os::unix::net::UnixListener;
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -52,4 +52,43 @@ pub fn serve(config: &str, more: &str) -> (Echod, Behind) {
 pub fn pair(proxy: &Echod, behind: &Behind) -> (Client, Client) {
     let client = proxy.connect();
     (client, behind.accept())
+}
+
+/// Bytes that differ from place to place, as many times as it takes.
+pub struct Pattern(pub Vec<u8>);
+
+impl Pattern {
+    pub const PERIOD: usize = 8191;
+    pub const MOST: usize = 64 * 1024;
+
+    pub fn new() -> Self {
+        let of = |at: usize| ((at % Self::PERIOD).wrapping_mul(2_654_435_761) >> 9) as u8;
+        Self((0..Self::PERIOD + Self::MOST).map(of).collect())
+    }
+
+    pub fn at(&self, place: usize, length: usize) -> &[u8] {
+        &self.0[place % Self::PERIOD..][..length]
+    }
+
+    /// Writes what follows after `from` until `to`, or as much as the other end takes.
+    pub fn write(&self, mut end: &UnixStream, from: usize, to: usize) -> usize {
+        let mut at = from;
+        while at < to {
+            match end.write(self.at(at, Self::MOST.min(to - at))) {
+                Ok(count) => at += count,
+                Err(_) => break,
+            }
+        }
+        at
+    }
+
+    /// Reads and compares, from this place on, until the connection ends. At which place that was.
+    pub fn read(&self, mut end: &UnixStream, from: usize) -> usize {
+        let (mut at, mut room) = (from, vec![0; Self::MOST]);
+        while let Ok(count @ 1..) = end.read(&mut room) {
+            assert!(room[..count] == *self.at(at, count), "other bytes from {at} on");
+            at += count;
+        }
+        at
+    }
 }
