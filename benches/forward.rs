@@ -11,21 +11,20 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::fcntl::{OFlag, SpliceFFlags, splice};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{Backlog, listen};
-use nix::unistd::{Pid, pipe2};
+use nix::unistd::Pid;
+use peergate::pipe::{Pipe, Spliced};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -110,42 +109,25 @@ impl Passes for Copying {
     }
 }
 
-/// Moves pages through a pipe, which is empty in between: what was not taken is read from it.
+/// Moves pages through a pipe, as the proxy does where messages are long.
 struct Splicing {
-    out: File,
-    into: File,
+    pipe: Pipe,
+    room: Vec<u8>,
 }
 
 impl Splicing {
     fn new() -> Outcome<Self> {
-        let (out, into) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
-        Ok(Self { out: out.into(), into: into.into() })
+        Ok(Self { pipe: Pipe::new()?, room: vec![0; 64 * 1024] })
     }
 }
 
 impl Passes for Splicing {
     fn pass(&mut self, from: &UnixStream, to: &UnixStream) -> io::Result<Vec<u8>> {
-        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-        let count = splice(from, None, &self.into, None, 64 * 1024, flags)?;
-        if count == 0 {
+        let Spliced { read, written } = self.pipe.pass(from.as_fd(), to.as_fd(), &mut self.room)?;
+        if read == 0 {
             return Err(ErrorKind::UnexpectedEof.into());
         }
-        let mut left = count;
-        let mut outcome = Ok(());
-        while left > 0 && outcome.is_ok() {
-            match splice(&self.out, None, to, None, left, flags) {
-                Ok(taken) => left -= taken,
-                Err(error) => outcome = Err(error),
-            }
-        }
-        let mut held = vec![0; left];
-        self.out.read_exact(&mut held)?;
-        if let Err(error) = outcome {
-            if error != Errno::EAGAIN {
-                return Err(error.into());
-            }
-        }
-        Ok(held)
+        Ok(self.room[written?..read].to_vec())
     }
 }
 

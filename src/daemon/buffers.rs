@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::pipe::{Pipe, Spliced};
+use peergate::pipe::{Pipe, Spliced};
 
 /// Buffers kept for the next connection that needs one: so many big ones, so many small ones.
 const SPARE: usize = 4;

@@ -33,7 +33,6 @@ pub mod moment;
 mod names;
 mod output;
 mod pacing;
-pub mod pipe;
 pub mod protocol;
 mod reload;
 pub mod report;

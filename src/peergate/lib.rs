@@ -134,6 +134,8 @@ pub mod identity;
 pub mod journal;
 mod memory;
 pub mod permits;
+#[doc(hidden)]
+pub mod pipe;
 pub mod policy;
 pub mod policy_file;
 pub mod service;

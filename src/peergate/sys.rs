@@ -78,6 +78,14 @@ pub(crate) fn peer_label<'r>(socket: BorrowedFd<'_>, room: &'r mut [u8]) -> io::
     Ok(room.get(..length as usize).unwrap_or_default())
 }
 
+/// splice(2): moves up to `most` bytes from one to the other, of which one is a pipe, without copying and without waiting.
+pub(crate) fn splice(from: BorrowedFd<'_>, to: BorrowedFd<'_>, most: usize) -> Result<usize, Errno> {
+    let (from, to, none) = (from.as_raw_fd(), to.as_raw_fd(), std::ptr::null_mut());
+    // SAFETY: without offsets it reads and writes no memory of this process.
+    let moved = unsafe { libc::splice(from, none, to, none, most, libc::SPLICE_F_NONBLOCK | libc::SPLICE_F_MOVE) };
+    Errno::result(moved).map(|moved| moved.unsigned_abs())
+}
+
 /// FIONREAD: how many bytes are in the receive queue, unix(7) (as SIOCINQ).
 pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     let mut count: libc::c_int = 0;

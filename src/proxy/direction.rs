@@ -10,8 +10,8 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{BorrowedFd, OwnedFd};
 
 use peergate::fd_passing::Descriptors;
+use peergate::pipe::Spliced;
 use peergate_daemon::buffers::Buffers;
-use peergate_daemon::pipe::Spliced;
 use peergate_daemon::protocol::{MOST_FURTHER, Received};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 

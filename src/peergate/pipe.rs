@@ -2,11 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, SpliceFFlags, splice};
+use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
+
+use crate::sys::splice;
 
 /// The pipe.
 #[derive(Debug)]
@@ -39,11 +41,10 @@ impl Pipe {
     /// What splice(2) says where it reads. Where the rest cannot be taken out of the pipe, which then is of no use any more, an
     /// error of read(2).
     pub fn pass(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<Spliced> {
-        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-        let read = splice(from, None, &self.into, None, room.len(), flags)?;
+        let read = splice(from, self.into.as_fd(), room.len())?;
         let (mut count, mut broken) = (0, None);
         while count < read && broken.is_none() {
-            match splice(&self.out, None, to, None, read - count, flags) {
+            match splice(self.out.as_fd(), to, read - count) {
                 Ok(taken) => count += taken,
                 Err(Errno::EINTR) => {}
                 Err(Errno::EAGAIN) => break,
@@ -59,7 +60,6 @@ impl Pipe {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
     use nix::sys::socket::{setsockopt, sockopt};
