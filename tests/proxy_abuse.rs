@@ -84,7 +84,7 @@ fn an_end_that_breaks_the_connection_off_ends_the_other_one() {
         drop(service);
         assert_eq!(client.rest().0, b"");
     }
-    eventually("the proxy has closed everything", || (descriptors(&proxy) == before).then_some(()));
+    eventually("the proxy has closed everything", || (descriptors(&proxy) <= before).then_some(()));
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn serve_with_few_descriptors(limit: usize) -> String {
     let served = clients.iter().enumerate().filter(|client| is_served(*client)).count();
     assert!(served > 5 && served < CLIENTS, "{served} were served");
     drop(clients);
-    eventually("all are closed", || (descriptors(&proxy) == before).then_some(()));
+    eventually("all are closed", || (descriptors(&proxy) <= before).then_some(()));
     assert!(is_served((0, &proxy.connect())), "there is room again");
     proxy.stop()
 }
