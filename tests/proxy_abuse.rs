@@ -3,14 +3,16 @@
 
 mod common;
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::thread;
 
 use common::behind::{Behind, Pattern, pair, serve, start};
 use common::records::{get, with_verdict};
-use common::{Client, End, Journald, OWNER, descriptors, eventually, memory, setting};
+use common::{Client, End, Journald, OWNER, PATIENCE, descriptors, eventually, memory, setting};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 
 #[test]
@@ -98,6 +100,22 @@ fn a_client_that_never_reads_holds_up_its_own_connection_only() {
     other.expect("ping");
     drop(deaf);
     eventually("the service gets EPIPE", || (&service.0).write(b"more").is_err().then_some(()));
+}
+
+#[test]
+fn an_end_that_waits_for_room_hears_that_the_other_one_is_gone() {
+    for is_up in [true, false] {
+        let (proxy, behind) = serve(OWNER, "");
+        let (client, service) = pair(&proxy, &behind);
+        let (stays, goes) = if is_up { (service, client) } else { (client, service) };
+        let sent = goes.clog(b"never heard ");
+        stays.clog(b"nor this ");
+        drop(goes);
+        let mut question = [PollFd::new(stays.0.as_fd(), PollFlags::POLLOUT)];
+        assert_eq!(poll(&mut question, PollTimeout::try_from(PATIENCE).unwrap()), Ok(1), "it waits for room");
+        assert_eq!((&stays.0).write(b"more").unwrap_err().kind(), ErrorKind::BrokenPipe);
+        assert!(stays.rest().0 == sent, "what was sent before arrives");
+    }
 }
 
 #[test]

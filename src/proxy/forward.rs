@@ -375,7 +375,7 @@ impl Forward {
 
     /// What follows from what one direction did. Whether it did anything; `Err`: how the connection ends.
     fn settle(&mut self, way: Way, moved: Moved, io: &mut Io<'_, Self>) -> Result<bool, Turn> {
-        let Some(upstream) = &self.upstream else { return Err(Turn::Closed) };
+        let Self { upstream: Some(upstream), passes, up, down, .. } = self else { return Err(Turn::Closed) };
         match (moved, way) {
             (Moved::Nothing, _) => return Ok(false),
             (Moved::Some, _) => {}
@@ -385,12 +385,19 @@ impl Forward {
             (Moved::SenderGone, _) => return Err(Turn::Closed),
             // As it would see it without a proxy, the end that sends gets EPIPE.
             (Moved::ReceiverGone, Way::Up) => {
-                self.up.stop(io.buffers);
+                up.stop(io.buffers);
                 io.peer.shutdown(Shutdown::Read);
+                let (mut none, peer) = (fd_passing::Descriptors::default(), &mut io.peer);
+                discard(&mut io.buffers.input, |room| match passes {
+                    true => peer.receive_with_descriptors(room, &mut none),
+                    false => peer.receive(room),
+                });
             }
             (Moved::ReceiverGone, Way::Down) => {
+                down.stop(io.buffers);
                 let _ = upstream.shutdown(Shutdown::Read);
-                self.down.stop(io.buffers);
+                let mut none = fd_passing::Descriptors::default();
+                discard(&mut io.buffers.input, |room| receive(upstream, room, &mut none, *passes));
             }
             (Moved::Stopped(Received::SenderMismatch(sender)), _) => return Err(Turn::SenderMismatch(sender)),
             (Moved::Stopped(Received::Descriptors), Way::Up) => return Err(Turn::DescriptorsReceived),
@@ -428,6 +435,12 @@ fn splice(way: Way, direction: &mut Direction, upstream: &Stream, io: &mut Io<'_
         Way::Down => io.peer.note_passed(0, since(direction.written(), before[1])),
     }
     moved
+}
+
+/// Empties the queue of an end that may send no more. While its queue is full, that end waits for room, and poll(2) does not
+/// tell it that a write would fail.
+fn discard(room: &mut [u8], mut receive: impl FnMut(&mut [u8]) -> Received) {
+    while matches!(receive(room), Received::Bytes(_)) {}
 }
 
 /// Reads once from the service.
