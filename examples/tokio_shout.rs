@@ -44,5 +44,5 @@ async fn serve(gate: Carrier<(), Work>) -> io::Result<()> {
 
 fn main() -> Result<(), Error> {
     let file = std::env::args_os().nth(1).unwrap_or_else(|| "/etc/shout.toml".into());
-    Service::from_systemd("shout").policy_file(file).hand_over::<Work>().block_on(serve)
+    Service::from_systemd("tokio_shout").policy_file(file).hand_over::<Work>().block_on(serve)
 }

@@ -36,6 +36,14 @@
 //!
 //! The same on tokio, with axum (feature `axum`); a rule with `may-write = true` lets its peers write:
 //!
+//! ```toml
+//! # Cargo.toml
+//! [dependencies]
+//! axum = "0.8"
+//! peergate = { version = "0.1", features = ["axum"] }
+//! serde = { version = "1", features = ["derive"] }
+//! ```
+//!
 //! ```no_run
 //! # #[cfg(feature = "axum")] mod shown {
 //! use axum::{Router, routing::{get, post}};

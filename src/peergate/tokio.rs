@@ -22,6 +22,9 @@
 //! }
 //! ```
 //!
+//! In Cargo.toml it has `tokio = { version = "1", features = ["io-util", "macros"] }` beside
+//! `peergate = { version = "0.1", features = ["tokio"] }`.
+//!
 //! The gate takes its turns in a task of the runtime. Signals, reload and watchdog are heard on a thread of their own: a
 //! runtime that is kept from running its tasks gets no WATCHDOG=1, and the service manager starts the service again.
 //!
