@@ -80,6 +80,22 @@ fn connections_of_a_message_cut_off_end_without_a_byte() {
 }
 
 #[test]
+fn a_process_that_cannot_serve_answers_nothing_where_no_state_is_known() {
+    let Two { at_rest, midline, echod } = Two::new();
+    echod.signal(Signal::SIGTERM);
+    let (code, stderr) = echod.fail_again(|start, stored| {
+        start.place().file("echod.toml", "[allow.x]\nuser = [0]\n");
+        [&at_rest, &midline].iter().for_each(|client| client.send("meanwhile\n"));
+        change_left(stored, |messages| messages[1].bytes.push(0));
+        start
+    });
+    assert_eq!(code, 78, "{stderr}");
+    assert!(stderr.contains("2 connections of an earlier process ended"), "{stderr}");
+    at_rest.expect_end("");
+    midline.expect_end("");
+}
+
+#[test]
 fn connections_of_a_corrupted_message_end_without_a_byte() {
     for place in [12, 20, 21, 25, 30, 40, 50] {
         expect_ended("the message is cut off or corrupted", |message| message.bytes[place] ^= 0x40);
