@@ -172,22 +172,31 @@ fn one_user_has_one_limit_under_all_subordinate_ids() {
 
 #[test]
 fn one_user_has_one_burst_of_records_under_all_subordinate_ids() {
-    let database = world();
-    let journald = Journald::new();
     let policy = format!("[audit]\nburst = 2\n{}", common::DENY_ALL);
-    let echod = Start::serving(&policy).wrapper(&database.wrapper()).journal(&journald).ready();
-    for uid in [EVE, "5", "6", "7", "8"] {
-        let under = [&UNSHARE[..], &["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"]].concat();
-        let wrapper = if uid == EVE { &[][..] } else { &under };
-        connect(&database, &echod, [EVE, ""], wrapper, 1).client().expect_end(DENIED);
+    for is_learnt_by_a_reload in [false, true] {
+        let (database, journald) = (world(), Journald::new());
+        let subuid = std::fs::read_to_string(database.path("subuid")).unwrap();
+        if is_learnt_by_a_reload {
+            database.put("subuid", "");
+        }
+        let echod = Start::serving(&policy).wrapper(&database.wrapper()).journal(&journald).ready();
+        if is_learnt_by_a_reload {
+            database.put("subuid", &subuid);
+            echod.reload();
+        }
+        for uid in [EVE, "5", "6", "7", "8"] {
+            let under = [&UNSHARE[..], &["setpriv", "--reuid", uid, "--regid", uid, "--clear-groups"]].concat();
+            let wrapper = if uid == EVE { &[][..] } else { &under };
+            connect(&database, &echod, [EVE, ""], wrapper, 1).client().expect_end(DENIED);
+        }
+        echod.stop();
+        let entries = journald.entries();
+        let of = |verdict| entries.iter().filter(|entry| with_verdict(verdict)(entry)).collect::<Vec<_>>();
+        let denied: Vec<_> = of("denied").iter().map(|entry| get(entry, "PEER_UID")).collect();
+        assert_eq!(denied, [EVE, "1000004"], "{entries:?}");
+        let [summary] = of("summary")[..] else { panic!("{entries:?}") };
+        assert_eq!([get(summary, "PEER_UID"), get(summary, "GATE_COUNT")], [EVE, "3"]);
     }
-    echod.stop();
-    let entries = journald.entries();
-    let of = |verdict| entries.iter().filter(|entry| with_verdict(verdict)(entry)).collect::<Vec<_>>();
-    let denied: Vec<_> = of("denied").iter().map(|entry| get(entry, "PEER_UID")).collect();
-    assert_eq!(denied, [EVE, "1000004"], "{entries:?}");
-    let [summary] = of("summary")[..] else { panic!("{entries:?}") };
-    assert_eq!([get(summary, "PEER_UID"), get(summary, "GATE_COUNT")], [EVE, "3"]);
 }
 
 #[test]
@@ -295,6 +304,7 @@ fn a_rule_by_login_tells_one_users_root_from_anothers() {
         let described = ["explain", "--uid", uid, "--login", login];
         let text = database.echod(&described, &echod.place.path("echod.toml")).1;
         assert_eq!(text.lines().next(), Some(verdict), "{text}");
+        assert_eq!(text.contains("no login started the process"), login == NO_LOGIN, "{text}");
     }
 }
 

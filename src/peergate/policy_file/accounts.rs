@@ -427,6 +427,14 @@ mod tests {
     }
 
     #[test]
+    fn the_services_own_uid_is_no_subordinate_id_although_no_database_lists_it() {
+        let database = Database { subuid: "u1:100000:10\n".to_owned(), ..Database::default() };
+        let (policy, warnings) = with_accounts(Policy::<()>::owner_only(Uid::new(100_005)), &database).unwrap();
+        let owners = [100_004, 100_005, 100_006].map(|uid| policy.owner_of(Uid::new(uid)).raw());
+        assert_eq!((owners, warnings.len()), ([1, 100_005, 1], 1), "{warnings:?}");
+    }
+
+    #[test]
     fn numbers_are_read_as_strtoul_reads_them() {
         for (text, expected) in [
             ("100000", Some(100_000)),
