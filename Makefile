@@ -1,7 +1,7 @@
 # The commands for people. Each target names what it needs beyond make, and installs what is missing (tools/require).
 
 .PHONY: run test lint check check-root suites unit-tests doctests features e2e units deb installed package-test lintian piuparts \
-	debians-rust bench bench-quick fuzz soak flood tonic audit
+	debians-rust kernels bench bench-quick fuzz soak flood tonic audit
 # One after another, but for what `test` and `check` ask to have side by side.
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
@@ -96,6 +96,10 @@ piuparts: deb
 	$(become_root) packaging/piuparts-deb $(debs) $(RELEASES)
 debians-rust: deb
 	$(become_root) packaging/build-clean --features out/peergate_$(version).dsc
+
+# The finished packages on the kernels that Debian 12 and 13 ship, emulated: up to an hour. Before a release.
+kernels: deb
+	nice tests/e2e/kernels $(debs)
 
 # The table in benches/README.md, measured anew. Takes long, and needs a machine without other work.
 bench:
