@@ -6,12 +6,13 @@ mod common;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread;
 
 use common::behind::{Behind, Pattern, pair, serve, start};
 use common::records::{get, with_verdict};
-use common::{Client, End, Journald, OWNER, PATIENCE, descriptors, eventually, memory, setting};
+use common::{Client, Echod, End, Journald, OWNER, PATIENCE, descriptors, eventually, memory, setting};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -178,14 +179,39 @@ fn a_reload_that_leads_elsewhere_in_the_middle_of_transfers_damages_none() {
     assert_eq!(told.matches("Revoked ").count(), pairs.len(), "{told}");
 }
 
-#[test]
-fn out_of_descriptors_a_client_waits_for_the_second_one_or_is_refused() {
-    // With one limit or the other the number of those left is odd, and one client lacks the second one.
-    let told = [40, 41].map(serve_with_few_descriptors);
-    assert!(told.iter().any(|told| told.contains("could not be reached: Too many open files")), "{told:?}");
+/// Leaves the program so many numbers for descriptors.
+fn leave_free(proxy: &Echod, free: usize) {
+    let entries = std::fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap();
+    let used: Vec<usize> = entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+    let limit = (0..).filter(|number| !used.contains(number)).nth(free).unwrap();
+    let (pid, limit) = (proxy.pid().to_string(), format!("--nofile={limit}:"));
+    assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
 }
 
-fn serve_with_few_descriptors(limit: usize) -> String {
+#[test]
+fn a_client_waits_while_there_is_no_descriptor_for_the_service() {
+    let (proxy, behind) = serve(OWNER, "connect-timeout = \"1h\"\n");
+    leave_free(&proxy, 1);
+    let client = proxy.connect();
+    client.send("patience");
+    eventually("the client has the last one", || {
+        let ends = std::fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap();
+        let limit = std::fs::read_to_string(format!("/proc/{}/limits", proxy.pid())).unwrap();
+        let most =
+            limit.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next()?.parse().ok());
+        (Some(ends.count()) == most).then_some(())
+    });
+    assert!(behind.is_left_alone());
+    leave_free(&proxy, 100);
+    let service = behind.accept();
+    service.expect("patience");
+    service.send("rewarded");
+    client.expect("rewarded");
+}
+
+#[test]
+fn out_of_descriptors_clients_are_served_or_refused_and_there_is_room_again() {
+    let limit = 41;
     const CLIENTS: usize = 60;
     let config = format!("{OWNER}[limits]\nconnections = 100\nconnections-per-user = 100\n");
     let (start, _) = start(&config, "connect-timeout = \"300ms\"\n");
@@ -218,7 +244,7 @@ fn serve_with_few_descriptors(limit: usize) -> String {
     drop(clients);
     eventually("all are closed", || (descriptors(&proxy) <= before).then_some(()));
     assert!(is_served((0, &proxy.connect())), "there is room again");
-    proxy.stop()
+    proxy.stop();
 }
 
 #[test]
