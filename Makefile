@@ -25,7 +25,7 @@ side_by_side = $(MAKE) --no-print-directory --jobs=6 --output-sync=target SIDE_B
 
 # Everything, as CI runs it.
 test: lint
-	+$(side_by_side) units package-test suites features check-root tonic
+	+$(side_by_side) units package-test suites features check-root
 	+$(MAKE) --no-print-directory bench-quick
 
 # Tests that need peers of other users, control groups or mount namespaces. Each fails with that message without root.

@@ -100,21 +100,3 @@ a_filter_with_threads_keeps_its_connections_over_a_restart() {
 a_filter_on_tokio_keeps_its_connections_over_a_restart() {
     _filter tokio_shout
 }
-
-_health() { # USER
-    head --bytes=5 /dev/zero >/tmp/claim/request
-    as "$1" curl --silent --max-time 20 --http2-prior-knowledge --include --data-binary @/tmp/claim/request \
-        --header 'content-type: application/grpc' --header 'te: trailers' \
-        --unix-socket "$socket" http://localhost/grpc.health.v1.Health/Check | tr '\0' '.'
-}
-a_grpc_service_answers_one_user_and_denies_another() {
-    _service tonic_health <<<$'[allow.monitoring]\nusers = ["alice"]'
-    _health alice | grep --quiet 'grpc-status: 0' || fail "alice:" "$(_health alice)"
-    expect "bob" "" "$(_health bob || true)"
-    _lives_on
-    _reload 1 <<<$'[allow.monitoring]\nusers = ["bob"]'
-    _restart
-    _health bob | grep --quiet 'grpc-status: 0' || fail "bob:" "$(_health bob)"
-    expect "alice" "" "$(_health alice || true)"
-    _lives_on
-}
