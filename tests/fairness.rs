@@ -2,45 +2,138 @@
 
 mod common;
 
-use common::records::{get, serve};
-use common::{ALICE, Client, Journald, MemoryGroup, PeerProcess, Start, answer, clog_all, needs_root, setting};
+use std::fs;
+
+use common::records::get;
+use common::{
+    ALICE, Client, Echod, Entry, Journald, MemoryGroup, PeerProcess, Place, Start, answer, clog_all, needs_root,
+    setting,
+};
 use nix::sys::signal::Signal;
+
+/// MESSAGE_ID of a line, and of the lines that were not recorded one by one.
+const LINE: &str = "b4a1cf2d2f5c4b0f9d0f5ab96f3f1c27";
+const SUMMARY_OF_LINES: &str = "a32225cea0b74f40a0009c977477f105";
 
 const ALL: &str = "[allow.all]\nusers = [\"any\"]\n";
 
-/// The order in which lines were answered is the order of their records.
-#[test]
-fn a_line_waits_for_a_few_turns_of_a_user_with_many_connections() {
-    const CONNECTIONS: usize = 16;
-    const LINES: usize = 150;
-    needs_root();
-    let journald = Journald::new();
-    let config = "[audit]\nrecord = \"lines\"\nburst = 100000\n[service]\nworkers = 1\nbusy-poll = \"off\"\n";
-    let echod = serve(&journald, &format!("{config}{ALL}"));
-    let greedy: Vec<Client> = (0..CONNECTIONS).map(|_| echod.connect()).collect();
+/// Lines of one connection: how many, and how long each is. Not more lines in all than records may wait.
+const LINES: usize = 150;
+const SHORT: usize = 400;
+const EACH: &str = "[audit]\nrecord = \"lines\"\nburst = 100000\ninterval = \"1h\"\n";
+
+fn lines(count: usize, length: usize) -> String {
+    format!("{}\n", "x".repeat(length)).repeat(count)
+}
+
+/// Greedy connections send many lines and a modest one a single line, all before the program looks. Returns how many of the
+/// greedy lines were answered first: the order of the answers is the order of their records.
+fn greedy_lines_first(journald: &Journald, echod: Echod, greedy: &[Client], count: usize, length: usize) -> usize {
+    let sent = lines(count, length);
+    let expected = answer(sent.as_bytes());
     let modest = PeerProcess::user(ALICE, &echod.socket());
-    // From here on both are heard, by the worker.
-    greedy.iter().chain([modest.client()]).for_each(|client| client.echo("hello"));
-    greedy.iter().chain([modest.client()]).for_each(|client| client.echo("again"));
-    // What all of them send now is there before the worker looks.
+    let all = || greedy.iter().chain([modest.client()]);
+    // From here on each is heard by a worker.
+    all().for_each(|client| client.echo("hello"));
+    all().for_each(|client| client.echo("again"));
     echod.kill(Signal::SIGSTOP);
-    let sent = format!("{}\n", "x".repeat(400)).repeat(LINES);
     greedy.iter().for_each(|client| client.send(&sent));
     modest.client().send("me too\n");
     echod.kill(Signal::SIGCONT);
     modest.client().expect("> me too\n");
-    let answer = format!("> {}\n", "x".repeat(400)).repeat(LINES);
-    greedy.iter().for_each(|client| client.expect(&answer));
+    greedy.iter().for_each(|client| client.expect(&expected));
     drop(echod.stop());
     let entries = journald.entries();
-    let length =
-        |bytes: &'static str| entries.iter().filter(move |entry| entry.get("GATE_BYTES").is_some_and(|b| b == bytes));
-    assert_eq!(length("401").count(), CONNECTIONS * LINES);
-    let before =
-        entries.iter().take_while(|entry| get(entry, "MESSAGE") != get(length("7").next().unwrap(), "MESSAGE"));
-    let before = before.filter(|entry| entry.get("GATE_BYTES").is_some_and(|bytes| bytes == "401")).count();
-    figure!("{before} of {} lines of the greedy user came first", CONNECTIONS * LINES);
-    assert!(before <= 4 * LINES, "{before} lines came first");
+    let length = (length + 1).to_string();
+    let has = |entry: &Entry, bytes: &str| entry.get("GATE_BYTES").is_some_and(|found| found == bytes);
+    assert_eq!(entries.iter().filter(|entry| has(entry, &length)).count(), greedy.len() * count);
+    entries.iter().take_while(|entry| !has(entry, "7")).filter(|entry| has(entry, &length)).count()
+}
+
+fn serve_lines(journald: &Journald, service: &str) -> Start {
+    Start::serving(&format!("{EACH}[service]\n{service}{ALL}")).journal(journald)
+}
+
+#[test]
+fn a_line_waits_for_a_few_turns_of_a_user_with_many_connections() {
+    needs_root();
+    for (poll, has_refusal) in [("off", true), ("50us", true), ("off", false)] {
+        let journald = Journald::new();
+        let start = serve_lines(&journald, &format!("workers = 1\nbusy-poll = \"{poll}\"\n"));
+        // Without it a kernel cannot refuse descriptors, and each read is preceded by a peek.
+        let without = ["trace=setsockopt", "inject=setsockopt:error=ENOPROTOOPT"];
+        let trace = start.place().path("trace");
+        let start = if has_refusal { start } else { start.traced(&trace, &without) };
+        let echod = start.ready();
+        let greedy: Vec<Client> = (0..16).map(|_| echod.connect()).collect();
+        let first = greedy_lines_first(&journald, echod, &greedy, LINES, SHORT);
+        figure!("{first} of {} lines of the greedy user came first", greedy.len() * LINES);
+        assert!(first <= 4 * LINES, "busy-poll {poll}, refusal {has_refusal}: {first} lines came first");
+    }
+}
+
+#[test]
+fn a_line_waits_for_a_few_turns_of_all_subordinate_ids_of_a_user() {
+    needs_root();
+    let journald = Journald::new();
+    let place = Place::new();
+    let start = serve_lines(&journald, "workers = 1\n").wrapper(&place.with_subuid("64021:70000:1000\n"));
+    let echod = start.ready();
+    let greedy = PeerProcess::wrapped(&[], &["--ids", "70000"], 16, &echod.socket());
+    let first = greedy_lines_first(&journald, echod, &greedy.connections, LINES, SHORT);
+    figure!("{first} of {} lines of the greedy user's ids came first", greedy.connections.len() * LINES);
+    assert!(first <= 4 * LINES, "{first} lines came first");
+}
+
+#[test]
+fn a_line_waits_for_a_few_turns_of_each_of_sixteen_users() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve_lines(&journald, "workers = 1\n").ready();
+    let connect = |user| PeerProcess::wrapped(&[], &["--as", &format!("{0}:{0}", 64101 + user)], 4, &echod.socket());
+    let greedy: Vec<Client> = (0..16).flat_map(|user| connect(user).end()).collect();
+    let first = greedy_lines_first(&journald, echod, &greedy, 50, 2000);
+    figure!("{first} of {} lines of sixteen greedy users came first", greedy.len() * 50);
+    // Two reads of each use up its part of a round.
+    assert!(first <= 16 * 2 * 50, "{first} lines came first");
+}
+
+/// With many workers the order of records is no order of turns: here it is the lines that count.
+#[test]
+fn no_line_is_lost_or_uncounted_while_the_journal_stands_still_in_a_reload_and_a_restart() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve_lines(&journald, "workers = 16\n").with_store();
+    let config = fs::read_to_string(echod.place.path("echod.toml")).unwrap();
+    let greedy: Vec<Client> = (0..32).map(|_| echod.connect()).collect();
+    let modest = PeerProcess::user(ALICE, &echod.socket());
+    let all = || greedy.iter().chain([modest.client()]);
+    all().for_each(|client| client.echo("hello"));
+    let sent = lines(LINES, SHORT);
+    let expected = answer(sent.as_bytes());
+    journald.stop_reading();
+    greedy.iter().for_each(|client| client.send(&sent));
+    modest.client().send("before the reload\n");
+    echod.reload_with(&config);
+    modest.client().expect("> before the reload\n");
+    greedy.iter().for_each(|client| client.expect(&expected));
+    journald.go_on();
+    echod.kill(Signal::SIGSTOP);
+    greedy.iter().for_each(|client| client.send(&sent));
+    modest.client().send("before the restart\n");
+    echod.kill(Signal::SIGCONT);
+    let echod = echod.restart(|start, _| start.journal(&journald));
+    modest.client().expect("> before the restart\n");
+    greedy.iter().for_each(|client| client.expect(&expected));
+    echod.stop();
+    let number = |entry: &Entry, field: &str| get(entry, field).parse::<usize>().unwrap();
+    let count = |entry: &Entry| match get(entry, "MESSAGE_ID") {
+        LINE => 1,
+        SUMMARY_OF_LINES => number(entry, "GATE_COUNT"),
+        _ => 0,
+    };
+    let counted: usize = journald.entries().iter().map(count).sum();
+    assert_eq!(counted, 33 + 2 * (32 * LINES + 1));
 }
 
 /// What `check` says a service with so many connections needs at most, in bytes.

@@ -34,6 +34,15 @@ impl Place {
         path
     }
 
+    /// A wrapper that runs a program with this /etc/subuid.
+    pub fn with_subuid(&self, text: &str) -> Vec<String> {
+        let subuid = self.file("subuid", text);
+        fs::OpenOptions::new().append(true).create(true).open("/etc/subuid").unwrap();
+        let script = "mount --bind \"$0\" /etc/subuid && exec \"$@\"";
+        let words = ["unshare", "-m", "--propagation", "private", "sh", "-c", script, subuid.to_str().unwrap()];
+        words.map(str::to_owned).to_vec()
+    }
+
     /// A listening socket, as systemd makes it with SocketMode=0666.
     pub fn listener(&self, name: &str) -> UnixListener {
         let path = self.path(name);

@@ -21,6 +21,7 @@
 //! --say-after TEXT       ... and send TEXT
 //! --real UID             become that real user, the effective one staying as it is: a set-uid program
 //! --times N              make N connections
+//! --ids UID              make each of them as another user, from this one on
 //! --gone                 exit at once, instead of waiting for the end of stdin
 //! ```
 //!
@@ -40,7 +41,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt};
-use nix::unistd::{Gid, Uid, setgroups, setresgid, setresuid};
+use nix::unistd::{Gid, Uid, seteuid, setgroups, setresgid, setresuid};
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -50,6 +51,7 @@ struct Options {
     then: Option<u32>,
     say_after: Option<String>,
     times: usize,
+    ids: Option<u32>,
     gone: bool,
 }
 
@@ -72,6 +74,7 @@ fn main() -> Outcome<()> {
                 setresuid(real, Uid::effective(), Uid::effective())?;
             }
             "--times" => options.times = value()?.parse()?,
+            "--ids" => options.ids = Some(value()?.parse()?),
             "--gone" => options.gone = true,
             "connect" => return connect(&value()?, &options),
             "flood" => return flood(&value()?, value()?.parse()?, options.say.as_deref()),
@@ -115,7 +118,12 @@ fn become_user(text: &str) -> Outcome<()> {
 
 fn connect(path: &str, options: &Options) -> Outcome<()> {
     let mut connections = Vec::new();
-    for _ in 0..options.times {
+    for number in 0_u32..options.times.try_into()? {
+        if let Some(first) = options.ids {
+            // The kernel tells the other end the effective user. Only root changes to any.
+            seteuid(Uid::from_raw(0))?;
+            seteuid(Uid::from_raw(first + number))?;
+        }
         let mut connection = UnixStream::connect(path)?;
         if let Some(text) = &options.say {
             connection.write_all(text.as_bytes())?;
