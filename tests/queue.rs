@@ -10,23 +10,13 @@ use std::fs;
 
 use common::records::{LONG, denials, get, serve, with_verdict};
 use common::{
-    ALICE, BOB, BUSY, Client, DENIED, Echod, Journald, PeerProcess, Start, eventually, needs_root,
-    raise_descriptor_limit, stands_for,
+    ALICE, BOB, BUSY, Client, DENIED, Echod, Journald, PeerProcess, Start, needs_root, raise_descriptor_limit,
+    stands_for,
 };
 use nix::sys::signal::Signal;
 
 /// Every denial is written one by one.
 const EACH: &str = "burst = 1000000\n";
-
-/// Stops the program. When this returns, none of its threads runs.
-fn stop(echod: &Echod) {
-    echod.signal(Signal::SIGSTOP);
-    let state = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap();
-    eventually("stopped", || {
-        let mut tasks = fs::read_dir(format!("/proc/{}/task", echod.pid())).unwrap();
-        tasks.all(|task| state(task.unwrap()).rsplit(')').next().unwrap().trim().starts_with(['T', 't'])).then_some(())
-    });
-}
 
 fn connect(uid: u32, count: usize, echod: &Echod) -> Vec<Client> {
     PeerProcess::wrapped(&[], &["--as", &format!("{uid}:{uid}")], count, &echod.socket()).end()
@@ -43,7 +33,7 @@ fn a_users_connection_does_not_wait_for_another_users_two_hundred() {
     needs_root();
     let journald = Journald::new();
     let echod = serve(&journald, &format!("{LONG}{EACH}{}", common::DENY_ALL));
-    stop(&echod);
+    echod.freeze();
     let flood = connect(ALICE, 200, &echod);
     let others: Vec<_> = [BOB, 64003].map(|uid| connect(uid, 1, &echod)).into();
     echod.signal(Signal::SIGCONT);
@@ -65,7 +55,7 @@ fn a_thousand_subordinate_ids_have_one_turn_together() {
     let place = common::Place::new();
     let config = format!("{LONG}{EACH}[limits]\nwaiting-per-user = 1024\n{}", common::DENY_ALL);
     let echod = Start::serving(&config).journal(&journald).wrapper(&place.with_subuid("64001:70000:1000\n")).ready();
-    stop(&echod);
+    echod.freeze();
     let flood = PeerProcess::wrapped(&[], &["--ids", "70000"], 990, &echod.socket()).end();
     let its_owner = connect(ALICE, 3, &echod);
     let other = connect(BOB, 1, &echod);
@@ -85,7 +75,7 @@ fn of_sixteen_users_at_once_each_has_one_connection_judged_before_a_newcomers() 
     let journald = Journald::new();
     let config = format!("{LONG}{EACH}{}[service]\nworkers = 16\n", common::DENY_ALL);
     let echod = serve(&journald, &config);
-    stop(&echod);
+    echod.freeze();
     let flood: Vec<_> = (0..16).flat_map(|user| connect(64101 + user, 15, &echod)).collect();
     let other = connect(BOB, 1, &echod);
     echod.signal(Signal::SIGCONT);
@@ -110,7 +100,7 @@ fn while_the_journal_stands_still_users_take_turns_and_each_denial_counts() {
     let trace = place.path("trace");
     let echod = start.traced(&trace, &without).ready();
     journald.stop_reading();
-    stop(&echod);
+    echod.freeze();
     let flood = connect(ALICE, 240, &echod);
     let other = connect(BOB, 1, &echod);
     echod.signal(Signal::SIGCONT);
@@ -128,7 +118,7 @@ fn more_than_may_wait_are_answered_and_counted_in_a_reload_too() {
     let journald = Journald::new();
     let config = format!("{LONG}burst = 3\n[limits]\nwaiting-per-user = 5\n");
     let echod = serve(&journald, &format!("{config}{}", common::DENY_ALL));
-    stop(&echod);
+    echod.freeze();
     let waiting = [connect(ALICE, 150, &echod), connect(BOB, 120, &echod)];
     echod.signal(Signal::SIGHUP);
     echod.signal(Signal::SIGCONT);
@@ -143,7 +133,7 @@ fn admitted_connections_beyond_what_may_wait_get_the_places_that_are_left() {
     let journald = Journald::new();
     let config = "[audit]\ninterval = \"1h\"\n[limits]\nconnections-per-user = 40\nwaiting-per-user = 10\n";
     let echod = serve(&journald, &format!("{config}[allow.all]\nusers = [\"any\"]\n"));
-    stop(&echod);
+    echod.freeze();
     let (flood, other) = (connect(ALICE, 100, &echod), connect(BOB, 1, &echod));
     echod.signal(Signal::SIGCONT);
     other[0].echo("hello");
@@ -160,7 +150,7 @@ fn a_restart_answers_each_connection_that_waits_in_either_queue() {
     let journald = Journald::new();
     let policy = format!("[deny.alice]\nusers = [{ALICE}]\n[allow.all]\nusers = [\"any\"]\n");
     let echod = Start::serving(&format!("{LONG}burst = 3\n{policy}")).journal(&journald).with_store();
-    stop(&echod);
+    echod.freeze();
     let (denied, admitted) = (connect(ALICE, 150, &echod), connect(BOB, 30, &echod));
     let next = echod.restart(|start, _| start.journal(&journald));
     denied.iter().for_each(|client| client.expect_end(DENIED));

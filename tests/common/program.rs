@@ -303,6 +303,17 @@ impl Echod {
         kill(Pid::from_raw(self.process.id() as i32), signal).unwrap();
     }
 
+    /// Stops the program (SIGSTOP) until it gets SIGCONT. When this returns, none of its threads runs.
+    pub fn freeze(&self) {
+        self.kill(Signal::SIGSTOP);
+        let state = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap();
+        eventually("stopped", || {
+            let mut tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+            let is_stopped = |stat: String| stat.rsplit(')').next().unwrap().trim().starts_with(['T', 't']);
+            tasks.all(|task| is_stopped(state(task.unwrap()))).then_some(())
+        });
+    }
+
     /// `echod reload PID`: its exit code and its standard error.
     pub fn reload(&self) -> (i32, String) {
         let asked = Command::new(PROGRAM).args(["reload", &self.pid().to_string()]).output().unwrap();
