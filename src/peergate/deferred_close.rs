@@ -27,13 +27,16 @@ const MOST_THREADS: usize = 8;
 const MOST_FOR_ONE: usize = 16;
 
 /// One for the whole process, so that a connection need not refer to it.
-static WAITING: Mutex<ToClose> = Mutex::new(ToClose { sockets: VecDeque::new(), threads: 0 });
+static WAITING: Mutex<ToClose> = Mutex::new(ToClose { sockets: VecDeque::new(), threads: 0, under_way: 0 });
 static MORE: Condvar = Condvar::new();
+static NONE_LEFT: Condvar = Condvar::new();
 
 struct ToClose {
     sockets: VecDeque<(OwnedFd, Data)>,
     /// The first thread does not end.
     threads: usize,
+    /// How many are just being read and closed.
+    under_way: usize,
 }
 
 /// What is done with unread data of a descriptor before it is closed.
@@ -54,6 +57,13 @@ pub(crate) fn close_later(socket: OwnedFd) {
 /// Closes a descriptor that a peer has sent, on another thread.
 pub(crate) fn drop_later(fd: OwnedFd) {
     put(fd, Data::AnothersPerhaps);
+}
+
+/// Waits until all have been closed, so long at most. Before the process ends: the kernel closes what is left with its data
+/// unread, and the peer gets ECONNRESET in place of its end of file.
+pub(crate) fn wait_for_all(patience: Duration) {
+    let is_any = |waiting: &mut ToClose| !waiting.sockets.is_empty() || waiting.under_way > 0;
+    drop(NONE_LEFT.wait_timeout_while(lock(), patience, is_any));
 }
 
 fn put(fd: OwnedFd, data: Data) {
@@ -80,6 +90,11 @@ fn close_all() {
             empty(&socket, &mut unread);
         }
         drop(socket);
+        let mut waiting = lock();
+        waiting.under_way -= 1;
+        if waiting.under_way == 0 && waiting.sockets.is_empty() {
+            NONE_LEFT.notify_all();
+        }
     }
 }
 
@@ -98,6 +113,7 @@ fn next(rest: impl Fn()) -> Option<(OwnedFd, Data)> {
     let mut waiting = lock();
     loop {
         if let Some(socket) = waiting.sockets.pop_front() {
+            waiting.under_way += 1;
             return Some(socket);
         }
         // A long queue gives its memory back.

@@ -70,6 +70,7 @@ use self::over_limit::{OverLimit, Waiting};
 use self::reserve::Reserve;
 use crate::audit::{At, Audit, Record, Severity};
 use crate::clock::{later, poll_timeout};
+use crate::deferred_close;
 use crate::fd_passing::{self, Stream};
 use crate::peer::Peer;
 use crate::permits::{LimitExceeded, Permit, Permits, Terms};
@@ -334,7 +335,7 @@ impl<T: Terms> Gate<T> {
         !waits && self.permits.total() == 0 && self.closings.is_empty() && self.closer.is_idle()
     }
 
-    /// Ends the gate: stops accepting, closes in order what is being closed (a second at most), and hands the listeners
+    /// Ends the gate: stops accepting, closes in order what is being closed (two seconds at most), and hands the listeners
     /// back. Admitted connections live on.
     pub fn finish(mut self) -> Vec<Listener> {
         let mut admitted = Vec::new();
@@ -347,6 +348,7 @@ impl<T: Terms> Gate<T> {
         }
         let mut late = Some(closer.orphan());
         self.closings.finish_all(&self.epoll, || late.take().unwrap_or_default());
+        deferred_close::wait_for_all(closing::PATIENCE);
         self.listeners
     }
 

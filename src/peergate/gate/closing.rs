@@ -23,7 +23,7 @@ use crate::clock::poll_timeout;
 use crate::fd_passing::Stream;
 
 /// How long a peer that was turned away may keep its descriptor open on our side.
-const PATIENCE: Duration = Duration::from_millis(900);
+pub(super) const PATIENCE: Duration = Duration::from_millis(900);
 /// How many bytes are drained before our receiving direction is shut too.
 const MOST_BYTES: usize = 64 * 1024;
 /// How many connections are closed at once; beyond that the oldest is closed without waiting.
