@@ -46,6 +46,9 @@ impl Running {
 
     /// `grpc.health.v1.Health/Check` as this user: the headers and trailers, and the answer.
     fn check(&self, uid: u32) -> (String, Vec<u8>) {
+        // curl opens it anew, as that user.
+        let headers = fs::File::create(self.place.join("headers")).unwrap();
+        headers.set_permissions(fs::Permissions::from_mode(0o666)).unwrap();
         let Output { stdout, .. } = Command::new("setpriv")
             .args([format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()])
             .args(["curl", "--silent", "--max-time", "60", "--http2-prior-knowledge", "--dump-header", "/dev/stderr"])
@@ -54,7 +57,7 @@ impl Running {
             .arg("--unix-socket")
             .arg(self.place.join("socket"))
             .arg("http://localhost/grpc.health.v1.Health/Check")
-            .stderr(fs::File::create(self.place.join("headers")).unwrap())
+            .stderr(headers)
             .output()
             .unwrap();
         (fs::read_to_string(self.place.join("headers")).unwrap(), stdout)
