@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 use common::records::{DENIALS, denials, expect_flood, get, with_verdict};
 use common::{
     ALICE, BOB, BUSY, Client, DENIED, Echod, End, Entry, Journald, PeerProcess, Start, eventually, flood, lingering,
-    needs_root, send_along, stands_for,
+    needs_root, raise_descriptor_limit, send_along, stands_for,
 };
 use nix::sys::signal::Signal;
 
@@ -159,6 +159,27 @@ fn a_connection_that_the_policy_denies_after_a_restart_is_revoked() {
         });
         peer.client().expect_end(DENIED);
         journald.wait_for("it is revoked", with_verdict("revoked"));
+        example.stop();
+    }
+}
+
+/// Most are not served yet when the process that has inherited them is to stop.
+#[test]
+fn restarts_in_quick_succession_lose_no_connection_of_a_filter() {
+    needs_root();
+    raise_descriptor_limit(4096);
+    for name in FILTERS {
+        let mut example = Start::example(name, &[], ALL).with_store();
+        let clients = PeerProcess::wrapped(&[], &["--ids", "70000"], 500, &example.socket()).end();
+        clients.iter().for_each(|client| client.send("one\nhal"));
+        clients.iter().for_each(|client| client.expect("ONE\n"));
+        for _ in 0..3 {
+            example = example.restart(|start, _| start);
+        }
+        for client in &clients {
+            client.send("f\n");
+            client.expect("HALF\n");
+        }
         example.stop();
     }
 }

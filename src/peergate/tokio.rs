@@ -45,7 +45,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::thread;
@@ -185,13 +185,16 @@ impl<T: Terms> Drop for Done<'_, T> {
 struct Queue<T> {
     admitted: Mutex<VecDeque<Admission<T>>>,
     more: Notify,
+    /// How many connections of the process before nothing serves yet. They wait elsewhere (`tokio/restart.rs`).
+    inherited: AtomicUsize,
     /// None comes after those that are in here.
     is_last: AtomicBool,
 }
 
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self { admitted: Mutex::default(), more: Notify::new(), is_last: AtomicBool::new(false) }
+        let (inherited, is_last) = (AtomicUsize::new(0), AtomicBool::new(false));
+        Self { admitted: Mutex::default(), more: Notify::new(), inherited, is_last }
     }
 }
 
@@ -208,8 +211,9 @@ impl<T> Queue<T> {
         self.lock().pop_front()
     }
 
+    /// Whether each connection has been taken.
     fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        self.inherited.load(Ordering::Acquire) == 0 && self.lock().is_empty()
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Admission<T>>> {

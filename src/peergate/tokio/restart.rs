@@ -99,11 +99,15 @@ impl<T: Terms, W: Serialize + DeserializeOwned + Default + Send + 'static> HandO
         let shared = Arc::new(Shared::default());
         let keeps = Arc::clone(&shared);
         let main = move |handle: Handle<T>| {
-            inherited.go_on(&handle.core, |admission, start| keeps.lock().push_back((admission, start)));
+            inherited.go_on(&handle.core, |admission, start| {
+                handle.queue.inherited.fetch_add(1, Ordering::Release);
+                keeps.lock().push_back((admission, start));
+            });
             let carrier = Carrier { handle, shared: keeps };
             let main = main(carrier.clone());
             async move {
                 let ended = main.await;
+                carrier.close_inherited();
                 carrier.wait_for_tasks().await;
                 ended
             }
@@ -150,8 +154,7 @@ impl<T: Terms, W: Default> Carrier<T, W> {
     /// [`Handle::accept`].
     pub async fn accept(&self) -> Carried<T, W> {
         loop {
-            let inherited = self.shared.lock().pop_front();
-            let Some((admission, (work, received))) = inherited else {
+            let Some((admission, (work, received))) = self.next_inherited() else {
                 return self.carried(self.handle.accept().await, W::default());
             };
             if let Some(mut connection) = self.handle.enter(admission, true) {
@@ -176,6 +179,19 @@ impl<T: Terms, W> Carrier<T, W> {
     /// How many connections are admitted.
     pub fn connections(&self) -> usize {
         self.handle.connections()
+    }
+
+    fn next_inherited(&self) -> Option<(Admission<T>, Start<W>)> {
+        let next = self.shared.lock().pop_front()?;
+        self.handle.queue.inherited.fetch_sub(1, Ordering::Release);
+        Some(next)
+    }
+
+    /// Closes connections of the process before that nothing will serve.
+    fn close_inherited(&self) {
+        while let Some((admission, _)) = self.next_inherited() {
+            self.handle.core.close_in_order(admission.socket);
+        }
     }
 
     /// Waits until no connection is served, if the service stops. Otherwise `main` has ended it, and the tasks do not know.
