@@ -1,7 +1,7 @@
 //! Memory that all connections of a thread use in turn, so that an idle connection owns none and the steady state allocates
 //! nothing.
 
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::BorrowedFd;
 
 use peergate::pipe::{Pipe, Spliced};
@@ -46,11 +46,13 @@ impl Buffers {
     /// As if `input` was read into and then written, but without copying. Only what is not taken is in `input` afterwards.
     ///
     /// # Errors
-    /// What splice(2) says where it reads, or pipe2(2).
+    /// What splice(2) says where it reads, or pipe2(2); UnexpectedEof where bytes were read and are lost.
     pub fn splice(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> io::Result<Spliced> {
         let mut pipe = self.pipe.take().map_or_else(Pipe::new, Ok)?;
         let outcome = pipe.pass(from, to, &mut self.input);
-        self.pipe = Some(pipe);
+        // Never with bytes in it, which the next connection would get.
+        let is_empty = !outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::UnexpectedEof);
+        self.pipe = is_empty.then_some(pipe);
         outcome
     }
 

@@ -38,8 +38,8 @@ impl Pipe {
     /// have if everything had been read into it.
     ///
     /// # Errors
-    /// What splice(2) says where it reads. Where the rest cannot be taken out of the pipe, which then is of no use any more, an
-    /// error of read(2).
+    /// What splice(2) says where it reads. UnexpectedEof where the rest cannot be taken out of the pipe: it is lost, and the pipe
+    /// must not be used any more.
     pub fn pass(&mut self, from: BorrowedFd<'_>, to: BorrowedFd<'_>, room: &mut [u8]) -> io::Result<Spliced> {
         let read = splice(from, self.into.as_fd(), room.len())?;
         let (mut count, mut broken) = (0, None);
@@ -51,7 +51,7 @@ impl Pipe {
                 Err(error) => broken = Some(error),
             }
         }
-        self.out.read_exact(&mut room[count..read])?;
+        self.out.read_exact(&mut room[count..read]).map_err(|_| io::ErrorKind::UnexpectedEof)?;
         Ok(Spliced { read, written: broken.map_or(Ok(count), Err) })
     }
 }

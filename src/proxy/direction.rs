@@ -211,7 +211,7 @@ impl Direction {
             }
             Ok(Spliced { read, written }) => Some(self.note_passed(read, written.ok(), buffers)),
             Err(error) if error.kind() == ErrorKind::WouldBlock => Some(Moved::Nothing),
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+            Err(error) if matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::UnexpectedEof) => {
                 self.state = State::Ended;
                 Some(Moved::SenderGone)
             }
