@@ -179,22 +179,28 @@ fn a_reload_that_leads_elsewhere_in_the_middle_of_transfers_damages_none() {
     assert_eq!(told.matches("Revoked ").count(), pairs.len(), "{told}");
 }
 
-/// Leaves the program so many numbers for descriptors.
-fn leave_free(proxy: &Echod, free: usize) {
+/// Leaves the program so many numbers for descriptors. Below which number that is.
+fn leave_free(proxy: &Echod, free: usize) -> usize {
     let entries = std::fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap();
     let used: Vec<usize> = entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
     let limit = (0..).filter(|number| !used.contains(number)).nth(free).unwrap();
-    let (pid, limit) = (proxy.pid().to_string(), format!("--nofile={limit}:"));
-    assert!(Command::new("prlimit").args(["--pid", &pid, &limit]).status().unwrap().success());
+    let (pid, option) = (proxy.pid().to_string(), format!("--nofile={limit}:"));
+    assert!(Command::new("prlimit").args(["--pid", &pid, &option]).status().unwrap().success());
+    limit
 }
 
 #[test]
 fn a_client_waits_while_there_is_no_descriptor_for_the_service() {
     let (proxy, behind) = serve(OWNER, "connect-timeout = \"1h\"\n");
-    // What the start still holds open for a moment may come free: then the client need not wait.
-    leave_free(&proxy, 1);
+    // With a connection served, the start holds nothing open any more.
+    let (first, its_service) = pair(&proxy, &behind);
+    first.send("ping");
+    its_service.expect("ping");
+    let limit = leave_free(&proxy, 1);
     let client = proxy.connect();
     client.send("patience");
+    eventually("the client has the last descriptor", || (descriptors(&proxy) >= limit).then_some(()));
+    assert!(behind.is_left_alone(), "there was a descriptor for the service");
     leave_free(&proxy, 100);
     let service = behind.accept();
     service.expect("patience");
