@@ -12,13 +12,8 @@ use std::time::{Duration, Instant};
 
 use common::{
     BUSY, Client, DENIED, DENY_ALL, Echod, End, Entry, Journald, OWNER, Start, TOO_LONG, cpu, descriptors, eventually,
-    memory, show,
+    expect_descriptors, memory, show,
 };
-
-/// Waits until no more descriptors are open than before.
-fn expect_descriptors(echod: &Echod, before: usize) {
-    eventually("all descriptors are given back", || (descriptors(echod) <= before).then_some(()));
-}
 
 /// Echoes lines until `stop` is set. Returns their number and the longest wait for an echo.
 fn talk(client: &Client, stop: &AtomicBool) -> (usize, Duration) {

@@ -114,7 +114,7 @@ fn a_client_that_leaves_while_the_service_is_away_costs_nothing_further() {
     let proxy = start.ready();
     let before = common::descriptors(&proxy);
     drop((0..10).map(|_| proxy.connect()).collect::<Vec<_>>());
-    eventually("all are closed", || (common::descriptors(&proxy) == before).then_some(()));
+    common::expect_descriptors(&proxy, before);
 }
 
 #[test]

@@ -12,7 +12,9 @@ use std::thread;
 
 use common::behind::{Behind, Pattern, pair, serve, start};
 use common::records::{get, with_verdict};
-use common::{Client, Echod, End, Journald, OWNER, PATIENCE, descriptors, eventually, memory, setting};
+use common::{
+    Client, Echod, End, Journald, OWNER, PATIENCE, descriptors, eventually, expect_descriptors, memory, setting,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::resource::{Resource, getrlimit};
 
@@ -87,7 +89,7 @@ fn an_end_that_breaks_the_connection_off_ends_the_other_one() {
         drop(service);
         assert_eq!(client.rest().0, b"");
     }
-    eventually("the proxy has closed everything", || (descriptors(&proxy) <= before).then_some(()));
+    expect_descriptors(&proxy, before);
 }
 
 #[test]
@@ -241,7 +243,7 @@ fn out_of_descriptors_clients_are_served_or_refused_and_there_is_room_again() {
     let served = clients.iter().enumerate().filter(|client| is_served(*client)).count();
     assert!(served > 5 && served < CLIENTS, "{served} were served");
     drop(clients);
-    eventually("all are closed", || (descriptors(&proxy) <= before).then_some(()));
+    expect_descriptors(&proxy, before);
     assert!(is_served((0, &proxy.connect())), "there is room again");
     proxy.stop();
 }

@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
 
-use common::{ALICE, BOB, Client, OWNER, PeerProcess, Start, eventually, needs_root, receive, send_along};
+use common::{ALICE, BOB, Client, OWNER, PeerProcess, Start, needs_root, receive, send_along};
 use nix::sys::socket::{getsockopt, sockopt};
 use peergate::connect_as::{ConnectAs, Ids};
 use peergate::{Gid, Uid};
@@ -193,7 +193,7 @@ fn descriptors_pass_both_ways_with_the_bytes_that_they_came_with() {
         assert!(is_same_file(&fds[0], &one) && is_same_file(&fds[1], &other));
         to.expect("after");
     }
-    eventually("the proxy has closed its copies", || (common::descriptors(&proxy) <= before + 2).then_some(()));
+    common::expect_descriptors(&proxy, before + 2);
     // The service does not read: they wait in the proxy, also over a restart.
     let clogged = client.clog(b"x");
     client.0.set_nonblocking(true).unwrap();

@@ -36,7 +36,9 @@ pub use left::{Message, change_left, left};
 pub use manager::{Manager, Received};
 pub use memory_group::MemoryGroup;
 pub use peer::{PeerProcess, flood, peer_program};
-pub use program::{Echod, PROGRAM, Start, copy_program, cpu, descriptors, hung_user_database, memory, summed};
+pub use program::{
+    Echod, PROGRAM, Start, copy_program, cpu, descriptors, expect_descriptors, hung_user_database, memory, summed,
+};
 pub use wait::{Shared, eventually};
 
 /// The longest that a test waits for an event.

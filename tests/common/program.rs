@@ -439,6 +439,13 @@ pub fn descriptors(echod: &Echod) -> usize {
     fs::read_dir(format!("/proc/{}/fd", echod.pid())).unwrap().count()
 }
 
+/// Waits until no more descriptors are open than `before`. Fewer may be: what only the start needs is open for a moment
+/// after READY=1.
+#[track_caller]
+pub fn expect_descriptors(echod: &Echod, before: usize) {
+    eventually("all descriptors are given back", || (descriptors(echod) <= before).then_some(()));
+}
+
 /// The sum of the counts in the summaries on standard error.
 pub fn summed(stderr: &str) -> usize {
     let count = |line: &str| line.split_once(" more times in ")?.0.rsplit_once(' ')?.1.parse::<usize>().ok();
