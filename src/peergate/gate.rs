@@ -528,6 +528,7 @@ mod tests {
 
     use super::over_limit::MOST_WAITING;
     use super::*;
+    use crate::policy::{Accounts, SubordinateRange};
     use crate::{Limits, Uid, activation, sys};
 
     fn gate(name: &str, limits: Limits) -> (Gate<()>, std::path::PathBuf) {
@@ -577,6 +578,21 @@ mod tests {
         admitted.clear();
         gate.stop_accepting(&mut admitted);
         assert_eq!(admitted.len(), 1);
+    }
+
+    #[test]
+    fn a_connection_under_a_subordinate_id_waits_for_a_place_as_its_owner() {
+        let (mut gate, path) = gate("owner", Limits::new(1, 1));
+        let (owner, me) = (Uid::new(64_021), Uid::effective());
+        let accounts = Accounts::new([SubordinateRange::new(owner, me.raw(), me.raw())], [], []);
+        gate.config.policy = Arc::new(gate.config.policy.with_accounts(accounts).unwrap());
+        let _clients = [UnixStream::connect(&path).unwrap(), UnixStream::connect(&path).unwrap()];
+        let mut admitted = Vec::new();
+        while gate.over_limit.is_empty() {
+            gate.turn(Some(Duration::ZERO), &mut admitted);
+        }
+        let waiting: Vec<Uid> = gate.over_limit.take_all().iter().map(|one| one.uid).collect();
+        assert_eq!((admitted.len(), waiting), (1, vec![owner]));
     }
 
     #[test]
