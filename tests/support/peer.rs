@@ -9,6 +9,8 @@
 //!                                         and at the end
 //! peer [OPTION]... bomb SOCKET N           connect N times, each time send a descriptor that blocks in close(2);
 //!                                         print how many the kernel took
+//! peer [OPTION]... clog SOCKET LENGTH      connect, and send lines of so many bytes until no connection takes more, reading
+//!                                         nothing; print how many are open
 //! peer [OPTION]... listen SOCKET           bind a datagram socket, and pass it over stdin
 //!
 //! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers, ranges LO-HI, or NxTIMES for the
@@ -32,7 +34,7 @@ use std::ffi::CString;
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
@@ -40,6 +42,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg, setsockopt, sockopt};
 use nix::unistd::{Gid, Uid, seteuid, setgroups, setresgid, setresuid};
 
@@ -80,6 +83,7 @@ fn main() -> Outcome<()> {
             "flood" => return flood(&value()?, value()?.parse()?, options.say.as_deref()),
             "rush" => return rush(&value()?),
             "bomb" => return bomb(&value()?, value()?.parse()?),
+            "clog" => return clog(&value()?, value()?.parse()?, &options),
             "listen" => {
                 let socket = UnixDatagram::bind(value()?)?;
                 return hand_over(&socket);
@@ -116,7 +120,8 @@ fn become_user(text: &str) -> Outcome<()> {
     Ok(())
 }
 
-fn connect(path: &str, options: &Options) -> Outcome<()> {
+/// As many as were asked for, each as another user if that was.
+fn connections(path: &str, options: &Options) -> Outcome<Vec<UnixStream>> {
     let mut connections = Vec::new();
     for number in 0_u32..options.times.try_into()? {
         if let Some(first) = options.ids {
@@ -130,6 +135,11 @@ fn connect(path: &str, options: &Options) -> Outcome<()> {
         }
         connections.push(connection);
     }
+    Ok(connections)
+}
+
+fn connect(path: &str, options: &Options) -> Outcome<()> {
+    let connections = connections(path, options)?;
     if let Some(uid) = options.then {
         let uid = Uid::from_raw(uid);
         setresuid(uid, uid, uid)?;
@@ -185,6 +195,36 @@ fn bomb(path: &str, times: usize) -> Outcome<()> {
     io::stdin().read_to_end(&mut Vec::new())?;
     // Although a thread may still wait in close(2).
     std::process::exit(0)
+}
+
+/// Each connection takes what the service reads and what the kernel keeps of its unread answer.
+fn clog(path: &str, length: usize, options: &Options) -> Outcome<()> {
+    let connections = connections(path, options)?;
+    let line = [&vec![b'm'; length - 1][..], b"\n"].concat();
+    let mut sent = vec![0; connections.len()];
+    let mut open: Vec<usize> = (0..connections.len()).collect();
+    for connection in &connections {
+        connection.set_nonblocking(true)?;
+    }
+    loop {
+        let mut room: Vec<_> =
+            open.iter().map(|&one| PollFd::new(connections[one].as_fd(), PollFlags::POLLOUT)).collect();
+        // A service that has work reads on before that.
+        if poll(&mut room, 5000_u16)? == 0 {
+            break;
+        }
+        open.retain(|&one| {
+            loop {
+                match (&connections[one]).write(&line[sent[one] % length..]) {
+                    Ok(count) => sent[one] += count,
+                    Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
+                }
+            }
+        });
+    }
+    println!("{}", open.len());
+    io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
 }
 
 /// The answers of all connections, counted: one line of text for each.
