@@ -11,6 +11,8 @@ use std::sync::Arc;
 use common::behind::{Behind, pair, serve, start};
 use common::{DENY_ALL, End, OWNER, Place, Start, eventually, show};
 use nix::sys::socket::{Backlog, listen};
+use peergate::Stream;
+use peergate::fd_passing::{Passing, refuse};
 
 #[test]
 fn bytes_pass_both_ways_and_so_does_each_end_of_file() {
@@ -197,6 +199,46 @@ fn a_side_that_does_not_read_is_not_read_for() {
     service.half_close();
     service.expect_end(&up);
     client.expect_end(&down);
+}
+
+/// Calls in strace(1)'s output: reads, writes, and looks for descriptors before a read.
+fn calls(trace: &std::path::Path) -> [usize; 3] {
+    let trace = std::fs::read_to_string(trace).unwrap();
+    ["recvfrom(", "sendto(", "recvmsg("].map(|call| trace.matches(call).count())
+}
+
+#[test]
+fn a_message_costs_one_read_and_one_write_also_after_a_restart() {
+    const TIMES: usize = 50;
+    let trace = ["trace=recvfrom,sendto,recvmsg"];
+    let (start, _) = start(&format!("{OWNER}[service]\nbusy-poll = \"off\"\n"), "");
+    let (behind, place) = (Behind::at(start.place()), Arc::clone(start.place()));
+    let mut proxy = start.traced(&place.path("trace-1"), &trace).with_store();
+    let (client, service) = pair(&proxy, &behind);
+    let talk = || {
+        for _ in 0..TIMES {
+            client.send("question");
+            service.expect("question");
+            service.send("answer");
+            client.expect("answer");
+        }
+    };
+    talk();
+    proxy = proxy.restart(|start, _| start.traced(&place.path("trace-2"), &trace));
+    talk();
+    drop((client, service));
+    proxy.stop();
+    // Whether this kernel can refuse descriptors.
+    let (socket, _other) = UnixStream::pair().unwrap();
+    refuse(&socket);
+    let peeks = if Stream::accepted(socket).passing() == Passing::RefusedUnread { 0 } else { 2 * TIMES };
+    for trace in ["trace-1", "trace-2"] {
+        let found = calls(&place.path(trace));
+        figure!("{TIMES} questions and answers, {trace}: reads, writes, peeks {found:?}");
+        // Besides, both ends are looked at when the connection begins, and when it or the process ends.
+        let around = [2 * TIMES, 2 * TIMES, peeks].map(|count| count..count + 15);
+        assert!(found.iter().zip(&around).all(|(found, around)| around.contains(found)), "{trace}: {found:?}");
+    }
 }
 
 #[test]

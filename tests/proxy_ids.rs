@@ -11,7 +11,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
 
 use common::{ALICE, BOB, Client, OWNER, PeerProcess, Start, needs_root, receive, send_along};
-use nix::sys::socket::{getsockopt, sockopt};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
 use peergate::connect_as::{ConnectAs, Ids};
 use peergate::{Gid, Uid};
 
@@ -87,16 +87,20 @@ fn connecting_as_another_user_changes_no_thread_for_longer_than_that() {
         gid: Gid::new(gid),
         groups: groups.iter().map(|group| Gid::new(*group)).collect(),
     };
+    let connect = |to: &SocketAddr, ids: Ids| {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        connect_as.connect(socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap(), to, ids)
+    };
     for (uid, gid, groups) in [(ALICE, 64011, &[64021, 64022][..]), (BOB, BOB, &[]), (0, 0, &[7]), (ALICE, 5, &[6])] {
-        let _connection = connect_as.connect(&address, ids(uid, gid, groups)).unwrap();
+        let _connection = connect(&address, ids(uid, gid, groups)).unwrap();
         assert_eq!(seen(&accept(&listener)), (uid, gid, groups.to_vec()));
     }
     for unknown in [ids(65534, 1, &[]), ids(1, 65534, &[]), ids(1, 1, &[65534])] {
-        assert_eq!(connect_as.connect(&address, unknown).unwrap_err().kind(), ErrorKind::InvalidInput);
+        assert_eq!(connect(&address, unknown).unwrap_err().kind(), ErrorKind::InvalidInput);
     }
     let nowhere = SocketAddr::from_pathname("/nonexistent/socket").unwrap();
-    assert_eq!(connect_as.connect(&nowhere, ids(ALICE, ALICE, &[])).unwrap_err().kind(), ErrorKind::NotFound);
-    let _connection = connect_as.connect(&address, ids(BOB, ALICE, &[])).unwrap();
+    assert_eq!(connect(&nowhere, ids(ALICE, ALICE, &[])).unwrap_err().kind(), ErrorKind::NotFound);
+    let _connection = connect(&address, ids(BOB, ALICE, &[])).unwrap();
     assert_eq!(seen(&accept(&listener)), (BOB, ALICE, vec![]), "the thread goes on");
     assert!(nix::unistd::geteuid().is_root() && nix::unistd::getegid().as_raw() == 0);
 }

@@ -24,7 +24,7 @@ use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 
 use nix::fcntl::{OFlag, open};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use nix::sys::socket::{UnixAddr, connect};
 use nix::sys::stat::Mode;
 use nix::unistd::{getegid, geteuid};
 
@@ -48,6 +48,7 @@ pub struct ConnectAs {
 }
 
 struct Job {
+    socket: OwnedFd,
     to: SocketAddr,
     ids: Ids,
     reply: mpsc::Sender<io::Result<OwnedFd>>,
@@ -67,17 +68,18 @@ impl ConnectAs {
         Ok(Self { jobs: Mutex::new(jobs) })
     }
 
-    /// A connection to `to`, non-blocking and close-on-exec. It waits for the thread, which never waits for the service.
+    /// Connects this AF_UNIX stream socket, which must be non-blocking. It waits for the thread, which never waits for the
+    /// service.
     ///
     /// # Errors
-    /// What socket(2), connect(2), setgroups(2), setresgid(2) and setresuid(2) say. InvalidInput for ids that stand for ids
+    /// What connect(2), setgroups(2), setresgid(2) and setresuid(2) say. InvalidInput for ids that stand for ids
     /// unknown in this user namespace.
-    pub fn connect(&self, to: &SocketAddr, ids: Ids) -> io::Result<OwnedFd> {
+    pub fn connect(&self, socket: OwnedFd, to: &SocketAddr, ids: Ids) -> io::Result<OwnedFd> {
         if !ids.uid.is_known() || !ids.gid.is_known() || ids.groups.iter().any(|group| !group.is_known()) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let (reply, replies) = mpsc::channel();
-        let job = Job { to: to.clone(), ids, reply };
+        let job = Job { socket, to: to.clone(), ids, reply };
         let jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.send(job).map_err(|_| io::ErrorKind::BrokenPipe)?;
         drop(jobs);
@@ -95,9 +97,9 @@ fn serve(jobs: &mpsc::Receiver<Job>) {
     // If the own groups are not known, they cannot be given back.
     let own = sys::thread_groups().map(|groups| (geteuid().as_raw(), getegid().as_raw(), groups));
     let kept = sys::keep_capabilities();
-    for Job { to, ids, reply } in jobs {
+    for Job { socket, to, ids, reply } in jobs {
         let result = match (&own, &kept) {
-            (Ok((uid, gid, groups)), Ok(())) => connect_as(&to, &ids, (*uid, *gid, groups)),
+            (Ok((uid, gid, groups)), Ok(())) => connect_as(socket, &to, &ids, (*uid, *gid, groups)),
             (Err(error), _) | (_, Err(error)) => Err(io::Error::new(error.kind(), error.to_string())),
         };
         let _ = reply.send(result);
@@ -105,8 +107,7 @@ fn serve(jobs: &mpsc::Receiver<Job>) {
 }
 
 /// The thread's own ids are `own`, before and after.
-fn connect_as(to: &SocketAddr, ids: &Ids, own: (u32, u32, &[u32])) -> io::Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+fn connect_as(socket: OwnedFd, to: &SocketAddr, ids: &Ids, own: (u32, u32, &[u32])) -> io::Result<OwnedFd> {
     // Opened anew each time: a service that was restarted has another file at the path.
     let found = to.as_pathname().map(|path| open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())).transpose()?;
     let address = match (&found, to.as_abstract_name()) {
@@ -114,14 +115,13 @@ fn connect_as(to: &SocketAddr, ids: &Ids, own: (u32, u32, &[u32])) -> io::Result
         (None, Some(name)) => UnixAddr::new_abstract(name)?,
         (None, None) => return Err(io::ErrorKind::InvalidInput.into()),
     };
-    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
     let groups: Vec<u32> = ids.groups.iter().map(|group| group.raw()).collect();
     let taken = take(ids.uid.raw(), ids.gid.raw(), &groups);
-    let connected = if taken.is_ok() { connect(fd.as_raw_fd(), &address) } else { Ok(()) };
+    let connected = if taken.is_ok() { connect(socket.as_raw_fd(), &address) } else { Ok(()) };
     give_back(own);
     taken?;
     connected?;
-    Ok(fd)
+    Ok(socket)
 }
 
 /// The uid last: it may take the capabilities away that the groups need.

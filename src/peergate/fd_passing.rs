@@ -74,9 +74,11 @@ pub(crate) struct Guard {
     credentials: bool,
 }
 
-/// Makes the kernel refuse descriptors on connections to this listener from now on, if it can.
-pub(crate) fn refuse_from_all(listener: &impl AsFd) {
-    set_on_listener(listener, false);
+/// Makes the kernel refuse descriptors from now on, if it can: on a listener those of every connection made to it, on a socket
+/// those that its peer sends. On a socket that is not connected yet, none can have come before: [`Stream::accepted`] sees that,
+/// and its reads never peek.
+pub fn refuse(socket: &impl AsFd) {
+    set_on_listener(socket, false);
 }
 
 /// Lets descriptors through on connections to this listener from now on, or makes the kernel refuse them, if it can.

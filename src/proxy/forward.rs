@@ -25,7 +25,7 @@ use crate::direction::{Direction, Moved};
 use crate::identity;
 use crate::options::Options;
 use crate::settings::{self, Descriptors, Identity, Settings, Terms};
-use crate::upstream::{Upstream, is_temporary};
+use crate::upstream::{self, Upstream, is_temporary};
 
 /// The pause before the second attempt to connect. Each doubles it, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -45,6 +45,8 @@ pub struct Forward {
     phase: Phase,
     /// Whether descriptors are passed on.
     passes: bool,
+    /// Whether some may lie unread in what the service has sent. The next process goes by that.
+    passing: Passing,
     /// From the peer to the service.
     up: Direction,
     /// From the service to the peer.
@@ -99,7 +101,8 @@ impl Protocol for Forward {
 
     fn start() -> Self {
         let (up, down) = (Direction::default(), Direction::default());
-        Self { upstream: None, to: None, phase: Phase::Started, passes: false, up, down }
+        let (phase, passing) = (Phase::Started, Passing::Possible);
+        Self { upstream: None, to: None, phase, passes: false, passing, up, down }
     }
 
     fn turn(&mut self, io: &mut Io<'_, Self>) -> Turn {
@@ -134,7 +137,7 @@ impl Protocol for Forward {
         if self.phase == Phase::Open {
             self.upstream = further.next().map(|fd| match self.passes {
                 true => Stream::taking_descriptors(fd, false),
-                false => Stream::inherited(fd, false),
+                false => Stream::resumed(fd, false, self.passing),
             });
         }
         self.up.put_descriptors(&mut further);
@@ -255,17 +258,21 @@ impl Forward {
         if self.to.is_none() {
             self.to = Some((**target.text()).into());
         }
-        let connected = match io.settings.identity {
-            Identity::Own => target.connect().map_err(|error| Why::Error(error as i32)),
-            Identity::Peer => identity::connect(target, &io.peer, io.terms.root),
-        };
+        self.passes = io.settings.descriptors == Descriptors::Pass;
+        let failed = |error| Why::Error(error as i32);
+        let connected =
+            upstream::new_socket(self.passes).map_err(failed).and_then(|socket| match io.settings.identity {
+                Identity::Own => target.connect(socket).map_err(failed),
+                Identity::Peer => identity::connect(socket, target, &io.peer, io.terms.root),
+            });
         match connected {
             Ok(fd) => {
-                self.passes = io.settings.descriptors == Descriptors::Pass;
-                self.upstream = Some(match self.passes {
+                let upstream = match self.passes {
                     true => Stream::taking_descriptors(fd, false),
                     false => Stream::accepted(fd),
-                });
+                };
+                self.passing = upstream.passing();
+                self.upstream = Some(upstream);
                 self.phase = Phase::Open;
                 match self.pass_any(io) {
                     Ok(_) => self.ended().unwrap_or(Turn::Progress),
@@ -369,6 +376,7 @@ impl Forward {
                     |bytes, with| send_to_peer(&mut io.peer, bytes, with),
                 )
             });
+            self.passing = upstream.passing();
         }
         Ok(self.settle(Way::Up, flushed, io)? | self.settle(Way::Down, passed, io)?)
     }

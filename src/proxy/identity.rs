@@ -36,8 +36,8 @@ pub fn start() -> Result<(), String> {
     }
 }
 
-/// A connection to the service with the ids of the peer of this socket.
-pub fn connect(to: &Upstream, peer: &impl AsFd, may_be_root: bool) -> Result<OwnedFd, Why> {
+/// Connects this socket to the service with the ids of the peer of the other one.
+pub fn connect(socket: OwnedFd, to: &Upstream, peer: &impl AsFd, may_be_root: bool) -> Result<OwnedFd, Why> {
     let Some(thread) = THREAD.get() else { return Err(Why::Error(Errno::EPERM as i32)) };
     let peer = Peer::credentials_of(peer).map_err(why)?;
     if !peer.gids_complete() {
@@ -48,7 +48,7 @@ pub fn connect(to: &Upstream, peer: &impl AsFd, may_be_root: bool) -> Result<Own
     }
     let groups = peer.gids().iter().copied().filter(|gid| *gid != peer.gid()).collect();
     let address = to.to_std().map_err(why)?;
-    thread.connect(&address, Ids { uid: peer.uid(), gid: peer.gid(), groups }).map_err(why)
+    thread.connect(socket, &address, Ids { uid: peer.uid(), gid: peer.gid(), groups }).map_err(why)
 }
 
 fn why(error: io::Error) -> Why {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+use peergate::fd_passing;
 
 /// Bytes that fit into an address (unix(7)): a path with the NUL after it, or a name with the NUL before it.
 const LONGEST: usize = 107;
@@ -53,16 +54,28 @@ impl Upstream {
         }
     }
 
-    /// A connection to it, non-blocking and close-on-exec. Never waits.
+    /// Connects a socket to it. Never waits.
     ///
     /// # Errors
-    /// What socket(2) and connect(2) say.
-    pub fn connect(&self) -> Result<OwnedFd, Errno> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        connect(fd.as_raw_fd(), &self.address)?;
-        Ok(fd)
+    /// What connect(2) says.
+    pub fn connect(&self, socket: OwnedFd) -> Result<OwnedFd, Errno> {
+        connect(socket.as_raw_fd(), &self.address)?;
+        Ok(socket)
     }
+}
+
+/// A socket to connect, non-blocking and close-on-exec. Unless `passes`, the kernel refuses descriptors from the service: refused
+/// before there is a connection, none can lie in it, and no read has to look for some.
+///
+/// # Errors
+/// What socket(2) says.
+pub fn new_socket(passes: bool) -> Result<OwnedFd, Errno> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    if !passes {
+        fd_passing::refuse(&socket);
+    }
+    Ok(socket)
 }
 
 /// Whether a service that cannot be reached for this reason may be reachable soon: it is not started yet, is being restarted,

@@ -276,7 +276,7 @@ fn inherit(fd: OwnedFd) -> io::Result<Listener> {
     let socket = UnixListener::from(fd);
     socket.set_nonblocking(true)?;
     let fd = OwnedFd::from(socket);
-    fd_passing::refuse_from_all(&fd);
+    fd_passing::refuse(&fd);
     let address = address_of(&fd)?;
     Ok(Listener { fd, address, bound: None })
 }

@@ -88,7 +88,7 @@ pub(super) fn listener(path: &Path) -> Result<Listener, BindError> {
     let bound = place.own_socket().map(|id| Bound { place, id });
     let address = address_of(&fd).map_err(system)?;
     let listener = Listener { fd, address, bound };
-    fd_passing::refuse_from_all(&listener.fd);
+    fd_passing::refuse(&listener.fd);
     listen(&listener, Backlog::MAXALLOWABLE).map_err(failed)?;
     Ok(listener)
 }
