@@ -1,7 +1,7 @@
 # The commands for people. Each target names what it needs beyond make, and installs what is missing (tools/require).
 
 .PHONY: run test lint check check-root suites unit-tests doctests features e2e units deb installed package-test lintian piuparts \
-	debians-rust kernels bench bench-quick fuzz soak flood tonic audit
+	debians-rust kernels bench bench-quick fuzz soak flood tonic crate audit
 # One after another, but for what `test` and `check` ask to have side by side.
 ifndef SIDE_BY_SIDE
 .NOTPARALLEL:
@@ -38,7 +38,7 @@ other_tests := $(filter-out $(root_tests),$(tests))
 check: lint
 	+$(side_by_side) suites features
 
-# Formatting and clippy, then everything compiled that is run afterwards.
+# Formatting and clippy, then everything compiled that is run afterwards, and what the library's crate would hold.
 lint:
 	@tools/require cargo:cargo cc:gcc nc:netcat-openbsd setpriv:util-linux newuidmap:uidmap strace:strace systemd-analyze:systemd \
 		man:man-db journalctl:systemd systemd-journal-remote
@@ -46,6 +46,7 @@ lint:
 	cargo clippy --locked --all-targets -- --deny warnings
 	cargo test --locked --no-run
 	cargo build --locked --examples
+	packaging/crate
 
 # Each file of tests/, then unit tests and doctests.
 suites := $(if $(filter 0,$(shell id -u)),$(root_tests)) $(other_tests)
@@ -134,6 +135,11 @@ tonic:
 ifeq ($(shell id -u),0)
 	cargo test --locked --manifest-path examples/tonic_health/Cargo.toml
 endif
+
+# The library's crate, compiled from what it holds, up to the upload, and its public items against the newest release. Before a
+# release.
+crate:
+	packaging/crate --verify
 
 # Licences, sources and known vulnerabilities of the dependencies.
 audit:

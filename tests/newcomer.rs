@@ -44,7 +44,7 @@ fn the_readmes_service_builds_alone_and_admits_only_its_owner() {
     new.args(["new", "--quiet", "--vcs", "none", "hello"]).current_dir(&directory.0);
     assert!(new.status().unwrap().success());
     let package = &directory.0.join("hello");
-    let dependency = dependency.replace("…/src/peergate", env!("CARGO_MANIFEST_DIR"));
+    let dependency = dependency.replace("…", root.to_str().unwrap());
     let manifest = fs::read_to_string(package.join("Cargo.toml")).unwrap();
     assert!(manifest.ends_with("[dependencies]\n"), "{manifest}");
     fs::write(package.join("Cargo.toml"), manifest + &dependency + "\n").unwrap();

@@ -4,11 +4,14 @@
 
 mod common;
 
+use std::collections::VecDeque;
 use std::fs;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use common::records::{DENIALS, denials, expect_flood, get, with_verdict};
 use common::{
@@ -46,7 +49,7 @@ fn answers(client: &Client, word: &str) {
 #[test]
 fn an_example_is_a_whole_service_in_forty_lines() {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
-    for name in ["axum_note", "shout", "tokio_echo", "tokio_shout"] {
+    for name in ["axum_note", "hyper_whoami", "shout", "tokio_echo", "tokio_shout"] {
         let text = fs::read_to_string(examples.join(name).with_extension("rs")).unwrap();
         let is_code = |line: &&str| !line.trim().is_empty() && !line.trim_start().starts_with("//");
         let lines = text.lines().filter(is_code).count();
@@ -87,6 +90,26 @@ fn the_axum_example_gives_each_user_the_terms_of_its_rule() {
     assert_eq!(curl(&example, 0, &[]), denied, "no rule admits root");
     example.stop();
     assert_eq!(denials(&journald.entries()), 2);
+}
+
+#[test]
+fn the_hyper_example_tells_each_user_its_rule_until_it_is_denied() {
+    needs_root();
+    let policy = format!("[allow.first]\nusers = [{ALICE}]\n[allow.second]\nusers = [{BOB}]\n");
+    let example = Start::example("hyper_whoami", &[], &policy).ready();
+    for (uid, rule) in [(ALICE, "first"), (BOB, "second")] {
+        assert_eq!(curl(&example, uid, &[]), ("200".to_owned(), format!("uid {uid}, by allow.{rule}\n")));
+    }
+    let denied = ("403".to_owned(), "{\"message\":\"Unauthorized access\"}\n".to_owned());
+    assert_eq!(curl(&example, 0, &[]), denied);
+    let peer = PeerProcess::user(ALICE, &example.socket());
+    peer.client().send("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
+    peer.client().until(b"by allow.first\n");
+    reload_with(&example, ONLY_ROOT);
+    let (rest, end) = peer.client().rest();
+    assert!(rest.starts_with(b"HTTP/1.1 403 "), "{}", common::show(&rest));
+    assert_eq!(end, End::Eof);
+    example.stop();
 }
 
 #[test]
@@ -201,18 +224,109 @@ fn a_final_stop_of_the_filter_ends_its_connections_in_order() {
 }
 
 #[test]
-fn the_filter_exits_when_it_is_idle_and_not_before() {
+fn a_service_exits_when_it_is_idle_and_not_before() {
     needs_root();
-    let example = Start::example("shout", &[], ALL);
-    // The milliseconds come after the policy's file.
-    let example = example.args(&["50"]).ready();
-    let client = example.connect();
-    client.send("one\n");
-    client.expect("ONE\n");
-    client.half_close();
-    client.expect_end("");
-    let (status, _, stderr) = example.wait();
-    assert!(status.success(), "{status}: {stderr}");
+    for runtime in RUNTIMES {
+        let start = Start::example("service", &[runtime], ALL);
+        // The milliseconds come after the policy's file.
+        let service = start.args(&["50"]).ready();
+        let client = service.connect();
+        answers(&client, "one");
+        client.half_close();
+        client.expect_end("");
+        let (status, _, stderr) = service.wait();
+        assert!(status.success(), "{runtime}: {status}: {stderr}");
+    }
+}
+
+/// Connections that the gate has admitted, and that the service's own code does not accept before the stop comes.
+fn admitted_only(service: &Echod, journald: &Journald) -> (Client, Vec<Client>) {
+    let holder = service.connect();
+    holder.send("hold\n");
+    holder.expect("held\n");
+    let waiting: Vec<_> = (0..20).map(|_| service.connect()).collect();
+    waiting.iter().for_each(|client| client.send("say hi\n"));
+    eventually("all are admitted", || (count(journald, "admitted") == 21).then_some(()));
+    (holder, waiting)
+}
+
+fn count(journald: &Journald, verdict: &str) -> usize {
+    journald.entries().iter().filter(|entry| with_verdict(verdict)(entry)).count()
+}
+
+#[test]
+fn a_stop_waits_until_admitted_connections_are_accepted() {
+    for runtime in ["tokio", "tokio-one"] {
+        let journald = Journald::new();
+        let service = service(&journald, runtime, ALL);
+        let (holder, waiting) = admitted_only(&service, &journald);
+        service.signal(Signal::SIGTERM);
+        service.manager.wait_for("STOPPING=1", 1);
+        holder.half_close();
+        // The runtime may end before a task has answered.
+        waiting.iter().for_each(|client| assert_eq!(client.rest().1, End::Eof, "{runtime}"));
+        let (status, _, stderr) = service.wait();
+        assert!(status.success(), "{runtime}: {stderr}");
+        // The end of a connection is recorded where it was accepted.
+        assert_eq!(count(&journald, "closed"), 21, "{runtime}");
+    }
+}
+
+/// The service of this test ends its direction of a connection when it reads the end, as much code does.
+#[test]
+fn a_restart_carries_connections_that_were_not_accepted_yet() {
+    let journald = Journald::new();
+    let start = Start::example("service", &["tokio-carry"], ALL).journal(&journald);
+    let service = start.with_store();
+    let (holder, waiting) = admitted_only(&service, &journald);
+    let service = service.restart(|start, stored| {
+        assert_eq!(stored.len(), 1);
+        start
+    });
+    for client in &waiting {
+        client.expect("hi\n");
+        answers(client, "again");
+    }
+    answers(&holder, "as well");
+    service.stop();
+}
+
+/// Each connection that comes at that moment is served by one process or the other.
+#[test]
+fn a_restart_loses_no_connection_that_comes_meanwhile() {
+    needs_root();
+    for name in FILTERS {
+        let mut example = Start::example(name, &[], ALL).with_store();
+        let (socket, is_over) = (example.socket(), AtomicBool::new(false));
+        let example = thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| {
+                    // Fewer than a user may have.
+                    let mut clients = VecDeque::new();
+                    while !is_over.load(Ordering::Relaxed) {
+                        let client = Client::connect(&socket);
+                        client.send("one\n");
+                        client.expect("ONE\n");
+                        clients.push_back(client);
+                        if clients.len() > 10 {
+                            clients.pop_front();
+                        }
+                    }
+                    for client in clients {
+                        client.send("last");
+                        client.half_close();
+                        client.expect_end("LAST");
+                    }
+                });
+            }
+            for _ in 0..5 {
+                example = example.restart(|start, _| start);
+            }
+            is_over.store(true, Ordering::Relaxed);
+            example
+        });
+        example.stop();
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A service of the tests, on either runtime: it does what a careless author might (tests/services.rs).
 //!
 //! ```text
-//! service threads|tokio|tokio-one POLICY
+//! service threads|tokio|tokio-one|tokio-carry POLICY [MILLISECONDS until it exits where it is idle]
 //!
 //! say TEXT        the answer is TEXT
 //! panic           it panics
@@ -10,6 +10,7 @@
 //! await           it answers "waiting", waits until the session is revoked, answers "told" and returns
 //! pour            it answers "pouring" and then bytes without end, until the peer has gone
 //! quit            on tokio: the service's own code returns at once
+//! hold            on tokio: it answers "held", and until this connection is over no further one is accepted
 //! anything else   no answer
 //! ```
 
@@ -20,11 +21,12 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
+use std::time::Duration;
 
 use peergate::audit::{RecordScope, Settings};
 use peergate::{Connection, Error, Service, Session};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::Notify;
+use tokio::sync::{Mutex, Notify};
 
 /// Wakes a thread that waits for a future.
 struct Unpark(thread::Thread);
@@ -72,8 +74,16 @@ fn on_thread(connection: &mut Connection<()>) -> io::Result<()> {
     Ok(())
 }
 
-async fn in_task(mut connection: peergate::tokio::Connection<()>, quit: Arc<Notify>) -> io::Result<()> {
+/// What the tasks of the service share.
+#[derive(Default)]
+struct Shared {
+    quit: Notify,
+    accepting: Mutex<()>,
+}
+
+async fn in_task(connection: &mut peergate::tokio::Connection<()>, shared: Arc<Shared>) -> io::Result<()> {
     let mut line = String::new();
+    let mut _held = None;
     loop {
         line.clear();
         // Only this line is taken: `leave` leaves the rest unread.
@@ -104,8 +114,12 @@ async fn in_task(mut connection: peergate::tokio::Connection<()>, quit: Arc<Noti
                 }
             }
             ("quit", _) => {
-                quit.notify_one();
+                shared.quit.notify_one();
                 std::future::pending::<()>().await;
+            }
+            ("hold", _) => {
+                _held = Some(shared.accepting.lock().await);
+                connection.write_all(b"held\n").await?;
             }
             _ => {}
         }
@@ -113,25 +127,46 @@ async fn in_task(mut connection: peergate::tokio::Connection<()>, quit: Arc<Noti
 }
 
 async fn serve(gate: peergate::tokio::Handle<()>) -> io::Result<()> {
-    let quit = Arc::new(Notify::new());
+    let shared = Arc::new(Shared::default());
     loop {
-        tokio::select! {
-            connection = gate.accept() => drop(tokio::spawn(in_task(connection, Arc::clone(&quit)))),
+        drop(shared.accepting.lock().await);
+        let mut connection = tokio::select! {
+            connection = gate.accept() => connection,
             () = gate.stopping() => return Ok(()),
-            () = quit.notified() => return Ok(()),
-        }
+            () = shared.quit.notified() => return Ok(()),
+        };
+        let shared = Arc::clone(&shared);
+        tokio::spawn(async move { in_task(&mut connection, shared).await });
+    }
+}
+
+/// Its connections go to the next process.
+async fn carry(gate: peergate::tokio::Carrier<(), ()>) -> io::Result<()> {
+    let shared = Arc::new(Shared::default());
+    loop {
+        drop(shared.accepting.lock().await);
+        let carried = tokio::select! {
+            carried = gate.accept() => carried,
+            () = gate.stopping() => return Ok(()),
+        };
+        let shared = Arc::clone(&shared);
+        tokio::spawn(carried.serve(async move |connection, _| in_task(connection, shared).await));
     }
 }
 
 fn main() -> Result<(), Error> {
     let words: Vec<_> = std::env::args().skip(1).collect();
-    let [runtime, policy] = &words[..] else { panic!("service threads|tokio|tokio-one POLICY") };
+    let [runtime, policy, idle @ ..] = &words[..] else { panic!("service RUNTIME POLICY [MILLISECONDS]") };
     let mut record = Settings::default();
     (record.scope, record.burst) = (RecordScope::Connections, 5);
-    let service = Service::from_systemd("service").policy_file(policy).record(record);
+    let mut service = Service::from_systemd("service").policy_file(policy).record(record);
+    if let Some(idle) = idle.first().and_then(|span| span.parse().ok()) {
+        service = service.idle_exit(Duration::from_millis(idle));
+    }
     match runtime.as_str() {
         "threads" => service.serve_threads(on_thread),
         "tokio" => service.block_on(serve),
+        "tokio-carry" => service.hand_over().block_on(carry),
         _ => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             service.block_on_runtime(runtime, serve)

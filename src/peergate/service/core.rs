@@ -71,20 +71,37 @@ impl<T: Terms> Core<T> {
     }
 
     /// Does what is due without waiting. When the next turn is due in any case; `None` where the gate has ended.
-    pub(crate) fn turn(&self, admitted: &mut Vec<Admission<T>>) -> Option<Option<Instant>> {
+    ///
+    /// `take` gets what was admitted while the gate is still held. A stop asks the gate for its last connections
+    /// ([`stop_accepting`](Self::stop_accepting)) and then looks whether any lives: it would overlook one that has left the gate
+    /// and is not entered yet.
+    pub(crate) fn turn(
+        &self,
+        admitted: &mut Vec<Admission<T>>,
+        take: impl FnOnce(&mut Vec<Admission<T>>),
+    ) -> Option<Option<Instant>> {
         self.heartbeat.answer();
         let mut gate = self.gate();
         let gate = gate.as_mut()?;
         gate.turn(Some(Duration::ZERO), admitted);
+        take(admitted);
         Some(gate.deadline())
     }
 
     /// As [`turn`](Self::turn), for a runtime that watches the listeners itself. When the next turn is due at the latest;
     /// `None` where the gate has ended.
     #[cfg(feature = "tokio")]
-    pub(crate) fn turn_with(&self, ready: &mut Ready, admitted: &mut Vec<Admission<T>>) -> Option<Option<Instant>> {
+    pub(crate) fn turn_with(
+        &self,
+        ready: &mut Ready,
+        admitted: &mut Vec<Admission<T>>,
+        take: impl FnOnce(&mut Vec<Admission<T>>),
+    ) -> Option<Option<Instant>> {
         self.heartbeat.answer();
-        Some(self.gate().as_mut()?.turn_with(ready, admitted))
+        let mut gate = self.gate();
+        let due = gate.as_mut()?.turn_with(ready, admitted);
+        take(admitted);
+        Some(due)
     }
 
     /// Copies of the listeners, for a runtime that watches them from now on.

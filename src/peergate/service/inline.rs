@@ -38,7 +38,7 @@ impl<T: Terms> Service<T> {
 
 fn run<T: Terms>(core: &Core<T>, mut admit: impl FnMut(Admission<T>)) {
     let mut admitted = Vec::new();
-    while let Some(due) = core.turn(&mut admitted) {
+    while let Some(due) = core.turn(&mut admitted, |_| ()) {
         if admitted.is_empty() {
             // EINTR or an event: the next turn looks at everything anyway.
             let _ = poll(&mut [PollFd::new(core.epoll().as_fd(), PollFlags::POLLIN)], poll_timeout(due));

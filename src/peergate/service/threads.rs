@@ -80,12 +80,12 @@ impl<T: Terms, S: Serve<T>> Threads<T, S> {
 
     fn run(&self) {
         let mut admitted = Vec::new();
-        while let Some(due) = self.core.turn(&mut admitted) {
-            if admitted.is_empty() {
-                // EINTR or an event: the next turn looks at everything anyway.
-                let _ = poll(&mut [PollFd::new(self.core.epoll().as_fd(), PollFlags::POLLIN)], poll_timeout(due));
-            }
+        let begin = |admitted: &mut Vec<_>| {
             admitted.drain(..).for_each(|admission| self.begin(admission, false, S::Start::default()));
+        };
+        while let Some(due) = self.core.turn(&mut admitted, begin) {
+            // EINTR or an event: the next turn looks at everything anyway.
+            let _ = poll(&mut [PollFd::new(self.core.epoll().as_fd(), PollFlags::POLLIN)], poll_timeout(due));
         }
     }
 

@@ -132,8 +132,12 @@ impl<T: Terms> Link<T> {
     }
 
     /// Ends a direction. The writing direction of a revoked connection stays open until it is dropped, because the message
-    /// that tells the peer is sent then.
+    /// that tells the peer is sent then. A connection that its reader was told to leave stays as it is for the next process:
+    /// much code ends its direction after a read of 0.
     pub(crate) fn shutdown(&self, how: Shutdown) -> io::Result<()> {
+        if self.is_left() {
+            return Ok(());
+        }
         let how = match (how, self.session.is_revoked()) {
             (Shutdown::Write, true) => return Ok(()),
             (Shutdown::Both, true) | (Shutdown::Read, _) => nix::sys::socket::Shutdown::Read,
@@ -176,7 +180,6 @@ impl<T: Terms> Link<T> {
     }
 
     /// Whether the reader was told to leave the connection to the next process.
-    #[cfg(feature = "restart")]
     pub(crate) fn is_left(&self) -> bool {
         self.is_left.load(Ordering::Relaxed) && !self.session.is_revoked()
     }

@@ -85,6 +85,10 @@ impl<T: Terms> Live<T> {
         if newer.is_some_and(|policy| !self.judge(&link, &policy)) {
             return Ok(None);
         }
+        // Either `end_all` has found the connection in the list, or its flag is seen here.
+        if self.is_ending() {
+            link.end_reading();
+        }
         Ok(Some(link))
     }
 
@@ -204,7 +208,7 @@ impl<T: Terms> fmt::Debug for Live<T> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
     use super::*;
@@ -259,5 +263,19 @@ mod tests {
         let (newer, _its_peer) = admission(reload + 1, &permits);
         assert!(enter(newer).is_some(), "the newest policy has judged it already");
         assert!(live.is_empty());
+    }
+
+    #[test]
+    fn a_connection_that_comes_too_late_for_a_stop_reads_what_came_and_its_end() {
+        let (audit, permits, me) = (Audit::default(), Permits::new(), Uid::effective());
+        let gate = Gate::new(Setup::without_listeners(Policy::<()>::owner_only(me), audit.clone())).unwrap();
+        let live = Arc::new(Live::new(&audit, gate.judge(), gate.closer()).unwrap());
+        live.end_all();
+        let (late, mut its_peer) = admission(0, &permits);
+        its_peer.write_all(b"hi").unwrap();
+        let late = live.enter(late, false, |fd| Ok(Socket::Plain(fd))).unwrap().unwrap();
+        let mut buffer = [0; 8];
+        assert_eq!((late.read_now(&mut buffer).unwrap(), &buffer[..2]), (2, &b"hi"[..]));
+        assert_eq!(late.read_now(&mut buffer).unwrap(), 0);
     }
 }

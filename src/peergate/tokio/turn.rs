@@ -24,8 +24,7 @@ pub(super) async fn turn<T: Terms>(core: Arc<Core<T>>, queue: Arc<Queue<T>>) {
         Err(error) => return core.note(Severity::Error, format!("the runtime does not take the gate: {error}")),
     };
     let mut admitted = Vec::new();
-    while let Some(due) = core.turn_with(&mut ready, &mut admitted) {
-        queue.push(admitted.drain(..));
+    while let Some(due) = core.turn_with(&mut ready, &mut admitted, |admitted| queue.push(admitted.drain(..))) {
         match due {
             // A turn is bounded: there is more to do.
             Some(due) if due <= Instant::now() => {

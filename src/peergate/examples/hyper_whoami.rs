@@ -1,0 +1,1 @@
+../../../examples/hyper_whoami.rs

@@ -1,0 +1,1 @@
+../../../examples/tokio_shout.rs
