@@ -73,7 +73,7 @@ impl Progress {
 }
 
 /// A connection that an earlier process left, not yet judged.
-pub struct Inherited<P: Protocol> {
+pub struct Carried<P: Protocol> {
     /// Its socket, which is connected to the peer.
     pub socket: OwnedFd,
     /// As the kernel tells of it now.
@@ -99,7 +99,7 @@ pub enum Fate {
     EndsAtOnce,
 }
 
-impl<P: Protocol> Inherited<P> {
+impl<P: Protocol> Carried<P> {
     /// A connection without a state that can be used. `None` where not even the peer can be told.
     pub fn without_state(socket: OwnedFd, number: u64, fate: Fate) -> Option<Self> {
         let peer = Peer::ids_of(&socket).ok()?;
@@ -167,8 +167,8 @@ impl<P: Protocol> Connection<P> {
     }
 
     /// A connection of an earlier process, admitted again.
-    pub fn resumed(inherited: Inherited<P>, rule: Arc<Rule<Terms<P>>>, permit: Permit) -> Self {
-        let Inherited { socket, peer, progress, protocol, passing, fate: _ } = inherited;
+    pub fn resumed(carried: Carried<P>, rule: Arc<Rule<Terms<P>>>, permit: Permit) -> Self {
+        let Carried { socket, peer, progress, protocol, passing, fate: _ } = carried;
         let socket = match passing {
             Some(passing) => Stream::resumed(socket, progress.pass_credentials, passing),
             None => Stream::inherited(socket, progress.pass_credentials),

@@ -21,7 +21,7 @@ use peergate::peer::{Peer, Remembered};
 use peergate::systemd::Store;
 use serde::{Deserialize, Serialize};
 
-use crate::connection::{Connection, Fate, Inherited, Progress};
+use crate::connection::{Carried, Connection, Fate, Progress};
 use crate::protocol::Protocol;
 
 /// The version of what follows in a connection's bytes, up to the protocol's state, which has a version of its own
@@ -46,7 +46,7 @@ pub fn is_kept<P: Protocol>(name: &str) -> bool {
 /// What an earlier process left.
 pub struct Inheritance<P: Protocol> {
     /// Its connections, in the order in which they were left.
-    pub connections: Vec<Inherited<P>>,
+    pub connections: Vec<Carried<P>>,
     /// How many descriptors of connections have not come: the kernel has closed them.
     pub lost: usize,
     /// Why the state of some cannot be used: the first reason found.
@@ -87,7 +87,7 @@ impl fmt::Display for Unusable {
 pub fn take_back<P: Protocol>(
     kept: Vec<(String, OwnedFd)>,
     store: &Store,
-    mut end: impl FnMut(Vec<Inherited<P>>),
+    mut end: impl FnMut(Vec<Carried<P>>),
 ) -> Inheritance<P> {
     let room = room_for_connections();
     let mut left = handover::take_back(kept, P::NAME, store);
@@ -147,7 +147,7 @@ impl<P: Protocol> Inheritance<P> {
             Ok((passing, progress, mut protocol)) => {
                 protocol.set_further(further);
                 let passing = Some(passing);
-                self.connections.push(Inherited { socket, peer, progress, protocol, passing, fate: Fate::GoesOn });
+                self.connections.push(Carried { socket, peer, progress, protocol, passing, fate: Fate::GoesOn });
             }
             Err((why, fate)) => {
                 self.unusable.get_or_insert(why);
@@ -158,7 +158,7 @@ impl<P: Protocol> Inheritance<P> {
 
     fn take_without_state(&mut self, socket: OwnedFd, fate: Fate) {
         let _ = set_nonblocking(&socket);
-        self.connections.extend(Inherited::without_state(socket, UNKNOWN, fate));
+        self.connections.extend(Carried::without_state(socket, UNKNOWN, fate));
     }
 
     /// Gives each connection without a state a number above the known ones. Where the opening message is lost, so is the

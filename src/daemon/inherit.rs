@@ -17,7 +17,7 @@ use peergate::systemd::Notifier;
 
 use crate::close::{ClosingRecord, Context};
 use crate::config::{Config, Verify};
-use crate::connection::{Connection, Fate, Inherited};
+use crate::connection::{Carried, Connection, Fate};
 use crate::first_turn::FirstTurn;
 use crate::gate_thread::GateThread;
 use crate::in_force::{audit_settings, worker_config};
@@ -40,7 +40,7 @@ pub struct Judgement<P: Protocol>(Vec<Judged<P>>);
 impl<P: Protocol> Judgement<P> {
     /// Judges every connection by `config`.
     pub fn of(
-        connections: Vec<Inherited<P>>,
+        connections: Vec<Carried<P>>,
         judge: &Judge,
         config: &Config<P>,
         permits: &Permits,
@@ -59,7 +59,7 @@ impl<P: Protocol> Judgement<P> {
 }
 
 fn judge<P: Protocol>(
-    mut one: Inherited<P>,
+    mut one: Carried<P>,
     judge: &Judge,
     config: &Config<P>,
     permits: &Permits,
@@ -132,7 +132,7 @@ pub fn leave_kept<P: Protocol>(is_any: bool, notifier: &Notifier) {
 
 /// Ends the connections of an earlier process where this one does not serve: no peer is judged, each gets what it is owed,
 /// and its end of file.
-pub fn end_inherited<P: Protocol>(connections: Vec<Inherited<P>>, notifier: &Notifier, why: &str) {
+pub fn end_inherited<P: Protocol>(connections: Vec<Carried<P>>, notifier: &Notifier, why: &str) {
     let count = connections.len();
     if count == 0 {
         return;
@@ -149,7 +149,7 @@ pub fn end_inherited<P: Protocol>(connections: Vec<Inherited<P>>, notifier: &Not
     finish(journal, notifier);
 }
 
-fn end_unjudged<P: Protocol>(connections: Vec<Inherited<P>>, config: &Config<P>, audit: &Audit) -> io::Result<()> {
+fn end_unjudged<P: Protocol>(connections: Vec<Carried<P>>, config: &Config<P>, audit: &Audit) -> io::Result<()> {
     let Some(rule) = config.policy.rules().next() else { return Ok(()) };
     let setup = Setup::without_listeners(Arc::clone(&config.policy), audit.clone());
     let permits = setup.permits.clone();
