@@ -19,6 +19,7 @@ put_all() {
     groupadd --gid 2001 readers
     usermod --append --groups readers bob
     echo 0 0 >"$here/results"
+    : >"$here/failed"
     for file in "$here"/cases/*.sh; do
         for claim in $(sed -n 's/^\([a-z][a-zA-Z0-9_]*\)() {$/\1/p' "$file"); do
             [[ ${file##*/}/$claim == *"$word"* ]] || continue
@@ -34,8 +35,10 @@ put_all() {
                 sed -n 's/^figure: /        /p' "$here/output"
             else
                 broke=$((broke + 1))
-                echo "FAILED  $claim ($begin ms, exit status $rc)"
-                sed 's/^/        | /' "$here/output"
+                {
+                    echo "FAILED  $claim ($begin ms, exit status $rc)"
+                    sed 's/^/        | /' "$here/output"
+                } | tee --append "$here/failed"
                 echo "        the journal meanwhile:"
                 journalctl --sync
                 journalctl --no-pager "$(since)" --output=short-precise | sed 's/^/        > /'

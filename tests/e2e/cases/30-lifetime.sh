@@ -190,9 +190,13 @@ _stream_across() { # SOCKET "CONNECTIONS [OPTION…]" TIMES COMMAND…
     wait "$client"
     line=$(tail --lines=1 /tmp/claim/stream-out)
     pause=${line##*=}
-    # What the service itself says of it: each connection, each time.
-    carried=$(records all | jq --raw-output .MESSAGE |
-        awk '/ connections carried over the restart, / { carried += $1; ended += $7 } END { print carried + 0, ended + 0 }')
+    # What the service itself says of it: each connection, each time. A record may come a moment after the service is ready.
+    for ((i = 0; i < 100; i++)); do
+        carried=$(records all | jq --raw-output .MESSAGE |
+            awk '/ connections carried over the restart, / { carried += $1; ended += $7 } END { print carried + 0, ended + 0 }')
+        ((${carried% *} + ${carried#* } < connections * times)) || break
+        sleep 0.1
+    done
     figure "$times times, at most $longest ms each, median $median ms, ${carried% *} connections carried: $line"
     expect "what the client saw" "connections=$connections cut=0 lost=0 doubled=0 wrong=0" "${line%% lines=*}"
     expect "connections carried, ended instead" "$((connections * times)) 0" "$carried"
