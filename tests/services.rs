@@ -380,8 +380,8 @@ fn a_connection_dropped_with_bytes_unread_ends_without_a_reset() {
 
 #[test]
 fn a_panic_is_on_record_and_ends_one_connection() {
-    let journald = Journald::new();
     for runtime in RUNTIMES {
+        let journald = Journald::new();
         let service = service(&journald, runtime, ALL);
         let client = service.connect();
         client.send("panic\n");

@@ -31,6 +31,16 @@
 //! }
 //! ```
 //!
+//! In Cargo.toml it has `axum = "0.8"` and `serde = { version = "1", features = ["derive"] }` beside
+//! `peergate = { version = "0.1", features = ["axum"] }`. tokio itself is needed only where the code names it.
+//!
+//! A layer is around all methods of a route that were added before it. Where only some of them need more, the layer goes
+//! around those: `get(read).merge(post(write).layer(require(…)))`.
+//!
+//! A response that streams without end holds up a stop, for five seconds. Its stream ends in time if it also waits for
+//! [`Handle::stopping`](crate::tokio::Handle::stopping): the handle is cheap to clone, into axum's state too. When the session is
+//! revoked, the connection ends in the middle of the response; a stream that waits for [`Session::revoked`] can end before.
+//!
 //! A tonic service is a tower service too, and rides on the same listener: `Routes::into_axum_router` of tonic.
 
 use std::convert::Infallible;
@@ -87,7 +97,8 @@ impl<S: Send + Sync, T: Terms> FromRequestParts<S> for Session<T> {
 }
 
 /// A layer that lets a request through only if the terms of the rule that admits its peer allow it. Otherwise the denial is
-/// recorded, and the answer is 403, which names no rule.
+/// recorded, and the answer is 403, which names no rule. So it is for every request where the app is not served with
+/// `into_make_service_with_connect_info::<Session<T>>()`.
 pub fn require<T: Terms, F: Fn(&T) -> bool + Clone>(allows: F) -> Require<T, F> {
     Require { allows, terms: PhantomData }
 }

@@ -32,7 +32,9 @@
 //! groups = ["adm"]
 //! ```
 //!
-//! To try it, `systemd-socket-activate -l /tmp/shout.sock target/debug/shout` plays the service manager.
+//! To try it, `systemd-socket-activate -l /tmp/shout.sock target/debug/shout` plays the service manager, and
+//! `nc -U /tmp/shout.sock` is a client. The socket has the mode that the umask leaves: without a `chmod 666 /tmp/shout.sock`
+//! other users are refused by connect(2), before the policy is asked. [`service`] has the units for a system.
 //!
 //! The same on tokio, with axum (feature `axum`); a rule with `may-write = true` lets its peers write:
 //!

@@ -29,6 +29,33 @@
 //! - At a stop no connection is accepted any more: a client that connects waits in the backlog for the next process. Live
 //!   connections read their end; what does not end within five seconds is cut off.
 //! - A panic of the service's code ends one connection, and is recorded.
+//!
+//! # Its units
+//!
+//! systemd listens, and starts the service with the first connection. `systemctl reload` is the SIGHUP:
+//!
+//! ```ini
+//! # /etc/systemd/system/shout.socket
+//! [Socket]
+//! ListenStream=/run/shout.sock
+//! # Every user may connect: the policy decides, and each denial is recorded.
+//! SocketMode=0666
+//! [Install]
+//! WantedBy=sockets.target
+//! ```
+//!
+//! ```ini
+//! # /etc/systemd/system/shout.service
+//! [Service]
+//! Type=notify
+//! ExecStart=/usr/local/libexec/shout
+//! ExecReload=/bin/kill -HUP $MAINPID
+//! WatchdogSec=10s
+//! DynamicUser=yes
+//! ```
+//!
+//! `systemctl enable --now shout.socket` begins it, `journalctl -t shout` shows its records. The policy's file is to be
+//! readable for the service's user, and writable for root or that user only.
 
 mod attend;
 mod core;
