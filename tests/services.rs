@@ -362,6 +362,23 @@ fn a_reload_revokes_live_connections_on_every_runtime() {
     assert_eq!(journald.entries().iter().filter(|entry| with_verdict("revoked")(entry)).count(), 9);
 }
 
+/// An answer that is under way has five seconds.
+#[test]
+fn a_revoked_connection_whose_peer_never_reads_is_cut_off() {
+    let journald = Journald::new();
+    let services = RUNTIMES.map(|runtime| service(&journald, runtime, ALL));
+    let deaf = services.each_ref().map(|service| {
+        let peer = PeerProcess::user(ALICE, &service.socket());
+        peer.client().send("pour\n");
+        peer.client().expect("pouring\n");
+        peer
+    });
+    services.iter().for_each(|service| reload_with(service, ONLY_ROOT));
+    eventually("all are over", || (count(&journald, "closed") == RUNTIMES.len()).then_some(()));
+    drop(deaf);
+    services.into_iter().for_each(|service| drop(service.stop()));
+}
+
 #[test]
 fn a_connection_dropped_with_bytes_unread_ends_without_a_reset() {
     let journald = Journald::new();
