@@ -21,3 +21,11 @@ the_recipes_for_postgresql_hold_as_printed() {
     systemctl restart peergate@postgresql.service
     expect "and after a restart" alice "$(as alice sh -c "$psql")"
 }
+
+the_recipe_for_podman_holds_with_dockers_client_as_printed() {
+    trap '_take_back podman.socket podman.service' EXIT
+    _recipe "MOVING A SERVICE BEHIND THE GATE"
+    _recipe "PODMAN AND DOCKER"
+    # The client tries more than once.
+    [[ -n $(records denied PEER_UID=0 _SYSTEMD_UNIT=peergate@podman.service) ]] || fail "no record of root's denial:" "$(records all)"
+}
