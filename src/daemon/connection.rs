@@ -254,6 +254,13 @@ pub struct Watched {
     pub second: Option<Interest>,
 }
 
+impl Watched {
+    /// Whether the epoll tells of a hang-up only once: see [`Interest::Nothing`].
+    pub fn is_told_once(self) -> bool {
+        self.peer == Interest::Nothing || self.second == Some(Interest::Nothing)
+    }
+}
+
 impl<P: Protocol> fmt::Debug for Connection<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { peer, progress, .. } = self;

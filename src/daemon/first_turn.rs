@@ -127,9 +127,10 @@ impl<P: Protocol> FirstTurn<P> {
             mailbox.free_slot(slot);
             return self.context.close(connection, End::Closed, &self.settings, &mut self.buffers, &mailbox);
         }
-        let is_timed = P::HAS_SECOND && connection.protocol.due().is_some();
+        // The worker may have been told already of something that it will not be told of again, and lacked the connection.
+        let is_awaited = P::HAS_SECOND && (connection.protocol.due().is_some() || connection.watched().is_told_once());
         let message = Message::Admit { connection, slot };
-        if is_timed { mailbox.post(message) } else { mailbox.post_quietly(message) }
+        if is_awaited { mailbox.post(message) } else { mailbox.post_quietly(message) }
     }
 
     /// Looks once at every parked connection.

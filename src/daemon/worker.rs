@@ -281,7 +281,14 @@ impl<P: Protocol> WorkerLoop<P> {
     fn open_mail(&mut self) {
         for message in self.mailbox.open() {
             match message {
-                Message::Admit { connection, slot } => self.put(slot, connection),
+                Message::Admit { connection, slot } => {
+                    let is_told_once = P::HAS_SECOND && connection.watched().is_told_once();
+                    self.put(slot, connection);
+                    // An event of it may have come before this message, and will not come again.
+                    if is_told_once {
+                        self.rounds.add(slot, Ready::Any);
+                    }
+                }
                 Message::Resume(connection) => self.resume(connection),
                 Message::Configure(config, done) => {
                     self.configure(config);

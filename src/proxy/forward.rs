@@ -420,11 +420,11 @@ impl Forward {
 
     /// An end that has sent its end of file may close altogether later. Then nothing can be delivered to it any more.
     fn look_for_hang_up(&self, io: &Io<'_, Self>) -> Turn {
-        let is_gone = match (&self.upstream, io.ready) {
-            (_, Ready::Peer) => self.up.is_over() && has_hung_up(io.peer.as_fd()),
-            (Some(upstream), Ready::Second) => self.down.is_over() && has_hung_up(upstream.as_fd()),
-            _ => false,
-        };
+        let concerns = |end| io.ready == end || io.ready == Ready::Any;
+        let is_gone = concerns(Ready::Peer) && self.up.is_over() && has_hung_up(io.peer.as_fd())
+            || concerns(Ready::Second)
+                && self.down.is_over()
+                && self.upstream.as_ref().is_some_and(|upstream| has_hung_up(upstream.as_fd()));
         if is_gone { Turn::Closed } else { Turn::Idle }
     }
 }
