@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
-use common::behind::{Behind, pair, serve, start};
+use common::behind::{Behind, await_failure, pair, serve, start, start_traced};
 use common::{DENY_ALL, End, OWNER, Place, Start, eventually, show};
 use nix::sys::socket::{Backlog, listen};
 use peergate::Stream;
@@ -79,12 +79,14 @@ fn a_peer_over_a_limit_is_told_in_its_own_language() {
 
 #[test]
 fn a_service_that_comes_late_gets_what_was_sent_before() {
-    let (start, path) = start(OWNER, "connect-timeout = \"1h\"\n");
+    let (start, trace) = start_traced(OWNER, "connect-timeout = \"1h\"\n");
     let place = Arc::clone(start.place());
+    let path = place.path("behind");
     let proxy = start.ready();
     // Nothing is there.
     let early = proxy.connect();
     early.send("early");
+    await_failure(&trace, "ENOENT");
     let gone = proxy.connect();
     gone.send("and gone");
     drop(gone);
@@ -92,6 +94,7 @@ fn a_service_that_comes_late_gets_what_was_sent_before() {
     drop(UnixListener::bind(&path).unwrap());
     let middle = proxy.connect();
     middle.send("middle");
+    await_failure(&trace, "ECONNREFUSED");
     std::fs::remove_file(&path).unwrap();
     let behind = Behind::at(&place);
     let mut heard: Vec<_> = (0..3)
@@ -100,7 +103,8 @@ fn a_service_that_comes_late_gets_what_was_sent_before() {
             service.0.set_nonblocking(false).unwrap();
             let mut word = [0; 64];
             let count = (&service.0).read(&mut word).unwrap();
-            service.send("yes");
+            // The client that is gone takes no answer.
+            let _ = service.try_send("yes");
             String::from_utf8(word[..count].to_vec()).unwrap()
         })
         .collect();
@@ -121,13 +125,15 @@ fn a_client_that_leaves_while_the_service_is_away_costs_nothing_further() {
 
 #[test]
 fn a_full_backlog_is_waited_for() {
-    let (proxy, behind) = serve(OWNER, "connect-timeout = \"1h\"\n");
+    let (start, trace) = start_traced(OWNER, "connect-timeout = \"1h\"\n");
+    let behind = Behind::at(start.place());
+    let proxy = start.ready();
     listen(&behind.listener, Backlog::new(0).unwrap()).unwrap();
     // Takes the only place.
-    let first = UnixStream::connect(&behind.path).unwrap();
+    let _first = UnixStream::connect(&behind.path).unwrap();
     let client = proxy.connect();
     client.send("waits");
-    drop(first);
+    await_failure(&trace, "EAGAIN");
     behind.accept();
     let service = behind.accept();
     service.expect("waits");

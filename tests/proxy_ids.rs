@@ -10,6 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
 
+use common::behind::leave_free;
 use common::{ALICE, BOB, Client, OWNER, PeerProcess, Start, needs_root, receive, send_along};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
 use peergate::connect_as::{ConnectAs, Ids};
@@ -54,7 +55,7 @@ fn the_service_sees_the_peers_ids_and_groups() {
     std::fs::set_permissions(&gated, std::fs::Permissions::from_mode(0o700)).unwrap();
     std::fs::rename(start.place().path("behind"), gated.join("behind")).unwrap();
     let to = gated.join("behind").display().to_string();
-    let proxy = start.args(&["--to", &to]).ready();
+    let proxy = start.args(&["--to", &to]).wrapper(&["setpriv", "--groups", "64030", "--"]).ready();
     for (ids, expected) in [
         ("64001:64010", (ALICE, 64010, vec![])),
         ("64002:64002:64020,64021", (BOB, 64002, vec![64020, 64021])),
@@ -73,7 +74,45 @@ fn the_service_sees_the_peers_ids_and_groups() {
     let tasks = std::fs::read_dir(format!("/proc/{}/task", proxy.pid())).unwrap();
     for status in tasks.map(|task| status(task.unwrap())) {
         assert!(status.contains("Uid:\t0\t0\t0\t0\n") && status.contains("Gid:\t0\t0\t0\t0\n"), "{status}");
+        assert!(status.contains("Groups:\t64030 \n"), "{status}");
     }
+}
+
+#[test]
+fn without_being_root_it_connects_as_root_and_then_as_others() {
+    needs_root();
+    let (start, behind) = start(
+        "[allow.root]\nusers = [0]\nroot = true\n[allow.everybody]\nusers = [\"any\"]\n",
+        "identity = \"peer\"\n",
+    );
+    open_to_all(&start.place().path("behind"));
+    let ids = "+setuid,+setgid";
+    let as_another =
+        ["setpriv", "--reuid=64003", "--regid=64003", "--clear-groups", "--inh-caps", ids, "--ambient-caps", ids];
+    let proxy = start.wrapper(&as_another).ready();
+    for uid in [0, ALICE, 0, BOB] {
+        let peer = PeerProcess::user(uid, &proxy.socket());
+        let service = accept(&behind);
+        assert_eq!(seen(&service), (uid, uid, vec![]));
+        peer.connections[0].send("hello");
+        service.expect("hello");
+    }
+}
+
+#[test]
+fn a_peer_whose_groups_cannot_all_be_told_does_not_get_to_the_service() {
+    needs_root();
+    let (start, behind) = start(EVERYBODY, "identity = \"peer\"\nreplies = \"text\"\n");
+    open_to_all(&start.place().path("behind"));
+    let proxy = start.ready();
+    let groups: Vec<_> = (0..1100).map(|number| (100_000 + number).to_string()).collect();
+    let peer = PeerProcess::with(&["--as", &format!("64001:64001:{}", groups.join(","))], &proxy.socket());
+    peer.connections[0].expect_end("Service unavailable\n");
+    behind.set_nonblocking(true).unwrap();
+    assert!(behind.accept().is_err());
+    drop(peer);
+    let told = proxy.stop();
+    assert!(told.contains("cannot be connected to with groups that cannot all be told"), "{told}");
 }
 
 #[test]
@@ -214,8 +253,60 @@ fn descriptors_pass_both_ways_with_the_bytes_that_they_came_with() {
     }
     let (bytes, fds) = next(&service.0);
     assert!(bytes == b"late" && fds.len() == 1 && is_same_file(&fds[0], &one));
+    send_along(&service.0, b"back", &[one.as_raw_fd()]).unwrap();
+    client.0.set_nonblocking(false).unwrap();
+    let (bytes, fds) = next(&client.0);
+    assert!(bytes == b"back" && fds.len() == 1 && is_same_file(&fds[0], &one));
     drop((client, service));
     proxy.stop();
+}
+
+#[test]
+fn as_many_descriptors_as_are_stated_pass_and_one_more_ends_the_connection() {
+    const MOST: usize = 124;
+    let (start, behind) = start(OWNER, "descriptors = \"pass\"\n");
+    let proxy = start.ready();
+    let before = common::descriptors(&proxy);
+    let client = proxy.connect();
+    let service = accept(&behind);
+    let (one, _other) = UnixStream::pair().unwrap();
+    send_along(&client.0, b"all", &[one.as_raw_fd(); MOST]).unwrap();
+    let (bytes, fds) = next(&service.0);
+    assert_eq!((&*bytes, fds.len()), (&b"all"[..], MOST));
+    drop(fds);
+    send_along(&client.0, b"too many", &[one.as_raw_fd(); MOST + 1]).unwrap();
+    assert!(receive(&service.0, &mut [0; 64]).unwrap().is_none(), "neither bytes nor descriptors");
+    assert_eq!(client.rest().0, b"");
+    drop((client, service));
+    common::expect_descriptors(&proxy, before);
+    proxy.stop();
+}
+
+#[test]
+fn without_numbers_for_descriptors_their_bytes_do_not_go_alone() {
+    let (start, behind) = start(OWNER, "descriptors = \"pass\"\n");
+    let proxy = start.ready();
+    let client = proxy.connect();
+    let service = accept(&behind);
+    client.send("before");
+    service.expect("before");
+    leave_free(&proxy, 0);
+    let (one, _other) = UnixStream::pair().unwrap();
+    send_along(&client.0, b"with one", &[one.as_raw_fd()]).unwrap();
+    assert!(receive(&service.0, &mut [0; 64]).unwrap().is_none(), "neither bytes nor descriptors");
+    assert_eq!(client.rest().0, b"");
+}
+
+/// Whether each descriptor of the program but the standard three is close-on-exec.
+fn all_close_on_exec(proxy: &common::Echod) -> bool {
+    let flags = |entry: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(entry.path()).unwrap();
+        let flags = text.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim().to_owned();
+        i32::from_str_radix(&flags, 8).unwrap()
+    };
+    let entries = std::fs::read_dir(format!("/proc/{}/fdinfo", proxy.pid())).unwrap().map(Result::unwrap);
+    let mut later = entries.filter(|entry| entry.file_name().to_str().unwrap().parse::<u32>().unwrap() > 2);
+    later.all(|entry| flags(entry) & nix::libc::O_CLOEXEC != 0)
 }
 
 #[test]
@@ -227,11 +318,12 @@ fn descriptors_held_at_a_restart_arrive() {
     let (one, _other) = UnixStream::pair().unwrap();
     client.0.set_nonblocking(true).unwrap();
     // Each message with a descriptor, until nothing more fits in anywhere: the proxy holds some of it.
-    let (mut sent, mut stalls) = (0, 0);
+    let (mut sent, mut messages, mut stalls) = (0, 0, 0);
     while stalls < 50 {
-        match send_along(&client.0, &[b'm'; 20_000], &[one.as_raw_fd()]) {
+        match send_along(&client.0, &[b'm'; 60_000], &[one.as_raw_fd()]) {
             Ok(count) => {
                 sent += count;
+                messages += 1;
                 stalls = 0;
             }
             Err(_) => {
@@ -240,6 +332,7 @@ fn descriptors_held_at_a_restart_arrive() {
             }
         }
     }
+    assert!(all_close_on_exec(&proxy), "also the descriptors that wait");
     proxy = proxy.restart(|start, _| start);
     client.half_close();
     let (mut heard, mut fds) = (0, 0);
@@ -249,7 +342,7 @@ fn descriptors_held_at_a_restart_arrive() {
         heard += count;
         fds += came.len();
     }
-    assert_eq!((heard, fds), (sent, sent.div_ceil(20_000)));
+    assert_eq!((heard, fds), (sent, messages));
     drop((client, service));
     proxy.stop();
 }

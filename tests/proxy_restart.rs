@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use common::behind::Pattern;
-use common::{Client, Echod, OWNER, PATIENCE, Start, show};
+use common::{Client, Echod, OWNER, PATIENCE, Start, change_left, show};
 
 const TRANSFERS: usize = 64;
 
@@ -161,5 +161,42 @@ fn a_connection_that_lost_its_service_over_a_restart_ends() {
     });
     client.expect_end("all of it");
     drop(client);
+    proxy.stop();
+}
+
+#[test]
+fn a_connection_without_its_second_descriptor_ends_at_a_restart() {
+    let (proxy, behind) = serve("");
+    let (client, service) = pair(&proxy, &behind);
+    client.send("seen");
+    service.expect("seen");
+    let proxy = proxy.restart(|start, stored| {
+        change_left(stored, |messages| messages[1].lose_descriptor());
+        start
+    });
+    let _ = client.try_send("to no service");
+    assert_eq!(client.rest().0, b"");
+    service.expect_end("");
+    drop(client);
+    proxy.stop();
+}
+
+#[test]
+fn what_a_reader_has_taken_of_a_held_read_is_not_sent_again_after_a_restart() {
+    let (mut proxy, behind) = serve("");
+    let (client, service) = pair(&proxy, &behind);
+    let poured = service.clog(b"a stream that no two places of which look alike, by its length of a prime ");
+    let mut heard = Vec::new();
+    for round in 0..6 {
+        // Room for some of what is held, which is written when the client is heard.
+        heard.extend(client.read((7_000 + 9_000 * round).min((poured.len() - heard.len()) / 2)));
+        client.send("more");
+        service.expect("more");
+        proxy = restart(proxy);
+    }
+    service.half_close();
+    client.half_close();
+    heard.extend(client.rest().0);
+    assert!(heard == poured, "{} of {} bytes, or others", heard.len(), poured.len());
     proxy.stop();
 }

@@ -1,11 +1,15 @@
 //! The proxy in front of a service that is the test's own.
 
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 
-use super::{Client, Echod, Place, Start};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::{Client, Echod, PATIENCE, Place, Start, eventually};
 
 /// The service behind the gate.
 pub struct Behind {
@@ -20,7 +24,11 @@ impl Behind {
     }
 
     /// The next connection from the proxy.
+    #[track_caller]
     pub fn accept(&self) -> Client {
+        let mut question = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        let count = poll(&mut question, PollTimeout::try_from(PATIENCE).unwrap());
+        assert_eq!(count, Ok(1), "no connection from the proxy");
         let (stream, _) = self.listener.accept().unwrap();
         Client::of(stream)
     }
@@ -42,10 +50,34 @@ pub fn start(config: &str, more: &str) -> (Start, PathBuf) {
     (start.config(&text).socket("peergate@test.socket", listener), path)
 }
 
+/// As [`start`], with connect(2) traced into this file.
+pub fn start_traced(config: &str, more: &str) -> (Start, PathBuf) {
+    let (start, _) = start(config, more);
+    let trace = start.place().path("trace");
+    (start.traced(&trace, &["trace=connect"]), trace)
+}
+
+/// Waits until the proxy has tried to connect to the service and got this error.
+#[track_caller]
+pub fn await_failure(trace: &Path, error: &str) {
+    let is_it = |line: &str| line.contains("/behind\"") && line.contains(error);
+    eventually(error, || std::fs::read_to_string(trace).ok()?.lines().any(is_it).then_some(()));
+}
+
 pub fn serve(config: &str, more: &str) -> (Echod, Behind) {
     let (start, _) = start(config, more);
     let behind = Behind::at(start.place());
     (start.ready(), behind)
+}
+
+/// Leaves the program so many numbers for descriptors. Below which number that is.
+pub fn leave_free(proxy: &Echod, free: usize) -> usize {
+    let entries = std::fs::read_dir(format!("/proc/{}/fd", proxy.pid())).unwrap();
+    let used: Vec<usize> = entries.map(|entry| entry.unwrap().file_name().to_str().unwrap().parse().unwrap()).collect();
+    let limit = (0..).filter(|number| !used.contains(number)).nth(free).unwrap();
+    let (pid, option) = (proxy.pid().to_string(), format!("--nofile={limit}:"));
+    assert!(Command::new("prlimit").args(["--pid", &pid, &option]).status().unwrap().success());
+    limit
 }
 
 /// A connection through the proxy: both ends.

@@ -25,6 +25,18 @@ impl Message {
         Self { bytes: b"hello".to_vec(), fds }
     }
 
+    /// Takes the last descriptor from the only connection.
+    pub fn lose_descriptor(&mut self) {
+        self.bytes[TABLE] -= 1;
+        self.fds.pop();
+        self.seal();
+    }
+
+    fn seal(&mut self) {
+        let sum = checksum(&self.bytes[HEAD..]);
+        self.bytes[HEAD - 8..HEAD].copy_from_slice(&sum.to_le_bytes());
+    }
+
     /// Changes the state of each connection. It begins with two versions and with whether the connection is at rest (1).
     pub fn change_states(&mut self, mut change: impl FnMut(&mut Vec<u8>)) {
         let count = u32::from_le_bytes(self.bytes[TABLE - 4..TABLE].try_into().unwrap()) as usize;
@@ -37,8 +49,7 @@ impl Message {
             length.copy_from_slice(&(state.len() as u32).to_le_bytes());
             self.bytes.extend(state);
         }
-        let sum = checksum(&self.bytes[HEAD..]);
-        self.bytes[HEAD - 8..HEAD].copy_from_slice(&sum.to_le_bytes());
+        self.seal();
     }
 }
 
@@ -54,7 +65,8 @@ fn checksum(bytes: &[u8]) -> u64 {
 
 /// Changes what was left: the stored socket is replaced by one with the changed messages.
 pub fn change_left(stored: &mut [(String, OwnedFd)], change: impl FnOnce(&mut Vec<Message>)) {
-    let (_, socket) = stored.iter_mut().find(|(name, _)| name == "echod").expect("connections were left");
+    let (_, socket) =
+        stored.iter_mut().find(|(name, _)| ["echod", "peergate"].contains(&&**name)).expect("connections were left");
     let (mut messages, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
     while let Some((count, fds)) = receive(socket, &mut buffer).unwrap() {
         messages.push(Message { bytes: buffer[..count].to_vec(), fds });
