@@ -312,8 +312,15 @@ fn its_own_socket_is_no_upstream_at_the_start_and_at_a_reload() {
     assert!(code == 78 && told.contains("is a socket that peergate itself listens on"), "{code} {told}");
     let (proxy, behind) = serve(OWNER, "");
     let (client, service) = pair(&proxy, &behind);
-    proxy.place.file("echod.toml", &format!("{OWNER}[forward]\nto = \"{}\"\n", proxy.socket().display()));
-    assert_eq!(proxy.reload().0, 78);
+    let (own, to) = (proxy.socket().display().to_string(), behind.path.display().to_string());
+    for config in [
+        format!("{OWNER}[forward]\nto = \"{own}\"\n"),
+        // In a rule, beside one that is right.
+        format!("{OWNER}to = \"{own}\"\n[forward]\nto = \"{to}\"\n"),
+    ] {
+        proxy.place.file("echod.toml", &config);
+        assert_eq!(proxy.reload().0, 78, "{config}");
+    }
     client.send("as before");
     service.expect("as before");
 }

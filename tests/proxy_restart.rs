@@ -180,23 +180,3 @@ fn a_connection_without_its_second_descriptor_ends_at_a_restart() {
     drop(client);
     proxy.stop();
 }
-
-#[test]
-fn what_a_reader_has_taken_of_a_held_read_is_not_sent_again_after_a_restart() {
-    let (mut proxy, behind) = serve("");
-    let (client, service) = pair(&proxy, &behind);
-    let poured = service.clog(b"a stream that no two places of which look alike, by its length of a prime ");
-    let mut heard = Vec::new();
-    for round in 0..6 {
-        // Room for some of what is held, which is written when the client is heard.
-        heard.extend(client.read((7_000 + 9_000 * round).min((poured.len() - heard.len()) / 2)));
-        client.send("more");
-        service.expect("more");
-        proxy = restart(proxy);
-    }
-    service.half_close();
-    client.half_close();
-    heard.extend(client.rest().0);
-    assert!(heard == poured, "{} of {} bytes, or others", heard.len(), poured.len());
-    proxy.stop();
-}

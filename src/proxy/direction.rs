@@ -244,3 +244,32 @@ impl Direction {
         Moved::End
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_goes_to_the_next_process_from_where_it_was_taken_on() {
+        let sent = b"thirty bytes that were read on";
+        let (mut buffers, mut direction) = (Buffers::new(64), Direction::default());
+        let read = |room: &mut [u8], _: &mut Descriptors| {
+            room[..sent.len()].copy_from_slice(sent);
+            Received::Bytes(sent.len())
+        };
+        assert_eq!(direction.pass(&mut buffers, read, |_, _| Ok(10)), Moved::Some);
+        assert_eq!(direction.flush(&mut buffers, |_, _| Ok(5)), Moved::Some);
+        let bytes = postcard::to_allocvec(&direction).unwrap();
+        let mut next: Direction = postcard::from_bytes(&bytes).unwrap();
+        next.put_descriptors(&mut std::iter::empty());
+        assert_eq!((next.pending(), next.read(), next.written()), (&sent[15..], 30, 15));
+        assert!(next.writes() && !next.reads());
+        let mut rest = Vec::new();
+        let all = |bytes: &[u8], _: &Descriptors| {
+            rest.extend_from_slice(bytes);
+            Ok(bytes.len())
+        };
+        assert_eq!(next.flush(&mut buffers, all), Moved::Some);
+        assert!(rest == sent[15..] && next.reads());
+    }
+}
