@@ -167,3 +167,22 @@ where
         Box::pin(std::future::ready(Ok(denied)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::body::Body;
+    use axum::routing::get;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    /// The app is not served with its session: nothing is known of the peer.
+    #[test]
+    fn a_request_without_a_session_passes_no_layer() {
+        let app = Router::new().route("/", get(|| async { "inside\n" })).layer(require(|(): &()| true));
+        let runtime = ::tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let answer = runtime.block_on(app.oneshot(Request::new(Body::empty()))).unwrap();
+        assert_eq!(answer.status(), StatusCode::FORBIDDEN);
+    }
+}
