@@ -31,11 +31,26 @@
 //! }
 //! ```
 //!
+//! ```toml
+//! # /etc/note.toml
+//! [allow.writers]
+//! users = ["alice"]
+//! may-write = true
+//!
+//! [allow.readers]
+//! groups = ["adm"]
+//! ```
+//!
 //! In Cargo.toml it has `axum = "0.8"` and `serde = { version = "1", features = ["derive"] }` beside
 //! `peergate = { version = "0.1", features = ["axum"] }`. tokio itself is needed only where the code names it.
 //!
 //! A layer is around all methods of a route that were added before it. Where only some of them need more, the layer goes
 //! around those: `get(read).merge(post(write).layer(require(…)))`.
+//!
+//! `require` asks the rule in force at each request, so a reload counts for live connections too; its 403 leaves the connection
+//! open. A peer that no rule admits gets [`Replies::denied`](crate::gate::Replies::denied) and the end of its connection, which
+//! [`Replies::http`](crate::gate::Replies::http) makes a response: without it the peer reads a line of text, which is no HTTP. A
+//! revoked connection that is idle gets the same.
 //!
 //! A response that streams without end holds up a stop, for five seconds. Its stream ends in time if it also waits for
 //! [`Handle::stopping`](crate::tokio::Handle::stopping): the handle is cheap to clone, into axum's state too. When the session is

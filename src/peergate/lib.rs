@@ -33,8 +33,10 @@
 //! ```
 //!
 //! To try it, `systemd-socket-activate -l /tmp/shout.sock target/debug/shout` plays the service manager, and
-//! `nc -U /tmp/shout.sock` is a client. The socket has the mode that the umask leaves: without a `chmod 666 /tmp/shout.sock`
-//! other users are refused by connect(2), before the policy is asked. [`service`] has the units for a system.
+//! `nc -U /tmp/shout.sock` is a client. The socket has the mode 0644: without a `chmod 666 /tmp/shout.sock` other users are
+//! refused by connect(2), before the policy is asked. The program takes over the process with the first connection: from then on
+//! `kill -HUP` to it is a reload (before, that ends `systemd-socket-activate`), and a fault in the policy's file shows only then.
+//! Without a journal, records go to standard error. [`service`] has the units for a system.
 //!
 //! The same on tokio, with axum (feature `axum`); a rule with `may-write = true` lets its peers write:
 //!

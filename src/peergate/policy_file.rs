@@ -20,6 +20,10 @@
 //! a rule is for. All other keys of an allow rule are its terms, of the type that the application chooses. A deny rule has no terms.
 //! Every other table is the application's.
 //!
+//! A value of `users` is a name, an id (`1000`), a range of ids (`"1000-1999"`), `"self"` or `"any"`; one of `logins` the same
+//! but for `"self"`; one of `groups` a name, an id, a range or `"any"`. Deny rules come first, then allow rules in the order of
+//! the file. The first that matches decides, and its terms alone hold: the rule that allows more goes first.
+//!
 //! A file is taken as a whole or not at all, and all its faults are listed at once.
 //!
 //! A name in an allow rule that the user database does not know matches no peer: [`Loaded::unknown`]. When the database

@@ -171,6 +171,7 @@ impl<T: Terms> Service<T> {
 
     /// Decides by the policy in this file ([`policy_file`]), and reads it again at each reload. Warnings are recorded, and
     /// so is a name that the user database does not know. `self` is the user that the service runs as.
+    /// Only root or the service's user may own the file, and no other user may write to it.
     pub fn policy_file(self, path: impl AsRef<Path>) -> Self
     where
         T: FromTable,
