@@ -41,7 +41,7 @@
 //! groups = ["adm"]
 //! ```
 //!
-//! In Cargo.toml it has `axum = "0.8"` and `serde = { version = "1", features = ["derive"] }` beside
+//! Its Cargo.toml has `axum = "0.8"` and `serde = { version = "1", features = ["derive"] }` beside
 //! `peergate = { version = "0.1", features = ["axum"] }`. tokio itself is needed only where the code names it.
 //!
 //! A layer is around all methods of a route that were added before it. Where only some of them need more, the layer goes

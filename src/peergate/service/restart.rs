@@ -221,8 +221,8 @@ fn restore<W: DeserializeOwned>(bytes: &[u8]) -> Option<(State<W>, Vec<u8>)> {
     Some((serde_json::from_slice(written).ok()?, received.to_vec()))
 }
 
-/// A connection of an earlier process.
-struct Carried<W> {
+/// A connection of an earlier process, with the state that it left.
+struct Restored<W> {
     socket: OwnedFd,
     peer: Peer,
     number: u64,
@@ -231,7 +231,7 @@ struct Carried<W> {
 
 /// What an earlier process left.
 pub(crate) struct Inheritance<W> {
-    connections: Vec<Carried<W>>,
+    connections: Vec<Restored<W>>,
     /// Connections whose state cannot be used.
     ending: Vec<OwnedFd>,
 }
@@ -259,7 +259,7 @@ impl<W: DeserializeOwned> Inheritance<W> {
             Some(((state, received), peer)) => {
                 peer.remember(state.process);
                 let (number, start) = (state.number, (state.work, received));
-                self.connections.push(Carried { socket, peer, number, start });
+                self.connections.push(Restored { socket, peer, number, start });
             }
             None => self.ending.push(socket),
         }
@@ -273,7 +273,7 @@ impl<W: DeserializeOwned> Inheritance<W> {
             return;
         }
         let mut revoked = 0;
-        for Carried { socket, peer, number, start } in self.connections {
+        for Restored { socket, peer, number, start } in self.connections {
             match judge(core, &policy, peer, socket, number) {
                 Some(admission) => begin(admission, start),
                 None => revoked += 1,

@@ -1,5 +1,5 @@
-# `echod report` on real journals: a namespace, damaged files, files that the caller may not read, and the
-# journals of several machines.
+# `echod report` on real journals: a namespace, damaged files, and files that the caller may not read. The journals of several
+# machines: ../machines.sh.
 
 _deny() { # USER TIMES
     local n
@@ -103,47 +103,4 @@ burst = 1000'
     done
     expect "complete, exit status" 'false 74' "$(_in_report .complete) $status"
     [[ $said == *'journald has dropped '*' messages of the service'* ]] || fail "said:" "$said"
-}
-
-# The claim's entries in the journal of this machine, in the export format.
-_send() {
-    journalctl --sync
-    journalctl --quiet --output=export "$(since)"
-}
-
-_become_machine() { # ID NAME
-    echo "$1" >/etc/machine-id
-    hostname "$2"
-    systemctl restart systemd-journald
-}
-
-the_journals_of_two_machines_that_are_received_here_add_up() {
-    local options status report said first second=4e1219c7c4c5404aaa1f6d2a48adfda4 name received=/tmp/claim/received
-    local remote=/usr/lib/systemd/systemd-journal-remote
-    [[ -x $remote ]] || remote=/lib/systemd/systemd-journal-remote
-    mkdir "$received"
-    first=$(cat /etc/machine-id)
-    name=$(hostname)
-    _deny bob 3
-    _deny root 1
-    systemctl stop echo.service
-    _send >/tmp/claim/first
-    _become_machine "$second" other
-    _deny bob 2
-    systemctl stop echo.service
-    _send >/tmp/claim/second
-    _become_machine "$first" "$name"
-    rm --recursive "/var/log/journal/$second"
-    for machine in first second; do
-        "$remote" --output="$received/remote-$machine.journal" - <"/tmp/claim/$machine" >/dev/null 2>&1
-    done
-    options=(--system --directory="$received")
-    _report env
-    expect "denials, complete, exit status" '6 true 0' "$(_in_report '"\(.denied.total) \(.complete)"') $status"
-    expect "rows" "$name 1002 3,$name 0 1,other 1002 2" \
-        "$(_in_report '[.peers[]] | sort_by(.machine.host == "other", -.total) |
-            map("\(.machine.host) \(.uid) \(.total)") | join(",")')"
-    expect "machines" "$(printf '%s\n' "$first" "$second" | sort | xargs)" "$(_in_report '.machines[].id' | xargs)"
-    text=$(echod report "$(since)" "${options[@]}")
-    [[ $text == *"on $name;"* && $text == *'on other;'* ]] || fail "the table:" "$text"
 }
