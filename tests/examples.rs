@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
@@ -47,29 +47,48 @@ fn program(example: &str) -> PathBuf {
     directory.join(example)
 }
 
+/// A new directory of a test's own.
+fn scratch() -> PathBuf {
+    nix::unistd::mkdtemp(&std::env::temp_dir().join("peergate-XXXXXX")).unwrap()
+}
+
+/// Each message that comes to a manager's socket. A thread reads them at once: the socket holds ten, and a service that
+/// ends does not wait until its last one is taken.
+fn notices(socket: UnixDatagram) -> mpsc::Receiver<String> {
+    let (sender, notices) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut message = [0; 4096];
+        while let Ok(length) = socket.recv(&mut message) {
+            if sender.send(String::from_utf8_lossy(&message[..length]).into_owned()).is_err() {
+                return;
+            }
+        }
+    });
+    notices
+}
+
 /// A running example and the directory that holds its socket.
 struct Server {
     child: Child,
     directory: PathBuf,
-    notify: UnixDatagram,
+    /// What it has sent to its manager.
+    notices: mpsc::Receiver<String>,
 }
 
 impl Server {
-    fn start(test: &str, example: &str, arguments: &[&Path]) -> Self {
-        Self::start_after(test, example, arguments, |_| ()).0
+    fn start(example: &str, arguments: &[&Path]) -> Self {
+        Self::start_after(example, arguments, |_| ()).0
     }
 
     /// Connects to the socket at this path before the service starts.
-    fn start_after<R>(test: &str, example: &str, arguments: &[&Path], comes: impl FnOnce(&Path) -> R) -> (Self, R) {
+    fn start_after<R>(example: &str, arguments: &[&Path], comes: impl FnOnce(&Path) -> R) -> (Self, R) {
         assert!(nix::unistd::geteuid().is_root(), "run as root: the clients become other users");
-        let directory = std::env::temp_dir().join(format!("peergate-{test}-{}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
+        let directory = scratch();
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
         let socket = directory.join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
         fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
-        let notify = UnixDatagram::bind(directory.join("notify")).unwrap();
-        notify.set_read_timeout(Some(PATIENCE)).unwrap();
+        let notices = notices(UnixDatagram::bind(directory.join("notify")).unwrap());
         let came = comes(&socket);
         // As systemd does before it calls execve(2).
         let pass = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
@@ -83,7 +102,7 @@ impl Server {
             .stdin(OwnedFd::from(listener))
             .spawn()
             .unwrap();
-        (Self { child, directory, notify }, came)
+        (Self { child, directory, notices }, came)
     }
 
     fn socket(&self) -> PathBuf {
@@ -97,13 +116,7 @@ impl Server {
 
     /// Waits until the service has sent this to its manager.
     fn says(&self, expected: &str) {
-        let mut message = [0; 4096];
-        loop {
-            let length = self.notify.recv(&mut message).expect(expected);
-            if String::from_utf8_lossy(&message[..length]).lines().any(|line| line == expected) {
-                return;
-            }
-        }
+        while !self.notices.recv_timeout(PATIENCE).expect(expected).lines().any(|line| line == expected) {}
     }
 
     fn signal(&self, signal: Signal) {
@@ -153,7 +166,7 @@ impl Drop for Server {
 
 #[test]
 fn whoami_tells_each_client_its_credentials() {
-    let server = Server::start("whoami", "whoami", &[]);
+    let server = Server::start("whoami", &[]);
     let (said, pid) = server.answers(&["--reuid=61001", "--regid=61002", "--groups=61003,4"], b"");
     let (ids, process) = said.split_once('\n').unwrap();
     assert_eq!(ids, "uid 61001, gid 61002, groups 4 61003");
@@ -167,7 +180,7 @@ fn whoami_tells_each_client_its_credentials() {
 /// `Service` does all that whoami leaves out.
 #[test]
 fn a_service_notifies_the_service_manager() {
-    let server = Server::start("manager", "whoami", &[]);
+    let server = Server::start("whoami", &[]);
     server.ready();
     server.says("WATCHDOG=1");
     server.signal(Signal::SIGHUP);
@@ -181,7 +194,7 @@ fn a_service_notifies_the_service_manager() {
 
 #[test]
 fn whoami_denies_the_overflow_uid() {
-    let server = Server::start("whoami-nobody", "whoami", &[]);
+    let server = Server::start("whoami", &[]);
     assert_eq!(server.answers_user(65_534, ""), "Unauthorized access\n");
     server.stop();
 }
@@ -196,7 +209,7 @@ fn policy(directory: &str, text: &str) -> PathBuf {
 #[test]
 fn view_update_gives_each_user_the_rights_of_its_rule() {
     let file = policy("view-update", &fs::read_to_string(source("view_update.toml")).unwrap());
-    let server = Server::start("view-update", "view_update", &[&file]);
+    let server = Server::start("view_update", &[&file]);
     let me = nix::unistd::geteuid().as_raw();
     let guest = 1001;
     assert_eq!(server.answers_user(me, "update Lunch is at one\nview\n"), "updated\nLunch is at one\n");
@@ -212,7 +225,7 @@ fn view_update_gives_each_user_the_rights_of_its_rule() {
 #[test]
 fn view_update_reloads_a_policy_and_keeps_the_old_one_on_a_fault() {
     let file = policy("reload", "[allow.guest]\nusers = [61001]\n");
-    let server = Server::start("reload", "view_update", &[&file]);
+    let server = Server::start("view_update", &[&file]);
     server.ready();
     assert_eq!(server.answers_user(ALICE, "update A\n"), "You may view, not update\n");
 
@@ -232,8 +245,7 @@ fn view_update_reloads_a_policy_and_keeps_the_old_one_on_a_fault() {
 #[test]
 fn view_update_names_the_place_of_a_fault_and_does_not_start() {
     let file = policy("faulty", "[allow.guest]\nusers = [61001]\nmay = \"destroy\"\n");
-    let directory = std::env::temp_dir().join(format!("peergate-faulty-{}", std::process::id()));
-    fs::create_dir(&directory).unwrap();
+    let directory = scratch();
     let listener = UnixListener::bind(directory.join("socket")).unwrap();
     let pass = r#"exec 3<&0 </dev/null; export LISTEN_PID=$$; exec "$@""#;
     let ended = Command::new("sh")
@@ -252,7 +264,7 @@ fn view_update_names_the_place_of_a_fault_and_does_not_start() {
 
 #[test]
 fn tokio_echo_echoes_to_its_owner_and_denies_another_user() {
-    let server = Server::start("tokio", "tokio_echo", &[]);
+    let server = Server::start("tokio_echo", &[]);
     let text = "0123456789\n".repeat(30_000);
     assert!(server.answers_user(nix::unistd::geteuid().as_raw(), &text) == text, "not the bytes that were sent");
     server.signal(Signal::SIGHUP);
@@ -262,7 +274,7 @@ fn tokio_echo_echoes_to_its_owner_and_denies_another_user() {
 
 #[test]
 fn length_daemon_serves_its_owner_and_denies_another_user() {
-    let server = Server::start("length", "length_daemon", &[]);
+    let server = Server::start("length_daemon", &[]);
     server.ready();
     assert_eq!(server.answers_user(0, "hello\nworld, again\nno end"), "5\n12\n");
     assert_eq!(server.answers_user(ALICE, "hello\n"), "Unauthorized access\n");
@@ -294,13 +306,12 @@ fn send_along(through: &UnixStream, what: TcpStream) {
 fn a_blocking_descriptor_of_an_early_client_delays_no_other() {
     for example in ["whoami", "tokio_echo", "view_update"] {
         let file = policy(&format!("early-{example}"), "[allow.all]\nusers = [\"any\"]\n");
-        let (server, (_bomber, _other_end)) =
-            Server::start_after(&format!("early-{example}"), example, &[&file], |socket| {
-                let (bomb, other_end) = slow_to_close();
-                let bomber = UnixStream::connect(socket).unwrap();
-                send_along(&bomber, bomb);
-                (bomber, other_end)
-            });
+        let (server, (_bomber, _other_end)) = Server::start_after(example, &[&file], |socket| {
+            let (bomb, other_end) = slow_to_close();
+            let bomber = UnixStream::connect(socket).unwrap();
+            send_along(&bomber, bomb);
+            (bomber, other_end)
+        });
         expect_an_answer(&server);
         server.stop();
         fs::remove_file(file).unwrap();
@@ -310,7 +321,7 @@ fn a_blocking_descriptor_of_an_early_client_delays_no_other() {
 /// A denied client can do so at any time, before Linux 6.16 or where the service does not refuse descriptors.
 #[test]
 fn a_blocking_descriptor_of_a_denied_client_delays_no_other() {
-    let server = Server::start("stranger-bomb", "tokio_echo", &[]);
+    let server = Server::start("tokio_echo", &[]);
     server.ready();
     // Meanwhile the client closes its own copy, so that the last close(2) would be the service's.
     server.signal(Signal::SIGSTOP);
@@ -340,7 +351,7 @@ fn expect_an_answer(server: &Server) {
 
 #[test]
 fn tokio_echo_refuses_a_users_connection_over_the_limit() {
-    let server = Server::start("tokio-limit", "tokio_echo", &[]);
+    let server = Server::start("tokio_echo", &[]);
     let connect = || {
         let client = UnixStream::connect(server.socket()).unwrap();
         client.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -376,8 +387,7 @@ fn an_example_without_a_socket_says_so_and_exits() {
 /// systemd-analyze gets an environment without anything of this machine, so that the result does not depend on it.
 #[test]
 fn the_examples_units_are_sound() {
-    let directory = std::env::temp_dir().join(format!("peergate-units-{}", std::process::id()));
-    fs::create_dir(&directory).unwrap();
+    let directory = scratch();
     let mut units = Vec::new();
     for example in EXAMPLES {
         for kind in ["socket", "service"] {

@@ -15,9 +15,8 @@ struct Configuration {
 }
 
 impl Configuration {
-    fn new(name: &str, text: &str) -> Self {
-        let directory = std::env::temp_dir().join(format!("echod-explain-{}-{name}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
+    fn new(text: &str) -> Self {
+        let directory = nix::unistd::mkdtemp(&std::env::temp_dir().join("echod-explain-XXXXXX")).unwrap();
         let file = directory.join("echod.toml");
         fs::write(&file, text).unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
@@ -80,7 +79,7 @@ line-length = '4K'
 
 #[test]
 fn explain_prints_the_verdict_first_and_exits_with_it() {
-    let configuration = Configuration::new("verdict", POLICY);
+    let configuration = Configuration::new(POLICY);
     let verdict = |arguments: &[&str]| {
         let outcome = configuration.run(&[&["explain"], arguments].concat());
         let (line, code) = outcome.verdict();
@@ -115,7 +114,7 @@ fn explain_prints_the_verdict_first_and_exits_with_it() {
 
 #[test]
 fn explain_gives_the_reason_and_the_place_of_the_rule() {
-    let configuration = Configuration::new("why", POLICY);
+    let configuration = Configuration::new(POLICY);
     let outcome = configuration.run(&["explain", "--uid", "34"]);
     let file = configuration.file.display();
     let why = format!(
@@ -142,7 +141,7 @@ fn explain_gives_the_reason_and_the_place_of_the_rule() {
 #[test]
 fn explain_reads_the_credentials_of_a_live_process() {
     let uid = fs::metadata("/proc/self").map(|status| std::os::unix::fs::MetadataExt::uid(&status)).unwrap();
-    let configuration = Configuration::new("pid", &format!("[allow.tester]\nusers = [{uid}]\n"));
+    let configuration = Configuration::new(&format!("[allow.tester]\nusers = [{uid}]\n"));
     let pid = std::process::id().to_string();
     assert_eq!(configuration.run(&["explain", "--pid", &pid]).verdict(), ("admitted by allow.tester", 0));
 
@@ -156,7 +155,7 @@ fn explain_reads_the_credentials_of_a_live_process() {
 #[test]
 fn explain_admits_by_no_group_where_the_list_is_incomplete() {
     let policy = "[deny.d]\ngroups = [7]\nusers = [5]\n[allow.a]\ngroups = [4, 9]\n";
-    let configuration = Configuration::new("groups", policy);
+    let configuration = Configuration::new(policy);
     let explain = |uid: &str, gid: &str, group: &str, count: usize| {
         let groups = ["--group", group].repeat(count);
         let outcome = configuration.run(&[&["explain", "--uid", uid, "--gid", gid], &groups[..]].concat());
@@ -175,7 +174,7 @@ fn explain_admits_by_no_group_where_the_list_is_incomplete() {
 
 #[test]
 fn explain_decides_nothing_about_an_unknown_user_or_process() {
-    let configuration = Configuration::new("nobody", POLICY);
+    let configuration = Configuration::new(POLICY);
     for (arguments, message) in [
         (["--user", "no such user"].as_slice(), "no user \"no such user\""),
         (&["--uid", "5", "--group", "no such group"], "no group \"no such group\""),
@@ -192,7 +191,7 @@ fn explain_decides_nothing_about_an_unknown_user_or_process() {
 
 #[test]
 fn check_prints_the_policy_and_the_settings_in_force() {
-    let configuration = Configuration::new("check", POLICY);
+    let configuration = Configuration::new(POLICY);
     let outcome = configuration.run(&["check"]);
     assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
     let file = configuration.file.display();
@@ -222,7 +221,7 @@ fn check_shortens_a_long_list_and_prints_its_length() {
     let ranges: Vec<String> = (0..5000).map(|n| format!("{}-{}", 100_000 + 10 * n, 100_005 + 10 * n)).collect();
     let units: Vec<String> = (0..5000).map(|n| format!("a-rather-long-name-{n}.service")).collect();
     let text = format!("[deny.many]\nusers = {ranges:?}\n[allow.units]\nunits = {units:?}\n");
-    let configuration = Configuration::new("long", &text);
+    let configuration = Configuration::new(&text);
     let outcome = configuration.run(&["check"]);
     assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""));
     let line = |rule: &str| outcome.stdout.lines().find(|line| line.starts_with(rule)).unwrap();
@@ -236,7 +235,7 @@ fn check_shortens_a_long_list_and_prints_its_length() {
 
 #[test]
 fn check_warns_on_standard_error_and_still_succeeds() {
-    let configuration = Configuration::new("warn", "[allow.old]\nusers = ['no such user']\n");
+    let configuration = Configuration::new("[allow.old]\nusers = ['no such user']\n");
     let outcome = configuration.run(&["check"]);
     assert_eq!(outcome.code, 0);
     assert!(outcome.stderr.contains(":2:10: the user \"no such user\" does not exist"), "{}", outcome.stderr);
@@ -245,7 +244,7 @@ fn check_warns_on_standard_error_and_still_succeeds() {
 
 #[test]
 fn check_warns_where_a_user_namespace_leaves_users_unmapped() {
-    let configuration = Configuration::new("namespace", POLICY);
+    let configuration = Configuration::new(POLICY);
     let check = ["--user", "--map-root-user", env!("CARGO_BIN_EXE_echod"), "check", "--config"];
     let outcome = run(Command::new("unshare").args(check).arg(&configuration.file));
     assert_eq!(outcome.code, 0, "{}", outcome.stderr);
@@ -255,7 +254,7 @@ fn check_warns_where_a_user_namespace_leaves_users_unmapped() {
 
 #[test]
 fn check_prints_every_fault_and_exits_78() {
-    let configuration = Configuration::new("faults", "[allow.x]\nuser = [5]\n[limits]\nconnections = 0\n");
+    let configuration = Configuration::new("[allow.x]\nuser = [5]\n[limits]\nconnections = 0\n");
     let outcome = configuration.run(&["check"]);
     assert_eq!((outcome.code, outcome.stdout.as_str()), (78, ""));
     let places: Vec<_> = outcome.stderr.lines().map(|line| line.split(": ").next().unwrap()).collect();
@@ -280,7 +279,7 @@ fn a_named_configuration_file_that_is_missing_exits_66() {
 
 #[test]
 fn without_any_file_explain_admits_only_the_owner() {
-    let configuration = Configuration::new("default", "");
+    let configuration = Configuration::new("");
     fs::remove_file(&configuration.file).unwrap();
     let uid = fs::metadata("/proc/self").map(|status| std::os::unix::fs::MetadataExt::uid(&status)).unwrap();
     let explain = |uid: u32| {
@@ -317,7 +316,7 @@ fn check_shows_and_explain_explains_every_key_of_a_rule() {
         let example = EXAMPLES.iter().find(|(name, ..)| *name == key);
         let (_, value, beside) = example.unwrap_or_else(|| panic!("no example of the key {key}"));
         let text = format!("[allow.example]\n{beside}{key} = ['{value}']\n");
-        let configuration = Configuration::new(&format!("key-{key}"), &text);
+        let configuration = Configuration::new(&text);
         let checked = configuration.run(&["check"]);
         let line = checked.stdout.lines().find(|line| line.starts_with("allow.example")).unwrap_or_default();
         assert!(line.contains(value), "{key}: {line}");

@@ -22,10 +22,9 @@ const STRANGER: u32 = 61_001;
 struct Files(PathBuf);
 
 impl Files {
-    fn new(name: &str) -> Self {
+    fn new() -> Self {
         assert!(nix::unistd::getuid().is_root(), "this suite needs root: it reads journals as another user");
-        let directory = std::env::temp_dir().join(format!("echod-journals-{}-{name}", std::process::id()));
-        fs::create_dir_all(&directory).unwrap();
+        let directory = nix::unistd::mkdtemp(&std::env::temp_dir().join("echod-journals-XXXXXX")).unwrap();
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o755)).unwrap();
         Self(directory)
     }
@@ -81,7 +80,7 @@ fn stderr(output: &Output) -> String {
 
 #[test]
 fn with_several_machines_each_row_names_its_machine() {
-    let files = Files::new("machines");
+    let files = Files::new();
     files.denials("a.journal", ALPHA, "alpha", 3);
     let (json, code) = files.json();
     assert_eq!((&json["complete"], &json["denied"]["total"], code), (&true.into(), &3.into(), Some(0)));
@@ -100,7 +99,7 @@ fn with_several_machines_each_row_names_its_machine() {
 
 #[test]
 fn machines_of_the_same_name_are_separated_by_their_ids() {
-    let files = Files::new("namesakes");
+    let files = Files::new();
     files.denials("a.journal", ALPHA, "web", 2);
     files.denials("b.journal", BETA, "web", 1);
     let text = stdout(&files.report(&[]));
@@ -109,7 +108,7 @@ fn machines_of_the_same_name_are_separated_by_their_ids() {
 
 #[test]
 fn a_truncated_journal_file_makes_the_report_incomplete() {
-    let files = Files::new("cut");
+    let files = Files::new();
     files.denials("a.journal", ALPHA, "alpha", 3);
     let cut = files.denials("b.journal", ALPHA, "alpha", 3);
     fs::OpenOptions::new().write(true).open(cut).unwrap().set_len(100).unwrap();
@@ -140,7 +139,7 @@ fn entry_objects(file: &[u8]) -> Vec<usize> {
 
 #[test]
 fn a_file_skipped_without_a_message_makes_the_report_incomplete() {
-    let files = Files::new("damaged");
+    let files = Files::new();
     let path = files.denials("a.journal", ALPHA, "alpha", 3);
     let mut bytes = fs::read(&path).unwrap();
     let second = entry_objects(&bytes)[1];
@@ -152,7 +151,7 @@ fn a_file_skipped_without_a_message_makes_the_report_incomplete() {
 
 #[test]
 fn without_a_journal_file_no_number_of_denials_is_reported() {
-    let files = Files::new("none");
+    let files = Files::new();
     let output = files.report(&[]);
     assert_eq!(output.status.code(), Some(74));
     let (text, here) = (stdout(&output), files.0.display().to_string());
@@ -165,7 +164,7 @@ fn without_a_journal_file_no_number_of_denials_is_reported() {
 
 #[test]
 fn no_denials_in_a_journal_differs_from_an_unread_journal() {
-    let files = Files::new("quiet");
+    let files = Files::new();
     files.denials("a.journal", ALPHA, "alpha", 1);
     let output = files.report(&["--since", "2030-01-01"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
@@ -182,7 +181,7 @@ fn as_stranger(program: &Path, directory: &Path) -> Output {
 
 #[test]
 fn an_unreadable_journal_file_is_named_in_an_incomplete_report() {
-    let files = Files::new("unreadable");
+    let files = Files::new();
     let program = files.0.join("echod");
     // Not by this process: a child that another test forks meanwhile would hold the file open (ETXTBSY).
     assert!(Command::new("cp").arg(env!("CARGO_BIN_EXE_echod")).arg(&program).status().unwrap().success());

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -38,8 +38,8 @@ fn the_readmes_service_builds_alone_and_admits_only_its_owner() {
     assert!(dependency.contains("\"…/src/peergate\""), "{dependency}");
     let main = readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("the code");
 
-    let directory = Directory(std::env::temp_dir().join(format!("peergate-newcomer-{}", std::process::id())));
-    fs::create_dir(&directory.0).unwrap();
+    let directory = Directory(nix::unistd::mkdtemp(&std::env::temp_dir().join("peergate-newcomer-XXXXXX")).unwrap());
+    fs::set_permissions(&directory.0, fs::Permissions::from_mode(0o755)).unwrap();
     let mut new = Command::new(env!("CARGO"));
     new.args(["new", "--quiet", "--vcs", "none", "hello"]).current_dir(&directory.0);
     assert!(new.status().unwrap().success());

@@ -130,8 +130,7 @@ fn clear_up_when_interrupted(work: PathBuf) -> Result<()> {
 
 /// A fresh directory that every user may reach: other users connect to the socket in it.
 fn tempdir() -> Result<PathBuf> {
-    let work = std::env::temp_dir().join(format!("echod-bench.{}", std::process::id()));
-    std::fs::create_dir(&work)?;
+    let work = nix::unistd::mkdtemp(&std::env::temp_dir().join("echod-bench.XXXXXX"))?;
     std::fs::set_permissions(&work, std::fs::Permissions::from_mode(0o755))?;
     Ok(work)
 }

@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     fn the_lowest_limit_on_the_way_to_the_group_counts() {
-        let mount = std::env::temp_dir().join(format!("peergate-memory-{}", std::process::id()));
+        let mount = nix::unistd::mkdtemp(&std::env::temp_dir().join("peergate-memory-XXXXXX")).unwrap();
         let put = |path: &str, text: &str| {
             let path = mount.join(path);
             fs::create_dir_all(path.parent().unwrap()).unwrap();

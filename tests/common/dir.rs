@@ -4,17 +4,14 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A directory for one test, which every user may enter. It is removed when dropped.
 pub struct Place(PathBuf);
 
 impl Place {
     pub fn new() -> Self {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let name = format!("echod-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        fs::create_dir(&path).unwrap();
+        // Not named after the process: a test that was killed leaves its directory, and process IDs come again.
+        let path = nix::unistd::mkdtemp(&std::env::temp_dir().join("echod-test-XXXXXX")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         Self(path)
     }

@@ -162,9 +162,8 @@ fn the_file_is_looked_for_in_one_place() {
 struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("echod-config-{}-{name}", std::process::id()));
-        fs::create_dir(&path).unwrap();
+    fn new() -> Self {
+        let path = nix::unistd::mkdtemp(&std::env::temp_dir().join("echod-config-XXXXXX")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
         Self(path)
     }
@@ -185,7 +184,7 @@ impl Drop for Scratch {
 
 #[test]
 fn a_missing_default_file_gives_the_defaults_but_a_missing_named_one_is_an_error() {
-    let scratch = Scratch::new("missing");
+    let scratch = Scratch::new();
     let path = scratch.0.join("none.toml");
     let config = load(Location::Default(path.clone()), me(), &Alice).unwrap();
     assert_eq!(config.source, None);
@@ -200,7 +199,7 @@ fn a_missing_default_file_gives_the_defaults_but_a_missing_named_one_is_an_error
 
 #[test]
 fn a_file_that_others_may_write_is_refused_wherever_it_is_named() {
-    let scratch = Scratch::new("mode");
+    let scratch = Scratch::new();
     for mode in [0o664, 0o646, 0o666] {
         let path = scratch.file("[allow.owner]\nusers = ['self']\n", mode);
         for location in [Location::Named(path.clone()), Location::Default(path.clone())] {
@@ -221,7 +220,7 @@ fn a_file_of_somebody_else_is_refused() {
         assert!(root.is_ok(), "{root:?}");
         return;
     }
-    let scratch = Scratch::new("owner");
+    let scratch = Scratch::new();
     let path = scratch.file("", 0o644);
     std::os::unix::fs::chown(&path, Some(12_345), None).unwrap();
     let error = load(Location::Named(path.clone()), me(), &Alice).unwrap_err();
@@ -232,7 +231,7 @@ fn a_file_of_somebody_else_is_refused() {
 
 #[test]
 fn what_is_no_file_of_text_is_refused() {
-    let scratch = Scratch::new("kind");
+    let scratch = Scratch::new();
     let error = load(Location::Default(scratch.0.clone()), me(), &Alice).unwrap_err();
     assert!(error.to_string().contains("not a regular file"), "{error}");
 
@@ -253,7 +252,7 @@ fn what_is_no_file_of_text_is_refused() {
 
 #[test]
 fn an_unreadable_default_file_is_refused_and_never_replaced_by_the_defaults() {
-    let scratch = Scratch::new("loop");
+    let scratch = Scratch::new();
     // A link to itself can be opened by nobody, root included.
     let path = scratch.0.join("echod.toml");
     std::os::unix::fs::symlink("echod.toml", &path).unwrap();
@@ -265,7 +264,7 @@ fn an_unreadable_default_file_is_refused_and_never_replaced_by_the_defaults() {
 
 #[test]
 fn a_default_file_is_missing_only_where_nothing_has_its_name() {
-    let scratch = Scratch::new("absent");
+    let scratch = Scratch::new();
     let path = |name: &str| scratch.0.join(name);
     fs::write(path("file"), "").unwrap();
     fs::create_dir(path("empty")).unwrap();
@@ -300,7 +299,7 @@ fn an_unknown_home_directory_is_no_reason_to_take_the_defaults() {
 
 #[test]
 fn a_link_to_the_file_is_followed() {
-    let scratch = Scratch::new("links");
+    let scratch = Scratch::new();
     let path = |name: &str| scratch.0.join(name);
     fs::create_dir(path("real")).unwrap();
     fs::set_permissions(path("real"), fs::Permissions::from_mode(0o755)).unwrap();

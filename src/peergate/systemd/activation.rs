@@ -349,16 +349,14 @@ mod tests {
         Declared::parse(Some(fds.into()), pid.map(Into::into), names.map(Into::into), 42)
     }
 
-    fn directory(name: &str) -> PathBuf {
-        let directory = std::env::temp_dir().join(format!("activation-test-{name}-{}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
-        directory
+    fn directory() -> PathBuf {
+        nix::unistd::mkdtemp(&std::env::temp_dir().join("activation-test-XXXXXX")).unwrap()
     }
 
     /// A connect(2) that waits for room in the backlog would delay the start.
     #[test]
     fn a_service_whose_queue_is_full_is_in_use() {
-        let directory = directory("full");
+        let directory = directory();
         let path = directory.join("socket");
         let listener = bind(&path).unwrap();
         nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();

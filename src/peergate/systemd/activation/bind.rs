@@ -249,16 +249,14 @@ mod tests {
     use std::path::PathBuf;
     use std::sync::Barrier;
 
-    fn directory(name: &str) -> PathBuf {
-        let directory = std::env::temp_dir().join(format!("bind-test-{name}-{}", std::process::id()));
-        fs::create_dir(&directory).unwrap();
-        directory
+    fn directory() -> PathBuf {
+        nix::unistd::mkdtemp(&std::env::temp_dir().join("bind-test-XXXXXX")).unwrap()
     }
 
     #[test]
     fn of_many_starts_at_once_one_replaces_the_stale_socket() {
         const CROWD: usize = 6;
-        let directory = directory("crowd");
+        let directory = directory();
         let path = directory.join("socket");
         for _ in 0..200 {
             drop(UnixListener::bind(&path).unwrap());
@@ -286,7 +284,7 @@ mod tests {
 
     #[test]
     fn a_claim_left_behind_does_not_stop_the_next_start() {
-        let directory = directory("claim");
+        let directory = directory();
         let path = directory.join("socket");
         drop(UnixListener::bind(&path).unwrap());
         let inode = fs::metadata(&path).unwrap().ino();
@@ -298,7 +296,7 @@ mod tests {
 
     #[test]
     fn a_socket_that_does_not_listen_yet_is_not_stale() {
-        let directory = directory("yet");
+        let directory = directory();
         let path = directory.join("socket");
         let early = bound_socket(&path).unwrap();
         assert!(matches!(listener(&path), Err(BindError::InUse(_))));
