@@ -7,9 +7,10 @@ mod common;
 use std::collections::VecDeque;
 use std::fs;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::process::{Command, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -59,12 +60,12 @@ fn an_example_is_a_whole_service_in_forty_lines() {
 }
 
 /// curl(1) as another user: status and body.
-fn curl(service: &Echod, uid: u32, arguments: &[&str]) -> (String, String) {
+fn curl(socket: &Path, uid: u32, arguments: &[&str]) -> (String, String) {
     let ids = [format!("--reuid={uid}"), format!("--regid={uid}"), "--clear-groups".to_owned()];
     let output = Command::new("setpriv")
         .args(ids)
         .args(["curl", "--silent", "--max-time", "60", "--write-out", "\n%{http_code}", "--unix-socket"])
-        .arg(service.socket())
+        .arg(socket)
         .args(arguments)
         .arg("http://localhost/note")
         .output()
@@ -81,13 +82,13 @@ fn the_axum_example_gives_each_user_the_terms_of_its_rule() {
     let policy = format!("[allow.editor]\nusers = [{ALICE}]\nmay-write = true\n[allow.reader]\nusers = [{BOB}]\n");
     let example = Start::example("axum_note", &[], &policy).journal(&journald).ready();
     let written = format!("written by uid {ALICE}\n");
-    assert_eq!(curl(&example, ALICE, &["--data", "at one"]), ("200".to_owned(), written));
-    assert_eq!(curl(&example, BOB, &[]), ("200".to_owned(), "at one".to_owned()));
+    assert_eq!(curl(&example.socket(), ALICE, &["--data", "at one"]), ("200".to_owned(), written));
+    assert_eq!(curl(&example.socket(), BOB, &[]), ("200".to_owned(), "at one".to_owned()));
     let denied = ("403".to_owned(), "{\"message\":\"Unauthorized access\"}\n".to_owned());
-    assert_eq!(curl(&example, BOB, &["--data", "at two"]), denied);
+    assert_eq!(curl(&example.socket(), BOB, &["--data", "at two"]), denied);
     let entry = journald.wait_for("the terms deny it", with_verdict("denied"));
     assert_eq!((get(&entry, "GATE_RULE"), get(&entry, "PEER_UID")), ("allow.reader", BOB.to_string().as_str()));
-    assert_eq!(curl(&example, 0, &[]), denied, "no rule admits root");
+    assert_eq!(curl(&example.socket(), 0, &[]), denied, "no rule admits root");
     example.stop();
     assert_eq!(denials(&journald.entries()), 2);
 }
@@ -98,10 +99,10 @@ fn the_hyper_example_tells_each_user_its_rule_until_it_is_denied() {
     let policy = format!("[allow.first]\nusers = [{ALICE}]\n[allow.second]\nusers = [{BOB}]\n");
     let example = Start::example("hyper_whoami", &[], &policy).ready();
     for (uid, rule) in [(ALICE, "first"), (BOB, "second")] {
-        assert_eq!(curl(&example, uid, &[]), ("200".to_owned(), format!("uid {uid}, by allow.{rule}\n")));
+        assert_eq!(curl(&example.socket(), uid, &[]), ("200".to_owned(), format!("uid {uid}, by allow.{rule}\n")));
     }
     let denied = ("403".to_owned(), "{\"message\":\"Unauthorized access\"}\n".to_owned());
-    assert_eq!(curl(&example, 0, &[]), denied);
+    assert_eq!(curl(&example.socket(), 0, &[]), denied);
     let peer = PeerProcess::user(ALICE, &example.socket());
     peer.client().send("GET / HTTP/1.1\r\nHost: x\r\n\r\n");
     peer.client().until(b"by allow.first\n");
@@ -613,31 +614,61 @@ fn the_manager_gets_signs_of_life_and_a_reload_in_order() {
     }
 }
 
-/// As README.md has it, with the service manager's own program to pass the socket.
+/// An example that the service manager's own program passes a socket, as README.md has it. It is ended when dropped.
+struct Activated {
+    child: Child,
+    socket: PathBuf,
+    _start: Start,
+}
+
+impl Activated {
+    fn new(name: &str, policy: &str) -> Self {
+        needs_root();
+        let start = Start::example(name, &[], policy);
+        let (place, program) = (start.place(), common::peer_program().with_file_name(name));
+        let socket = place.path("activated");
+        let mut activate = Command::new("systemd-socket-activate");
+        activate.arg("-l").arg(&socket).arg(program).arg(place.path("policy.toml"));
+        let child = activate.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        eventually("the socket is bound", || fs::metadata(&socket).ok());
+        fs::set_permissions(&socket, PermissionsExt::from_mode(0o666)).unwrap();
+        Self { child, socket, _start: start }
+    }
+
+    fn stop(mut self) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
+        let status = eventually("it ends", || self.child.try_wait().unwrap());
+        assert!(status.success(), "{status}");
+    }
+}
+
+impl Drop for Activated {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 #[test]
 fn an_example_serves_two_users_under_systemd_socket_activate() {
-    needs_root();
     for (name, input, expected) in [("shout", "hello\n", "HELLO\n"), ("tokio_echo", "hello\n", "hello\n")] {
-        let start = Start::example(name, &[], ONLY_ROOT);
-        let (place, program) = (start.place().clone(), common::peer_program().with_file_name(name));
-        let socket = place.path("activated");
-        let mut service = Command::new("systemd-socket-activate")
-            .arg("-l")
-            .arg(&socket)
-            .arg(program)
-            .arg(place.path("policy.toml"))
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        eventually("the socket is bound", || fs::metadata(&socket).ok());
-        let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
-        fs::set_permissions(&socket, permissions).unwrap();
-        let client = Client::connect(&socket);
+        let service = Activated::new(name, ONLY_ROOT);
+        let client = Client::connect(&service.socket);
         client.send(input);
         client.half_close();
         client.expect_end(expected);
-        PeerProcess::user(ALICE, &socket).client().expect_end(DENIED);
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(service.id() as i32), Signal::SIGTERM).unwrap();
-        assert!(service.wait().unwrap().success(), "{name}");
+        PeerProcess::user(ALICE, &service.socket).client().expect_end(DENIED);
+        service.stop();
     }
+}
+
+#[test]
+fn an_http_example_serves_two_users_under_systemd_socket_activate() {
+    let service = Activated::new("axum_note", &format!("{ONLY_ROOT}may-write = true\n"));
+    let written = ("200".to_owned(), "written by uid 0\n".to_owned());
+    assert_eq!(curl(&service.socket, 0, &["--data", "at one"]), written);
+    assert_eq!(curl(&service.socket, 0, &[]), ("200".to_owned(), "at one".to_owned()));
+    let denied = ("403".to_owned(), "{\"message\":\"Unauthorized access\"}\n".to_owned());
+    assert_eq!(curl(&service.socket, ALICE, &[]), denied);
+    service.stop();
 }
