@@ -232,13 +232,18 @@ impl<T: Terms> Handle<T> {
     /// stops and all admitted connections have been taken, it never ends: wait for [`stopping`](Self::stopping) too.
     pub async fn accept(&self) -> Connection<T> {
         loop {
-            match self.queue.pop() {
-                Some(admission) => {
-                    if let Some(connection) = self.enter(admission, false) {
-                        return connection;
-                    }
-                }
+            match self.try_accept() {
+                Some(connection) => return connection,
                 None => self.queue.more.notified().await,
+            }
+        }
+    }
+
+    /// `None` where no connection waits.
+    fn try_accept(&self) -> Option<Connection<T>> {
+        loop {
+            if let Some(connection) = self.enter(self.queue.pop()?, false) {
+                return Some(connection);
             }
         }
     }

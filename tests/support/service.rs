@@ -1,7 +1,7 @@
 //! A service of the tests, on either runtime: it does what a careless author might (tests/services.rs).
 //!
 //! ```text
-//! service threads|tokio|tokio-one|tokio-carry POLICY [MILLISECONDS until it exits where it is idle]
+//! service threads|tokio|tokio-one|tokio-carry|tokio-carry-apart POLICY [MILLISECONDS until it exits where it is idle]
 //!
 //! say TEXT        the answer is TEXT
 //! panic           it panics
@@ -81,11 +81,14 @@ struct Shared {
     accepting: Mutex<()>,
 }
 
-async fn in_task(connection: &mut peergate::tokio::Connection<()>, shared: Arc<Shared>) -> io::Result<()> {
-    let mut line = String::new();
+/// What has come of a line stays in `line`.
+async fn in_task(
+    connection: &mut peergate::tokio::Connection<()>,
+    line: &mut String,
+    shared: Arc<Shared>,
+) -> io::Result<()> {
     let mut _held = None;
     loop {
-        line.clear();
         // Only this line is taken: `leave` leaves the rest unread.
         let mut byte = [0];
         while !line.ends_with('\n') {
@@ -123,6 +126,7 @@ async fn in_task(connection: &mut peergate::tokio::Connection<()>, shared: Arc<S
             }
             _ => {}
         }
+        line.clear();
     }
 }
 
@@ -136,12 +140,12 @@ async fn serve(gate: peergate::tokio::Handle<()>) -> io::Result<()> {
             () = shared.quit.notified() => return Ok(()),
         };
         let shared = Arc::clone(&shared);
-        tokio::spawn(async move { in_task(&mut connection, shared).await });
+        tokio::spawn(async move { in_task(&mut connection, &mut String::new(), shared).await });
     }
 }
 
 /// Its connections go to the next process.
-async fn carry(gate: peergate::tokio::Carrier<(), ()>) -> io::Result<()> {
+async fn carry(gate: peergate::tokio::Carrier<(), String>) -> io::Result<()> {
     let shared = Arc::new(Shared::default());
     loop {
         drop(shared.accepting.lock().await);
@@ -150,8 +154,15 @@ async fn carry(gate: peergate::tokio::Carrier<(), ()>) -> io::Result<()> {
             () = gate.stopping() => return Ok(()),
         };
         let shared = Arc::clone(&shared);
-        tokio::spawn(carried.serve(async move |connection, _| in_task(connection, shared).await));
+        tokio::spawn(carried.serve(async move |connection, line| in_task(connection, line, shared).await));
     }
+}
+
+/// The same, accepted in a task apart from the one that waits for the end.
+async fn carry_apart(gate: peergate::tokio::Carrier<(), String>) -> io::Result<()> {
+    tokio::spawn(carry(gate.clone()));
+    gate.stopping().await;
+    Ok(())
 }
 
 fn main() -> Result<(), Error> {
@@ -167,6 +178,7 @@ fn main() -> Result<(), Error> {
         "threads" => service.serve_threads(on_thread),
         "tokio" => service.block_on(serve),
         "tokio-carry" => service.hand_over().block_on(carry),
+        "tokio-carry-apart" => service.hand_over().block_on(carry_apart),
         _ => {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
             service.block_on_runtime(runtime, serve)

@@ -154,19 +154,29 @@ impl<T: Terms, W: Default> Carrier<T, W> {
     /// [`Handle::accept`].
     pub async fn accept(&self) -> Carried<T, W> {
         loop {
-            let Some((admission, (work, received))) = self.next_inherited() else {
-                return self.carried(self.handle.accept().await, W::default());
-            };
+            // A connection counts as served before it is taken. Afterwards the queue may be empty, and the service stops:
+            // `main`, which may be another task, waits for what is served.
+            let carrier = Served::new(self);
+            if let Some((connection, work)) = self.next_inherited().or_else(|| self.next_admitted()) {
+                return Carried { connection, work, carrier };
+            }
+            drop(carrier);
+            self.handle.queue.more.notified().await;
+        }
+    }
+
+    fn next_inherited(&self) -> Option<(Connection<T>, W)> {
+        loop {
+            let (admission, (work, received)) = self.pop_inherited()?;
             if let Some(mut connection) = self.handle.enter(admission, true) {
                 connection.hold(received);
-                return self.carried(connection, work);
+                return Some((connection, work));
             }
         }
     }
 
-    fn carried(&self, connection: Connection<T>, work: W) -> Carried<T, W> {
-        self.shared.served.fetch_add(1, Ordering::Relaxed);
-        Carried { connection, work, carrier: Served(self.clone()) }
+    fn next_admitted(&self) -> Option<(Connection<T>, W)> {
+        Some((self.handle.try_accept()?, W::default()))
     }
 }
 
@@ -181,7 +191,7 @@ impl<T: Terms, W> Carrier<T, W> {
         self.handle.connections()
     }
 
-    fn next_inherited(&self) -> Option<(Admission<T>, Start<W>)> {
+    fn pop_inherited(&self) -> Option<(Admission<T>, Start<W>)> {
         let next = self.shared.lock().pop_front()?;
         self.handle.queue.inherited.fetch_sub(1, Ordering::Release);
         Some(next)
@@ -189,7 +199,7 @@ impl<T: Terms, W> Carrier<T, W> {
 
     /// Closes connections of the process before that nothing will serve.
     fn close_inherited(&self) {
-        while let Some((admission, _)) = self.next_inherited() {
+        while let Some((admission, _)) = self.pop_inherited() {
             self.handle.core.close_in_order(admission.socket);
         }
     }
@@ -272,6 +282,13 @@ impl<T: Terms, W> fmt::Debug for Carried<T, W> {
 
 /// Counts a connection that is served.
 struct Served<T: Terms, W>(Carrier<T, W>);
+
+impl<T: Terms, W> Served<T, W> {
+    fn new(carrier: &Carrier<T, W>) -> Self {
+        carrier.shared.served.fetch_add(1, Ordering::AcqRel);
+        Self(carrier.clone())
+    }
+}
 
 impl<T: Terms, W> Drop for Served<T, W> {
     fn drop(&mut self) {
