@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::VecDeque;
 use std::fs;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -505,6 +506,32 @@ fn a_peer_over_a_limit_is_told_and_on_record_on_every_runtime() {
 }
 
 #[test]
+fn a_connection_without_a_thread_ends_on_record_and_others_are_served() {
+    // No other process has this user: the limit counts all of its threads.
+    let start =
+        Start::example("service", &["threads"], ALL).run_as("64077:64077").wrapper(&["prlimit", "--nproc=10:10"]);
+    let service = start.ready();
+    let is_served = |client: &Client| (&client.0).read(&mut [0]).is_ok_and(|count| count > 0);
+    let clients: Vec<Client> = (0..20).map(|_| service.connect()).collect();
+    clients.iter().for_each(|client| drop(client.try_send("say in\n")));
+    let (served, ended): (Vec<_>, Vec<_>) = clients.iter().partition(|client| is_served(client));
+    ended.iter().for_each(|client| client.expect_end(""));
+    assert!(served.len() >= 3 && ended.len() >= 8, "{} served, {} ended", served.len(), ended.len());
+    served.iter().for_each(|client| client.expect("n\n"));
+    served.iter().for_each(|client| answers(client, "still in"));
+    let ended = ended.len();
+    drop(clients);
+    eventually("there is room again", || {
+        let client = service.connect();
+        let _ = client.try_send("say again\n");
+        is_served(&client).then_some(())
+    });
+    let stderr = service.stop();
+    let told = stderr.lines().filter(|line| line.contains(" gets no thread: ")).count();
+    assert!(told >= ended, "{told} of {ended}: {stderr}");
+}
+
+#[test]
 fn out_of_descriptors_a_service_refuses_goes_on_and_recovers() {
     for runtime in RUNTIMES {
         needs_root();
@@ -547,6 +574,19 @@ fn a_service_serves_and_loses_no_denial_while_the_journal_is_away() {
     }
 }
 
+#[test]
+fn a_service_that_returns_ends_connections_in_order_that_it_never_accepted() {
+    for runtime in ["tokio", "tokio-one"] {
+        let journald = Journald::new();
+        let service = service(&journald, runtime, ALL);
+        let (holder, waiting) = admitted_only(&service, &journald);
+        holder.send("quit\n");
+        waiting.iter().for_each(|client| assert_eq!(client.rest().1, End::Eof, "{runtime}"));
+        let (status, _, stderr) = service.wait();
+        assert!(status.success(), "{runtime}: {stderr}");
+    }
+}
+
 /// The service's own code ends while connections are open, and tasks in the middle of something.
 #[test]
 fn a_runtime_that_is_shut_down_in_the_middle_ends_its_connections_in_order() {
@@ -584,6 +624,26 @@ fn the_equation_holds_for_the_same_flood_on_every_runtime() {
         assert_eq!(stands_for(&entries, "denied", DENIALS), 3 * TIMES as u64, "{runtime}");
         assert_eq!(entries.iter().filter(|entry| with_verdict("admitted")(entry)).count(), 1, "{runtime}");
         assert_eq!(entries.iter().filter(|entry| with_verdict("closed")(entry)).count(), 1, "{runtime}");
+    }
+}
+
+/// The user database does not answer, and a process waits for the outcome of the reload.
+#[test]
+fn a_stop_tells_who_waits_for_a_reload_that_there_is_none() {
+    needs_root();
+    for runtime in RUNTIMES {
+        let place = common::Place::new();
+        let start = Start::example("service", &[runtime], ALL).wrapper(&common::hung_user_database(&place));
+        let service = start.ready();
+        service.place.file("policy.toml", "[allow.slow]\nusers = [\"somebody\"]\n");
+        let mut ask = Command::new(env!("CARGO_BIN_EXE_echod"));
+        let asking = ask.args(["reload", &service.pid().to_string()]).stderr(Stdio::piped()).spawn().unwrap();
+        service.manager.wait_for("RELOADING=1", 1);
+        service.signal(Signal::SIGTERM);
+        let told = asking.wait_with_output().unwrap();
+        assert_eq!(told.status.code(), Some(78), "{runtime}: {}", String::from_utf8_lossy(&told.stderr));
+        let (status, _, stderr) = service.wait();
+        assert!(status.success(), "{runtime}: {stderr}");
     }
 }
 
@@ -630,8 +690,12 @@ impl Activated {
         let socket = place.path("activated");
         let mut activate = Command::new("systemd-socket-activate");
         activate.arg("-l").arg(&socket).arg(program).arg(place.path("policy.toml"));
-        let child = activate.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        eventually("the socket is bound", || fs::metadata(&socket).ok());
+        let mut child = activate.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+        // The socket's file is there before anyone listens.
+        assert!(stderr.any(|line| line.contains("Listening on")), "systemd-socket-activate, of systemd");
+        // Read to the end, so that the pipe does not fill.
+        thread::spawn(move || stderr.for_each(drop));
         fs::set_permissions(&socket, PermissionsExt::from_mode(0o666)).unwrap();
         Self { child, socket, _start: start }
     }

@@ -133,9 +133,12 @@ async fn in_task(
 async fn serve(gate: peergate::tokio::Handle<()>) -> io::Result<()> {
     let shared = Arc::new(Shared::default());
     loop {
-        drop(shared.accepting.lock().await);
+        let accept = async {
+            drop(shared.accepting.lock().await);
+            gate.accept().await
+        };
         let mut connection = tokio::select! {
-            connection = gate.accept() => connection,
+            connection = accept => connection,
             () = gate.stopping() => return Ok(()),
             () = shared.quit.notified() => return Ok(()),
         };

@@ -2,12 +2,11 @@
 //! Needs root, for peers of other users.
 
 use std::fs;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
 
 /// Users that no user database has.
 const WATCHER: u32 = 64001;
@@ -32,15 +31,16 @@ impl Running {
             .arg(&socket)
             .arg(env!("CARGO_BIN_EXE_tonic_health"))
             .arg(place.join("policy.toml"))
-            .stderr(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let running = Self { service, place };
-        let begin = Instant::now();
-        while fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).is_err() {
-            assert!(begin.elapsed() < Duration::from_secs(60), "the socket is not bound");
-            thread::yield_now();
-        }
+        let mut running = Self { service, place };
+        let mut stderr = BufReader::new(running.service.stderr.take().unwrap()).lines().map_while(Result::ok);
+        // The socket's file is there before anyone listens.
+        assert!(stderr.any(|line| line.contains("Listening on")), "systemd-socket-activate, of systemd");
+        // Read to the end, so that the pipe does not fill.
+        thread::spawn(move || stderr.for_each(drop));
+        fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
         running
     }
 

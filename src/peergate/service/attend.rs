@@ -224,7 +224,6 @@ impl<T: Terms> Attendant<T> {
     pub(crate) fn end(self) {
         // The sockets that we bound ourselves go last: until then a client finds the service.
         let listeners = self.core.end();
-        self.core.stopping.give();
         self.journal.finish(JOURNAL_PATIENCE);
         drop(listeners);
     }
