@@ -16,7 +16,9 @@ use crate::gate::{Admission, Closer, Gate};
 use crate::journal::Writer;
 use crate::permits::{Permits, Terms};
 use crate::policy::Policy;
-use crate::session::{Live, Notice};
+use crate::session::Live;
+#[cfg(feature = "tokio")]
+use crate::session::Notice;
 use crate::systemd::activation::Listener;
 use crate::systemd::{Heartbeat, Monitored};
 
@@ -32,6 +34,7 @@ pub(crate) struct Core<T: Terms> {
     pub(crate) heartbeat: Arc<Heartbeat>,
     closer: Closer,
     /// Given when no connection is accepted any more.
+    #[cfg(feature = "tokio")]
     pub(crate) stopping: Notice,
     /// Wakes the attendant.
     pub(crate) wakeup: Wakeup,
@@ -60,6 +63,7 @@ impl<T: Terms> Core<T> {
             audit,
             heartbeat: Arc::default(),
             closer,
+            #[cfg(feature = "tokio")]
             stopping: Notice::default(),
             wakeup: Wakeup::new()?,
         })
