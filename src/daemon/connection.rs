@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::buffers::Buffers;
 use crate::close::ClosingRecord;
 use crate::moment::Moment;
-use crate::protocol::{Interest, Io, Lines, PeerStream, Protocol, Turn};
+use crate::protocol::{Interest, Io, LineRecords, PeerStream, Protocol, Turn};
 use crate::rounds::Share;
 use crate::terms::Terms;
 
@@ -187,7 +187,7 @@ impl<P: Protocol> Connection<P> {
     pub fn turn(&mut self, share: &mut Share, settings: &P::Settings, buffers: &mut Buffers, audit: &Audit) -> Turn {
         let Self { socket, peer, rule, progress, protocol, .. } = self;
         let connection = progress.number;
-        let lines = Lines { audit, peer, rule: rule.name(), connection };
+        let lines = LineRecords { audit, peer, rule: rule.name(), connection };
         let mut io = Io {
             ready: share.ready,
             most_lines: share.lines,

@@ -315,7 +315,7 @@ pub struct Io<'a, P: Protocol> {
     /// The terms of the rule that admitted the peer.
     pub terms: &'a P::Terms,
     /// For `record = "lines"`.
-    pub lines: Lines<'a>,
+    pub lines: LineRecords<'a>,
 }
 
 /// The connection to the peer. Where the senders of data are verified, each piece of it must come from the user that was
@@ -459,14 +459,14 @@ impl AsFd for PeerStream<'_> {
 
 /// Records of single lines (messages of the protocol): their length, never their content.
 #[derive(Clone, Copy, Debug)]
-pub struct Lines<'a> {
+pub struct LineRecords<'a> {
     pub(crate) audit: &'a Audit,
     pub(crate) peer: &'a Peer,
     pub(crate) rule: &'a RuleName,
     pub(crate) connection: u64,
 }
 
-impl Lines<'_> {
+impl LineRecords<'_> {
     /// Whether lines are recorded. Ask before taking the trouble to find them.
     pub fn are_recorded(&self) -> bool {
         self.audit.writes_lines()

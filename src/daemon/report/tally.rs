@@ -139,7 +139,7 @@ pub struct Row {
 
 /// What became of the journal's lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Lines {
+pub struct LineCounts {
     /// Read in all, empty ones left out.
     pub read: u64,
     /// Counted.
@@ -159,7 +159,7 @@ pub struct Tally {
     rows: HashMap<Key, Row>,
     texts: HashSet<Arc<str>>,
     machines: BTreeMap<u128, Option<Arc<str>>>,
-    lines: Lines,
+    lines: LineCounts,
     suppressed: u64,
     others: bool,
 }
@@ -172,7 +172,7 @@ impl Tally {
             rows: HashMap::new(),
             texts: HashSet::new(),
             machines: BTreeMap::new(),
-            lines: Lines::default(),
+            lines: LineCounts::default(),
             suppressed: 0,
             others: false,
         }
@@ -330,7 +330,7 @@ impl Tally {
     }
 
     /// What became of the lines.
-    pub fn lines(&self) -> Lines {
+    pub fn lines(&self) -> LineCounts {
         self.lines
     }
 
@@ -447,7 +447,7 @@ mod tests {
         ];
         let tally = tally(&lines.each_ref().map(String::as_str));
         assert_eq!(tally.total(Verdict::Denied).total(), u64::MAX);
-        assert_eq!(tally.lines(), Lines { read: 6, believed: 2, unusable: 4, ..Lines::default() });
+        assert_eq!(tally.lines(), LineCounts { read: 6, believed: 2, unusable: 4, ..LineCounts::default() });
     }
 
     #[test]
@@ -457,7 +457,7 @@ mod tests {
         let mut tally = Tally::new(Scope::System(ECHOD));
         let input = [&b"\xff\xfe\n\n-- Boot --\n"[..], long.as_bytes(), b"\n", good.as_bytes(), b"\n{\"cut"].concat();
         tally.read(io::BufReader::with_capacity(7, &input[..]), |_| {}).unwrap();
-        assert_eq!(tally.lines(), Lines { read: 5, believed: 1, damaged: 4, ..Lines::default() });
+        assert_eq!(tally.lines(), LineCounts { read: 5, believed: 1, damaged: 4, ..LineCounts::default() });
     }
 
     #[test]
