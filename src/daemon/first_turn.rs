@@ -72,13 +72,13 @@ impl<P: Protocol> FirstTurn<P> {
         self.pacing.came_after(now.saturating_duration_since(self.last_came), now);
         self.last_came = now;
         let Some((one, _)) = self.turn(Parked { connection, mailbox }) else { return };
-        if !self.pacing.is_looking() || !one.is_at_rest() {
-            return self.hand_over(one);
+        if !self.pacing.is_looking() || !one.awaits_input() {
+            return self.give(one);
         }
         self.parked.push_back(one);
         if self.parked.len() > MOST_PARKED {
             if let Some((oldest, _)) = self.parked.pop_front().and_then(|oldest| self.turn(oldest)) {
-                self.hand_over(oldest);
+                self.give(oldest);
             }
         }
     }
@@ -87,19 +87,19 @@ impl<P: Protocol> FirstTurn<P> {
     pub fn goes_on_looking(&mut self) -> bool {
         self.look();
         if self.pacing.goes_on_looking() {
-            // A peer that runs on this very processor waits for it. However long other threads keep it then, handing
-            // everything over to a worker costs more.
+            // A peer that runs on this very processor waits for it. However long other threads keep it then, giving
+            // everything to a worker costs more.
             thread::yield_now();
             return true;
         }
-        self.hand_over_all();
+        self.give_all();
         false
     }
 
-    /// Hands every connection over to its worker.
-    pub fn hand_over_all(&mut self) {
+    /// Gives every connection to its worker.
+    pub fn give_all(&mut self) {
         while let Some(one) = self.parked.pop_front() {
-            self.hand_over(one);
+            self.give(one);
         }
     }
 
@@ -116,7 +116,7 @@ impl<P: Protocol> FirstTurn<P> {
         }
     }
 
-    fn hand_over(&mut self, one: Parked<P>) {
+    fn give(&mut self, one: Parked<P>) {
         let Parked { mut connection, mailbox } = one;
         // Not for a connection that ends here: it sends one short answer.
         connection.bound_send_buffer(&self.settings);
@@ -150,10 +150,10 @@ impl<P: Protocol> FirstTurn<P> {
             // The first message may come a little later than its sender. A peer that sends more is a worker's.
             let may_stay =
                 if is_silent { one.connection.progress.since.elapsed() < self.longest_parked } else { is_first };
-            if may_stay && one.is_at_rest() {
+            if may_stay && one.awaits_input() {
                 self.parked.push_back(one);
             } else {
-                self.hand_over(one);
+                self.give(one);
             }
         }
     }
@@ -161,7 +161,7 @@ impl<P: Protocol> FirstTurn<P> {
 
 impl<P: Protocol> Parked<P> {
     /// Whether it needs nothing but to be looked at.
-    fn is_at_rest(&self) -> bool {
+    fn awaits_input(&self) -> bool {
         let protocol = &self.connection.protocol;
         protocol.waits_for() == Interest::Read && protocol.is_at_rest()
     }
@@ -219,7 +219,7 @@ mod tests {
         }
 
         /// The numbers of the connections that the worker was given by now, in that order.
-        fn handed_over(&self) -> Vec<u64> {
+        fn given(&self) -> Vec<u64> {
             let number = |message| match message {
                 Message::Admit { connection, .. } => connection.progress.number,
                 _ => unreachable!("nobody gives orders here"),
@@ -247,7 +247,7 @@ mod tests {
             assert!(scene.first_turn.goes_on_looking());
             assert_eq!(scene.permits.total(), 0);
         }
-        assert_eq!(scene.handed_over(), NOBODY);
+        assert_eq!(scene.given(), NOBODY);
         assert_eq!(scene.mailbox.connections.load(Ordering::Relaxed), 0);
     }
 
@@ -258,32 +258,32 @@ mod tests {
         client.write_all(b"late\n").unwrap();
         assert!(scene.first_turn.goes_on_looking());
         hears(&mut client, b"late\n");
-        assert_eq!(scene.handed_over(), NOBODY);
+        assert_eq!(scene.given(), NOBODY);
         client.write_all(b"again\n").unwrap();
         scene.first_turn.goes_on_looking();
         hears(&mut client, b"again\n");
-        assert_eq!(scene.handed_over(), [0]);
+        assert_eq!(scene.given(), [0]);
     }
 
     #[test]
     fn who_has_begun_a_line_is_a_workers() {
         let mut scene = Scene::new(Some(LONG));
         let _begun = scene.comes(b"hal");
-        assert_eq!(scene.handed_over(), [0]);
+        assert_eq!(scene.given(), [0]);
     }
 
     #[test]
-    fn when_looking_is_over_everybody_is_handed_over_in_the_order_in_which_they_came() {
+    fn when_looking_is_over_everybody_is_given_to_the_worker_in_the_order_in_which_they_came() {
         let mut scene = Scene::new(Some(LONG));
         let _clients: Vec<_> = (0..3).map(|_| scene.comes(b"\n")).collect();
-        assert_eq!(scene.handed_over(), NOBODY);
-        scene.first_turn.hand_over_all();
-        assert_eq!(scene.handed_over(), [0, 1, 2]);
+        assert_eq!(scene.given(), NOBODY);
+        scene.first_turn.give_all();
+        assert_eq!(scene.given(), [0, 1, 2]);
         let _another = scene.comes(b"\n");
         // The one look that is left, however slow this machine is.
         scene.first_turn.pacing = Pacing::new(Some(Duration::ZERO));
         assert!(!scene.first_turn.goes_on_looking());
-        assert_eq!(scene.handed_over(), [3]);
+        assert_eq!(scene.given(), [3]);
     }
 
     #[test]
@@ -297,20 +297,20 @@ mod tests {
         let _silent = scene.comes(b"\n");
         scene.first_turn.longest_parked = Duration::ZERO;
         assert!(scene.first_turn.goes_on_looking(), "the others are looked for all the same");
-        assert_eq!(scene.handed_over(), [0, 1]);
+        assert_eq!(scene.given(), [0, 1]);
     }
 
     #[test]
     fn no_more_stay_than_a_few() {
         let mut scene = Scene::new(Some(LONG));
         let mut clients: Vec<_> = (0..MOST_PARKED).map(|_| scene.comes(b"\n")).collect();
-        assert_eq!(scene.handed_over(), NOBODY);
+        assert_eq!(scene.given(), NOBODY);
         clients.push(scene.comes(b"\n"));
-        assert_eq!(scene.handed_over(), [0]);
+        assert_eq!(scene.given(), [0]);
         // The second is gone: it makes room.
         drop(clients.remove(1));
         clients.push(scene.comes(b"\n"));
-        assert_eq!(scene.handed_over(), NOBODY);
+        assert_eq!(scene.given(), NOBODY);
         assert_eq!((scene.first_turn.parked.len(), scene.permits.total()), (MOST_PARKED, MOST_PARKED));
     }
 
@@ -324,7 +324,7 @@ mod tests {
         drop(gone);
         scene.first_turn.goes_on_looking();
         hears(&mut late, b"late\n");
-        assert_eq!((scene.permits.total(), scene.handed_over()), (2, vec![]));
+        assert_eq!((scene.permits.total(), scene.given()), (2, vec![]));
     }
 
     #[test]
@@ -347,7 +347,7 @@ mod tests {
         let mut scene = Scene::new(None);
         for number in 0..3 {
             let _client = scene.comes(b"\n");
-            assert_eq!(scene.handed_over(), [number]);
+            assert_eq!(scene.given(), [number]);
             assert!(!scene.first_turn.goes_on_looking());
         }
     }

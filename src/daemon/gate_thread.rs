@@ -127,7 +127,7 @@ impl<P: Protocol> GateLoop<P> {
     fn is_last(&mut self, command: Command<P>, admitted: &mut Vec<Admission<Terms<P>>>) -> bool {
         match command {
             Command::Configure(config, settings, answer) => {
-                self.first_turn.hand_over_all();
+                self.first_turn.give_all();
                 self.first_turn.settings = settings;
                 self.gate.set_config(config);
                 let _ = answer.send(());
@@ -154,6 +154,6 @@ impl<P: Protocol> GateLoop<P> {
         self.serve(admitted);
         self.gate.stop_accepting(admitted);
         self.serve(admitted);
-        self.first_turn.hand_over_all();
+        self.first_turn.give_all();
     }
 }

@@ -16,7 +16,7 @@ use crate::protocol::Protocol;
 use crate::service::Service;
 use crate::worker::Worker;
 
-/// How long connections that cannot be handed over may take to get what they are owed.
+/// How long connections that are not left to the next process may take to get what they are owed.
 pub const DRAIN: Duration = Duration::from_secs(5);
 /// How long the end may wait for a journal that takes nothing. TimeoutStopSec= of the unit is shorter: it is extended.
 const JOURNAL_PATIENCE: Duration = Duration::from_secs(60);
@@ -98,7 +98,7 @@ pub fn end_workers<P: Protocol>(workers: &mut [Worker<P>], carry: usize) -> Vec<
     let until = Instant::now() + DRAIN;
     let mut left = carry;
     for worker in &mut *workers {
-        // A connection that is just being handed over by the gate is counted already.
+        // A connection that the gate is just giving to a worker is counted already.
         let share = worker.connections().min(left);
         left -= share;
         worker.end(share, until, reply.clone());

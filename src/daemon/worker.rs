@@ -59,7 +59,7 @@ impl<P: Protocol> Worker<P> {
         Ok(Self { mailbox, number, thread: Some(thread) })
     }
 
-    /// Where connections are handed over, for the first turn.
+    /// Where the first turn gives connections to it.
     pub fn mailbox(&self) -> Arc<Mailbox<P>> {
         Arc::clone(&self.mailbox)
     }

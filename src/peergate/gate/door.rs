@@ -82,7 +82,7 @@ impl<T: Terms> Door<T> {
     }
 
     /// Puts a configuration in force, from the very next connection on. Returns its generation: an [`Admission`] of an
-    /// earlier one was judged by an earlier policy. When this returns, the last of those has been handed over.
+    /// earlier one was judged by an earlier policy. When this returns, `serve` has returned from the last of those.
     pub fn set_config(&self, config: GateConfig<T>) -> u64 {
         self.configure(move |gate| gate.set_config(config))
     }
@@ -190,7 +190,7 @@ impl<T: Terms, F: FnMut(Admission<T>)> Thread<T, F> {
         loop {
             self.heartbeat.answer();
             self.gate.turn(None, &mut self.admitted);
-            self.hand_over();
+            self.deliver();
             while let Ok(command) = self.commands.try_recv() {
                 if self.is_last(command) {
                     return;
@@ -225,12 +225,12 @@ impl<T: Terms, F: FnMut(Admission<T>)> Thread<T, F> {
     fn stop_accepting(&mut self) {
         // A connection that came before the command is not left in the queue: of our own listeners it goes with them.
         self.gate.turn(Some(Duration::ZERO), &mut self.admitted);
-        self.hand_over();
+        self.deliver();
         self.gate.stop_accepting(&mut self.admitted);
-        self.hand_over();
+        self.deliver();
     }
 
-    fn hand_over(&mut self) {
+    fn deliver(&mut self) {
         for admission in self.admitted.drain(..) {
             // A panic must not end the gate: clients that connect later would wait in the listener's queue for ever.
             let Err(fault) = panic::catch_unwind(AssertUnwindSafe(|| (self.serve)(admission))) else { continue };
