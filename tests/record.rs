@@ -3,8 +3,13 @@
 
 mod common;
 
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
 use common::records::{DENIALS, LONG, be_denied, denials, expect_flood, get, serve, with_verdict};
-use common::{ALICE, BOB, BUSY, DENIED, Entry, Journald, PeerProcess, Start, TOO_LONG, flood, needs_root};
+use common::{ALICE, BOB, BUSY, DENIED, DENY_ALL, Entry, Journald, PeerProcess, Start, TOO_LONG, flood, needs_root};
+use nix::sys::signal::Signal;
 
 const DENIED_ID: &str = "72261db9963c465c8c6121daadeb1cbc";
 const REFUSED_ID: &str = "a45920b1da8c42cb8c4acbd02e5140bf";
@@ -364,7 +369,7 @@ fn a_revoked_connection_is_recorded_with_the_denying_rule() {
 fn beyond_the_burst_denials_are_summed_up_at_the_stop() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 5\n{}", common::DENY_ALL));
+    let echod = serve(&journald, &format!("{LONG}burst = 5\n{}", DENY_ALL));
     be_denied(&echod, 100);
     let flood = flood(ALICE, 50, &echod.socket());
     expect_flood(flood, 50);
@@ -395,11 +400,30 @@ fn beyond_the_burst_denials_are_summed_up_at_the_stop() {
     );
 }
 
+/// When journald reads a record, it looks up the unit and the program of the process that sent it.
+#[test]
+fn a_process_does_not_end_before_the_journal_has_read_its_records() {
+    let journald = Journald::new();
+    let echod = Start::serving(DENY_ALL).journal(&journald).ready();
+    journald.stop_reading();
+    echod.connect().expect_end(DENIED);
+    echod.signal(Signal::SIGTERM);
+    echod.manager.wait_for("STOPPING=1", 1);
+    let program = format!("/proc/{}/exe", echod.pid());
+    for _ in 0..50 {
+        thread::sleep(Duration::from_millis(10));
+        assert!(fs::read_link(&program).is_ok(), "it has ended, and its last records are unread");
+    }
+    journald.go_on();
+    echod.stop();
+    assert_eq!(denials(&journald.entries()), 1);
+}
+
 #[test]
 fn each_interval_ends_with_a_summary_and_has_its_own_burst() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("[audit]\ninterval = \"200ms\"\nburst = 3\n{}", common::DENY_ALL));
+    let echod = serve(&journald, &format!("[audit]\ninterval = \"200ms\"\nburst = 3\n{}", DENY_ALL));
     be_denied(&echod, 50);
     journald.wait_for_sum("denied", DENIALS, 50);
     assert_eq!(denials(&journald.entries()), 50);
@@ -421,9 +445,9 @@ fn each_interval_ends_with_a_summary_and_has_its_own_burst() {
 fn a_reload_writes_the_summaries_of_the_old_settings() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 1\n{}", common::DENY_ALL));
+    let echod = serve(&journald, &format!("{LONG}burst = 1\n{}", DENY_ALL));
     be_denied(&echod, 20);
-    echod.reload_with(&format!("{LONG}burst = 100\n{}", common::DENY_ALL));
+    echod.reload_with(&format!("{LONG}burst = 100\n{}", DENY_ALL));
     journald.wait_for_sum("denied", DENIALS, 20);
     be_denied(&echod, 20);
     echod.stop();
@@ -434,9 +458,9 @@ fn a_reload_writes_the_summaries_of_the_old_settings() {
 fn a_reload_to_a_shorter_interval_takes_effect_immediately() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", common::DENY_ALL));
+    let echod = serve(&journald, &format!("{LONG}burst = 0\n{}", DENY_ALL));
     be_denied(&echod, 20);
-    echod.reload_with(&format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::DENY_ALL));
+    echod.reload_with(&format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", DENY_ALL));
     be_denied(&echod, 20);
     // Before a stop.
     journald.wait_for_sum("denied", DENIALS, 40);
@@ -448,7 +472,7 @@ fn a_reload_to_a_shorter_interval_takes_effect_immediately() {
 fn with_a_burst_of_0_a_denial_is_summed_up_at_the_intervals_end() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", common::DENY_ALL));
+    let echod = serve(&journald, &format!("[audit]\ninterval = \"20ms\"\nburst = 0\n{}", DENY_ALL));
     for times in 1..=3 {
         be_denied(&echod, 1);
         // Before a stop, whether or not the writer has just been awake.
@@ -463,7 +487,7 @@ fn a_burst_of_0_leaves_only_summaries_and_a_huge_one_none() {
     needs_root();
     for (burst, records) in [(0, 0), (1_000_000, 300)] {
         let journald = Journald::new();
-        let echod = serve(&journald, &format!("{LONG}burst = {burst}\n{}", common::DENY_ALL));
+        let echod = serve(&journald, &format!("{LONG}burst = {burst}\n{}", DENY_ALL));
         be_denied(&echod, 300);
         echod.stop();
         let entries = journald.entries();

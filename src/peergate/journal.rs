@@ -22,7 +22,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, send};
 use tracing::dispatcher::{self, Dispatch};
 use tracing_subscriber::layer::SubscriberExt;
 
@@ -38,6 +39,7 @@ use crate::audit::{Audit, Next, Record, Severity};
 use crate::escape::printable;
 use crate::ids::{Gid, Uid};
 use crate::stderr::Stderr;
+use crate::sys;
 use crate::systemd::{Heartbeat, Monitored};
 
 /// journald's native socket (systemd-journald.service(8)).
@@ -55,6 +57,9 @@ const MOST_NAMES: usize = 1024;
 const SENT_FROM_ONE: usize = 64 * 1024;
 /// What a datagram costs its sender besides its bytes, at most.
 const DATAGRAM: usize = 1024;
+
+/// How long the end waits for a journald that has room for what was sent, and does not read it.
+const READ_WITHIN: Duration = Duration::from_secs(5);
 
 /// How long one step of waiting for standard error takes. The watchdog is answered in between.
 const STEP: Duration = Duration::from_millis(250);
@@ -217,7 +222,7 @@ impl Journal {
                     if !lines.is_empty() && self.wait_for_stderr(false) {
                         let _ = self.write_to_stderr(lines, false);
                     }
-                    return;
+                    return self.wait_until_read();
                 }
             }
         }
@@ -315,6 +320,27 @@ impl Journal {
         takes_one
     }
 
+    /// Waits until journald has read what was sent. When it reads a record it looks up the unit and the program of the
+    /// process in /proc, and without those `report` does not believe the record. A process that lived for a moment may be
+    /// gone by then.
+    fn wait_until_read(&mut self) {
+        if self.journald.is_none() || !self.takes_one() {
+            return;
+        }
+        let Some(probe) = &self.probe else { return };
+        // The queue is one for all senders: when this empty datagram is read, which journald ignores, all before it have been
+        // dealt with.
+        if send(probe.as_raw_fd(), &[], MsgFlags::MSG_DONTWAIT).is_err() {
+            return;
+        }
+        let (until, mut pause) = (Instant::now() + READ_WITHIN, Duration::from_micros(100));
+        while sys::sent_and_unread(probe.as_fd()).is_ok_and(|size| size > 0) && Instant::now() < until {
+            thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(5));
+            self.heartbeat.answer();
+        }
+    }
+
     fn connect(&mut self) -> bool {
         // It sends an empty datagram, and another sender may take the free place first.
         let heartbeat = Arc::clone(&self.heartbeat);
@@ -390,7 +416,7 @@ impl Journal {
             self.names_since = Instant::now();
         }
         let look_up = || {
-            let user = crate::sys::user_by_id(uid.raw()).ok()??;
+            let user = sys::user_by_id(uid.raw()).ok()??;
             Some(printable(&user.name))
         };
         self.names.entry(uid).or_insert_with(look_up).clone()

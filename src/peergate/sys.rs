@@ -94,6 +94,14 @@ pub(crate) fn unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// How much memory holds what this datagram socket has sent and its receiver has not read (SIOCOUTQ, unix(7)).
+pub(crate) fn sent_and_unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut size: libc::c_int = 0;
+    // SAFETY: the kernel writes one int, and `size` outlives the call.
+    Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut size) })?;
+    Ok(usize::try_from(size).unwrap_or(0))
+}
+
 /// SO_COOKIE: a number that names this socket alone until the system goes down, in every process (socket(7)). Linux 4.6, for every socket family since 4.12.
 pub(crate) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut cookie = MaybeUninit::<u64>::uninit();

@@ -82,6 +82,21 @@ TOML
     (($(records denied | wc -l) > 300)) || fail "too few records to reach the limit"
 }
 
+# When journald reads a record, it looks up the unit of the process that sent it. The report believes no record without it.
+a_process_that_lives_for_a_moment_is_in_the_report() {
+    _policy
+    systemctl kill --signal=STOP systemd-journald.service
+    _flood bob 20 moment
+    systemctl stop --no-block echo.service
+    for ((i = 0; i < 10; i++)); do
+        [[ $(property echo.service ActiveState) != inactive ]] || break
+        sleep 0.1
+    done
+    systemctl kill --signal=CONT systemd-journald.service
+    systemctl stop echo.service
+    _expect_equation /tmp/claim/moment
+}
+
 a_flood_leaves_the_socket_alive() {
     _policy
     # Each round starts the service anew: far above the limits at which systemd would give the socket up.
