@@ -134,6 +134,7 @@ TOML
     expect "result" exit-code "$(property echo.service Result)"
     expect "restarts by Restart=" 0 "$(property echo.service NRestarts)"
     unit_is echo.socket active
+    journalctl --sync
     for word in 'echod.toml:2' 'echod.toml:3' '9-3' 'colour'; do
         journalctl --quiet "$(since)" --unit=echo.service --priority=err --output=cat | grep --quiet --fixed-strings "$word" ||
             fail "the journal doesn't say $word"
