@@ -58,7 +58,7 @@ const SENT_FROM_ONE: usize = 64 * 1024;
 /// What a datagram costs its sender besides its bytes, at most.
 const DATAGRAM: usize = 1024;
 
-/// How long the end waits for a journald that has room for what was sent, and does not read it.
+/// How long the end waits for a journald that does not read what was sent.
 const READ_WITHIN: Duration = Duration::from_secs(5);
 
 /// How long one step of waiting for standard error takes. The watchdog is answered in between.
@@ -324,20 +324,26 @@ impl Journal {
     /// process in /proc, and without those `report` does not believe the record. A process that lived for a moment may be
     /// gone by then.
     fn wait_until_read(&mut self) {
-        if self.journald.is_none() || !self.takes_one() {
+        let Some(probe) = self.probe.as_ref().filter(|_| self.journald.is_some()) else { return };
+        if probe.connect(SOCKET).is_err() {
             return;
         }
-        let Some(probe) = &self.probe else { return };
         // The queue is one for all senders: when this empty datagram is read, which journald ignores, all before it have been
         // dealt with.
-        if send(probe.as_raw_fd(), &[], MsgFlags::MSG_DONTWAIT).is_err() {
-            return;
-        }
+        let ask = || send(probe.as_raw_fd(), &[], MsgFlags::MSG_DONTWAIT);
+        let is_read = || sys::sent_and_unread(probe.as_fd()).map_or(true, |size| size == 0);
         let (until, mut pause) = (Instant::now() + READ_WITHIN, Duration::from_micros(100));
-        while sys::sent_and_unread(probe.as_fd()).is_ok_and(|size| size > 0) && Instant::now() < until {
+        let mut asked = ask();
+        while asked == Err(Errno::EAGAIN) || (asked.is_ok() && !is_read()) {
+            if Instant::now() >= until || self.audit.is_too_late() {
+                return;
+            }
             thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(5));
             self.heartbeat.answer();
+            if asked.is_err() {
+                asked = ask();
+            }
         }
     }
 
