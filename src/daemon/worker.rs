@@ -490,9 +490,10 @@ impl<P: Protocol> WorkerLoop<P> {
         let mut carried = Vec::new();
         // A connection that stays for now is put back, with an entry of its own.
         self.timeouts.clear();
-        for slot in 0..self.connections.len() {
+        let ready = self.all_ready();
+        for (slot, is_ready) in ready.into_iter().enumerate() {
             let Some(mut connection) = self.take(slot) else { continue };
-            if let Some(end) = self.end_before_rest(&mut connection) {
+            if let Some(end) = self.end_before_rest(&mut connection, is_ready) {
                 self.mailbox.free_slot(slot);
                 self.close(connection, end);
             } else if carried.len() < carry {
@@ -519,9 +520,33 @@ impl<P: Protocol> WorkerLoop<P> {
         self.ending = Some(Ending { until, carried, reply });
     }
 
-    /// Gives a connection its last turns. `Some`: how it ends, because it cannot be brought to rest.
-    fn end_before_rest(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
-        if let Some(end) = self.last_turns(connection) {
+    /// By place, whether something has happened on a connection that it has had no turn for yet. A look at each of thousands
+    /// would take as long as leaving them to the next process.
+    fn all_ready(&mut self) -> Vec<bool> {
+        let mut ready = vec![false; self.connections.len()];
+        while let Some((slot, _)) = self.rounds.next_turn() {
+            ready[slot] = true;
+        }
+        // The epoll tells of so many at a time, and of those again only after all others (epoll_wait(2)).
+        let mut events = [EpollEvent::empty(); 128];
+        loop {
+            let count = self.mailbox.epoll.wait(&mut events, EpollTimeout::ZERO).unwrap_or(0);
+            let mut is_news = false;
+            for event in &events[..count] {
+                // The wake-up has no place.
+                if let Some(ready) = ready.get_mut((event.data() & !SECOND) as usize) {
+                    is_news |= !std::mem::replace(ready, true);
+                }
+            }
+            if !is_news {
+                return ready;
+            }
+        }
+    }
+
+    /// Gives a connection its last turns, if it is ready for them. `Some`: how it ends, because it cannot be brought to rest.
+    fn end_before_rest(&mut self, connection: &mut Connection<P>, is_ready: bool) -> Option<End<P>> {
+        if let Some(end) = if is_ready { self.last_turns(connection) } else { None } {
             return Some(end);
         }
         match connection.protocol.will_end() {
@@ -652,6 +677,40 @@ mod tests {
             serving.configure(WorkerConfig { idle_timeout: Some(hour / 4), ..config });
             serving.expire();
             assert_eq!(serving.present, usize::from(!is_noted), "{before:?}");
+        }
+    }
+
+    #[test]
+    fn what_each_of_many_connections_had_sent_is_answered_before_they_are_left() {
+        let policy = owner();
+        let (context, _gate) = context(&policy);
+        let config = config(&policy);
+        let mut serving = WorkerLoop::new(Arc::new(Mailbox::new(&config).unwrap()), config, context);
+        // More than the epoll tells of at once. In between are some that have sent nothing.
+        let mut clients: Vec<_> = (0..300)
+            .map(|number| {
+                let (admission, client) = admission(&policy, number);
+                serving.resume(Box::new(Connection::admitted(admission)));
+                client
+            })
+            .collect();
+        for client in clients.iter_mut().step_by(2) {
+            client.write_all(b"a line\nand half").unwrap();
+        }
+        // As after a turn that ended at its bounds: heard of once more, and then not any more.
+        serving.rounds.add_again(0);
+        serving.note_ready(0, Ready::Peer);
+        let _ = serving.mailbox.epoll.wait(&mut [EpollEvent::empty(); 300], EpollTimeout::ZERO).unwrap();
+        let (reply, replies) = mpsc::channel();
+        serving.end(usize::MAX, Instant::now(), reply);
+        assert!(serving.has_ended());
+        let carried = replies.recv().unwrap();
+        assert_eq!(carried.len(), clients.len());
+        for (client, connection) in clients.iter_mut().zip(&carried).step_by(2) {
+            client.set_nonblocking(true).unwrap();
+            let mut answer = [0; 20];
+            assert_eq!(client.read(&mut answer).unwrap(), b"a line\n".len());
+            assert_eq!(connection.protocol.held, b"and half");
         }
     }
 
