@@ -103,6 +103,12 @@ impl<P: Protocol> FirstTurn<P> {
         }
     }
 
+    /// Gives every connection to its worker, and lets go of the workers: no more are admitted.
+    pub fn give_all_and_end(&mut self) {
+        self.give_all();
+        self.mailboxes.clear();
+    }
+
     /// One turn. `None`: the connection is over, and closed.
     fn turn(&mut self, mut one: Parked<P>) -> Option<(Parked<P>, Turn)> {
         let mut share = Share::of(Ready::Any, FIRST_LINES);

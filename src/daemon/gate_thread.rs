@@ -154,6 +154,6 @@ impl<P: Protocol> GateLoop<P> {
         self.serve(admitted);
         self.gate.stop_accepting(admitted);
         self.serve(admitted);
-        self.first_turn.give_all();
+        self.first_turn.give_all_and_end();
     }
 }

@@ -176,7 +176,7 @@ fn end_unjudged<P: Protocol>(connections: Vec<Carried<P>>, config: &Config<P>, a
         let permit = permits.resume(one.peer.uid());
         worker.resume(Box::new(Connection::resumed(one, Arc::clone(rule), permit)));
     }
-    end_workers(&mut [worker], 0);
+    end_workers(vec![worker], 0);
     gate.shut();
     Ok(())
 }

@@ -30,6 +30,8 @@ impl<P: Protocol> Service<P> {
         // Counted before a peer can notice: a connection that its peer closes then has ended too.
         let total = self.permits.total();
         self.notifier.stopping("stopping");
+        // It is not fed any more, and knows of the workers, which end.
+        self.watchdog = None;
         let next_connection = self.gate.stop_accepting();
         let total = total.max(self.permits.total());
         // A process that waits for the answer to a reload will get no other.
@@ -43,7 +45,7 @@ impl<P: Protocol> Service<P> {
         let none_follows = self.signals.stop_is_final() || !self.store.is_present();
         let carry = if total == 0 || none_follows { 0 } else { usize::MAX };
         self.notifier.extend_timeout(DRAIN * 6);
-        let carried = end_workers(&mut self.workers, carry);
+        let carried = end_workers(std::mem::take(&mut self.workers), carry);
         let carried = if carried.is_empty() { Vec::new() } else { self.leave(carried, next_connection) };
         if total > 0 {
             let ended = total - carried.len().min(total);
@@ -79,8 +81,7 @@ impl<P: Protocol> Service<P> {
         if connections.is_empty() {
             return;
         }
-        let number = self.workers.len();
-        let worker = match Worker::start(number, worker_config(&self.config), self.context.clone()) {
+        let worker = match Worker::start(self.workers.len(), worker_config(&self.config), self.context.clone()) {
             Ok(worker) => worker,
             Err(error) => {
                 let count = connections.len();
@@ -88,25 +89,24 @@ impl<P: Protocol> Service<P> {
             }
         };
         connections.into_iter().for_each(|connection| worker.resume(connection));
-        end_workers(&mut [worker], 0);
+        end_workers(vec![worker], 0);
     }
 }
 
-/// Ends all workers; what comes back are up to `carry` connections at rest.
-pub fn end_workers<P: Protocol>(workers: &mut [Worker<P>], carry: usize) -> Vec<Box<Connection<P>>> {
+/// Ends all workers; what comes back are up to `carry` connections at rest. The threads may still be closing their epolls
+/// then, which takes long after thousands of connections.
+pub fn end_workers<P: Protocol>(workers: Vec<Worker<P>>, carry: usize) -> Vec<Box<Connection<P>>> {
     let (reply, replies) = mpsc::channel();
     let until = Instant::now() + DRAIN;
     let mut left = carry;
-    for worker in &mut *workers {
+    for worker in &workers {
         // A connection that the gate is just giving to a worker is counted already.
         let share = worker.connections().min(left);
         left -= share;
         worker.end(share, until, reply.clone());
     }
-    drop(reply);
-    let carried = replies.iter().flatten().collect();
-    workers.iter_mut().for_each(Worker::join);
-    carried
+    drop((reply, workers));
+    replies.iter().flatten().collect()
 }
 
 /// Writes the last records, for which the service manager is asked to wait.

@@ -44,7 +44,6 @@ const LOOKS_ALONE: u32 = 8;
 pub struct Worker<P: Protocol> {
     mailbox: Arc<Mailbox<P>>,
     number: usize,
-    thread: Option<thread::JoinHandle<()>>,
 }
 
 impl<P: Protocol> Worker<P> {
@@ -55,8 +54,8 @@ impl<P: Protocol> Worker<P> {
     pub fn start(number: usize, config: WorkerConfig<P>, context: Context) -> io::Result<Self> {
         let mailbox = Arc::new(Mailbox::new(&config)?);
         let mut running = WorkerLoop::new(Arc::clone(&mailbox), config, context);
-        let thread = thread::Builder::new().name(format!("worker-{number}")).spawn(move || running.run())?;
-        Ok(Self { mailbox, number, thread: Some(thread) })
+        thread::Builder::new().name(format!("worker-{number}")).spawn(move || running.run())?;
+        Ok(Self { mailbox, number })
     }
 
     /// Where the first turn gives connections to it.
@@ -90,13 +89,6 @@ impl<P: Protocol> Worker<P> {
     pub fn monitored(&self) -> Monitored {
         let mailbox = Arc::clone(&self.mailbox);
         Monitored::new(format!("worker {}", self.number), &self.mailbox.heartbeat, move || mailbox.wake())
-    }
-
-    /// Waits for the thread, once it was told to end.
-    pub fn join(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
     }
 }
 
