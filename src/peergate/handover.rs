@@ -88,22 +88,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
 use crate::peer;
-use crate::sys;
 use crate::systemd::Store;
 use queue::{Batch, Queue, SEND_BUFFER};
 
 pub use inherited::{Found, Inherited};
 pub use message::Fault;
-
-/// The kernel's own number for a socket: the same in every process that holds it, and given to no other
-/// socket until the system goes down (SO_COOKIE, socket(7); Linux 4.12 for AF_UNIX). By it a successor tells which
-/// state belongs to which of the sockets it got.
-///
-/// # Errors
-/// What getsockopt(2) says.
-pub fn cookie_of(socket: &impl AsFd) -> io::Result<u64> {
-    sys::socket_cookie(socket.as_fd())
-}
 
 /// Has the kernel attach the sender's credentials to what comes on this connection from now on (SO_PASSCRED, unix(7)),
 /// as [`GateConfig::pass_credentials`](crate::gate::GateConfig::pass_credentials) does from the start. Returns within how many

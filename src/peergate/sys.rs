@@ -21,8 +21,6 @@ pub(crate) use thread_ids::{
     keep_capabilities, may_set_ids, raise_set_ids, set_thread_gid, set_thread_groups, set_thread_uid, thread_groups,
 };
 
-/// Linux's `SCM`/`SO` numbers that libc may lack on the oldest version we build with.
-const SO_COOKIE: libc::c_int = 57;
 pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
 
 /// Takes ownership of a descriptor that the service manager passed by number.
@@ -100,18 +98,6 @@ pub(crate) fn sent_and_unread(socket: BorrowedFd<'_>) -> io::Result<usize> {
     // SAFETY: the kernel writes one int, and `size` outlives the call.
     Errno::result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &mut size) })?;
     Ok(usize::try_from(size).unwrap_or(0))
-}
-
-/// SO_COOKIE: a number that names this socket alone until the system goes down, in every process (socket(7)). Linux 4.6, for every socket family since 4.12.
-pub(crate) fn socket_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut cookie = MaybeUninit::<u64>::uninit();
-    let mut length = size_of::<u64>() as libc::socklen_t;
-    getsockopt(socket, SO_COOKIE, cookie.as_mut_ptr().cast(), &mut length)?;
-    if length as usize != size_of::<u64>() {
-        return Err(io::Error::from_raw_os_error(libc::EINVAL));
-    }
-    // SAFETY: the kernel wrote all eight bytes (checked by `length`).
-    Ok(unsafe { cookie.assume_init() })
 }
 
 /// Sends `signal` with `value` attached, so that the receiver can tell it from a bare kill(1): sigqueue(3).

@@ -18,6 +18,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{AddressFamily, ControlMessage, SockFlag, SockType, sendmsg, socketpair};
+use nix::sys::stat::fstat;
 
 use super::*;
 use crate::sys::{Received, receive_descriptors};
@@ -159,14 +160,19 @@ fn connections(found: impl Iterator<Item = Found>) -> Vec<Parcel<OwnedFd>> {
         .collect()
 }
 
-fn cookies(sockets: &[impl AsFd]) -> Vec<u64> {
-    sockets.iter().map(|socket| cookie_of(socket).unwrap()).collect()
+/// The same for every descriptor of a socket, in every process.
+fn number_of(socket: &impl AsFd) -> u64 {
+    fstat(socket).unwrap().st_ino
+}
+
+fn numbers(sockets: &[impl AsFd]) -> Vec<u64> {
+    sockets.iter().map(|socket| number_of(socket)).collect()
 }
 
 /// The same sockets in the same order, each with its state.
 #[track_caller]
 fn assert_are(taken: &[Parcel<OwnedFd>], left: &[u64]) {
-    assert_eq!(taken.iter().map(|parcel| cookie_of(&parcel.socket).unwrap()).collect::<Vec<_>>(), left);
+    assert_eq!(taken.iter().map(|parcel| number_of(&parcel.socket)).collect::<Vec<_>>(), left);
     let numbered = taken.iter().enumerate();
     assert!(numbered.into_iter().all(|(number, parcel)| parcel.state == state_of(number)));
 }
@@ -228,7 +234,7 @@ fn connections_come_back_in_order_with_their_bytes() {
     let left = leave(&manager.store(), NAME, b"next: 601", parcels(&served), PATIENCE).unwrap();
     assert_eq!((left.connections, left.stopped_by.is_none()), (600, true));
     assert!(manager.held.lock().unwrap().messages[0].contains("FDPOLL=0"));
-    let cookies = cookies(&served);
+    let numbers = numbers(&served);
     served.clear();
     clients[599].write_all(b", sent meanwhile").unwrap();
 
@@ -236,7 +242,7 @@ fn connections_come_back_in_order_with_their_bytes() {
     assert_eq!(inherited.header(), Some(&b"next: 601"[..]));
     let mut taken = connections(inherited.by_ref());
     assert!(inherited.foreign().is_empty());
-    assert_are(&taken, &cookies);
+    assert_are(&taken, &numbers);
     for parcel in &taken {
         let flags = FdFlag::from_bits_retain(fcntl(&parcel.socket, FcntlArg::F_GETFD).unwrap());
         assert!(flags.contains(FdFlag::FD_CLOEXEC));
@@ -260,9 +266,9 @@ fn further_descriptors_belong_to_their_connection() {
     });
     let packed = pack(b"", both).unwrap();
     let taken = connections(unpack(packed.socket));
-    assert_are(&taken, &cookies(&served));
+    assert_are(&taken, &numbers(&served));
     for (number, (parcel, further)) in taken.iter().zip(&further).enumerate() {
-        assert_eq!(cookies(&parcel.further), vec![cookie_of(further).unwrap(); number % 4]);
+        assert_eq!(numbers(&parcel.further), vec![number_of(further); number % 4]);
     }
 }
 
@@ -274,7 +280,7 @@ fn states_larger_than_a_message_ride_in_a_sealed_file() {
     let packed = pack(b"", parcels).unwrap();
     assert_eq!(packed.left.connections, 40);
     let taken = connections(unpack(packed.socket));
-    assert_eq!(taken.iter().map(|parcel| cookie_of(&parcel.socket).unwrap()).collect::<Vec<_>>(), cookies(&served));
+    assert_eq!(taken.iter().map(|parcel| number_of(&parcel.socket)).collect::<Vec<_>>(), numbers(&served));
     assert!(taken.iter().enumerate().all(|(number, parcel)| parcel.state == state(number)));
 }
 
@@ -356,8 +362,8 @@ fn one_unusable_message_does_not_take_the_others_along() {
     let mut inherited = unpack(reader);
     assert_unusable(&[inherited.next().unwrap()], &Fault::Torn, 250);
     let rest = connections(inherited);
-    assert_eq!(rest.iter().map(|parcel| &parcel.socket).map(|fd| cookie_of(fd).unwrap()).collect::<Vec<_>>(), {
-        cookies(&served[250..])
+    assert_eq!(rest.iter().map(|parcel| &parcel.socket).map(number_of).collect::<Vec<_>>(), {
+        numbers(&served[250..])
     });
     assert_eq!((rest[0].state.clone(), rest.len()), (state_of(250), 250));
 }
@@ -374,7 +380,7 @@ fn a_small_send_buffer_takes_more_sockets_and_loses_no_order() {
     assert_eq!(inherited.header(), Some(&b"small"[..]));
     let mut taken = connections(inherited);
     taken.iter_mut().for_each(|parcel| parcel.state.truncate(parcel.state.len() - 30_000));
-    assert_are(&taken, &cookies(&served));
+    assert_are(&taken, &numbers(&served));
 }
 
 #[test]
@@ -388,7 +394,7 @@ fn an_opening_of_another_version_still_leads_to_the_socket_before() {
     let mut inherited = unpack(reader);
     assert_eq!(inherited.header(), Some(&b"before"[..]));
     let first: Vec<_> = inherited.by_ref().take(3).collect();
-    assert_are(&connections(first.into_iter()), &cookies(&served));
+    assert_are(&connections(first.into_iter()), &numbers(&served));
     assert_unusable(&inherited.collect::<Vec<_>>(), &Fault::Version(9), 0);
 }
 
@@ -421,5 +427,5 @@ fn what_cannot_be_sent_is_refused_or_ends_the_row() {
     let parcels = parcels(&served).enumerate().map(|(number, parcel)| Parcel { further: further(number), ..parcel });
     let Packed { socket, left } = pack(&[0; MOST_HEADER], parcels).unwrap();
     assert_eq!((left.connections, left.stopped_by.unwrap().raw_os_error()), (1, Some(Errno::EINVAL as i32)));
-    assert_are(&connections(unpack(socket)), &cookies(&served[..1]));
+    assert_are(&connections(unpack(socket)), &numbers(&served[..1]));
 }

@@ -175,7 +175,7 @@ fn ten_thousand_connections_take_less_than_two_mebibytes() {
             assert_eq!(left.connections, count);
             println!("\n{count} connections: left within {took:?} and {memory} KiB");
             assert!(memory < 2048);
-            let (passed, cookies, mut taken) = (manager.passed(), cookies(&served), Vec::with_capacity(count));
+            let (passed, numbers, mut taken) = (manager.passed(), numbers(&served), Vec::with_capacity(count));
             drop(served);
             let ((), memory, took) = measured(|| {
                 for found in take_back(passed, NAME, &manager.store()) {
@@ -186,7 +186,7 @@ fn ten_thousand_connections_take_less_than_two_mebibytes() {
             });
             println!("{count} connections: taken back within {took:?} and {memory} KiB");
             assert!(memory < 2048);
-            assert_eq!(cookies, self::cookies(&taken));
+            assert_eq!(numbers, self::numbers(&taken));
         }
     });
     said.into_iter().for_each(|said| print!("{said}"));
