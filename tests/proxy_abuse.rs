@@ -158,7 +158,7 @@ fn an_end_that_waits_for_room_hears_that_the_other_one_is_gone() {
 
 #[test]
 fn a_stream_waits_for_its_reader_and_takes_no_memory_meanwhile() {
-    let length = setting("PEERGATE_TEST_STREAM", 32 << 20);
+    let length = setting("PEERGATE_TEST_STREAM", 1 << 30);
     let (proxy, behind) = serve(OWNER, "");
     let (client, service) = pair(&proxy, &behind);
     let before = memory(&proxy, "VmRSS");
