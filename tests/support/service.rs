@@ -1,7 +1,7 @@
 //! A service of the tests, on either runtime: it does what a careless author might (tests/services.rs).
 //!
 //! ```text
-//! service threads|tokio|tokio-one|tokio-carry|tokio-carry-apart POLICY [MILLISECONDS until it exits where it is idle]
+//! service threads|threads-read|tokio|tokio-one|tokio-carry|tokio-carry-apart POLICY [MILLISECONDS until it exits where it is idle]
 //!
 //! say TEXT        the answer is TEXT
 //! panic           it panics
@@ -17,6 +17,7 @@
 use std::future::Future;
 use std::io::{self, BufRead, Write};
 use std::net::Shutdown;
+use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
@@ -24,7 +25,7 @@ use std::thread;
 use std::time::Duration;
 
 use peergate::audit::{RecordScope, Settings};
-use peergate::{Connection, Error, Service, Session};
+use peergate::{Connection, Error, Service, Session, Uid, policy_file};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Mutex, Notify};
 
@@ -173,12 +174,19 @@ fn main() -> Result<(), Error> {
     let [runtime, policy, idle @ ..] = &words[..] else { panic!("service RUNTIME POLICY [MILLISECONDS]") };
     let mut record = Settings::default();
     (record.scope, record.burst) = (RecordScope::Connections, 5);
-    let mut service = Service::from_systemd("service").policy_file(policy).record(record);
+    let mut service = Service::from_systemd("service").record(record);
+    service = if runtime == "threads-read" {
+        let file = policy.clone();
+        let read = move || policy_file::load::<(), ()>(Path::new(&file), Uid::effective()).map(|loaded| loaded.policy);
+        service.policy_from(read)
+    } else {
+        service.policy_file(policy)
+    };
     if let Some(idle) = idle.first().and_then(|span| span.parse().ok()) {
         service = service.idle_exit(Duration::from_millis(idle));
     }
     match runtime.as_str() {
-        "threads" => service.serve_threads(on_thread),
+        "threads" | "threads-read" => service.serve_threads(on_thread),
         "tokio" => service.block_on(serve),
         "tokio-carry" => service.hand_over().block_on(carry),
         "tokio-carry-apart" => service.hand_over().block_on(carry_apart),
