@@ -30,7 +30,7 @@ impl<P: Protocol> Service<P> {
         // Counted before a peer can notice: a connection that its peer closes then has ended too.
         let total = self.permits.total();
         self.notifier.stopping("stopping");
-        // It is not fed any more, and knows of the workers, which end.
+        // The watchdog is not fed any more. It holds the workers' mailboxes, and with them their epolls.
         self.watchdog = None;
         let next_connection = self.gate.stop_accepting();
         let total = total.max(self.permits.total());

@@ -21,6 +21,7 @@ pub(crate) use thread_ids::{
     keep_capabilities, may_set_ids, raise_set_ids, set_thread_gid, set_thread_groups, set_thread_uid, thread_groups,
 };
 
+/// Linux's number, which libc may lack on the oldest version we build with.
 pub(crate) const SO_PASSRIGHTS: libc::c_int = 83;
 
 /// Takes ownership of a descriptor that the service manager passed by number.
