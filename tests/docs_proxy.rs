@@ -60,6 +60,7 @@ fn manual_page_and_annotated_configuration_state_the_same_defaults() {
 fn the_units_memory_is_enough_for_the_default_limits() {
     let service = "[forward]\nto = \"/run/behind/service.sock\"\n";
     assert_units_have_the_memory_for_the_default_limits("peergate@.service", service);
+    assert!(read(PAGE_OF_FILE).contains("A connection takes up to 768 KiB then"), "the unit's comment has the sum");
 }
 
 #[test]

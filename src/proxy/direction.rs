@@ -247,6 +247,9 @@ impl Direction {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     #[test]
@@ -271,5 +274,34 @@ mod tests {
         };
         assert_eq!(next.flush(&mut buffers, all), Moved::Some);
         assert!(rest == sent[15..] && next.reads());
+    }
+
+    #[test]
+    fn descriptors_go_with_the_first_bytes_that_are_taken_and_only_once() {
+        let (mut buffers, mut direction) = (Buffers::new(64), Direction::default());
+        let read = |room: &mut [u8], descriptors: &mut Descriptors| {
+            room[..30].fill(b'x');
+            let (one, other) = UnixStream::pair().unwrap();
+            *descriptors = vec![one.into(), other.into()].into();
+            Received::Bytes(30)
+        };
+        // How many come with each write, and how many bytes of it are taken.
+        let came = RefCell::new(Vec::new());
+        let take = |count: usize| {
+            let came = &came;
+            move |_: &[u8], descriptors: &Descriptors| {
+                came.borrow_mut().push(descriptors.len());
+                Ok(count)
+            }
+        };
+        direction.pass(&mut buffers, read, take(0));
+        direction.flush(&mut buffers, take(0));
+        direction.flush(&mut buffers, take(10));
+        direction.flush(&mut buffers, take(15));
+        direction.flush(&mut buffers, take(5));
+        direction.pass(&mut buffers, read, take(10));
+        direction.flush(&mut buffers, take(20));
+        assert_eq!(came.into_inner(), [2, 2, 2, 0, 0, 2, 0]);
+        assert!(direction.reads());
     }
 }

@@ -51,9 +51,14 @@ pub fn need(name: &str, config: &str) -> u64 {
     said.split_once("# up to ").unwrap().1.split_once("M of memory").unwrap().0.parse().unwrap()
 }
 
-/// MemoryMax= of the units is what the default limits need, up to the next 128 MiB.
+/// MemoryMax= of the units is what the default limits need, up to the next 128 MiB; the comment has what `check` says.
 pub fn assert_units_have_the_memory_for_the_default_limits(service: &str, more: &str) {
-    let default = need("memory-default", &format!("[allow.all]\nusers = [\"any\"]\n{more}"));
+    let policy = "[allow.all]\nusers = [\"any\"]\n";
+    let default = need("memory-default", &format!("{policy}{more}"));
+    // As many MiB for 1,024 connections more are as many KiB for each.
+    let each = need("memory-twice", &format!("{policy}{more}[limits]\nconnections = 2048\n")) - default;
+    let comment = read(&format!("systemd/system/{service}")).replace("\n# ", " ");
+    assert!(comment.contains(&format!("for the next process: {each}. 1,024 times that are {each} MiB")), "{each} KiB");
     for unit in [format!("systemd/system/{service}"), format!("systemd/user/{service}")] {
         let text = read(&unit);
         let limit = text.lines().find_map(|line| line.strip_prefix("MemoryMax=")?.strip_suffix('M')).unwrap();
