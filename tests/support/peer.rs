@@ -11,6 +11,9 @@
 //!                                         print how many the kernel took
 //! peer [OPTION]... clog SOCKET LENGTH      connect, and send lines of so many bytes until no connection takes more, reading
 //!                                         nothing; print how many are open
+//! peer [OPTION]... pairs GATE SOCKET N...  be the service at SOCKET and its clients through GATE: open connections until
+//!                                         there are N, ask and answer on each of them, print N, and wait for a line on
+//!                                         stdin before the next N; ask and answer on all of them once more at the end
 //! peer [OPTION]... listen SOCKET           bind a datagram socket, and pass it over stdin
 //!
 //! --as UID:GID[:GROUPS]  become that user first; GROUPS: numbers, ranges LO-HI, or NxTIMES for the
@@ -35,7 +38,7 @@ use std::fs;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -84,6 +87,7 @@ fn main() -> Outcome<()> {
             "rush" => return rush(&value()?),
             "bomb" => return bomb(&value()?, value()?.parse()?),
             "clog" => return clog(&value()?, value()?.parse()?, &options),
+            "pairs" => return pairs(&value()?, &value()?, args),
             "listen" => {
                 let socket = UnixDatagram::bind(value()?)?;
                 return hand_over(&socket);
@@ -224,6 +228,38 @@ fn clog(path: &str, length: usize, options: &Options) -> Outcome<()> {
     }
     println!("{}", open.len());
     io::stdin().read_to_end(&mut Vec::new())?;
+    Ok(())
+}
+
+/// A connection through a proxy, as its client and as the service behind see it.
+fn pairs(gate: &str, behind: &str, counts: impl Iterator<Item = String>) -> Outcome<()> {
+    let service = UnixListener::bind(behind)?;
+    let mut pairs = Vec::new();
+    let mut go_on = String::new();
+    for count in counts {
+        while pairs.len() < count.parse()? {
+            let client = UnixStream::connect(gate)?;
+            let pair = (client, service.accept()?.0);
+            ask_and_answer(&pair)?;
+            pairs.push(pair);
+        }
+        println!("{count}");
+        io::stdin().read_line(&mut go_on)?;
+    }
+    pairs.iter().try_for_each(ask_and_answer)?;
+    println!("all");
+    Ok(())
+}
+
+fn ask_and_answer((client, service): &(UnixStream, UnixStream)) -> Outcome<()> {
+    let mut text = [0; 8];
+    for (mut from, mut to, sent) in [(client, service, b"question"), (service, client, b"answered")] {
+        from.write_all(sent)?;
+        to.read_exact(&mut text)?;
+        if text != *sent {
+            return Err(format!("{text:?} arrived").into());
+        }
+    }
     Ok(())
 }
 
