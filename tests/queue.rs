@@ -112,36 +112,74 @@ fn while_the_journal_stands_still_users_take_turns_and_each_denial_counts() {
     assert!(fs::read_to_string(trace).unwrap().contains("ENOPROTOOPT"));
 }
 
-#[test]
-fn more_than_may_wait_are_answered_and_counted_in_a_reload_too() {
-    needs_root();
-    let journald = Journald::new();
-    let config = format!("{LONG}burst = 3\n[limits]\nwaiting-per-user = 5\n");
-    let echod = serve(&journald, &format!("{config}{}", common::DENY_ALL));
-    echod.freeze();
-    let waiting = [connect(ALICE, 150, &echod), connect(BOB, 120, &echod)];
-    echod.signal(Signal::SIGHUP);
-    echod.signal(Signal::SIGCONT);
-    waiting.iter().flatten().for_each(|client| client.expect_end(DENIED));
-    echod.stop();
-    assert_eq!(denials(&journald.entries()), 270);
+/// What each client is told, where all of them asked while the program was stopped: how many were served and how many refused.
+fn served_and_refused(clients: &[Client]) -> (usize, u64) {
+    let told = clients.iter().map(|client| client.until("\n"));
+    let (served, refused): (Vec<_>, Vec<_>) = told.partition(|told| told == b"> hello\n");
+    assert!(refused.iter().all(|told| told == BUSY), "{refused:?}");
+    (served.len(), refused.len() as u64)
 }
 
 #[test]
-fn admitted_connections_beyond_what_may_wait_get_the_places_that_are_left() {
+fn more_than_may_wait_are_turned_away_as_the_policy_says_and_counted_in_a_reload_too() {
+    needs_root();
+    let journald = Journald::new();
+    let config = format!("{LONG}burst = 3\n[limits]\nconnections-per-user = 1000\nwaiting-per-user = 5\n");
+    let policy = format!("[deny.alice]\nusers = [{ALICE}]\n[allow.all]\nusers = [\"any\"]\n");
+    let echod = serve(&journald, &format!("{config}{policy}"));
+    echod.freeze();
+    let (denied, flood, modest) = (connect(ALICE, 150, &echod), connect(BOB, 120, &echod), connect(64003, 5, &echod));
+    flood.iter().chain(&modest).for_each(|client| client.send("hello\n"));
+    echod.signal(Signal::SIGHUP);
+    echod.signal(Signal::SIGCONT);
+    denied.iter().for_each(|client| client.expect_end(DENIED));
+    let (served, refused) = served_and_refused(&flood);
+    // Of six that come, five wait and are served.
+    assert!((80..=110).contains(&served) && refused >= 10, "{served} served, {refused} refused");
+    modest.iter().for_each(|client| client.expect("> hello\n"));
+    echod.stop();
+    let entries = journald.entries();
+    assert_eq!(denials(&entries), 150);
+    assert_eq!(stands_for(&entries, "refused", &["user-limit"]), refused);
+    let of_refusals: Vec<_> = entries.iter().filter(|entry| with_verdict("refused")(entry)).collect();
+    assert_eq!(of_refusals.len(), 3);
+    for entry in of_refusals {
+        let fields = ["PEER_UID", "GATE_REASON", "GATE_RULE"].map(|field| get(entry, field));
+        assert_eq!(fields, [&BOB.to_string(), "user-limit", "allow.all"]);
+    }
+}
+
+#[test]
+fn a_user_with_more_than_may_wait_gets_all_places_and_no_more() {
     needs_root();
     let journald = Journald::new();
     let config = "[audit]\ninterval = \"1h\"\n[limits]\nconnections-per-user = 40\nwaiting-per-user = 10\n";
     let echod = serve(&journald, &format!("{config}[allow.all]\nusers = [\"any\"]\n"));
     echod.freeze();
     let (flood, other) = (connect(ALICE, 100, &echod), connect(BOB, 1, &echod));
+    flood.iter().for_each(|client| client.send("hello\n"));
     echod.signal(Signal::SIGCONT);
     other[0].echo("hello");
-    let (inside, refused) = flood.split_at(40);
-    inside.iter().for_each(|client| client.echo("hello"));
-    refused.iter().for_each(|client| client.expect_end(BUSY));
+    assert_eq!(served_and_refused(&flood), (40, 60));
     echod.stop();
     assert_eq!(stands_for(&journald.entries(), "refused", &["user-limit"]), 60);
+}
+
+/// The backlog of a restart. By default as many may wait as may be admitted.
+#[test]
+fn a_user_within_its_limit_is_not_turned_away_for_waiting() {
+    needs_root();
+    raise_descriptor_limit(4096);
+    let journald = Journald::new();
+    let config = "[limits]\nconnections = 2000\n[allow.all]\nusers = [\"any\"]\nconnections-per-user = 700\n";
+    let echod = serve(&journald, config);
+    echod.freeze();
+    let (many, other) = (connect(ALICE, 700, &echod), connect(BOB, 1, &echod));
+    many.iter().chain(&other).for_each(|client| client.send("hello\n"));
+    echod.signal(Signal::SIGCONT);
+    assert_eq!(served_and_refused(&other), (1, 0));
+    assert_eq!(served_and_refused(&many), (700, 0));
+    echod.stop();
 }
 
 #[test]

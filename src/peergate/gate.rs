@@ -466,9 +466,11 @@ impl<T: Terms> Gate<T> {
         self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.config.replies.busy);
     }
 
-    /// Judges, records and tells a connection for which there is no descriptor to stay.
-    fn turn_away(&mut self, mut arrival: Arrival) {
-        let decision = self.decide(&mut arrival, None);
+    /// Judges, records and tells a connection that cannot stay, whatever the policy says: one that it admits is refused for
+    /// `exceeded`. Without a `judge` there is no descriptor to spare: reserved ones are free to ask with, and the connection
+    /// is closed without waiting for its peer.
+    fn turn_away(&mut self, mut arrival: Arrival, judge: Option<&Judge>, exceeded: LimitExceeded) {
+        let decision = self.decide(&mut arrival, judge);
         let at = self.at(&arrival);
         let reply = match decision {
             Decision::Unidentified => {
@@ -484,11 +486,15 @@ impl<T: Terms> Gate<T> {
                 &self.config.replies.busy
             }
             Decision::Admitted { mut peer, rule, .. } => {
-                self.audit.refused(&mut peer, &arrival.socket, at, rule.name(), LimitExceeded::Total);
+                self.audit.refused(&mut peer, &arrival.socket, at, rule.name(), exceeded);
                 &self.config.replies.busy
             }
         };
-        self.closings.at_once(Outgoing::accepted(arrival.socket), reply);
+        let outgoing = Outgoing::accepted(arrival.socket);
+        match judge {
+            Some(_) => self.closings.begin(&self.epoll, outgoing, reply),
+            None => self.closings.at_once(outgoing, reply),
+        }
     }
 
     fn at<'a>(&'a self, arrival: &Arrival) -> At<'a> {
@@ -704,21 +710,28 @@ mod tests {
     }
 
     #[test]
-    fn beyond_the_bound_no_connection_is_accepted_before_an_older_one_is_judged() {
+    fn beyond_its_users_bound_a_connection_is_turned_away_and_then_those_that_wait_get_their_turn() {
         let mut limits = Limits::new(1024, 1024);
         limits.waiting_per_user = 4;
         let (mut gate, path) = gate("bound", limits);
-        let _clients: Vec<_> = (0..100).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        let mut clients: Vec<_> = (0..101).map(|_| UnixStream::connect(&path).unwrap()).collect();
         let mut admitted = Vec::new();
-        while admitted.len() < 100 {
-            let before = admitted.len();
-            let mut more = Vec::new();
-            gate.turn(None, &mut more);
-            assert!(more.len() <= 5, "four that wait, and one that makes room");
-            admitted.extend(more);
-            assert!(admitted.len() > before);
+        // The first connection comes alone: the gate does not know that there are more.
+        gate.turn(None, &mut admitted);
+        assert_eq!(numbers(&admitted), [1]);
+        for turn in 0..20 {
+            admitted.clear();
+            gate.turn(None, &mut admitted);
+            let first = 2 + turn * 5;
+            assert_eq!(numbers(&admitted), (first..first + 4).collect::<Vec<_>>());
         }
-        assert_eq!(numbers(&admitted), (1..=100).collect::<Vec<_>>());
+        let refused = clients.iter_mut().skip(5).step_by(5).map(|client| {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).map(|_| answer)
+        });
+        assert_eq!(refused.map(Result::unwrap).collect::<Vec<_>>(), ["Too many connections\n"; 20]);
+        admitted.clear();
+        assert_eq!(gate.permits.total(), 0, "one that was turned away keeps no place");
     }
 
     #[test]

@@ -45,15 +45,17 @@ pub struct Limits {
     pub connections: usize,
     /// Of each user id, unless the rule that admits it says otherwise.
     pub connections_per_user: u32,
-    /// How many accepted connections of each user may wait to be judged while the gate is busy. The user's next one is
-    /// accepted only when the oldest of these has been judged.
+    /// How many accepted connections of each user may wait to be judged while the gate is busy, at least one. The user's next
+    /// one is turned away: denied if the policy denies it, else refused.
     pub waiting_per_user: u32,
 }
 
 impl Limits {
-    /// A limit for all users together and one for each user; 256 connections of each user may wait to be judged.
+    /// A limit for all users together and one for each user. As many connections of each user may wait to be judged, and 256
+    /// at least.
     pub const fn new(connections: usize, connections_per_user: u32) -> Self {
-        Self { connections, connections_per_user, waiting_per_user: 256 }
+        let waiting_per_user = if connections_per_user > 256 { connections_per_user } else { 256 };
+        Self { connections, connections_per_user, waiting_per_user }
     }
 }
 

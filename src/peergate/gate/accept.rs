@@ -9,12 +9,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit};
 
-use super::arrivals::MOST_WAITING;
+use super::arrivals::{Excess, MOST_WAITING};
 use super::{ADMISSIONS_PER_TURN, Admission, Arrival, Gate, over_limit, reserve};
 use crate::audit::Severity;
 use crate::fd_passing::{Stream, refuses_from_all};
 use crate::peer::Peer;
-use crate::permits::Terms;
+use crate::permits::{LimitExceeded, Terms};
 use crate::sys;
 use crate::systemd::activation::Listener;
 
@@ -141,8 +141,8 @@ impl<T: Terms> Gate<T> {
         }
     }
 
-    /// Lets a connection wait for its user's turn. False where another one had to be judged to make room: then each user gets
-    /// its turn before the next connection is accepted.
+    /// Lets a connection wait for its user's turn. False where a bound is reached: then each user gets its turn before the
+    /// next connection is accepted.
     fn let_wait(&mut self, mut arrival: Arrival, admitted: &mut Vec<Admission<T>>) -> bool {
         let Ok(peer) = Peer::ids_of(&arrival.socket) else {
             self.judge_arrival(arrival, None, admitted);
@@ -151,10 +151,15 @@ impl<T: Terms> Gate<T> {
         let user = self.config.policy.owner_of(peer.uid());
         arrival.peer = Some(peer);
         let per_user = self.config.limits.waiting_per_user as usize;
-        let Some(oldest) = self.arrivals.push(user, arrival, per_user) else { return true };
-        // It does not wait for a place too.
-        let since = Instant::now();
-        self.judge_arrival(oldest, Some((since, since + over_limit::PATIENCE)), admitted);
+        match self.arrivals.push(user, arrival, per_user) {
+            None => return true,
+            Some(Excess::OfUser(latest)) => self.turn_away(latest, Some(&self.judge()), LimitExceeded::User),
+            Some(Excess::OfAll(oldest)) => {
+                // It does not wait for a place too.
+                let since = Instant::now();
+                self.judge_arrival(oldest, Some((since, since + over_limit::PATIENCE)), admitted);
+            }
+        }
         false
     }
 
@@ -187,7 +192,7 @@ impl<T: Terms> Gate<T> {
         let is_told = match accepted {
             Some(Ok(socket)) => {
                 let arrival = self.arrival(socket, index);
-                self.turn_away(arrival);
+                self.turn_away(arrival, None, LimitExceeded::Total);
                 true
             }
             _ => false,

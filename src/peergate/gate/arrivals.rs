@@ -4,8 +4,8 @@
 //! other user wait behind its connections. So the gate empties the kernel's queue first, which costs less than to judge, and
 //! judges one connection of each user in turn. What a user has waiting then delays only that user.
 //!
-//! How many wait is bounded for each user and in all. Beyond a bound the oldest connection of the user with too many is
-//! judged out of turn, before the next one is accepted.
+//! How many wait is bounded for each user and in all. A connection beyond its user's bound is turned away at once: it is not
+//! admitted, whatever the policy says. Where too many wait in all, the oldest of the user with the most is judged out of turn.
 
 use std::collections::VecDeque;
 
@@ -28,6 +28,15 @@ struct OfUser<A> {
     queue: VecDeque<A>,
 }
 
+/// What may not wait, where a bound is reached.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Excess<A> {
+    /// The connection that just came: as many of its user wait as may.
+    OfUser(A),
+    /// The oldest of the user with the most, because too many wait in all.
+    OfAll(A),
+}
+
 impl<A> Arrivals<A> {
     /// No connection waits, and never more than `most`.
     pub(super) fn new(most: usize) -> Self {
@@ -38,24 +47,23 @@ impl<A> Arrivals<A> {
         self.waiting == 0
     }
 
-    /// Lets a connection of `uid` wait for its turn. Returns the connection that may wait no longer: of a user with more than
-    /// `per_user` its oldest, or of the user with the most where too many wait in all.
-    pub(super) fn push(&mut self, uid: Uid, arrival: A, per_user: usize) -> Option<A> {
+    /// Lets a connection of `uid` wait for its turn, as one of at most `per_user` (at least one). Returns what may not wait.
+    pub(super) fn push(&mut self, uid: Uid, arrival: A, per_user: usize) -> Option<Excess<A>> {
         let place = self.users.iter().position(|user| user.uid == uid).unwrap_or_else(|| {
             self.users.push_back(OfUser { uid, queue: VecDeque::new() });
             self.users.len() - 1
         });
         let user = &mut self.users[place];
+        if user.queue.len() >= per_user.max(1) {
+            return Some(Excess::OfUser(arrival));
+        }
         user.queue.push_back(arrival);
         self.waiting += 1;
-        if user.queue.len() > per_user {
-            return self.take_oldest(place);
-        }
         if self.waiting <= self.most {
             return None;
         }
         let place = (0..self.users.len()).max_by_key(|place| self.users[*place].queue.len())?;
-        self.take_oldest(place)
+        self.take_oldest(place).map(Excess::OfAll)
     }
 
     /// Takes out the next connection to be judged. The next one of its user comes after one of each other user.
@@ -120,13 +128,15 @@ mod tests {
     }
 
     #[test]
-    fn beyond_the_bound_the_users_own_oldest_connection_makes_room() {
+    fn beyond_a_users_bound_its_next_connection_may_not_wait() {
         let mut arrivals = Arrivals::new(1000);
         arrivals.push(BOB, 0, 3);
-        let removed: Vec<_> = (1..=5).map(|number| arrivals.push(ALICE, number, 3)).collect();
-        assert_eq!(removed, [None, None, None, Some(1), Some(2)]);
-        assert_eq!(order(&mut arrivals), [0, 3, 4, 5]);
-        assert_eq!(arrivals.push(ALICE, 6, 0), Some(6), "where none may wait, each is judged at once");
+        let excess: Vec<_> = (1..=5).map(|number| arrivals.push(ALICE, number, 3)).collect();
+        assert_eq!(excess, [None, None, None, Some(Excess::OfUser(4)), Some(Excess::OfUser(5))]);
+        assert_eq!(order(&mut arrivals), [0, 1, 2, 3]);
+        assert_eq!(arrivals.push(ALICE, 6, 0), None, "one may always wait");
+        assert_eq!(arrivals.push(ALICE, 7, 0), Some(Excess::OfUser(7)));
+        assert_eq!(order(&mut arrivals), [6]);
         assert!(arrivals.is_empty() && arrivals.users.is_empty());
     }
 
@@ -134,10 +144,10 @@ mod tests {
     fn beyond_the_bound_for_all_the_user_with_the_most_makes_room() {
         let mut arrivals = Arrivals::new(4);
         (0..4).for_each(|number| assert_eq!(arrivals.push(ALICE, number, 100), None));
-        assert_eq!(arrivals.push(BOB, 10, 100), Some(0));
-        assert_eq!(arrivals.push(BOB, 11, 100), Some(1));
-        assert_eq!(arrivals.push(BOB, 12, 100), Some(10), "now its own");
-        assert_eq!(arrivals.push(ALICE, 4, 100), Some(2));
+        assert_eq!(arrivals.push(BOB, 10, 100), Some(Excess::OfAll(0)));
+        assert_eq!(arrivals.push(BOB, 11, 100), Some(Excess::OfAll(1)));
+        assert_eq!(arrivals.push(BOB, 12, 100), Some(Excess::OfAll(10)), "now its own");
+        assert_eq!(arrivals.push(ALICE, 4, 100), Some(Excess::OfAll(2)));
         assert_eq!((arrivals.waiting, arrivals.users.len()), (4, 2));
     }
 }
