@@ -46,7 +46,8 @@ pub struct Limits {
     /// Of each user id, unless the rule that admits it says otherwise.
     pub connections_per_user: u32,
     /// How many accepted connections of each user may wait to be judged while the gate is busy, at least one. The user's next
-    /// one is turned away: denied if the policy denies it, else refused.
+    /// one is turned away: denied if the policy denies it, else refused. Where the terms of a rule allow a user more
+    /// connections than this, its clients may not come all at once.
     pub waiting_per_user: u32,
 }
 
