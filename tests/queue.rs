@@ -165,21 +165,21 @@ fn a_user_with_more_than_may_wait_gets_all_places_and_no_more() {
     assert_eq!(stands_for(&journald.entries(), "refused", &["user-limit"]), 60);
 }
 
-/// The backlog of a restart. By default as many may wait as may be admitted.
+/// More than the 512 connections of all users that may wait with so few descriptors.
 #[test]
-fn a_user_within_its_limit_is_not_turned_away_for_waiting() {
+fn a_restart_turns_no_connection_away_for_waiting() {
     needs_root();
     raise_descriptor_limit(4096);
     let journald = Journald::new();
-    let config = "[limits]\nconnections = 2000\n[allow.all]\nusers = [\"any\"]\nconnections-per-user = 700\n";
-    let echod = serve(&journald, config);
+    let config = "[limits]\nconnections = 2000\nconnections-per-user = 1000\n[allow.all]\nusers = [\"any\"]\n";
+    let echod = Start::serving(config).journal(&journald).with_store();
     echod.freeze();
-    let (many, other) = (connect(ALICE, 700, &echod), connect(BOB, 1, &echod));
-    many.iter().chain(&other).for_each(|client| client.send("hello\n"));
-    echod.signal(Signal::SIGCONT);
+    let (many, more, other) = (connect(ALICE, 700, &echod), connect(BOB, 600, &echod), connect(64003, 1, &echod));
+    many.iter().chain(&more).chain(&other).for_each(|client| client.send("hello\n"));
+    let next = echod.restart(|start, _| start.journal(&journald));
     assert_eq!(served_and_refused(&other), (1, 0));
-    assert_eq!(served_and_refused(&many), (700, 0));
-    echod.stop();
+    assert_eq!((served_and_refused(&many), served_and_refused(&more)), ((700, 0), (600, 0)));
+    next.stop();
 }
 
 #[test]

@@ -67,7 +67,7 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
         writeln!(f, "[limits]")?;
         writeln!(f, "connections = {}", limits.connections)?;
         writeln!(f, "connections-per-user = {}", limits.connections_per_user)?;
-        writeln!(f, "waiting-per-user = {}", self.0.waiting_per_user())?;
+        writeln!(f, "waiting-per-user = {}", limits.waiting_per_user)?;
         settings.show_limits().iter().try_for_each(|line| writeln!(f, "{line}"))?;
         writeln!(f, "idle-timeout = {}", or_off(span(limits.idle_timeout)))?;
         if let Some(need) = memory::need(self.0) {
@@ -194,7 +194,7 @@ A peer that no rule matches is denied.
 [limits]
 connections = 1024
 connections-per-user = 64
-waiting-per-user = 256
+waiting-per-user = 1024
 line-length = \"64K\"
 idle-timeout = \"off\"
 # up to NEED of memory, if nothing is read (MemoryMax=)

@@ -24,9 +24,6 @@ use crate::terms::Terms;
 
 pub use self::sections::{Audit, Limits, RecordScope, Service, Verify};
 
-/// How many connections of one user may wait to be judged at least, where the file is silent.
-const FEWEST_WAITING: usize = 256;
-
 /// What is in force.
 #[derive(Debug)]
 pub struct Config<P: Protocol> {
@@ -162,14 +159,6 @@ impl<P: Protocol> Config<P> {
     /// Everything that does.
     pub fn may_serve(&self, sockets: &[Arc<str>]) -> Result<(), Faults> {
         self.as_faults(P::obstacles(self, sockets)).map_or(Ok(()), Err)
-    }
-
-    /// How many accepted connections of one user may wait to be judged. By default as many as one user may have admitted by
-    /// any rule, so that a user within its limit is not turned away for waiting, and 256 at least.
-    pub fn waiting_per_user(&self) -> usize {
-        let by_rules = self.policy.rules().filter_map(|rule| rule.terms().connections_per_user);
-        let admitted = by_rules.map(|number| number as usize).chain([self.limits.connections_per_user]).max();
-        self.limits.waiting_per_user.unwrap_or(admitted.unwrap_or(0).max(FEWEST_WAITING))
     }
 
     fn as_faults(&self, messages: Vec<String>) -> Option<Faults> {

@@ -19,7 +19,7 @@ pub fn gate_config<P: Protocol>(config: &Config<P>) -> GateConfig<Terms<P>> {
     let mut gate = GateConfig::new(Arc::clone(&config.policy));
     let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     gate.limits = Limits::new(config.limits.connections, number(config.limits.connections_per_user));
-    gate.limits.waiting_per_user = number(config.waiting_per_user());
+    gate.limits.waiting_per_user = number(config.limits.waiting_per_user);
     gate.pass_credentials = config.service.verify == Verify::Line;
     gate.take_descriptors = P::takes_descriptors(&config.settings);
     gate.replies = P::replies(&config.settings);

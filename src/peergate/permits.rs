@@ -46,17 +46,15 @@ pub struct Limits {
     /// Of each user id, unless the rule that admits it says otherwise.
     pub connections_per_user: u32,
     /// How many accepted connections of each user may wait to be judged while the gate is busy, at least one. The user's next
-    /// one is turned away: denied if the policy denies it, else refused. Where the terms of a rule allow a user more
-    /// connections than this, its clients may not come all at once.
+    /// one is turned away: denied if the policy denies it, else refused. 1,024 of all users together wait at most, and of those
+    /// none is turned away for waiting: a number from there on has no effect.
     pub waiting_per_user: u32,
 }
 
 impl Limits {
-    /// A limit for all users together and one for each user. As many connections of each user may wait to be judged, and 256
-    /// at least.
+    /// A limit for all users together and one for each user. No connection is turned away because others of its user wait.
     pub const fn new(connections: usize, connections_per_user: u32) -> Self {
-        let waiting_per_user = if connections_per_user > 256 { connections_per_user } else { 256 };
-        Self { connections, connections_per_user, waiting_per_user }
+        Self { connections, connections_per_user, waiting_per_user: 1024 }
     }
 }
 

@@ -16,16 +16,15 @@ pub struct Limits {
     pub connections: usize,
     /// Admitted connections at once of one user.
     pub connections_per_user: usize,
-    /// Accepted connections of one user that wait to be judged while the gate is busy, if the file says so: see
-    /// [`Config::waiting_per_user`](super::Config::waiting_per_user).
-    pub waiting_per_user: Option<usize>,
+    /// Accepted connections of one user that wait to be judged while the gate is busy.
+    pub waiting_per_user: usize,
     /// How long a connection may be silent; `None`: without end.
     pub idle_timeout: Option<Duration>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connections: 1024, connections_per_user: 64, waiting_per_user: None, idle_timeout: None }
+        Self { connections: 1024, connections_per_user: 64, waiting_per_user: 1024, idle_timeout: None }
     }
 }
 
@@ -150,12 +149,12 @@ impl<P: Protocol> FromTable for LimitsSection<P> {
         let mut settings = P::Settings::default();
         let connections = table.take("connections", &values::CONNECTIONS).unwrap_or(default.connections);
         let per_user = table.take("connections-per-user", &values::CONNECTIONS);
-        let waiting_per_user = table.take("waiting-per-user", &values::CONNECTIONS);
+        let waiting = table.take("waiting-per-user", &values::CONNECTIONS);
         settings.take_limits(table);
         let limits = Limits {
             connections,
             connections_per_user: per_user.unwrap_or(default.connections_per_user),
-            waiting_per_user,
+            waiting_per_user: waiting.unwrap_or(default.waiting_per_user),
             idle_timeout: table.take("idle-timeout", &values::SPAN_OR_OFF).unwrap_or(default.idle_timeout),
         };
         Self { limits, settings }

@@ -78,7 +78,7 @@ fn every_key_of_the_contract_is_read() {
     let expected = Terms { connections_per_user: Some(200), idle_timeout: Some(None), own };
     assert_eq!(format!("{:?}", terms[1..].to_vec()), format!("{:?}", [Terms::default(), expected]));
     let idle_timeout = Some(Duration::from_secs(600));
-    let limits = Limits { connections: 10, connections_per_user: 2, waiting_per_user: Some(3), idle_timeout };
+    let limits = Limits { connections: 10, connections_per_user: 2, waiting_per_user: 3, idle_timeout };
     assert_eq!(config.limits, limits);
     assert_eq!(config.settings.line_length, 4096);
     assert_eq!(config.audit, Audit { record: RecordScope::Lines, burst: 5, interval: Duration::from_secs(90) });
@@ -86,18 +86,6 @@ fn every_key_of_the_contract_is_read() {
     let workers = NonZeroUsize::new(3);
     assert_eq!(config.service, Service { workers, busy_poll: None, verify: Verify::Line, idle_exit });
     assert_eq!(config.warnings, []);
-}
-
-#[test]
-fn as_many_of_a_user_may_wait_as_may_be_admitted() {
-    let waiting = |limits: &str, of_rule: &str| {
-        let rules = format!("[allow.a]\nusers = ['self']\n{of_rule}\n[allow.b]\ngroups = ['adm']\n");
-        read(&format!("{rules}[limits]\n{limits}\n")).unwrap().waiting_per_user()
-    };
-    assert_eq!(waiting("", ""), 256);
-    assert_eq!(waiting("connections-per-user = 300", "connections-per-user = 10"), 300);
-    assert_eq!(waiting("connections-per-user = 300", "connections-per-user = 4000"), 4000);
-    assert_eq!(waiting("connections-per-user = 300\nwaiting-per-user = 7", "connections-per-user = 4000"), 7);
 }
 
 #[test]

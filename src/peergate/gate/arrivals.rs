@@ -5,7 +5,8 @@
 //! judges one connection of each user in turn. What a user has waiting then delays only that user.
 //!
 //! How many wait is bounded for each user and in all. A connection beyond its user's bound is turned away at once: it is not
-//! admitted, whatever the policy says. Where too many wait in all, the oldest of the user with the most is judged out of turn.
+//! admitted, whatever the policy says. Where too many wait in all, the oldest of the user with the most is judged out of turn,
+//! and nothing is turned away: a restart must lose no connection, and its backlog can hold thousands.
 
 use std::collections::VecDeque;
 
@@ -48,13 +49,14 @@ impl<A> Arrivals<A> {
     }
 
     /// Lets a connection of `uid` wait for its turn, as one of at most `per_user` (at least one). Returns what may not wait.
+    /// A bound for the user that is not below the one for all has no effect.
     pub(super) fn push(&mut self, uid: Uid, arrival: A, per_user: usize) -> Option<Excess<A>> {
         let place = self.users.iter().position(|user| user.uid == uid).unwrap_or_else(|| {
             self.users.push_back(OfUser { uid, queue: VecDeque::new() });
             self.users.len() - 1
         });
         let user = &mut self.users[place];
-        if user.queue.len() >= per_user.max(1) {
+        if per_user < self.most && user.queue.len() >= per_user.max(1) {
             return Some(Excess::OfUser(arrival));
         }
         user.queue.push_back(arrival);
@@ -149,5 +151,14 @@ mod tests {
         assert_eq!(arrivals.push(BOB, 12, 100), Some(Excess::OfAll(10)), "now its own");
         assert_eq!(arrivals.push(ALICE, 4, 100), Some(Excess::OfAll(2)));
         assert_eq!((arrivals.waiting, arrivals.users.len()), (4, 2));
+    }
+
+    #[test]
+    fn a_users_bound_as_high_as_that_for_all_turns_nothing_away() {
+        let mut arrivals = Arrivals::new(4);
+        (0..4).for_each(|number| assert_eq!(arrivals.push(ALICE, number, 4), None));
+        assert_eq!(arrivals.push(ALICE, 4, 4), Some(Excess::OfAll(0)));
+        assert_eq!(arrivals.push(ALICE, 5, 3), Some(Excess::OfUser(5)));
+        assert_eq!(order(&mut arrivals), [1, 2, 3, 4]);
     }
 }
