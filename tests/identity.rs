@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, PeerProcess, Start, needs_root, show};
+use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, PeerProcess, Rush, Start, needs_root, show};
 
 const ADMIT_ALL: &str = "[allow.any]\nusers = [\"any\"]\n";
 
@@ -290,27 +290,6 @@ fn an_admitted_peer_costs_no_memory_for_its_groups() {
     }
 }
 
-/// A process of a denied user that connects and closes, again and again, until dropped.
-struct Rush(Child);
-
-impl Rush {
-    fn begin(ids: &str, socket: &Path) -> Self {
-        let mut command = Command::new(common::peer_program());
-        command.args(["--as", ids, "rush"]).arg(socket).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut rush = Self(command.spawn().unwrap());
-        let begun = rush.0.stdout.as_mut().unwrap().read(&mut [0; 2]).unwrap();
-        assert_eq!(begun, 2, "the helper failed");
-        rush
-    }
-}
-
-impl Drop for Rush {
-    fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        let _ = self.0.wait();
-    }
-}
-
 /// Measures a connection, a line and its echo while two such processes keep the backlog full. More rounds: make flood.
 #[test]
 fn a_flood_of_peers_with_many_groups_stops_no_other_client() {
@@ -328,7 +307,7 @@ fn a_flood_of_peers_with_many_groups_stops_no_other_client() {
     // In turn, so that the load of the machine is the same for each.
     for _ in 0..ROUNDS {
         for ((_, ids), times) in floods.iter().zip(&mut times) {
-            let _flood = ids.map(|ids| [(); 2].map(|()| Rush::begin(ids, &echod.socket())));
+            let _flood = ids.map(|ids| [(); 2].map(|()| Rush::begin(&["--as", ids], &echod.socket())));
             times.extend((0..visits).map(|_| {
                 let begun = Instant::now();
                 echod.connect().echo("hello");

@@ -10,7 +10,7 @@ use std::fs;
 
 use common::records::{LONG, denials, get, serve, with_verdict};
 use common::{
-    ALICE, BOB, BUSY, Client, DENIED, Echod, Journald, PeerProcess, Start, needs_root, raise_descriptor_limit,
+    ALICE, BOB, BUSY, Client, DENIED, Echod, Journald, PeerProcess, Rush, Start, needs_root, raise_descriptor_limit,
     stands_for,
 };
 use nix::sys::signal::Signal;
@@ -195,4 +195,55 @@ fn a_restart_answers_each_connection_that_waits_in_either_queue() {
     admitted.iter().for_each(|client| client.echo("hello"));
     next.stop();
     assert_eq!(denials(&journald.entries()), 150);
+}
+
+/// Denied users connect and close without end, in a reload, a restart and while the journal stands still. Each connection is
+/// counted, and another user's are served, each of them.
+fn count_what_connects_and_closes(service: &str, attackers: &[&[&str]]) {
+    needs_root();
+    let journald = Journald::new();
+    let policy = format!("{LONG}{service}[allow.bob]\nusers = [{BOB}]\n");
+    let place = common::Place::new();
+    let wrapper = place.with_subuid("64001:70000:1000\n");
+    let echod = Start::serving(&policy).journal(&journald).wrapper(&wrapper).with_store();
+    let visit = |echod: &Echod| {
+        let visits = connect(BOB, 20, echod);
+        visits.iter().for_each(|client| client.echo("hello"));
+    };
+    let rushes: Vec<_> = attackers.iter().map(|options| Rush::begin(options, &echod.socket())).collect();
+    visit(&echod);
+    journald.stop_reading();
+    visit(&echod);
+    echod.reload_with(&policy);
+    visit(&echod);
+    journald.go_on();
+    let echod = echod.restart(|start, _| start.journal(&journald).wrapper(&wrapper));
+    visit(&echod);
+    let count: u64 = rushes.into_iter().map(Rush::end).sum();
+    // What came before it has been accepted.
+    visit(&echod);
+    echod.stop();
+    figure!("{service:?}: {count} connections were closed at once");
+    assert_eq!(denials(&journald.entries()), count);
+}
+
+#[test]
+fn each_connection_of_a_user_that_connects_and_closes_is_counted() {
+    let user = ["--as", "64001:64001"];
+    count_what_connects_and_closes("", &[&user, &user]);
+    count_what_connects_and_closes("[service]\nworkers = 1\nbusy-poll = \"off\"\n", &[&user, &user]);
+}
+
+#[test]
+fn each_connection_of_a_thousand_subordinate_ids_that_connect_and_close_is_counted() {
+    let ids = ["--ids", "70000", "--times", "1000"];
+    count_what_connects_and_closes("[service]\nworkers = 16\n", &[&ids, &ids]);
+}
+
+#[test]
+fn each_connection_of_sixteen_users_that_connect_and_close_is_counted() {
+    let ids: Vec<_> = (64101..64117).map(|uid| format!("{uid}:{uid}")).collect();
+    let options: Vec<_> = ids.iter().map(|ids| ["--as", ids.as_str()]).collect();
+    let attackers: Vec<_> = options.iter().map(|options| options.as_slice()).collect();
+    count_what_connects_and_closes("", &attackers);
 }

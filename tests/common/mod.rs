@@ -35,7 +35,7 @@ pub use journald::{Entry, Journald, stands_for};
 pub use left::{Message, change_left, left};
 pub use manager::{Manager, Received};
 pub use memory_group::MemoryGroup;
-pub use peer::{PeerProcess, flood, peer_program};
+pub use peer::{PeerProcess, Rush, flood, peer_program};
 pub use program::{
     Echod, PROGRAM, Start, copy_program, cpu, descriptors, expect_descriptors, hung_user_database, memory, summed,
 };

@@ -1,6 +1,7 @@
 //! Peers that are other processes, with other users, groups or control groups (tests/support/peer.rs).
 
 use std::ffi::OsStr;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -93,4 +94,34 @@ pub fn flood(uid: u32, times: usize, socket: &Path) -> Child {
         .stdout(Stdio::piped())
         .spawn()
         .unwrap()
+}
+
+/// A process that connects and closes, again and again, until dropped.
+pub struct Rush(Child);
+
+impl Rush {
+    /// Returns when it has connected once.
+    pub fn begin(options: &[&str], socket: &Path) -> Self {
+        let mut command = Command::new(peer_program());
+        command.args(options).arg("rush").arg(socket).stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut rush = Self(command.spawn().unwrap());
+        let begun = rush.0.stdout.as_mut().unwrap().read(&mut [0; 2]).unwrap();
+        assert_eq!(begun, 2, "the helper failed");
+        rush
+    }
+
+    /// Ends it. How many times it has connected.
+    pub fn end(mut self) -> u64 {
+        drop(self.0.stdin.take());
+        let mut told = String::new();
+        self.0.stdout.as_mut().unwrap().read_to_string(&mut told).unwrap();
+        told.trim().parse().unwrap()
+    }
+}
+
+impl Drop for Rush {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
 }

@@ -26,7 +26,7 @@
 //! --say-after TEXT       ... and send TEXT
 //! --real UID             become that real user, the effective one staying as it is: a set-uid program
 //! --times N              make N connections
-//! --ids UID              make each of them as another user, from this one on
+//! --ids UID              make each of them as another user, from this one on; `rush` begins anew after N
 //! --gone                 exit at once, instead of waiting for the end of stdin
 //! ```
 //!
@@ -84,7 +84,7 @@ fn main() -> Outcome<()> {
             "--gone" => options.gone = true,
             "connect" => return connect(&value()?, &options),
             "flood" => return flood(&value()?, value()?.parse()?, options.say.as_deref()),
-            "rush" => return rush(&value()?),
+            "rush" => return rush(&value()?, &options),
             "bomb" => return bomb(&value()?, value()?.parse()?),
             "clog" => return clog(&value()?, value()?.parse()?, &options),
             "pairs" => return pairs(&value()?, &value()?, args),
@@ -124,15 +124,21 @@ fn become_user(text: &str) -> Outcome<()> {
     Ok(())
 }
 
+/// Becomes the user of that number, if connections are to be made as another one each.
+fn become_next(options: &Options, number: u64) -> Outcome<()> {
+    if let Some(first) = options.ids {
+        // The kernel tells the other end the effective user. Only root changes to any.
+        seteuid(Uid::from_raw(0))?;
+        seteuid(Uid::from_raw(first + u32::try_from(number)?))?;
+    }
+    Ok(())
+}
+
 /// As many as were asked for, each as another user if that was.
 fn connections(path: &str, options: &Options) -> Outcome<Vec<UnixStream>> {
     let mut connections = Vec::new();
     for number in 0_u32..options.times.try_into()? {
-        if let Some(first) = options.ids {
-            // The kernel tells the other end the effective user. Only root changes to any.
-            seteuid(Uid::from_raw(0))?;
-            seteuid(Uid::from_raw(first + number))?;
-        }
+        become_next(options, u64::from(number))?;
         let mut connection = UnixStream::connect(path)?;
         if let Some(text) = &options.say {
             connection.write_all(text.as_bytes())?;
@@ -291,7 +297,7 @@ fn flood(path: &str, times: usize, say: Option<&str>) -> Outcome<()> {
 }
 
 /// Connects and closes without reading, so that the service alone sets the pace.
-fn rush(path: &str) -> Outcome<()> {
+fn rush(path: &str, options: &Options) -> Outcome<()> {
     let over = Arc::new(AtomicBool::new(false));
     let is_over = Arc::clone(&over);
     std::thread::spawn(move || {
@@ -300,6 +306,7 @@ fn rush(path: &str) -> Outcome<()> {
     });
     let mut times = 0_u64;
     while !is_over.load(Ordering::Relaxed) {
+        become_next(options, times % options.times as u64)?;
         drop(UnixStream::connect(path)?);
         times += 1;
         if times == 1 {
