@@ -302,7 +302,7 @@ fn judge<T: Terms>(
     let verdict = core.live.judge_peer(&mut peer, &stream, policy);
     match verdict {
         Verdict::Admitted(rule) => {
-            let permit = core.permits.resume(peer.uid());
+            let permit = core.permits.resume(policy.owner_of(peer.uid()));
             let mut admission = Admission::new(stream, peer, Arc::clone(rule), permit);
             (admission.connection, admission.listener) = (number, listener);
             Some(admission)
@@ -327,10 +327,14 @@ fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
-    use crate::Uid;
     use crate::identity::subject::Login;
+    use crate::permits::LimitExceeded;
+    use crate::policy::{Accounts, SubordinateRange};
     use crate::unit::Units;
+    use crate::{Limits, Uid, activation};
 
     #[derive(Debug, Default, PartialEq, Serialize, Deserialize)]
     struct Work {
@@ -370,5 +374,27 @@ mod tests {
         for length in 0..whole {
             assert!(restore::<Work>(&bytes()[..length]).is_none(), "{length}");
         }
+    }
+
+    #[test]
+    fn a_carried_connection_under_a_subordinate_id_counts_as_its_owners() {
+        let path = std::env::temp_dir().join(format!("restart-test-{}.sock", std::process::id()));
+        let (owner, me) = (Uid::new(64_021), Uid::effective());
+        let service = Service::from_systemd("restart-test").listener(activation::bind(&path).unwrap());
+        let mut opened = service.policy(Policy::<()>::owner_only(me)).open().unwrap();
+        let accounts = Accounts::new([SubordinateRange::new(owner, me.raw(), me.raw())], [], []);
+        opened.setup.config.policy = Arc::new(Policy::owner_only(me).with_accounts(accounts).unwrap());
+        let (core, _journal, _plan) = Core::open(opened).unwrap();
+
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let peer = Peer::credentials_of(&ours).unwrap();
+        let carried = Restored { socket: ours.into(), peer, number: 7, start: ((), Vec::new()) };
+        let mut admitted = Vec::new();
+        Inheritance { connections: vec![carried], ending: Vec::new() }
+            .go_on(&core, |admission, _| admitted.push(admission));
+        assert_eq!(admitted.len(), 1);
+        let one_each = Limits::new(10, 1);
+        assert_eq!(core.permits.acquire(owner, &one_each, &()).unwrap_err(), LimitExceeded::User);
+        assert!(core.permits.acquire(me, &one_each, &()).is_ok());
     }
 }
