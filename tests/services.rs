@@ -664,6 +664,26 @@ fn a_stop_gives_live_connections_their_end() {
 }
 
 #[test]
+fn a_stop_inline_serves_every_connection_that_is_admitted() {
+    let journald = Journald::new();
+    let service = service(&journald, "inline", ALL);
+    let first = service.connect();
+    first.expect("hello\n");
+    // The gate's thread is held by the first connection: these come to the gate all at once, more than one turn judges.
+    let others: Vec<_> = (0..40).map(|_| service.connect()).collect();
+    first.send("x");
+    others[0].expect("hello\n");
+    service.signal(Signal::SIGTERM);
+    service.manager.wait_for("STOPPING=1", 1);
+    others.iter().for_each(|client| client.send("x"));
+    others[0].expect_end("");
+    others[1..].iter().for_each(|client| client.expect_end("hello\n"));
+    let (status, _, stderr) = service.wait();
+    assert!(status.success(), "{stderr}");
+    assert_eq!(count(&journald, "admitted"), 41);
+}
+
+#[test]
 fn the_manager_gets_signs_of_life_and_a_reload_in_order() {
     for runtime in RUNTIMES {
         let start = Start::example("service", &[runtime], ALL).env("WATCHDOG_USEC", "100000");

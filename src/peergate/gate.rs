@@ -50,6 +50,7 @@ mod door;
 #[cfg(feature = "tokio")]
 mod outside;
 mod over_limit;
+mod own;
 mod replies;
 mod reserve;
 

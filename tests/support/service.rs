@@ -1,7 +1,7 @@
 //! A service of the tests, on either runtime: it does what a careless author might (tests/services.rs).
 //!
 //! ```text
-//! service threads|threads-read|tokio|tokio-one|tokio-carry|tokio-carry-apart POLICY [MILLISECONDS until it exits where it is idle]
+//! service inline|threads|threads-read|tokio|tokio-one|tokio-carry|tokio-carry-apart POLICY [MILLISECONDS until it exits where it is idle]
 //!
 //! say TEXT        the answer is TEXT
 //! panic           it panics
@@ -13,10 +13,13 @@
 //! hold            on tokio: it answers "held", and until this connection is over no further one is accepted
 //! anything else   no answer
 //! ```
+//!
+//! Inline it knows none of these: it says "hello", and ends a connection at the first byte.
 
 use std::future::Future;
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -24,8 +27,9 @@ use std::task::{Context, Poll, Wake, Waker};
 use std::thread;
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use peergate::audit::{RecordScope, Settings};
-use peergate::{Connection, Error, Service, Session, Uid, policy_file};
+use peergate::{Admission, Connection, Error, Service, Session, Uid, policy_file};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Mutex, Notify};
 
@@ -73,6 +77,14 @@ fn on_thread(connection: &mut Connection<()>) -> io::Result<()> {
         line.clear();
     }
     Ok(())
+}
+
+/// Against all advice it waits for its peer, on the gate's thread.
+fn inline(mut admission: Admission<()>) {
+    let _ = admission.socket.write_all(b"hello\n");
+    let mut waits = [PollFd::new(admission.socket.as_fd(), PollFlags::POLLIN)];
+    poll(&mut waits, PollTimeout::NONE).expect("poll(2)");
+    let _ = admission.socket.read(&mut [0]);
 }
 
 /// What the tasks of the service share.
@@ -186,6 +198,7 @@ fn main() -> Result<(), Error> {
         service = service.idle_exit(Duration::from_millis(idle));
     }
     match runtime.as_str() {
+        "inline" => service.serve_inline(inline),
         "threads" | "threads-read" => service.serve_threads(on_thread),
         "tokio" => service.block_on(serve),
         "tokio-carry" => service.hand_over().block_on(carry),

@@ -464,4 +464,25 @@ mod tests {
         drop(theirs);
         closing.join().unwrap();
     }
+
+    /// With the listener, which is ours, the connections in its queue would go.
+    #[test]
+    fn a_connection_that_waits_in_our_own_listener_is_served_before_the_door_is_shut() {
+        let (served, is_served) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel::<()>();
+        let mut door = Door::open(setup("rest"), move |admission| {
+            served.send(admission.connection).unwrap();
+            let _ = may_go_on.recv();
+        })
+        .unwrap();
+        let mut clients = Vec::new();
+        clients.push(UnixStream::connect(path_of("rest")).unwrap());
+        assert_eq!(is_served.recv(), Ok(1));
+        clients.extend((0..5).map(|_| UnixStream::connect(path_of("rest")).unwrap()));
+        // Before the gate's thread looks for the next connection.
+        door.commands.send(Command::Shut).unwrap();
+        drop(go_on);
+        assert_eq!(door.shut().len(), 1);
+        assert_eq!(is_served.iter().collect::<Vec<_>>(), [2, 3, 4, 5, 6]);
+    }
 }

@@ -126,6 +126,7 @@ impl<T: Terms> Core<T> {
     /// Accepts no further connection. What waits for a place is admitted or refused.
     pub(crate) fn stop_accepting(&self, admitted: &mut Vec<Admission<T>>) {
         if let Some(gate) = self.gate().as_mut() {
+            gate.accept_from_own(admitted);
             gate.stop_accepting(admitted);
         }
     }
@@ -156,7 +157,6 @@ impl<T: Terms> Core<T> {
         self.gate().as_ref().map(|gate| (Arc::clone(&gate.config().policy), gate.next_connection()))
     }
 
-    #[cfg(feature = "restart")]
     pub(super) fn closer(&self) -> &Closer {
         &self.closer
     }
@@ -178,5 +178,29 @@ impl<T: Terms> Core<T> {
 
     fn gate(&self) -> MutexGuard<'_, Option<Gate<T>>> {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::{Service, Uid, activation};
+
+    #[test]
+    fn a_connection_that_waits_in_our_own_listener_is_admitted_before_the_stop() {
+        let path = std::env::temp_dir().join(format!("core-test-{}.sock", std::process::id()));
+        for is_watched_outside in [false, true] {
+            let service = Service::from_systemd("core-test").listener(activation::bind(&path).unwrap());
+            let opened = service.policy(Policy::<()>::owner_only(Uid::effective())).open().unwrap();
+            let (core, _journal, _plan) = Core::open(opened).unwrap();
+            #[cfg(feature = "tokio")]
+            let _watched = is_watched_outside.then(|| core.watch_outside().unwrap());
+            let _clients = [(); 3].map(|()| UnixStream::connect(&path).unwrap());
+            let mut admitted = Vec::new();
+            core.stop_accepting(&mut admitted);
+            assert_eq!(admitted.len(), 3, "{is_watched_outside}");
+        }
     }
 }

@@ -43,6 +43,11 @@ impl Listener {
         &self.address
     }
 
+    /// Whether [`bind`] made it: then no other process goes on with its backlog.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.bound.is_some()
+    }
+
     /// The same socket as the standard library's type, non-blocking. Keep the listener: when it is dropped, the file that
     /// [`bind`] made is removed.
     ///
