@@ -4,10 +4,9 @@
 mod common;
 
 use std::fs;
-use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::Instant;
 
 use common::{BUSY, Client, DENIED, Echod, End, Journald, OWNER, PeerProcess, Rush, Start, needs_root, show};
