@@ -24,6 +24,9 @@ const LINES: usize = 150;
 const SHORT: usize = 400;
 const EACH: &str = "[audit]\nrecord = \"lines\"\nburst = 100000\ninterval = \"1h\"\n";
 
+/// With busy-poll a worker looks at the connection first that it has last heard of, which is the modest one.
+const ONE_WORKER: &str = "workers = 1\nbusy-poll = \"off\"\n";
+
 fn lines(count: usize, length: usize) -> String {
     format!("{}\n", "x".repeat(length)).repeat(count)
 }
@@ -74,12 +77,25 @@ fn a_line_waits_for_a_few_turns_of_a_user_with_many_connections() {
     }
 }
 
+/// The most lines for the bytes: a line costs more than its bytes do.
+#[test]
+fn a_line_waits_for_a_few_turns_of_a_user_that_sends_bare_line_feeds() {
+    needs_root();
+    let journald = Journald::new();
+    let echod = serve_lines(&journald, ONE_WORKER).ready();
+    let greedy: Vec<Client> = (0..64).map(|_| echod.connect()).collect();
+    let first = greedy_lines_first(&journald, echod, &greedy, 30, 0);
+    figure!("{first} of {} bare line feeds came first", greedy.len() * 30);
+    // What a round gives a user is 17 turns of so many lines.
+    assert!(first <= 2 * 17 * 30, "{first} lines came first");
+}
+
 #[test]
 fn a_line_waits_for_a_few_turns_of_all_subordinate_ids_of_a_user() {
     needs_root();
     let journald = Journald::new();
     let place = Place::new();
-    let start = serve_lines(&journald, "workers = 1\n").wrapper(&place.with_subuid("64021:70000:1000\n"));
+    let start = serve_lines(&journald, ONE_WORKER).wrapper(&place.with_subuid("64021:70000:1000\n"));
     let echod = start.ready();
     let greedy = PeerProcess::wrapped(&[], &["--ids", "70000"], 16, &echod.socket());
     let first = greedy_lines_first(&journald, echod, &greedy.connections, LINES, SHORT);
@@ -91,7 +107,7 @@ fn a_line_waits_for_a_few_turns_of_all_subordinate_ids_of_a_user() {
 fn a_line_waits_for_a_few_turns_of_each_of_sixteen_users() {
     needs_root();
     let journald = Journald::new();
-    let echod = serve_lines(&journald, "workers = 1\n").ready();
+    let echod = serve_lines(&journald, ONE_WORKER).ready();
     let connect = |user| PeerProcess::wrapped(&[], &["--as", &format!("{0}:{0}", 64101 + user)], 4, &echod.socket());
     let greedy: Vec<Client> = (0..16).flat_map(|user| connect(user).end()).collect();
     let first = greedy_lines_first(&journald, echod, &greedy, 50, 2000);
@@ -157,26 +173,49 @@ fn unread(client: &Client) -> usize {
     recv(client.0.as_raw_fd(), &mut vec![0; 1 << 20], flags).unwrap_or(0)
 }
 
+/// Whose connections read nothing.
+#[derive(Clone, Copy, Debug)]
+enum Greedy {
+    OneUser,
+    SubordinateIds,
+    SixteenUsers,
+}
+
+impl Greedy {
+    fn connect(self, number: usize, echod: &Echod) -> Vec<Client> {
+        let of = |options: &[&str], number| PeerProcess::wrapped(&[], options, number, &echod.socket()).end();
+        match self {
+            Self::OneUser => (0..number).map(|_| echod.connect()).collect(),
+            Self::SubordinateIds => of(&["--ids", "70000"], number),
+            Self::SixteenUsers => {
+                (64101..64117).flat_map(|uid| of(&["--as", &format!("{uid}:{uid}")], number / 16)).collect()
+            }
+        }
+    }
+}
+
 /// Under a limit of what `check` says the connections take, no more: the kernel kills where that is too little. Each has a send
-/// buffer of so many bytes.
-fn survive_peers_that_do_not_read(limits: &str, lines: [usize; 3], send_buffer: usize) {
-    let number = setting("CONNECTIONS", 96);
+/// buffer of so many bytes. With so many workers, over a reload while the journal stands still, and over a restart.
+fn survive_peers_that_do_not_read(greedy: Greedy, workers: usize, limits: &str, lines: [usize; 3], send_buffer: usize) {
+    let number = setting("CONNECTIONS", 48);
     let taken = (need(1024 + number, limits) - need(number, limits)) / 1024 * number as u64;
     // Where the kernel has no memory controller for a test, what the process itself takes is still compared.
     let group = MemoryGroup::new();
     let most = number + 8;
-    let config = format!("{ALL}[limits]\nconnections = {most}\nconnections-per-user = {number}\n{limits}");
-    let start = Start::serving(&config);
-    let wrapper = group.as_ref().map(MemoryGroup::wrapper);
-    let start = if let Some(wrapper) = &wrapper { start.wrapper(wrapper) } else { start };
-    let echod = start.with_store();
+    let service = format!("[service]\nworkers = {workers}\n");
+    let config = format!("{ALL}[limits]\nconnections = {most}\nconnections-per-user = {number}\n{limits}{service}");
+    let (journald, place) = (Journald::new(), Place::new());
+    let mut wrapper = place.with_subuid("64021:70000:1000\n");
+    wrapper.extend(group.iter().flat_map(MemoryGroup::wrapper));
+    let echod = Start::serving(&config).journal(&journald).wrapper(&wrapper).with_store();
     let modest = PeerProcess::user(ALICE, &echod.socket());
     modest.client().echo("hello");
     let before = group.as_ref().map_or(0, MemoryGroup::usage);
-    // The second process is another copy of the first for a moment.
-    let limit = before + taken + (8 << 20);
+    // The second process is another copy of the first for a moment. A worker's buffers come with its first connection.
+    let limit = before + taken + ((8 + workers as u64) << 20);
     group.iter().for_each(|group| group.set_limit(limit));
-    let greedy: Vec<Client> = (0..number).map(|_| echod.connect()).collect();
+    journald.stop_reading();
+    let greedy = greedy.connect(number, &echod);
     let mut sent = vec![Vec::new(); number];
     let third = number.div_ceil(3);
     for (kind, line) in lines.into_iter().enumerate() {
@@ -189,7 +228,10 @@ fn survive_peers_that_do_not_read(limits: &str, lines: [usize; 3], send_buffer: 
     assert!(most <= send_buffer + (37 << 10), "{most} bytes are unread, with a send buffer of {send_buffer}");
     let clogged = group.as_ref().map_or(0, MemoryGroup::usage);
     let own = common::memory(&echod, "VmHWM");
-    let echod = echod.restart(|start, _| if let Some(wrapper) = &wrapper { start.wrapper(wrapper) } else { start });
+    echod.reload_with(&config);
+    modest.client().echo("after the reload");
+    journald.go_on();
+    let echod = echod.restart(|start, _| start.journal(&journald).wrapper(&wrapper));
     modest.client().echo("after the restart");
     PeerProcess::user(ALICE, &echod.socket()).client().echo("a new one");
     if let Some(group) = &group {
@@ -213,18 +255,24 @@ fn survive_peers_that_do_not_read(limits: &str, lines: [usize; 3], send_buffer: 
     }
     drop((greedy, modest));
     echod.stop();
+    let refused = journald.entries().into_iter().find(|entry| get(entry, "GATE_VERDICT") == "refused");
+    assert_eq!(refused, None);
 }
 
 #[test]
 fn peers_that_do_not_read_take_no_more_than_is_stated_and_no_process_is_killed() {
     needs_root();
-    survive_peers_that_do_not_read("", [1, 40, 65_536], 128 << 10);
+    for (greedy, workers) in [(Greedy::OneUser, 1), (Greedy::SubordinateIds, 16), (Greedy::SixteenUsers, 1)] {
+        survive_peers_that_do_not_read(greedy, workers, "", [1, 40, 65_536], 128 << 10);
+    }
 }
 
 #[test]
 fn with_shorter_lines_peers_that_do_not_read_take_less() {
     needs_root();
-    survive_peers_that_do_not_read("line-length = \"16K\"\n", [1, 40, 16_384], 32 << 10);
+    for (greedy, workers) in [(Greedy::OneUser, 1), (Greedy::SubordinateIds, 1), (Greedy::SixteenUsers, 16)] {
+        survive_peers_that_do_not_read(greedy, workers, "line-length = \"16K\"\n", [1, 40, 16_384], 32 << 10);
+    }
 }
 
 #[test]
@@ -240,6 +288,10 @@ fn a_start_warns_where_the_control_group_has_less_than_the_limits_need() {
     let warning = journald.wait_for("warning", |entry| get(entry, "MESSAGE").contains("(MemoryMax=)"));
     let expected = format!("the control group's limit is {}M", limit >> 20);
     assert!(get(&warning, "MESSAGE").contains(&expected), "{warning:?}");
+    // A check that is run as the service, in its control group.
+    let check = Start::bare().args(&["check"]).env("CONFIGURATION_DIRECTORY", "/nowhere").wrapper(&group.wrapper());
+    let (code, _, stderr) = check.config(&format!("{ALL}{limits}")).run();
+    assert!(code == 0 && stderr.starts_with("warning: ") && stderr.contains(&expected), "{stderr}");
     echod.reload_with(&format!("{ALL}[limits]\nconnections = 500\n"));
     echod.stop();
     let warnings = journald.entries().into_iter().filter(|entry| get(entry, "MESSAGE").contains("MemoryMax"));
