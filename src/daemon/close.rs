@@ -9,16 +9,14 @@ use std::time::Duration;
 use peergate::Wakeup;
 use peergate::activation::address_of;
 use peergate::audit::{About, Audit, Event, Reason, Record};
-use peergate::gate::{Closer, Judge};
+use peergate::gate::{Closer, Denial, Judge};
 use peergate::ids::Uid;
 use peergate::peer::Peer;
-use peergate::policy::Rule;
 
 use crate::buffers::Buffers;
 use crate::connection::Connection;
 use crate::mailbox::Mailbox;
 use crate::protocol::{Counters, Protocol, Refusal, Turn};
-use crate::terms::Terms;
 
 const WITHOUT_CREDENTIALS: &str = "its data came without credentials";
 
@@ -34,15 +32,15 @@ pub struct Context {
 }
 
 /// Why a connection ends.
-pub enum End<P: Protocol> {
+pub enum End {
     /// The peer has closed it, or broken it off.
     Closed,
     /// The daemon ends it: nothing came for too long, or the service is stopping.
     Ended(Reason),
     /// The protocol refuses the peer: [`Protocol::refusal`].
     Refused,
-    /// The policy admits the peer no more; the rule that denies it, if one does.
-    Denied(Option<Arc<Rule<Terms<P>>>>),
+    /// The policy admits the peer no more.
+    Denied(Denial),
     /// It cannot go on under the configuration in force: [`Protocol::outdated`].
     Outdated(String),
     /// Data came from this user, or without credentials.
@@ -51,7 +49,7 @@ pub enum End<P: Protocol> {
     DescriptorsReceived,
 }
 
-impl<P: Protocol> End<P> {
+impl End {
     /// The end that a turn reports; `None` where the connection goes on.
     pub fn of(turn: Turn) -> Option<Self> {
         Some(match turn {
@@ -79,7 +77,7 @@ impl Context {
     pub fn close<P: Protocol>(
         &self,
         mut connection: Box<Connection<P>>,
-        end: End<P>,
+        end: End,
         settings: &P::Settings,
         buffers: &mut Buffers,
         mailbox: &Mailbox<P>,
@@ -130,7 +128,7 @@ impl Context {
         self.wakeup.notify();
     }
 
-    fn record<P: Protocol>(&self, connection: &mut Connection<P>, end: &End<P>, refusal: Option<&Refusal>) {
+    fn record<P: Protocol>(&self, connection: &mut Connection<P>, end: &End, refusal: Option<&Refusal>) {
         let rule = Arc::clone(&connection.rule);
         let rule = rule.name().as_str();
         if let (End::Refused, Some(refusal)) = (end, refusal) {
@@ -143,7 +141,7 @@ impl Context {
                 let text = "it sent file descriptors, which are not taken".to_owned();
                 closing.revoked(&self.audit, Reason::Sender, rule, text);
             }
-            End::Denied(denying) => closing.denied(&self.audit, denying.as_ref().map(|rule| rule.name().as_str())),
+            End::Denied(denial) => closing.denied(&self.audit, denial),
             End::Outdated(text) => closing.revoked(&self.audit, Reason::Policy, rule, text.clone()),
             End::Closed | End::Ended(_) | End::Refused => {}
         }
@@ -198,13 +196,9 @@ impl<'a> ClosingRecord<'a> {
         }
     }
 
-    /// The policy, which admitted the peer once, denies it now; by this rule, if one does.
-    pub fn denied(&mut self, audit: &Audit, rule: Option<&str>) {
-        let text = match rule {
-            Some(rule) => format!("{rule} denies it now"),
-            None => "no rule allows it any more".to_owned(),
-        };
-        self.revoked(audit, Reason::Policy, rule.unwrap_or("default"), text);
+    /// The policy, which admitted the peer once, denies it now.
+    pub fn denied(&mut self, audit: &Audit, denial: &Denial) {
+        self.revoked(audit, Reason::Policy, denial.rule(), denial.to_string());
     }
 
     /// Data came from this user, or without credentials.

@@ -12,7 +12,6 @@ use peergate::gate::{Closer, Gate, Judge, Setup};
 use peergate::ids::Uid;
 use peergate::journal::Writer;
 use peergate::permits::Permits;
-use peergate::policy::Verdict;
 use peergate::systemd::Notifier;
 
 use crate::close::{ClosingRecord, Context};
@@ -65,18 +64,15 @@ fn judge<P: Protocol>(
     permits: &Permits,
     audit: &Audit,
 ) -> Judged<P> {
-    let rule = match judge.judge(&mut one.peer, &one.socket, &config.policy) {
-        Verdict::Admitted(rule) => Arc::clone(rule),
-        Verdict::Denied(rule) => {
-            let rule = rule.map(|rule| rule.name().as_str());
+    let rule = match judge.judge_again(&mut one.peer, &one.socket, &config.policy) {
+        Ok(rule) => rule,
+        Err(denial) => {
             let mut record = one.closing_record();
-            record.denied(audit, rule);
-            record.closed(audit, Some(Reason::Policy), rule.unwrap_or("default"));
+            record.denied(audit, &denial);
+            record.closed(audit, Some(Reason::Policy), denial.rule());
             return Judged::Revoked(one.socket);
         }
     };
-    one.peer.close_pidfd();
-    one.peer.forget_groups();
     let permit = permits.resume(config.policy.owner_of(one.peer.uid()));
     let fate = one.fate;
     let mut connection = Connection::resumed(one, rule, permit);

@@ -12,7 +12,6 @@ use std::time::Instant;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags, EpollTimeout};
 use peergate::audit::Reason;
-use peergate::policy::Verdict;
 use peergate::poll_timeout;
 use peergate::systemd::Monitored;
 
@@ -369,7 +368,7 @@ impl<P: Protocol> WorkerLoop<P> {
         Some(connection)
     }
 
-    fn end_of(&mut self, slot: usize, end: End<P>) {
+    fn end_of(&mut self, slot: usize, end: End) {
         if let Some(connection) = self.take(slot) {
             self.mailbox.free_slot(slot);
             self.close(connection, end);
@@ -377,7 +376,7 @@ impl<P: Protocol> WorkerLoop<P> {
     }
 
     /// Ends a connection that is in no place any more.
-    fn close(&mut self, connection: Box<Connection<P>>, end: End<P>) {
+    fn close(&mut self, connection: Box<Connection<P>>, end: End) {
         // While everything ends, a connection with nothing left to send ends because of that.
         let is_last = matches!(end, End::Closed) && self.ending.is_some();
         let end = if is_last { End::Ended(Reason::Stopping) } else { end };
@@ -410,13 +409,10 @@ impl<P: Protocol> WorkerLoop<P> {
     }
 
     /// Judges a connection by the policy in force. `None`: it stays.
-    fn judge_again(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
-        let verdict = self.context.judge.judge(&mut connection.peer, &connection.socket, &self.config.policy);
-        connection.peer.close_pidfd();
-        connection.peer.forget_groups();
-        match verdict {
-            Verdict::Admitted(rule) => connection.rule = Arc::clone(rule),
-            Verdict::Denied(rule) => return Some(End::Denied(rule.map(Arc::clone))),
+    fn judge_again(&mut self, connection: &mut Connection<P>) -> Option<End> {
+        match self.context.judge.judge_again(&mut connection.peer, &connection.socket, &self.config.policy) {
+            Ok(rule) => connection.rule = rule,
+            Err(denial) => return Some(End::Denied(denial)),
         }
         if let Some(text) = connection.protocol.outdated(&self.config.settings, &connection.rule.terms().own) {
             return Some(End::Outdated(text));
@@ -537,7 +533,7 @@ impl<P: Protocol> WorkerLoop<P> {
     }
 
     /// Gives a connection its last turns, if it is ready for them. `Some`: how it ends, because it cannot be brought to rest.
-    fn end_before_rest(&mut self, connection: &mut Connection<P>, is_ready: bool) -> Option<End<P>> {
+    fn end_before_rest(&mut self, connection: &mut Connection<P>, is_ready: bool) -> Option<End> {
         if let Some(end) = if is_ready { self.last_turns(connection) } else { None } {
             return Some(end);
         }
@@ -550,7 +546,7 @@ impl<P: Protocol> WorkerLoop<P> {
     }
 
     /// Reads and answers what a connection had sent by now. `Some`: how it ends.
-    fn last_turns(&mut self, connection: &mut Connection<P>) -> Option<End<P>> {
+    fn last_turns(&mut self, connection: &mut Connection<P>) -> Option<End> {
         for _ in 0..LAST_TURNS {
             let waits_for_room = connection.protocol.waits_for() == Interest::Write;
             let mut share = Share::whole(Ready::Any);

@@ -80,7 +80,7 @@ use crate::systemd::activation::Listener;
 
 pub use self::closing::Closer;
 pub use self::config::{GateConfig, Replies, Setup};
-pub use self::decision::Judge;
+pub use self::decision::{Denial, Judge};
 pub use self::door::Door;
 #[cfg(feature = "tokio")]
 pub(crate) use self::outside::Ready;

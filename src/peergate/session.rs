@@ -20,7 +20,7 @@ use crate::audit::{About, At, Audit, Event, Reason, Record};
 use crate::ids::{Gid, Uid};
 use crate::peer::Peer;
 use crate::permits::Terms;
-use crate::policy::{Rule, RuleName};
+use crate::policy::Rule;
 
 pub(crate) use link::{Link, Socket};
 pub(crate) use live::Live;
@@ -165,14 +165,6 @@ pub(crate) fn record(event: Event, reason: Option<Reason>, rule: &str, at: At<'_
     record.connection = at.connection;
     record.about = Some(About::former(peer));
     record
-}
-
-/// Why the policy in force denies a peer that an earlier one admitted, and the rule for the record.
-pub(crate) fn why_denied(rule: Option<&RuleName>) -> (&str, String) {
-    match rule {
-        Some(rule) => (rule.as_str(), format!("{rule} denies it now")),
-        None => ("default", "no rule allows it any more".to_owned()),
-    }
 }
 
 impl<T> Clone for Session<T> {

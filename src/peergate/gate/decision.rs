@@ -1,6 +1,7 @@
 //! Asking the kernel about a peer and deciding by the policy: once for a connection just accepted, after a reload and after a
 //! restart.
 
+use std::fmt;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::thread;
@@ -8,7 +9,7 @@ use std::thread;
 use super::reserve::Reserve;
 use crate::peer::Peer;
 use crate::permits::{LimitExceeded, Permit};
-use crate::policy::{Policy, Rule, Verdict};
+use crate::policy::{Policy, Rule, RuleName, Verdict};
 
 /// How often a question is repeated with reserved descriptors: another thread may take what was freed for it.
 const TRIES: usize = 100;
@@ -30,8 +31,8 @@ pub(super) enum Decision<T> {
 #[derive(Clone)]
 pub struct Judge(Arc<Reserve>);
 
-impl std::fmt::Debug for Judge {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Judge {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Judge")
     }
 }
@@ -64,6 +65,46 @@ impl Judge {
             thread::yield_now();
         }
         verdict
+    }
+
+    /// Judges the peer of a live connection by a policy that came into force after it was admitted. Returns the rule that
+    /// admits it now. The peer holds no pidfd and no list of groups afterwards.
+    ///
+    /// # Errors
+    /// Why the policy denies it: the connection is to be revoked.
+    pub fn judge_again<T>(
+        &self,
+        peer: &mut Peer,
+        socket: &impl AsFd,
+        policy: &Policy<T>,
+    ) -> Result<Arc<Rule<T>>, Denial> {
+        let verdict = self.judge(peer, socket, policy);
+        peer.close_pidfd();
+        peer.forget_groups();
+        match verdict {
+            Verdict::Admitted(rule) => Ok(Arc::clone(rule)),
+            Verdict::Denied(rule) => Err(Denial(rule.map(|rule| rule.name().clone()))),
+        }
+    }
+}
+
+/// Why the policy in force denies a peer that an earlier one admitted.
+#[derive(Clone, Debug)]
+pub struct Denial(Option<RuleName>);
+
+impl Denial {
+    /// GATE_RULE.
+    pub fn rule(&self) -> &str {
+        self.0.as_ref().map_or("default", RuleName::as_str)
+    }
+}
+
+impl fmt::Display for Denial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Some(rule) => write!(f, "{rule} denies it now"),
+            None => f.write_str("no rule allows it any more"),
+        }
     }
 }
 

@@ -26,8 +26,8 @@ use crate::gate::Admission;
 use crate::handover::{self, Found, Left, Parcel};
 use crate::peer::{Peer, Remembered};
 use crate::permits::Terms;
-use crate::policy::{Policy, Verdict};
-use crate::session::{Link, record, why_denied};
+use crate::policy::Policy;
+use crate::session::{Link, record};
 
 const VERSION: u8 = 1;
 /// How long the service manager may take to store the connections.
@@ -299,19 +299,17 @@ fn judge<T: Terms>(
 ) -> Option<Admission<T>> {
     let stream = Stream::inherited(socket, false);
     let listener = address_of(&stream).unwrap_or_else(|_| "unnamed".into());
-    let verdict = core.live.judge_peer(&mut peer, &stream, policy);
-    match verdict {
-        Verdict::Admitted(rule) => {
+    match core.live.judge.judge_again(&mut peer, &stream, policy) {
+        Ok(rule) => {
             let permit = core.permits.resume(policy.owner_of(peer.uid()));
-            let mut admission = Admission::new(stream, peer, Arc::clone(rule), permit);
+            let mut admission = Admission::new(stream, peer, rule, permit);
             (admission.connection, admission.listener) = (number, listener);
             Some(admission)
         }
-        Verdict::Denied(rule) => {
-            let (rule, text) = why_denied(rule.map(|rule| rule.name()));
+        Err(denial) => {
             let at = At::from((&listener, number));
-            let mut record = record(Event::Revoked, Some(Reason::Policy), rule, at, &peer);
-            record.text = Some(text);
+            let mut record = record(Event::Revoked, Some(Reason::Policy), denial.rule(), at, &peer);
+            record.text = Some(denial.to_string());
             core.audit.write(record);
             core.closer().close_denied(stream);
             None

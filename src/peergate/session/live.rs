@@ -15,13 +15,12 @@ use std::time::{Duration, Instant};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{Link, Opened, Session, Socket, lock, why_denied};
+use super::{Link, Opened, Session, Socket, lock};
 use crate::audit::{Audit, Reason};
 use crate::fd_passing::Stream;
 use crate::gate::{Admission, Closer, Judge};
-use crate::peer::Peer;
 use crate::permits::Terms;
-use crate::policy::{Policy, Verdict};
+use crate::policy::Policy;
 
 /// How long a revoked connection may take for an answer that is under way.
 const GRACE: Duration = Duration::from_secs(5);
@@ -35,7 +34,7 @@ pub(crate) struct Live<T: Terms> {
     /// The service stops: what has come is read, then comes the end.
     is_ending: AtomicBool,
     audit: Audit,
-    judge: Judge,
+    pub(crate) judge: Judge,
     closer: Closer,
     nothing: Arc<[u8]>,
 }
@@ -103,27 +102,17 @@ impl<T: Terms> Live<T> {
         links.iter().filter_map(Weak::upgrade).filter(|link| !self.judge(link, policy)).count()
     }
 
-    pub(crate) fn judge_peer<'p>(&self, peer: &mut Peer, socket: &impl AsFd, policy: &'p Policy<T>) -> Verdict<'p, T> {
-        let verdict = self.judge.judge(peer, socket, policy);
-        peer.close_pidfd();
-        peer.forget_groups();
-        verdict
-    }
-
     /// Whether the policy admits the peer. If not, the connection is revoked.
     fn judge(&self, link: &Arc<Link<T>>, policy: &Policy<T>) -> bool {
         let session = link.session();
-        let mut peer = lock(&session.0.peer);
-        let verdict = self.judge_peer(&mut peer, link.socket(), policy);
-        drop(peer);
-        match verdict {
-            Verdict::Admitted(rule) => {
-                *lock(&session.0.rule) = Arc::clone(rule);
+        let judged = self.judge.judge_again(&mut lock(&session.0.peer), link.socket(), policy);
+        match judged {
+            Ok(rule) => {
+                *lock(&session.0.rule) = rule;
                 true
             }
-            Verdict::Denied(rule) => {
-                let (rule, text) = why_denied(rule.map(|rule| rule.name()));
-                if session.revoke(Reason::Policy, rule, text) {
+            Err(denial) => {
+                if session.revoke(Reason::Policy, denial.rule(), denial.to_string()) {
                     link.end_reading();
                     lock(&self.list).condemned.push((Instant::now() + GRACE, Arc::downgrade(link)));
                 }
@@ -215,6 +204,7 @@ mod tests {
     use crate::audit::{Event, Next};
     use crate::gate::{Gate, Setup};
     use crate::ids::Uid;
+    use crate::peer::Peer;
     use crate::permits::Permits;
     use crate::policy::Rule;
 
