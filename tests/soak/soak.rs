@@ -1,9 +1,10 @@
 //! The soak test: one echod, many kinds of clients, and a journal that stops now and then. Started by tests/soak/run in
 //! a mount namespace of its own, as root; the argument is the number of seconds. With a second argument, `peergate`, the
-//! proxy is in between: the clients are its own, and it is restarted now and then.
+//! proxy is in between: the clients are its own, and in the first half of the time it is restarted now and then.
 //!
 //! It starts itself again for each kind of client (see [`ROLES`]), as the user of that kind. At the end it compares
-//! what the clients saw with the records in the journal, and memory and descriptors early on with the figures at the end.
+//! what the clients saw with the records in the journal, and memory and descriptors of the last process early on with the
+//! figures at the end.
 
 // A program for testers: on a failure it stops and says so.
 #![allow(clippy::unwrap_used)]
@@ -98,7 +99,8 @@ fn configuration(program: &str, n: u64) -> String {
 }
 
 const PROXY: &str = "peergate";
-/// So many seconds are between two restarts of the proxy.
+/// So many seconds are between two restarts of the proxy, in the first half of the time. In a process of a few seconds no growth
+/// can be seen: the last one serves for the other half.
 const RESTARTS: u64 = 15;
 
 fn main() -> ExitCode {
@@ -540,8 +542,9 @@ fn conduct(program: &'static str, length: Duration) -> ExitCode {
             fs::rename(format!("{CONFIG}.new"), CONFIG).unwrap();
             service.signal(Signal::SIGHUP);
         }
-        if program == PROXY && second % RESTARTS == 0 {
+        if program == PROXY && second % RESTARTS == 0 && begun.elapsed() < length / 2 {
             service.restart();
+            samples.clear();
         }
         if let Some((role, _)) = clients.iter_mut().find_map(|(role, client)| Some((role, client.try_wait().unwrap()?)))
         {
@@ -631,7 +634,8 @@ impl Verdict {
         self.holds(&claim, difference == 0 && seen > 0);
     }
 
-    /// Compares the second minute with the last; in a shorter run, the second tenth with the last.
+    /// Compares the second minute of the last process with its last one; where it served for less than ten, its second tenth
+    /// with the last.
     fn growth(&mut self, samples: &[Sample]) {
         let part = 60.min(samples.len() / 10).max(1);
         let early = samples.get(part..2 * part).unwrap_or(samples);
