@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use common::behind::Pattern;
-use common::{Client, Echod, OWNER, PATIENCE, Start, change_left, show};
+use common::{Client, DENY_ALL, Echod, OWNER, PATIENCE, Start, change_left, show};
 
 const TRANSFERS: usize = 64;
 
@@ -145,6 +145,59 @@ fn a_restart_with_another_upstream_ends_what_leads_to_the_old_one() {
     drop((client, service));
     let told = proxy.stop();
     assert!(told.contains("Revoked "), "{}", show(told.as_bytes()));
+}
+
+#[test]
+fn a_restart_puts_no_message_into_a_stream_that_it_denies() {
+    let (proxy, behind) = serve("replies = \"text\"\n");
+    let (client, service) = pair(&proxy, &behind);
+    service.send("half an ans");
+    client.expect("half an ans");
+    let (silent, its_service) = pair(&proxy, &behind);
+    let to = proxy.place.path("behind").display().to_string();
+    proxy.place.file("echod.toml", &format!("{DENY_ALL}[forward]\nto = \"{to}\"\nreplies = \"text\"\n"));
+    let proxy = restart(proxy);
+    client.expect_end("");
+    service.expect_end("");
+    silent.expect_end("Unauthorized access\n");
+    its_service.expect_end("");
+    drop((client, service, silent, its_service));
+    assert_eq!(proxy.stop().matches("Revoked ").count(), 2);
+}
+
+#[test]
+fn a_connection_without_a_state_that_a_restart_denies_gets_no_message() {
+    let (proxy, behind) = serve("replies = \"text\"\n");
+    let (client, service) = pair(&proxy, &behind);
+    service.send("half an ans");
+    client.expect("half an ans");
+    let to = proxy.place.path("behind").display().to_string();
+    proxy.place.file("echod.toml", &format!("{DENY_ALL}[forward]\nto = \"{to}\"\nreplies = \"text\"\n"));
+    let proxy = proxy.restart(|start, stored| {
+        change_left(stored, |messages| messages[1].change_states(|state| state.truncate(3)));
+        start
+    });
+    client.expect_end("");
+    service.expect_end("");
+    drop((client, service));
+    assert!(proxy.stop().contains("Revoked "));
+}
+
+#[test]
+fn a_restart_that_verifies_senders_ends_what_holds_bytes_without_a_message() {
+    let (proxy, behind) = serve("");
+    let (client, service) = pair(&proxy, &behind);
+    service.send("half an ans");
+    client.expect("half an ans");
+    // The service does not read: the proxy holds bytes whose sender cannot be told.
+    client.clog(b"unattested ");
+    let text = format!("{OWNER}{MORE}[forward]\nto = \"{}\"\n", proxy.place.path("behind").display());
+    proxy.place.file("echod.toml", &format!("{text}replies = \"text\"\n[service]\nverify = \"line\"\n"));
+    let proxy = restart(proxy);
+    client.expect_end("");
+    drop((client, service));
+    let told = proxy.stop();
+    assert!(told.contains("Revoked ") && told.contains("its data came without credentials"), "{told}");
 }
 
 #[test]

@@ -29,8 +29,8 @@ use crate::worker::Worker;
 enum Judged<P: Protocol> {
     /// It may stay, and has a place in the limits.
     Admitted(Box<Connection<P>>, Fate),
-    /// It may not. That is on record.
-    Revoked(OwnedFd),
+    /// It may not. That is on record. Whether its peer may be told.
+    Revoked(OwnedFd, bool),
 }
 
 /// What an earlier process left, judged.
@@ -52,7 +52,7 @@ impl<P: Protocol> Judgement<P> {
     pub fn counts(&self) -> (usize, usize, usize) {
         let count = |is: fn(&Judged<P>) -> bool| self.0.iter().filter(|one| is(one)).count();
         let goes_on = count(|one| matches!(one, Judged::Admitted(_, Fate::GoesOn)));
-        let revoked = count(|one| matches!(one, Judged::Revoked(_)));
+        let revoked = count(|one| matches!(one, Judged::Revoked(..)));
         (goes_on, self.0.len() - goes_on - revoked, revoked)
     }
 }
@@ -64,13 +64,15 @@ fn judge<P: Protocol>(
     permits: &Permits,
     audit: &Audit,
 ) -> Judged<P> {
+    // Where the state is not known, neither is what the peer has been sent.
+    let may_be_told = one.fate != Fate::EndsAtOnce && one.protocol.may_be_told();
     let rule = match judge.judge_again(&mut one.peer, &one.socket, &config.policy) {
         Ok(rule) => rule,
         Err(denial) => {
             let mut record = one.closing_record();
             record.denied(audit, &denial);
             record.closed(audit, Some(Reason::Policy), denial.rule());
-            return Judged::Revoked(one.socket);
+            return Judged::Revoked(one.socket, may_be_told);
         }
     };
     let permit = permits.resume(config.policy.owner_of(one.peer.uid()));
@@ -83,7 +85,7 @@ fn judge<P: Protocol>(
     let mut record = ClosingRecord::of(&mut connection);
     record.sender_mismatch(audit, rule.name().as_str(), None);
     record.closed(audit, Some(Reason::Sender), rule.name().as_str());
-    Judged::Revoked(connection.socket.into())
+    Judged::Revoked(connection.socket.into(), may_be_told)
 }
 
 impl<P: Protocol> Service<P> {
@@ -103,7 +105,8 @@ impl<P: Protocol> Service<P> {
                     record.closed(&self.audit, Some(Reason::Stopping), rule.name().as_str());
                     close_silently(&self.context.closer, connection.socket);
                 }
-                Judged::Revoked(socket) => self.context.closer.close_denied(socket),
+                Judged::Revoked(socket, true) => self.context.closer.close_denied(socket),
+                Judged::Revoked(socket, false) => close_silently(&self.context.closer, socket),
             }
         }
         self.end_in_order(ending);
