@@ -31,13 +31,11 @@ fn accept(behind: &UnixListener) -> Client {
     Client::of(behind.accept().unwrap().0)
 }
 
-/// As the service sees the other end: uid, gid, supplementary groups.
+/// As the service sees the other end: uid, gid, and the list of supplementary groups as the kernel has it.
 fn seen(service: &Client) -> (u32, u32, Vec<u32>) {
     let credentials = getsockopt(&service.0, sockopt::PeerCredentials).unwrap();
-    let peer = peergate::Peer::credentials_of(&service.0).unwrap();
-    let mut groups: Vec<_> = peer.gids().iter().skip(1).map(|gid| gid.raw()).collect();
-    groups.sort_unstable();
-    (credentials.uid(), credentials.gid(), groups)
+    let groups = peergate::Peer::supplementary_of(&service.0).unwrap().unwrap();
+    (credentials.uid(), credentials.gid(), groups.into_iter().map(Gid::raw).collect())
 }
 
 fn open_to_all(behind: &Path) {
@@ -59,6 +57,9 @@ fn the_service_sees_the_peers_ids_and_groups() {
     for (ids, expected) in [
         ("64001:64010", (ALICE, 64010, vec![])),
         ("64002:64002:64020,64021", (BOB, 64002, vec![64020, 64021])),
+        // As initgroups(3) makes the list, with the effective group in it. The kernel keeps what is in it twice.
+        ("64002:64002:64002,64020", (BOB, 64002, vec![64002, 64020])),
+        ("64001:64010:64020,64010,64020", (ALICE, 64010, vec![64010, 64020, 64020])),
         ("64001:64001:4", (ALICE, 64001, vec![4])),
     ] {
         let peer = PeerProcess::with(&["--as", ids], &proxy.socket());
@@ -175,12 +176,14 @@ fn root_gets_to_the_service_only_under_a_rule_that_says_so() {
 #[test]
 fn without_the_capabilities_the_start_and_a_reload_fail() {
     needs_root();
-    let without = ["setpriv", "--bounding-set", "-setuid", "--inh-caps", "-setuid", "--"];
-    let (first, _) = start(OWNER, "identity = \"peer\"\n");
-    let (code, _, told) = first.wrapper(&without).run();
-    assert!(code == 78 && told.contains("CAP_SETUID") && told.contains("peergate@NAME.service.d/"), "{code} {told}");
+    let without = |capability| ["setpriv", "--bounding-set", capability, "--inh-caps", capability, "--"];
+    for capability in ["-setgid", "-setuid"] {
+        let (first, _) = start(OWNER, "identity = \"peer\"\n");
+        let (code, _, told) = first.wrapper(&without(capability)).run();
+        assert!(code == 78 && told.contains("CAP_SETUID") && told.contains("peergate@NAME.service.d/"), "{told}");
+    }
     let (proxy, behind) = start(OWNER, "");
-    let proxy = proxy.wrapper(&without).ready();
+    let proxy = proxy.wrapper(&without("-setuid")).ready();
     let to = proxy.place.path("behind");
     proxy.place.file("echod.toml", &format!("{OWNER}[forward]\nto = \"{}\"\nidentity = \"peer\"\n", to.display()));
     assert_eq!(proxy.reload().0, 78);
@@ -188,6 +191,38 @@ fn without_the_capabilities_the_start_and_a_reload_fail() {
     let service = accept(&behind);
     client.send("as before");
     service.expect("as before");
+}
+
+#[test]
+fn ids_that_cannot_be_given_back_end_the_program() {
+    needs_root();
+    let (start, _behind) = start(EVERYBODY, "identity = \"peer\"\n");
+    open_to_all(&start.place().path("behind"));
+    // The first call takes the peer's uid, the second is to take the own one back.
+    let trace = start.place().path("trace");
+    let proxy = start.traced(&trace, &["inject=setresuid:error=EPERM:when=2+"]).ready();
+    let peer = PeerProcess::user(ALICE, &proxy.socket());
+    let (status, _, _) = proxy.wait();
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(nix::libc::SIGABRT));
+    drop(peer);
+}
+
+#[test]
+fn long_streams_are_verified_too_where_senders_are() {
+    needs_root();
+    let (start, behind) = start(&format!("{EVERYBODY}[service]\nverify = \"line\"\n"), "");
+    let proxy = start.ready();
+    let sent = "x".repeat(100_000);
+    let peer = PeerProcess::with(&["--as", "64001:64001", "--say", &sent], &proxy.socket());
+    let service = accept(&behind);
+    service.expect(&sent);
+    // The same connection in the hands of another user.
+    let _ = peer.client().try_send("z".repeat(100_000));
+    service.expect_end("");
+    assert_eq!(peer.client().rest().0, b"");
+    drop((peer, service));
+    let told = proxy.stop();
+    assert!(told.contains("Revoked ") && told.contains("its data came from another user (uid 0)"), "{told}");
 }
 
 #[test]
@@ -279,7 +314,8 @@ fn as_many_descriptors_as_are_stated_pass_and_one_more_ends_the_connection() {
     assert_eq!(client.rest().0, b"");
     drop((client, service));
     common::expect_descriptors(&proxy, before);
-    proxy.stop();
+    let told = proxy.stop();
+    assert!(told.contains("Revoked ") && told.contains("it sent file descriptors, which are not taken"), "{told}");
 }
 
 #[test]
@@ -318,18 +354,13 @@ fn all_close_on_exec(proxy: &common::Echod) -> bool {
     later.all(|entry| flags(entry) & nix::libc::O_CLOEXEC != 0)
 }
 
-#[test]
-fn descriptors_held_at_a_restart_arrive() {
-    let (start, behind) = start(OWNER, "descriptors = \"pass\"\n");
-    let mut proxy = start.with_store();
-    let client = proxy.connect();
-    let service = accept(&behind);
-    let (one, _other) = UnixStream::pair().unwrap();
-    client.0.set_nonblocking(true).unwrap();
-    // Each message with a descriptor, until nothing more fits in anywhere: the proxy holds some of it.
+/// Sends messages with this descriptor until nothing more fits in anywhere: the proxy holds some. How many bytes and messages
+/// went.
+fn clog_with(end: &Client, one: &UnixStream) -> (usize, usize) {
+    end.0.set_nonblocking(true).unwrap();
     let (mut sent, mut messages, mut stalls) = (0, 0, 0);
     while stalls < 50 {
-        match send_along(&client.0, &[b'm'; 60_000], &[one.as_raw_fd()]) {
+        match send_along(&end.0, &[b'm'; 60_000], &[one.as_raw_fd()]) {
             Ok(count) => {
                 sent += count;
                 messages += 1;
@@ -341,17 +372,32 @@ fn descriptors_held_at_a_restart_arrive() {
             }
         }
     }
+    end.0.set_nonblocking(false).unwrap();
+    (sent, messages)
+}
+
+#[test]
+fn descriptors_held_at_a_restart_arrive() {
+    let (start, behind) = start(OWNER, "descriptors = \"pass\"\n");
+    let mut proxy = start.with_store();
+    let client = proxy.connect();
+    let service = accept(&behind);
+    let (one, other) = UnixStream::pair().unwrap();
+    let (up, down) = (clog_with(&client, &one), clog_with(&service, &other));
     assert!(all_close_on_exec(&proxy), "also the descriptors that wait");
     proxy = proxy.restart(|start, _| start);
     client.half_close();
-    let (mut heard, mut fds) = (0, 0);
-    let mut room = vec![0; 20_000];
-    while let Some((count, came)) = receive(&service.0, &mut room).unwrap().filter(|(count, _)| *count > 0) {
-        assert!(came.iter().all(|fd| is_same_file(fd, &one)));
-        heard += count;
-        fds += came.len();
+    service.half_close();
+    for (end, sent, file) in [(&service, up, one), (&client, down, other)] {
+        let (mut heard, mut fds) = (0, 0);
+        let mut room = vec![0; 20_000];
+        while let Some((count, came)) = receive(&end.0, &mut room).unwrap().filter(|(count, _)| *count > 0) {
+            assert!(came.iter().all(|fd| is_same_file(fd, &file)));
+            heard += count;
+            fds += came.len();
+        }
+        assert_eq!((heard, fds), sent);
     }
-    assert_eq!((heard, fds), (sent, messages));
     drop((client, service));
     proxy.stop();
 }

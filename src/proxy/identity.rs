@@ -5,7 +5,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
-use peergate::Subject as _;
 use peergate::connect_as::{ConnectAs, Ids};
 use peergate::peer::Peer;
 
@@ -39,16 +38,13 @@ pub fn start() -> Result<(), String> {
 /// Connects this socket to the service with the ids of the peer of the other one.
 pub fn connect(socket: OwnedFd, to: &Upstream, peer: &impl AsFd, may_be_root: bool) -> Result<OwnedFd, Why> {
     let Some(thread) = THREAD.get() else { return Err(Why::Error(Errno::EPERM as i32)) };
-    let peer = Peer::credentials_of(peer).map_err(why)?;
-    if !peer.gids_complete() {
-        return Err(Why::Groups);
-    }
-    if peer.uid().raw() == 0 && !may_be_root {
+    let ids = Peer::ids_of(peer).map_err(why)?;
+    if ids.uid().raw() == 0 && !may_be_root {
         return Err(Why::Root);
     }
-    let groups = peer.gids().iter().copied().filter(|gid| *gid != peer.gid()).collect();
+    let Some(groups) = Peer::supplementary_of(peer).map_err(why)? else { return Err(Why::Groups) };
     let address = to.to_std().map_err(why)?;
-    thread.connect(socket, &address, Ids { uid: peer.uid(), gid: peer.gid(), groups }).map_err(why)
+    thread.connect(socket, &address, Ids { uid: ids.uid(), gid: ids.gid(), groups }).map_err(why)
 }
 
 fn why(error: io::Error) -> Why {

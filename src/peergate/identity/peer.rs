@@ -143,6 +143,17 @@ impl Peer {
         Ok(Self::new(known_uid(credentials.uid()), known_gid(credentials.gid()), credentials.pid()))
     }
 
+    /// The supplementary groups as the kernel lists them, in its order: with the effective gid, if the list has it, and with
+    /// what it has more than once. `None` where there are more than [`MOST_GROUPS`].
+    ///
+    /// # Errors
+    /// What getsockopt(2) says.
+    pub fn supplementary_of(socket: &impl AsFd) -> io::Result<Option<Vec<Gid>>> {
+        let mut room = [0; MOST_GROUPS];
+        let count = sys::peer_groups(socket.as_fd(), &mut room)?;
+        Ok(room.get(..count).map(|groups| groups.iter().copied().map(known_gid).collect()))
+    }
+
     fn new(uid: Uid, gid: Gid, pid: i32) -> Self {
         let (units, login, lacked_descriptors) = (OnceLock::new(), OnceLock::new(), AtomicBool::new(false));
         Self { uid, gid, groups: None, supplementary: 0, pid, pidfd: None, units, login, lacked_descriptors }
