@@ -11,7 +11,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
 
 use common::behind::leave_free;
-use common::{ALICE, BOB, Client, OWNER, PeerProcess, Start, needs_root, receive, send_along};
+use common::{ALICE, BOB, Client, OWNER, PeerProcess, Start, eventually, needs_root, receive, send_along};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, getsockopt, socket, sockopt};
 use peergate::connect_as::{ConnectAs, Ids};
 use peergate::{Gid, Uid};
@@ -400,6 +400,58 @@ fn descriptors_held_at_a_restart_arrive() {
     }
     drop((client, service));
     proxy.stop();
+}
+
+/// How many descriptors lie unread in the sockets of this process (`self`) or of another one.
+fn unread(pid: &str) -> usize {
+    let of_one = |entry: std::io::Result<std::fs::DirEntry>| {
+        let told = std::fs::read_to_string(entry.unwrap().path()).unwrap_or_default();
+        told.lines().find_map(|line| line.strip_prefix("scm_fds:")?.trim().parse::<usize>().ok()).unwrap_or(0)
+    };
+    std::fs::read_dir(format!("/proc/{pid}/fdinfo")).unwrap().map(of_one).sum()
+}
+
+#[test]
+fn descriptors_that_lie_unread_hold_up_other_connections_and_end_none() {
+    needs_root();
+    const LIMIT: usize = 64;
+    const EACH: usize = 5;
+    let (start, behind) = start(EVERYBODY, "descriptors = \"pass\"\n");
+    open_to_all(&start.place().path("behind"));
+    // The kernel counts what is in flight for each user and bounds it by RLIMIT_NOFILE, for root without a bound.
+    let start = start.wrapper(&["setpriv", "--reuid=64030", "--regid=64030", "--clear-groups"]);
+    let proxy = start.wrapper(&["prlimit", &format!("--nofile={LIMIT}:{LIMIT}")]).ready();
+    let (hoarder, deaf) = (proxy.connect(), accept(&behind));
+    let (client, service) = (proxy.connect(), accept(&behind));
+    let (one, _other) = UnixStream::pair().unwrap();
+    let of_deaf = format!("/proc/self/fdinfo/{}", deaf.0.as_raw_fd());
+    let messages = LIMIT / EACH + 1;
+    for number in 1..=messages {
+        send_along(&hoarder.0, b"unread", &[one.as_raw_fd(); EACH]).unwrap();
+        let lie_there = format!("scm_fds: {}\n", number * EACH);
+        eventually("they lie there", || std::fs::read_to_string(&of_deaf).unwrap().contains(&lie_there).then_some(()));
+        // The proxy closes its own on another thread.
+        eventually("they are closed", || (common::descriptors(&proxy) < LIMIT - 2 * EACH).then_some(()));
+    }
+    for from in [&client, &service] {
+        send_along(&from.0, b"with one", &[one.as_raw_fd()]).unwrap();
+        from.send("after");
+        let proxy = proxy.pid().to_string();
+        eventually("the proxy has read it", || (unread(&proxy) == 0).then_some(()));
+    }
+    // Other connections have nothing to do with that.
+    let (another, its_service) = (proxy.connect(), accept(&behind));
+    another.send("question");
+    its_service.expect("question");
+    for _ in 0..messages {
+        let (bytes, fds) = next(&deaf.0);
+        assert_eq!((&*bytes, fds.len()), (&b"unread"[..], EACH));
+    }
+    for end in [&service, &client] {
+        let (bytes, fds) = next(&end.0);
+        assert!(bytes == b"with one" && fds.len() == 1 && is_same_file(&fds[0], &one));
+        end.expect("after");
+    }
 }
 
 #[test]

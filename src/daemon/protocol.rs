@@ -403,7 +403,8 @@ impl PeerStream<'_> {
     /// As [`send`](Self::send), with these descriptors, which go with the first byte.
     ///
     /// # Errors
-    /// What sendmsg(2) says, where the connection is broken.
+    /// What sendmsg(2) says, where the connection is broken; ETOOMANYREFS while too many descriptors of this process's user are in
+    /// flight (unix(7)).
     pub fn send_with_descriptors(&mut self, output: &[u8], descriptors: &Descriptors) -> io::Result<usize> {
         match self.socket.send_with_descriptors(output, descriptors) {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),

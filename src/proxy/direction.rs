@@ -8,10 +8,13 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use nix::errno::Errno;
 use peergate::fd_passing::Descriptors;
 use peergate::pipe::Spliced;
 use peergate_daemon::buffers::Buffers;
+use peergate_daemon::moment::Moment;
 use peergate_daemon::protocol::{MOST_FURTHER, Received};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -20,6 +23,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub const MOST_DESCRIPTORS: usize = (MOST_FURTHER - 1) / 2;
 /// A read of so many bytes is long.
 const LONG: usize = 16 * 1024;
+/// The pause before descriptors are sent again that could not be taken, because too many are in flight.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// What of a direction is under way.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -36,6 +41,9 @@ pub struct Direction {
     /// Whether the last read was long.
     #[serde(skip)]
     is_long: bool,
+    /// When what is held is written again, where no event tells when it can be.
+    #[serde(skip)]
+    retry: Option<Moment>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -95,6 +103,16 @@ impl Direction {
         !self.held.is_empty()
     }
 
+    /// Whether an event tells when that end takes something.
+    pub fn awaits_room(&self) -> bool {
+        self.writes() && self.retry.is_none()
+    }
+
+    /// When it is to be tried again, where no event does.
+    pub fn retry(&self) -> Option<Moment> {
+        self.retry
+    }
+
     /// Whether nothing more goes this way.
     pub fn is_over(&self) -> bool {
         self.state == State::Over
@@ -118,7 +136,7 @@ impl Direction {
     /// Nothing more goes this way, not even what is held.
     pub fn stop(&mut self, buffers: &mut Buffers) {
         self.state = State::Over;
-        self.taken = 0;
+        (self.taken, self.retry) = (0, None);
         self.descriptors.here.clear();
         buffers.give_back(std::mem::take(&mut self.held));
     }
@@ -150,9 +168,13 @@ impl Direction {
         buffers: &mut Buffers,
         mut write: impl FnMut(&[u8], &Descriptors) -> io::Result<usize>,
     ) -> Moved {
+        if self.retry.is_some_and(|retry| Moment::now() < retry) {
+            return Moved::Nothing;
+        }
         let pending = self.held.get(self.taken..).unwrap_or_default();
         let all = pending.len();
-        let Ok(count) = write(pending, &self.descriptors.here) else { return Moved::ReceiverGone };
+        let written = write(pending, &self.descriptors.here);
+        let Some(count) = self.taken_of(written) else { return Moved::ReceiverGone };
         self.written += count as u64;
         if count > 0 {
             self.descriptors.here.clear();
@@ -196,7 +218,20 @@ impl Direction {
             other => return Moved::Stopped(other),
         };
         let written = write(&buffers.input[..count], &self.descriptors.here);
-        self.note_passed(count, written.ok(), buffers)
+        let written = self.taken_of(written);
+        self.note_passed(count, written, buffers)
+    }
+
+    /// How many bytes a write has taken. `None`: no more can be written.
+    ///
+    /// The kernel bounds how many descriptors of a user may be in flight (RLIMIT_NOFILE, unix(7)), and all that the proxy passes
+    /// on are its user's: what lies unread on one connection is in the way of the others. So that is no fault of this end. No
+    /// event tells when there is room again.
+    fn taken_of(&mut self, written: io::Result<usize>) -> Option<usize> {
+        let too_many = Some(Errno::ETOOMANYREFS as i32);
+        let is_in_the_way = written.as_ref().is_err_and(|error| error.raw_os_error() == too_many);
+        self.retry = if is_in_the_way { Moment::now().checked_add(PAUSE) } else { None };
+        if is_in_the_way { Some(0) } else { written.ok() }
     }
 
     /// Reads once and writes that without copying it. `None`: the last read was not long, or this cannot be done.
@@ -303,5 +338,33 @@ mod tests {
         direction.flush(&mut buffers, take(20));
         assert_eq!(came.into_inner(), [2, 2, 2, 0, 0, 2, 0]);
         assert!(direction.reads());
+    }
+
+    #[test]
+    fn descriptors_that_cannot_be_taken_now_are_tried_again_by_the_clock() {
+        let (mut buffers, mut direction) = (Buffers::new(64), Direction::default());
+        let read = |room: &mut [u8], descriptors: &mut Descriptors| {
+            room[..5].copy_from_slice(b"bytes");
+            *descriptors = vec![UnixStream::pair().unwrap().0.into()].into();
+            Received::Bytes(5)
+        };
+        let in_the_way = |_: &[u8], _: &Descriptors| Err(Errno::ETOOMANYREFS.into());
+        assert_eq!(direction.pass(&mut buffers, read, in_the_way), Moved::Some);
+        // No event tells when they can be: an epoll that looked for room would find it all the time.
+        assert!(direction.writes() && !direction.awaits_room() && !direction.reads());
+        let due = direction.retry().unwrap();
+        assert_eq!(direction.flush(&mut buffers, |_, _| unreachable!("before it is due")), Moved::Nothing);
+        direction.retry = Moment::now().checked_sub(PAUSE);
+        assert_eq!(direction.flush(&mut buffers, in_the_way), Moved::Nothing);
+        assert!(direction.retry() > Some(due));
+        direction.retry = Moment::now().checked_sub(PAUSE);
+        let take = |bytes: &[u8], descriptors: &Descriptors| {
+            assert_eq!(descriptors.len(), 1);
+            Ok(bytes.len() - 1)
+        };
+        assert_eq!(direction.flush(&mut buffers, take), Moved::Some);
+        assert!(direction.awaits_room() && direction.retry().is_none() && direction.descriptors().is_empty());
+        // Any other error is the end of this direction.
+        assert_eq!(direction.flush(&mut buffers, |_, _| Err(Errno::EPIPE.into())), Moved::ReceiverGone);
     }
 }

@@ -119,11 +119,11 @@ impl Protocol for Forward {
 
     fn waits_for(&self) -> Interest {
         let is_open = self.phase == Phase::Open;
-        interest(is_open && self.up.reads(), self.down.writes())
+        interest(is_open && self.up.reads(), self.down.awaits_room())
     }
 
     fn second(&self) -> Option<(BorrowedFd<'_>, Interest)> {
-        let interest = interest(self.down.reads(), self.up.writes());
+        let interest = interest(self.down.reads(), self.up.awaits_room());
         self.upstream.as_ref().map(|upstream| (upstream.as_fd(), interest))
     }
 
@@ -155,7 +155,7 @@ impl Protocol for Forward {
     fn due(&self) -> Option<Moment> {
         match self.phase {
             Phase::Waiting { due, .. } => Some(due),
-            _ => None,
+            _ => [self.up.retry(), self.down.retry()].into_iter().flatten().min(),
         }
     }
 
