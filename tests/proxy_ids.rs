@@ -402,6 +402,56 @@ fn descriptors_held_at_a_restart_arrive() {
     proxy.stop();
 }
 
+#[test]
+fn a_reload_and_a_restart_that_refuse_or_pass_descriptors_reach_live_connections() {
+    let what = |word: &str| format!("descriptors = \"{word}\"\n");
+    let (start, behind) = start(OWNER, &what("pass"));
+    let to = start.place().path("behind");
+    let mut proxy = start.with_store();
+    let (one, _other) = UnixStream::pair().unwrap();
+    for (is_restart, is_up) in [(false, true), (false, false), (true, true), (true, false)] {
+        let change = |proxy: common::Echod, word| {
+            let config = format!("{OWNER}\n[forward]\nto = \"{}\"\n{}", to.display(), what(word));
+            proxy.place.file("echod.toml", &config);
+            if is_restart {
+                proxy.restart(|start, _| start)
+            } else {
+                assert_eq!(proxy.reload().0, 0);
+                proxy
+            }
+        };
+        proxy = change(proxy, "pass");
+        let (client, service) = (proxy.connect(), accept(&behind));
+        let (from, into) = if is_up { (&client, &service) } else { (&service, &client) };
+        let passes = || {
+            send_along(&from.0, b"with one", &[one.as_raw_fd()]).unwrap();
+            let (bytes, fds) = next(&into.0);
+            assert!(bytes == b"with one" && fds.len() == 1 && is_same_file(&fds[0], &one));
+        };
+        // With its first turn a connection of an earlier process has what the configuration says.
+        let talk = || {
+            from.send("alone");
+            into.expect("alone");
+        };
+        passes();
+        proxy = change(proxy, "refuse");
+        talk();
+        match send_along(&from.0, b"with one", &[one.as_raw_fd()]) {
+            Err(error) => assert_eq!(error, nix::errno::Errno::EPERM),
+            // Before Linux 6.16 the kernel cannot refuse them.
+            Ok(_) => {
+                into.expect_end("");
+                continue;
+            }
+        }
+        talk();
+        proxy = change(proxy, "pass");
+        talk();
+        passes();
+    }
+    proxy.stop();
+}
+
 /// How many descriptors lie unread in the sockets of this process (`self`) or of another one.
 fn unread(pid: &str) -> usize {
     let of_one = |entry: std::io::Result<std::fs::DirEntry>| {

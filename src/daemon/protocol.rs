@@ -123,6 +123,9 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
         None
     }
 
+    /// These settings are in force now: after a reload, and for a connection of an earlier process.
+    fn set_settings(&mut self, _settings: &Self::Settings) {}
+
     /// Why the connection cannot go on under settings and terms that a reload has put in force.
     fn outdated(&self, _settings: &Self::Settings, _terms: &Self::Terms) -> Option<String> {
         None

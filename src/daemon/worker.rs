@@ -297,6 +297,7 @@ impl<P: Protocol> WorkerLoop<P> {
         if P::takes_descriptors(&self.config.settings) {
             connection.socket.take_descriptors(true);
         }
+        connection.protocol.set_settings(&self.config.settings);
         connection.bound_send_buffer(&self.config.settings);
         let slot = self.mailbox.take_slot();
         if self.mailbox.watch(&mut connection, slot).is_err() {
@@ -397,6 +398,7 @@ impl<P: Protocol> WorkerLoop<P> {
             if takes != P::takes_descriptors(&before.settings) {
                 connection.socket.take_descriptors(takes);
             }
+            connection.protocol.set_settings(&self.config.settings);
             if let Some(end) = self.judge_again(&mut connection) {
                 self.mailbox.free_slot(slot);
                 self.close(connection, end);

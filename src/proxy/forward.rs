@@ -159,6 +159,14 @@ impl Protocol for Forward {
         }
     }
 
+    fn set_settings(&mut self, settings: &Settings) {
+        let passes = settings.descriptors == Descriptors::Pass;
+        if let Some(upstream) = self.upstream.as_mut().filter(|_| self.passes != passes) {
+            upstream.take_descriptors(passes);
+            (self.passes, self.passing) = (passes, upstream.passing());
+        }
+    }
+
     fn outdated(&self, settings: &Settings, terms: &Terms) -> Option<String> {
         let before = self.to.as_deref()?;
         let now = target(settings, terms)?.text();
