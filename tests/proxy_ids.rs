@@ -452,6 +452,28 @@ fn a_reload_and_a_restart_that_refuse_or_pass_descriptors_reach_live_connections
     proxy.stop();
 }
 
+#[test]
+fn a_restart_that_still_passes_descriptors_refuses_none_in_between() {
+    let (start, behind) = start(OWNER, "descriptors = \"pass\"\n");
+    let place = std::sync::Arc::clone(start.place());
+    let trace = place.path("trace");
+    let proxy = start.with_store();
+    let (client, service) = (proxy.connect(), accept(&behind));
+    client.send("before");
+    service.expect("before");
+    let proxy = proxy.restart(|start, _| start.traced(&trace, &["trace=setsockopt"]));
+    client.send("after");
+    service.expect("after");
+    drop((client, service));
+    proxy.stop();
+    let told = std::fs::read_to_string(&trace).unwrap();
+    // strace(1) may not know its name. The first descriptor that is passed is the listener.
+    let of_option = told.lines().filter(|line| line.contains("SO_PASSRIGHTS") || line.contains(", 0x53 "));
+    let of_connections: Vec<_> = of_option.filter(|line| !line.contains("setsockopt(3, ")).collect();
+    assert!(!of_connections.is_empty(), "{told}");
+    assert!(of_connections.iter().all(|line| line.contains(", [1], 4)")), "{of_connections:#?}");
+}
+
 /// How many descriptors lie unread in the sockets of this process (`self`) or of another one.
 fn unread(pid: &str) -> usize {
     let of_one = |entry: std::io::Result<std::fs::DirEntry>| {

@@ -166,10 +166,11 @@ impl<P: Protocol> Connection<P> {
         }
     }
 
-    /// A connection of an earlier process, admitted again.
-    pub fn resumed(carried: Carried<P>, rule: Arc<Rule<Terms<P>>>, permit: Permit) -> Self {
+    /// A connection of an earlier process, admitted again. Whether it takes descriptors.
+    pub fn resumed(carried: Carried<P>, rule: Arc<Rule<Terms<P>>>, permit: Permit, takes: bool) -> Self {
         let Carried { socket, peer, progress, protocol, passing, fate: _ } = carried;
         let socket = match passing {
+            _ if takes => Stream::taking_descriptors(socket, progress.pass_credentials),
             Some(passing) => Stream::resumed(socket, progress.pass_credentials, passing),
             None => Stream::inherited(socket, progress.pass_credentials),
         };

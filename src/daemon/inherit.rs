@@ -77,7 +77,7 @@ fn judge<P: Protocol>(
     };
     let permit = permits.resume(config.policy.owner_of(one.peer.uid()));
     let fate = one.fate;
-    let mut connection = Connection::resumed(one, rule, permit);
+    let mut connection = Connection::resumed(one, rule, permit, P::takes_descriptors(&config.settings));
     if connection.verify(config.service.verify == Verify::Line) {
         return Judged::Admitted(Box::new(connection), fate);
     }
@@ -173,7 +173,7 @@ fn end_unjudged<P: Protocol>(connections: Vec<Carried<P>>, config: &Config<P>, a
             continue;
         }
         let permit = permits.resume(one.peer.uid());
-        worker.resume(Box::new(Connection::resumed(one, Arc::clone(rule), permit)));
+        worker.resume(Box::new(Connection::resumed(one, Arc::clone(rule), permit, false)));
     }
     end_workers(vec![worker], 0);
     gate.shut();

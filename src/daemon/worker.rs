@@ -294,9 +294,6 @@ impl<P: Protocol> WorkerLoop<P> {
         if let Some(text) = connection.protocol.outdated(&self.config.settings, &connection.rule.terms().own) {
             return self.close(connection, End::Outdated(text));
         }
-        if P::takes_descriptors(&self.config.settings) {
-            connection.socket.take_descriptors(true);
-        }
         connection.protocol.set_settings(&self.config.settings);
         connection.bound_send_buffer(&self.config.settings);
         let slot = self.mailbox.take_slot();

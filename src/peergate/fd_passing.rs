@@ -178,7 +178,7 @@ impl Stream {
     pub fn taking_descriptors(socket: impl Into<OwnedFd>, credentials: bool) -> Self {
         let fd = socket.into();
         let _ = sys::set_option(fd.as_fd(), libc::SO_OOBINLINE, 1);
-        only_credentials(fd.as_fd(), credentials);
+        without_other_data(fd.as_fd(), credentials);
         set_on_listener(&fd, true);
         Self::from_parts(fd, Guard { passing: Passing::Possible, credentials })
     }
@@ -187,11 +187,13 @@ impl Stream {
     pub fn take_descriptors(&mut self, take: bool) {
         self.inline_urgent_data();
         let credentials = self.guard.credentials;
-        self.guard.passing = only_credentials(self.as_fd(), credentials);
-        if take {
-            set_on_listener(self, true);
-            self.guard.passing = Passing::Possible;
+        if !take {
+            self.guard.passing = only_credentials(self.as_fd(), credentials);
+            return;
         }
+        without_other_data(self.as_fd(), credentials);
+        set_on_listener(self, true);
+        self.guard.passing = Passing::Possible;
     }
 
     /// As [`receive`](Self::receive), with the descriptors that came with the bytes, which replace what is in `descriptors`;
@@ -461,12 +463,17 @@ fn before_descriptors(socket: BorrowedFd<'_>, credentials: bool) -> io::Result<u
 
 fn only_credentials(socket: BorrowedFd<'_>, credentials: bool) -> Passing {
     let refused = sys::set_option(socket, sys::SO_PASSRIGHTS, 0).is_ok();
+    without_other_data(socket, credentials);
+    if refused { Passing::MaybeQueued } else { Passing::Possible }
+}
+
+/// Turns other ancillary data off than descriptors and, if asked for, credentials.
+fn without_other_data(socket: BorrowedFd<'_>, credentials: bool) {
     if !credentials {
         let _ = sys::set_option(socket, libc::SO_PASSCRED, 0);
     }
     let _ = sys::set_option(socket, libc::SO_PASSSEC, 0);
     let _ = sys::set_option(socket, libc::SO_PASSPIDFD, 0);
-    if refused { Passing::MaybeQueued } else { Passing::Possible }
 }
 
 /// Zero would mean that nothing ends the wait.
