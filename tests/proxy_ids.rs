@@ -194,6 +194,58 @@ fn without_the_capabilities_the_start_and_a_reload_fail() {
 }
 
 #[test]
+fn a_reload_that_changes_whose_ids_the_service_sees_ends_live_connections() {
+    needs_root();
+    let config = |root: bool, identity| {
+        let rule = format!("{EVERYBODY}root = {root}\n");
+        move |to: &Path| format!("{rule}[forward]\nto = \"{}\"\nidentity = \"{identity}\"\n", to.display())
+    };
+    let (start, behind) = start(&format!("{EVERYBODY}root = true\n"), "identity = \"peer\"\n");
+    let to = start.place().path("behind");
+    open_to_all(&to);
+    let mut proxy = start.with_store();
+    let talk = |client: &Client, service: &Client| {
+        client.send("still");
+        service.expect("still");
+    };
+    for is_restart in [false, true] {
+        proxy.reload_with(&config(true, "peer")(&to));
+        let root = proxy.connect();
+        let its_service = accept(&behind);
+        let alice = PeerProcess::user(ALICE, &proxy.socket());
+        let service = accept(&behind);
+        talk(&root, &its_service);
+        talk(alice.client(), &service);
+        let change = |proxy: common::Echod, config: String| {
+            proxy.place.file("echod.toml", &config);
+            if is_restart {
+                proxy.restart(|start, _| start)
+            } else {
+                assert_eq!(proxy.reload().0, 0);
+                proxy
+            }
+        };
+        // Root may not be shown to the service any more. That concerns no other user.
+        proxy = change(proxy, config(false, "peer")(&to));
+        root.expect_end("");
+        its_service.expect_end("");
+        talk(alice.client(), &service);
+        proxy = change(proxy, config(false, "own")(&to));
+        alice.client().expect_end("");
+        service.expect_end("");
+        let (client, service) = (proxy.connect(), accept(&behind));
+        talk(&client, &service);
+        proxy = change(proxy, config(true, "peer")(&to));
+        client.expect_end("");
+        service.expect_end("");
+        for why in ["the service is to see the ids of its peers now", "the service is not to see root any more"] {
+            assert!(is_restart || proxy.stderr().contains(why), "{}", proxy.stderr());
+        }
+    }
+    proxy.stop();
+}
+
+#[test]
 fn ids_that_cannot_be_given_back_end_the_program() {
     needs_root();
     let (start, _behind) = start(EVERYBODY, "identity = \"peer\"\n");

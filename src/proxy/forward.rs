@@ -43,6 +43,8 @@ pub struct Forward {
     /// Where that is, as the configuration had it.
     to: Option<Box<str>>,
     phase: Phase,
+    /// Whose ids the service has seen.
+    seen: Seen,
     /// Whether descriptors are passed on.
     passes: bool,
     /// Whether some may lie unread in what the service has sent. The next process goes by that.
@@ -63,6 +65,17 @@ enum Phase {
     Open,
     /// The service was not reached.
     Refused(Why),
+}
+
+/// Whose ids the service sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Seen {
+    /// The proxy's own.
+    Own,
+    /// The peer's, which is not root.
+    Peer,
+    /// The peer's, which is root.
+    Root,
 }
 
 /// Why a peer does not get to the service.
@@ -98,11 +111,12 @@ impl Protocol for Forward {
     const UNIT: &'static str = "peergate@";
     const ABOUT: &'static str = "A gate in front of any local service: admits only the users its policy names";
     const HAS_SECOND: bool = true;
+    const STATE_VERSION: u8 = 2;
 
     fn start() -> Self {
         let (up, down) = (Direction::default(), Direction::default());
         let (phase, passing) = (Phase::Started, Passing::Possible);
-        Self { upstream: None, to: None, phase, passes: false, passing, up, down }
+        Self { upstream: None, to: None, phase, seen: Seen::Own, passes: false, passing, up, down }
     }
 
     fn turn(&mut self, io: &mut Io<'_, Self>) -> Turn {
@@ -170,7 +184,17 @@ impl Protocol for Forward {
     fn outdated(&self, settings: &Settings, terms: &Terms) -> Option<String> {
         let before = self.to.as_deref()?;
         let now = target(settings, terms)?.text();
-        (**now != *before).then(|| format!("its rule leads to {now} now"))
+        if **now != *before {
+            return Some(format!("its rule leads to {now} now"));
+        }
+        self.upstream.as_ref()?;
+        let why = match (self.seen, settings.identity) {
+            (Seen::Own, Identity::Peer) => "the service is to see the ids of its peers now",
+            (Seen::Peer | Seen::Root, Identity::Own) => "the service is to see the ids of its peers no more",
+            (Seen::Root, Identity::Peer) if !terms.root => "the service is not to see root any more",
+            _ => return None,
+        };
+        Some(why.to_owned())
     }
 
     fn may_be_told(&self) -> bool {
@@ -270,11 +294,12 @@ impl Forward {
         let failed = |error| Why::Error(error as i32);
         let connected =
             upstream::new_socket(self.passes).map_err(failed).and_then(|socket| match io.settings.identity {
-                Identity::Own => target.connect(socket).map_err(failed),
+                Identity::Own => target.connect(socket).map(|fd| (fd, Seen::Own)).map_err(failed),
                 Identity::Peer => identity::connect(socket, target, &io.peer, io.terms.root),
             });
         match connected {
-            Ok(fd) => {
+            Ok((fd, seen)) => {
+                self.seen = seen;
                 let upstream = match self.passes {
                     true => Stream::taking_descriptors(fd, false),
                     false => Stream::accepted(fd),

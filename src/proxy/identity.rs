@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use peergate::connect_as::{ConnectAs, Ids};
 use peergate::peer::Peer;
 
-use crate::forward::Why;
+use crate::forward::{Seen, Why};
 use crate::upstream::Upstream;
 
 /// The drop-in that gives the service what it needs, and where it goes.
@@ -35,16 +35,18 @@ pub fn start() -> Result<(), String> {
     }
 }
 
-/// Connects this socket to the service with the ids of the peer of the other one.
-pub fn connect(socket: OwnedFd, to: &Upstream, peer: &impl AsFd, may_be_root: bool) -> Result<OwnedFd, Why> {
+/// Connects this socket to the service with the ids of the peer of the other one. Whose these are.
+pub fn connect(socket: OwnedFd, to: &Upstream, peer: &impl AsFd, may_be_root: bool) -> Result<(OwnedFd, Seen), Why> {
     let Some(thread) = THREAD.get() else { return Err(Why::Error(Errno::EPERM as i32)) };
     let ids = Peer::ids_of(peer).map_err(why)?;
-    if ids.uid().raw() == 0 && !may_be_root {
+    let seen = if ids.uid().raw() == 0 { Seen::Root } else { Seen::Peer };
+    if seen == Seen::Root && !may_be_root {
         return Err(Why::Root);
     }
     let Some(groups) = Peer::supplementary_of(peer).map_err(why)? else { return Err(Why::Groups) };
     let address = to.to_std().map_err(why)?;
-    thread.connect(socket, &address, Ids { uid: ids.uid(), gid: ids.gid(), groups }).map_err(why)
+    let connected = thread.connect(socket, &address, Ids { uid: ids.uid(), gid: ids.gid(), groups }).map_err(why)?;
+    Ok((connected, seen))
 }
 
 fn why(error: io::Error) -> Why {
