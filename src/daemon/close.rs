@@ -92,7 +92,7 @@ impl Context {
             End::Ended(_) | End::DescriptorsReceived => connection.protocol.owed(),
             _ => Vec::new(),
         };
-        if P::HAS_SECOND && connection.is_shared {
+        if P::HAS_SECOND && (connection.is_shared || connection.protocol.second_may_linger()) {
             end_second(&connection, mailbox);
         }
         let may_be_told = connection.protocol.may_be_told();
@@ -174,8 +174,8 @@ pub struct ClosingRecord<'a> {
     pub age: Duration,
 }
 
-/// The service manager may hold the second descriptor of a connection for a moment, so that closing ours neither ends it nor takes
-/// it out of the epoll.
+/// The service manager may hold the second descriptor of a connection for a moment, or another thread of ours, so that closing it
+/// here neither ends it nor takes it out of the epoll.
 fn end_second<P: Protocol>(connection: &Connection<P>, mailbox: &Mailbox<P>) {
     if let Some((second, _)) = connection.protocol.second() {
         let _ = mailbox.epoll.delete(second);

@@ -105,6 +105,11 @@ pub trait Protocol: Sized + Send + Serialize + DeserializeOwned + 'static {
         None
     }
 
+    /// Whether closing the second descriptor may be left to another thread: then it leaves the epoll before that.
+    fn second_may_linger(&self) -> bool {
+        false
+    }
+
     /// All descriptors that go to the next process with the connection, [`MOST_FURTHER`] at most.
     fn further(&self) -> Vec<BorrowedFd<'_>> {
         self.second().map(|(second, _)| second).into_iter().collect()

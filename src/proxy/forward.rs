@@ -141,6 +141,10 @@ impl Protocol for Forward {
         self.upstream.as_ref().map(|upstream| (upstream.as_fd(), interest))
     }
 
+    fn second_may_linger(&self) -> bool {
+        self.upstream.as_ref().is_some_and(Stream::may_linger)
+    }
+
     fn further(&self) -> Vec<BorrowedFd<'_>> {
         let upstream = self.upstream.as_ref().map(AsFd::as_fd);
         upstream.into_iter().chain(self.up.descriptors().iter()).chain(self.down.descriptors().iter()).collect()
