@@ -280,6 +280,11 @@ fn interest(reads: bool, writes: bool) -> Interest {
     }
 }
 
+/// The pause after so many attempts and another one.
+fn pause_after(tries: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(1 << tries.min(10)).min(LONGEST_PAUSE)
+}
+
 /// Where a connection under these terms is passed on to.
 fn target<'s>(settings: &'s Settings, terms: &'s Terms) -> Option<&'s Arc<Upstream>> {
     terms.to.as_ref().or(settings.to.as_ref())
@@ -336,8 +341,7 @@ impl Forward {
         if end.is_some_and(|end| end <= now) {
             return self.refuse(why);
         }
-        let pause = FIRST_PAUSE.saturating_mul(1 << tries.min(10)).min(LONGEST_PAUSE);
-        let next = now.checked_add(pause).unwrap_or(now);
+        let next = now.checked_add(pause_after(tries)).unwrap_or(now);
         let due = end.map_or(next, |end| end.min(next));
         self.phase = Phase::Waiting { since, due, tries: tries.saturating_add(1) };
         self.wait_on(io)
@@ -541,4 +545,31 @@ fn has_hung_up(socket: BorrowedFd<'_>) -> bool {
 fn is_empty(socket: BorrowedFd<'_>) -> bool {
     let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
     !recv(socket.as_raw_fd(), &mut [0], flags).is_ok_and(|count| count > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_counts_as_input_one_way_and_is_owed_the_other_way() {
+        let mut buffers = Buffers::new(64);
+        let read = |room: &mut [u8], _: &mut fd_passing::Descriptors| {
+            room[..5].copy_from_slice(b"bytes");
+            Received::Bytes(5)
+        };
+        let mut up = Forward::start();
+        up.up.pass(&mut buffers, read, |_, _| Ok(2));
+        assert!(up.holds_input() && up.owed().is_empty() && up.may_be_told());
+        let mut down = Forward::start();
+        down.down.pass(&mut buffers, read, |_, _| Ok(2));
+        assert!(!down.holds_input() && down.owed() == b"tes" && !down.may_be_told());
+    }
+
+    #[test]
+    fn the_pause_before_an_attempt_to_connect_grows_to_a_bound() {
+        let pauses: Vec<u128> = (0..8).map(|tries| pause_after(tries).as_millis()).collect();
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 50, 50]);
+        assert_eq!(pause_after(u32::MAX), LONGEST_PAUSE);
+    }
 }

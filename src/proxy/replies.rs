@@ -113,6 +113,22 @@ mod tests {
     }
 
     #[test]
+    fn each_reply_has_the_code_that_clients_go_by() {
+        let begins = |reply: &[u8], with: &str| assert!(reply.starts_with(with.as_bytes()), "{}", reply.escape_ascii());
+        let http = ["403 Forbidden", "503 Service Unavailable", "503 Service Unavailable"];
+        for (reply, status) in all(Replies::Http).into_iter().zip(http) {
+            begins(reply, &format!("HTTP/1.1 {status}\r\n"));
+        }
+        for (reply, code) in all(Replies::Postgresql).into_iter().zip(["28000", "53300", "57P03"]) {
+            begins(&reply[5..], &format!("SFATAL\0VFATAL\0C{code}\0M"));
+        }
+        for (reply, word) in all(Replies::Redis).into_iter().zip(["-NOPERM ", "-ERR ", "-ERR "]) {
+            begins(reply, word);
+        }
+        assert_eq!(all(Replies::None), [b"", b"", b""]);
+    }
+
+    #[test]
     fn a_postgresql_reply_says_how_long_it_is() {
         for reply in all(Replies::Postgresql) {
             let [b'E', length @ ..] = reply else { panic!("{reply:?}") };

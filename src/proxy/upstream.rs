@@ -99,3 +99,21 @@ impl fmt::Debug for Upstream {
         write!(f, "Upstream({:?})", self.text)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_by_itself_is_waited_for_and_nothing_else() {
+        let waited_for = ["EAGAIN", "ECONNREFUSED", "ENOENT", "EINTR", "EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"];
+        let found: Vec<_> = (1..134)
+            .map(Errno::from_raw)
+            .filter(|error| is_temporary(*error))
+            .map(|error| format!("{error:?}"))
+            .collect();
+        let mut expected = waited_for.map(str::to_owned);
+        expected.sort_by_key(|name| found.iter().position(|one| one == name));
+        assert_eq!(found, expected);
+    }
+}
