@@ -5,12 +5,14 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::AsRawFd;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::Arc;
 
 use common::behind::{Behind, await_failure, pair, serve, start, start_traced};
 use common::{DENY_ALL, End, OWNER, Place, Start, eventually, show};
-use nix::sys::socket::{Backlog, listen};
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use peergate::Stream;
 use peergate::fd_passing::{Passing, refuse};
 
@@ -90,8 +92,10 @@ fn a_service_that_comes_late_gets_what_was_sent_before() {
     let gone = proxy.connect();
     gone.send("and gone");
     drop(gone);
-    // A file that no process listens on: connect(2) is refused.
-    drop(UnixListener::bind(&path).unwrap());
+    // A socket on which no process has listened for a moment: connect(2) is refused.
+    let flags = SockFlag::SOCK_CLOEXEC;
+    let bound = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+    bind(bound.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
     let middle = proxy.connect();
     middle.send("middle");
     await_failure(&trace, "ECONNREFUSED");
@@ -119,7 +123,10 @@ fn a_client_that_leaves_while_the_service_is_away_costs_nothing_further() {
     let (start, _) = start(OWNER, "connect-timeout = \"1h\"\n");
     let proxy = start.ready();
     let before = common::descriptors(&proxy);
-    drop((0..10).map(|_| proxy.connect()).collect::<Vec<_>>());
+    let clients: Vec<_> = (0..10).map(|_| proxy.connect()).collect();
+    // What only the start needs may have been open before.
+    eventually("they wait in the proxy", || (common::descriptors(&proxy) >= before + 5).then_some(()));
+    drop(clients);
     common::expect_descriptors(&proxy, before);
 }
 
@@ -282,7 +289,11 @@ fn a_rule_may_lead_to_another_service() {
     let place = Arc::clone(start.place());
     let listener = place.listener("socket");
     let behind = Behind::at(&place);
-    let to = format!("{OWNER}to = \"{}\"\n", behind.path.display());
+    // The general one, which the rule's own takes precedence over.
+    let path = place.path("general");
+    let general = Behind { listener: UnixListener::bind(&path).unwrap(), path };
+    let forward = format!("[forward]\nto = \"{}\"\n", general.path.display());
+    let to = format!("{OWNER}to = \"{}\"\n{forward}", behind.path.display());
     let proxy = start.config(&to).socket("peergate@test.socket", listener).ready();
     let (client, service) = pair(&proxy, &behind);
     client.send("hello");
@@ -293,15 +304,62 @@ fn a_rule_may_lead_to_another_service() {
     proxy.reload_with(&to);
     client.send("still");
     service.expect("still");
-    proxy.reload_with(&format!("{OWNER}to = \"{}\"\n", other.display()));
+    proxy.reload_with(&format!("{OWNER}to = \"{}\"\n{forward}", other.display()));
     client.expect_end("");
     service.expect_end("");
     drop((client, service));
+    assert!(general.is_left_alone());
     let told = proxy.stop();
     assert!(
         told.contains("Revoked ") && told.contains(&format!("its rule leads to {} now", other.display())),
         "{told}"
     );
+}
+
+#[test]
+fn only_allow_rules_need_a_service() {
+    let rules = |to: &str| format!("[deny.guests]\nusers = [64001]\n{OWNER}{to}");
+    let check = |config: &str| Start::bare().args(&["check"]).config(config).run();
+    let (code, summary, told) = check(&rules("to = \"/run/service\"\n"));
+    assert!(code == 0 && summary.contains("to /run/service"), "{code} {summary} {told}");
+    assert_eq!(check(&rules("")).0, 78);
+}
+
+#[test]
+fn a_service_in_the_abstract_namespace_is_reached() {
+    let name = format!("behind-{}", std::process::id());
+    let listener = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    let start = Start::bare();
+    let gate = start.place().listener("socket");
+    let config = format!("{OWNER}[forward]\nto = \"@{name}\"\nconnect-timeout = \"1ms\"\n");
+    let proxy = start.config(&config).socket("peergate@test.socket", gate).ready();
+    let (client, behind) = (proxy.connect(), Behind { listener, path: "".into() });
+    let service = behind.accept();
+    client.send("hello");
+    service.expect("hello");
+}
+
+#[test]
+fn its_own_abstract_socket_is_no_upstream() {
+    let name = format!("own-{}", std::process::id());
+    let own = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+    let start = Start::bare().config(&format!("{OWNER}[forward]\nto = \"@{name}\"\n"));
+    let (code, _, told) = start.socket("peergate@test.socket", own).run();
+    assert!(code == 78 && told.contains(&format!("@{name} is a socket that peergate itself listens on")), "{told}");
+}
+
+#[test]
+fn a_reload_puts_no_message_into_a_stream_that_it_denies() {
+    let (proxy, behind) = serve(OWNER, "replies = \"text\"\n");
+    let (client, service) = pair(&proxy, &behind);
+    service.send("half an ans");
+    client.expect("half an ans");
+    let (silent, _its_service) = pair(&proxy, &behind);
+    let to = format!("[forward]\nto = \"{}\"\nreplies = \"text\"\n", behind.path.display());
+    proxy.reload_with(&format!("{DENY_ALL}{to}"));
+    client.expect_end("");
+    service.expect_end("");
+    silent.expect_end("Unauthorized access\n");
 }
 
 #[test]
