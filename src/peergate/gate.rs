@@ -66,7 +66,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use self::accept::Refusal;
 use self::arrivals::Arrivals;
 use self::closing::{Closings, Outgoing};
-use self::decision::{Decision, ask};
+use self::decision::{Decision, TurnedAway, ask};
 use self::over_limit::{OverLimit, Waiting};
 use self::reserve::Reserve;
 use crate::audit::{At, Audit, Record, Severity};
@@ -74,7 +74,7 @@ use crate::clock::{later, poll_timeout};
 use crate::deferred_close;
 use crate::fd_passing::{self, Stream};
 use crate::peer::Peer;
-use crate::permits::{LimitExceeded, Permit, Permits, Terms};
+use crate::permits::{Permit, Permits, Terms};
 use crate::policy::{Policy, Rule, Verdict};
 use crate::systemd::activation::Listener;
 
@@ -382,11 +382,11 @@ impl<T: Terms> Gate<T> {
     ) {
         match self.decide(&mut arrival, Some(&self.judge())) {
             Decision::Admitted { peer, rule, permit } => self.admit(arrival, peer, rule, permit, admitted),
-            Decision::OverLimit { peer, rule, exceeded } => {
+            Decision::TurnedAway(TurnedAway::OverLimit { peer, rule, exceeded }) => {
                 let (since, now) = waited.unwrap_or_else(|| (Instant::now(), Instant::now()));
                 let waiting = Waiting { arrival, uid: self.config.policy.owner_of(peer.uid()), since };
                 if !self.accepting || !waiting.may_go_on_waiting(now) {
-                    return self.refuse(waiting.arrival, peer, &rule, exceeded);
+                    return self.turn_away(waiting.arrival, TurnedAway::OverLimit { peer, rule, exceeded });
                 }
                 drop(peer);
                 if let Some(one) = self.over_limit.push(waiting) {
@@ -394,11 +394,7 @@ impl<T: Terms> Gate<T> {
                     self.judge_arrival(one.arrival, Some((one.since, one.since + over_limit::PATIENCE)), admitted);
                 }
             }
-            Decision::Denied { peer, rule } => self.deny(arrival, peer, rule.as_deref()),
-            Decision::Unidentified => {
-                self.audit.unidentified(self.at(&arrival));
-                self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.config.replies.denied);
-            }
+            Decision::TurnedAway(why) => self.turn_away(arrival, why),
         }
     }
 
@@ -406,19 +402,21 @@ impl<T: Terms> Gate<T> {
     fn decide(&self, arrival: &mut Arrival, judge: Option<&Judge>) -> Decision<T> {
         let socket = &arrival.socket;
         let known = arrival.peer.take();
-        let Ok(mut peer) = known.map_or_else(|| Peer::ids_of(socket), Ok) else { return Decision::Unidentified };
+        let Ok(mut peer) = known.map_or_else(|| Peer::ids_of(socket), Ok) else {
+            return Decision::TurnedAway(TurnedAway::Unidentified);
+        };
         let policy = &self.config.policy;
         let verdict = match judge {
             Some(judge) => judge.judge(&mut peer, socket, policy),
             None => ask(&mut peer, socket, policy),
         };
         match verdict {
-            Verdict::Denied(rule) => Decision::Denied { rule: rule.map(Arc::clone), peer },
+            Verdict::Denied(rule) => Decision::TurnedAway(TurnedAway::Denied { rule: rule.map(Arc::clone), peer }),
             Verdict::Admitted(rule) => {
                 let rule = Arc::clone(rule);
                 match self.permits.acquire(policy.owner_of(peer.uid()), &self.config.limits, rule.terms()) {
                     Ok(permit) => Decision::Admitted { peer, rule, permit },
-                    Err(exceeded) => Decision::OverLimit { peer, rule, exceeded },
+                    Err(exceeded) => Decision::TurnedAway(TurnedAway::OverLimit { peer, rule, exceeded }),
                 }
             }
         }
@@ -457,45 +455,36 @@ impl<T: Terms> Gate<T> {
         });
     }
 
-    fn deny(&mut self, arrival: Arrival, mut peer: Peer, rule: Option<&Rule<T>>) {
-        self.audit.denied(&mut peer, &arrival.socket, self.at(&arrival), rule.map(Rule::name));
-        self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.config.replies.denied);
+    /// Records that a connection does not stay, tells its peer and closes it.
+    fn turn_away(&mut self, arrival: Arrival, why: TurnedAway<T>) {
+        let reply = self.record_turned_away(&arrival, why);
+        self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &reply);
     }
 
-    fn refuse(&mut self, arrival: Arrival, mut peer: Peer, rule: &Rule<T>, exceeded: LimitExceeded) {
-        self.audit.refused(&mut peer, &arrival.socket, self.at(&arrival), rule.name(), exceeded);
-        self.closings.begin(&self.epoll, Outgoing::accepted(arrival.socket), &self.config.replies.busy);
+    /// As [`turn_away`](Self::turn_away), without waiting for the peer: where there is no descriptor to spare.
+    fn turn_away_at_once(&mut self, arrival: Arrival, why: TurnedAway<T>) {
+        let reply = self.record_turned_away(&arrival, why);
+        self.closings.at_once(Outgoing::accepted(arrival.socket), &reply);
     }
 
-    /// Judges, records and tells a connection that cannot stay, whatever the policy says: one that it admits is refused for
-    /// `exceeded`. Without a `judge` there is no descriptor to spare: reserved ones are free to ask with, and the connection
-    /// is closed without waiting for its peer.
-    fn turn_away(&mut self, mut arrival: Arrival, judge: Option<&Judge>, exceeded: LimitExceeded) {
-        let decision = self.decide(&mut arrival, judge);
-        let at = self.at(&arrival);
-        let reply = match decision {
-            Decision::Unidentified => {
+    /// What the peer is to be told.
+    fn record_turned_away(&self, arrival: &Arrival, why: TurnedAway<T>) -> Arc<[u8]> {
+        let (at, replies) = (self.at(arrival), &self.config.replies);
+        let reply = match why {
+            TurnedAway::Unidentified => {
                 self.audit.unidentified(at);
-                &self.config.replies.denied
+                &replies.denied
             }
-            Decision::Denied { mut peer, rule } => {
+            TurnedAway::Denied { mut peer, rule } => {
                 self.audit.denied(&mut peer, &arrival.socket, at, rule.as_deref().map(Rule::name));
-                &self.config.replies.denied
+                &replies.denied
             }
-            Decision::OverLimit { mut peer, rule, exceeded } => {
+            TurnedAway::OverLimit { mut peer, rule, exceeded } => {
                 self.audit.refused(&mut peer, &arrival.socket, at, rule.name(), exceeded);
-                &self.config.replies.busy
-            }
-            Decision::Admitted { mut peer, rule, .. } => {
-                self.audit.refused(&mut peer, &arrival.socket, at, rule.name(), exceeded);
-                &self.config.replies.busy
+                &replies.busy
             }
         };
-        let outgoing = Outgoing::accepted(arrival.socket);
-        match judge {
-            Some(_) => self.closings.begin(&self.epoll, outgoing, reply),
-            None => self.closings.at_once(outgoing, reply),
-        }
+        Arc::clone(reply)
     }
 
     fn at<'a>(&'a self, arrival: &Arrival) -> At<'a> {

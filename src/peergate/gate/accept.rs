@@ -153,7 +153,10 @@ impl<T: Terms> Gate<T> {
         let per_user = self.config.limits.waiting_per_user as usize;
         match self.arrivals.push(user, arrival, per_user) {
             None => return true,
-            Some(Excess::OfUser(latest)) => self.turn_away(latest, Some(&self.judge()), LimitExceeded::User),
+            Some(Excess::OfUser(mut latest)) => {
+                let decision = self.decide(&mut latest, Some(&self.judge()));
+                self.turn_away(latest, decision.without_place(LimitExceeded::User));
+            }
             Some(Excess::OfAll(oldest)) => {
                 // It does not wait for a place too.
                 let since = Instant::now();
@@ -191,8 +194,9 @@ impl<T: Terms> Gate<T> {
         let accepted = self.listeners.get(index).map(|listener| sys::accept(listener.as_fd()));
         let is_told = match accepted {
             Some(Ok(socket)) => {
-                let arrival = self.arrival(socket, index);
-                self.turn_away(arrival, None, LimitExceeded::Total);
+                let mut arrival = self.arrival(socket, index);
+                let decision = self.decide(&mut arrival, None);
+                self.turn_away_at_once(arrival, decision.without_place(LimitExceeded::Total));
                 true
             }
             _ => false,

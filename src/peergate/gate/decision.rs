@@ -17,14 +17,31 @@ const TRIES: usize = 100;
 /// What the gate decided about a connection that it accepted.
 #[derive(Debug)]
 pub(super) enum Decision<T> {
+    /// A rule admits the peer, and a place is taken for it.
+    Admitted { peer: Peer, rule: Arc<Rule<T>>, permit: Permit },
+    /// The connection does not stay.
+    TurnedAway(TurnedAway<T>),
+}
+
+/// Why a connection does not stay.
+#[derive(Debug)]
+pub(super) enum TurnedAway<T> {
     /// The kernel did not tell the peer's credentials.
     Unidentified,
     /// A deny rule matched, or no rule at all.
     Denied { peer: Peer, rule: Option<Arc<Rule<T>>> },
     /// A rule admits the peer, but a limit is reached.
     OverLimit { peer: Peer, rule: Arc<Rule<T>>, exceeded: LimitExceeded },
-    /// A rule admits the peer, and a place is taken for it.
-    Admitted { peer: Peer, rule: Arc<Rule<T>>, permit: Permit },
+}
+
+impl<T> Decision<T> {
+    /// Where the connection cannot stay, whatever the policy says: a peer that a rule admits is refused for `exceeded`.
+    pub(super) fn without_place(self, exceeded: LimitExceeded) -> TurnedAway<T> {
+        match self {
+            Self::Admitted { peer, rule, .. } => TurnedAway::OverLimit { peer, rule, exceeded },
+            Self::TurnedAway(why) => why,
+        }
+    }
 }
 
 /// Judges a peer by a policy, from any thread. Cheap to clone; made by [`Gate::judge`](super::Gate::judge).
