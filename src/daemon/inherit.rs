@@ -18,7 +18,7 @@ use crate::close::{ClosingRecord, Context};
 use crate::config::{Config, Verify};
 use crate::connection::{Carried, Connection, Fate};
 use crate::first_turn::FirstTurn;
-use crate::gate_thread::GateThread;
+use crate::gate_thread::{FirstTurns, GateThread};
 use crate::in_force::{audit_settings, worker_config};
 use crate::protocol::Protocol;
 use crate::service::Service;
@@ -166,7 +166,7 @@ fn end_unjudged<P: Protocol>(connections: Vec<Carried<P>>, config: &Config<P>, a
     let worker = Worker::start(0, settings, context.clone())?;
     let first_turn = FirstTurn::new(vec![worker.mailbox()], context.clone(), of_new_connections);
     // It closes in order what the worker has ended, while the worker still waits for other peers.
-    let mut gate = GateThread::start(gate, first_turn, Arc::clone(&context.wakeup))?;
+    let mut gate = GateThread::start(FirstTurns::new(gate, first_turn, Arc::clone(&context.wakeup)))?;
     for one in connections {
         if one.fate == Fate::EndsAtOnce {
             close_silently(&context.closer, one.socket);

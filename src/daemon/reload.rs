@@ -85,7 +85,8 @@ impl<P: Protocol> Service<P> {
     fn put_in_force(&mut self, config: Config<P>) {
         self.audit.set(audit_settings(&config));
         // First the gate, so that no further connection is admitted by the old policy; then the live connections.
-        self.gate.configure(gate_config(&config), config.settings.clone());
+        let (of_gate, settings) = (gate_config(&config), config.settings.clone());
+        self.gate.ask(move |gate| gate.configure(of_gate, settings));
         let (done, finished) = mpsc::channel();
         for worker in &self.workers {
             worker.configure(worker_config(&config), done.clone());

@@ -23,7 +23,7 @@ use crate::cli::Choice;
 use crate::close::Context;
 use crate::config::Config;
 use crate::first_turn::FirstTurn;
-use crate::gate_thread::GateThread;
+use crate::gate_thread::{FirstTurns, GateThread};
 use crate::handover::{Inheritance, Unusable};
 use crate::in_force::{audit_settings, gate_config, record_configuration, record_descriptor_limit, worker_config};
 use crate::inherit::Judgement;
@@ -150,7 +150,7 @@ impl<P: Protocol> Service<P> {
         let workers = start_workers(&config, processors, &context)?;
         let mailboxes = workers.iter().map(Worker::mailbox).collect();
         let first_turn = FirstTurn::new(mailboxes, context.clone(), config.settings.clone());
-        let gate = GateThread::start(gate, first_turn, Arc::clone(&wakeup)).map_err(opening)?;
+        let gate = GateThread::start(FirstTurns::new(gate, first_turn, Arc::clone(&wakeup))).map_err(opening)?;
         let monitored = workers.iter().map(Worker::monitored).chain([gate.monitored(), journal.monitored()]).collect();
         let now = Instant::now();
         let names = NameSearch::new(config.policy.unknown_names(), Arc::clone(&wakeup));

@@ -53,6 +53,7 @@ mod over_limit;
 mod own;
 mod replies;
 mod reserve;
+mod thread;
 
 use std::fmt;
 use std::io;
@@ -84,6 +85,7 @@ pub use self::decision::{Denial, Judge};
 pub use self::door::Door;
 #[cfg(feature = "tokio")]
 pub(crate) use self::outside::Ready;
+pub use self::thread::{Driver, GateThread};
 
 /// Admissions handed out by one turn: each holds a place in the limits, and waits until the caller has served the others.
 const ADMISSIONS_PER_TURN: usize = 16;

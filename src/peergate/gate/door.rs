@@ -29,38 +29,21 @@
 use std::fmt;
 use std::io;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::{Arc, mpsc};
-use std::thread;
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Admission, Closer, Gate, GateConfig, Setup};
+use super::{Admission, Closer, Driver, Gate, GateConfig, GateThread, Setup};
 use crate::audit::Severity;
 use crate::permits::Terms;
 use crate::policy::Policy;
+use crate::systemd::Monitored;
 use crate::systemd::activation::Listener;
-use crate::systemd::{Heartbeat, Monitored};
 
 /// A running gate, for any thread. Dropped, it is [shut](Self::shut).
 ///
 /// Its methods wait until the gate's thread has done what they say. Called on that thread itself, by the function that
 /// takes admissions, they return at once with nothing to tell, and it is done when that function has returned.
-pub struct Door<T> {
-    commands: mpsc::Sender<Command<T>>,
-    closer: Closer,
-    heartbeat: Arc<Heartbeat>,
-    thread: Option<thread::JoinHandle<Vec<Listener>>>,
-}
-
-/// A change of the configuration, which gives its generation.
-type Change<T> = Box<dyn FnOnce(&mut Gate<T>) -> u64 + Send>;
-
-/// What the gate's thread is asked to do. A sender that is dropped unanswered tells the caller that the thread has ended.
-enum Command<T> {
-    Configure(Change<T>, mpsc::Sender<u64>),
-    StopAccepting(mpsc::Sender<()>),
-    ShutIfQuiet(mpsc::Sender<bool>),
-    Shut,
-}
+pub struct Door<T>(GateThread<Serving<T>>);
 
 impl<T: Terms> Door<T> {
     /// Starts the gate's thread. There `serve` takes each admitted connection; it must not block, because no connection is
@@ -69,105 +52,48 @@ impl<T: Terms> Door<T> {
     /// # Errors
     /// What epoll(7), eventfd(2) or starting a thread say.
     pub fn open(setup: Setup<T>, serve: impl FnMut(Admission<T>) + Send + 'static) -> io::Result<Self> {
-        let gate = Gate::new(setup)?;
-        let (commands, received) = mpsc::channel();
-        let (closer, heartbeat) = (gate.closer(), Arc::new(Heartbeat::default()));
-        let mut thread_of_gate =
-            Thread { gate, commands: received, serve, heartbeat: Arc::clone(&heartbeat), admitted: Vec::new() };
-        let thread = thread::Builder::new().name("gate".to_owned()).spawn(move || {
-            thread_of_gate.run();
-            thread_of_gate.gate.finish()
-        })?;
-        Ok(Self { commands, closer, heartbeat, thread: Some(thread) })
+        let serving = Serving { gate: Gate::new(setup)?, serve: Box::new(serve), admitted: Vec::new() };
+        GateThread::start(serving).map(Self)
     }
 
     /// Puts a configuration in force, from the very next connection on. Returns its generation: an [`Admission`] of an
     /// earlier one was judged by an earlier policy. When this returns, `serve` has returned from the last of those.
     pub fn set_config(&self, config: GateConfig<T>) -> u64 {
-        self.configure(move |gate| gate.set_config(config))
+        self.0.ask(move |serving| serving.gate.set_config(config)).unwrap_or_default()
     }
 
     /// As [`set_config`](Self::set_config), but only the policy changes.
     pub fn set_policy(&self, policy: impl Into<Arc<Policy<T>>>) -> u64 {
         let policy = policy.into();
-        self.configure(move |gate| gate.set_policy(policy))
-    }
-
-    fn configure(&self, change: impl FnOnce(&mut Gate<T>) -> u64 + Send + 'static) -> u64 {
-        self.ask(|answer| Command::Configure(Box::new(change), answer)).unwrap_or_default()
+        self.0.ask(move |serving| serving.gate.set_policy(policy)).unwrap_or_default()
     }
 
     /// Closes connections in order for other threads.
     pub fn closer(&self) -> Closer {
-        self.closer.clone()
+        self.0.closer()
     }
 
     /// For the watchdog.
     pub fn monitored(&self) -> Monitored {
-        let closer = self.closer.clone();
-        Monitored::new("gate", &self.heartbeat, move || closer.wake())
+        self.0.monitored()
     }
 
     /// Shuts the gate if no connection is admitted, waits for a place or is being closed. A client that connects later
     /// stays in the listener's queue for the next process.
     pub fn shut_if_quiet(&mut self) -> bool {
-        if self.is_on_its_thread() {
-            return false;
-        }
-        // No answer: the thread has ended, and with it every connection it cared for.
-        let is_quiet = self.ask(Command::ShutIfQuiet).unwrap_or(true);
-        if is_quiet {
-            self.join();
-        }
-        is_quiet
+        self.0.shut_if_quiet()
     }
 
     /// Accepts no connection from now on: a client that connects stays in the listener's queue for the next process.
     /// Closing goes on until [`shut`](Self::shut).
     pub fn stop_accepting(&self) {
-        self.ask(Command::StopAccepting);
+        self.0.stop_accepting();
     }
 
-    /// Stops accepting, closes in order what is being closed (a second at most), and hands the listeners back; none, where
+    /// Stops accepting, closes in order what is being closed (two seconds at most), and hands the listeners back; none, where
     /// it was shut before. Admitted connections live on.
     pub fn shut(&mut self) -> Vec<Listener> {
-        let _ = self.commands.send(Command::Shut);
-        self.closer.wake();
-        self.join()
-    }
-
-    /// `None` where the thread has ended, or is this one.
-    fn ask<A>(&self, command: impl FnOnce(mpsc::Sender<A>) -> Command<T>) -> Option<A> {
-        let (answer, answered) = mpsc::channel();
-        self.commands.send(command(answer)).ok()?;
-        self.closer.wake();
-        if self.is_on_its_thread() { None } else { answered.recv().ok() }
-    }
-
-    fn join(&mut self) -> Vec<Listener> {
-        match self.thread.take() {
-            Some(thread) if thread.thread().id() != thread::current().id() => thread.join().unwrap_or_default(),
-            _ => Vec::new(),
-        }
-    }
-}
-
-impl<T> Door<T> {
-    fn is_on_its_thread(&self) -> bool {
-        self.thread.as_ref().is_some_and(|thread| thread.thread().id() == thread::current().id())
-    }
-}
-
-impl<T> Drop for Door<T> {
-    /// As [`Door::shut`]. Dropped on the gate's own thread, it does not wait for it.
-    fn drop(&mut self) {
-        let _ = self.commands.send(Command::Shut);
-        self.closer.wake();
-        if !self.is_on_its_thread() {
-            if let Some(thread) = self.thread.take() {
-                let _ = thread.join();
-            }
-        }
+        self.0.shut()
     }
 }
 
@@ -177,49 +103,23 @@ impl<T> fmt::Debug for Door<T> {
     }
 }
 
-struct Thread<T, F> {
+/// What the gate's thread drives.
+struct Serving<T> {
     gate: Gate<T>,
-    commands: mpsc::Receiver<Command<T>>,
-    serve: F,
-    heartbeat: Arc<Heartbeat>,
+    serve: Box<dyn FnMut(Admission<T>) + Send>,
     admitted: Vec<Admission<T>>,
 }
 
-impl<T: Terms, F: FnMut(Admission<T>)> Thread<T, F> {
-    fn run(&mut self) {
-        loop {
-            self.heartbeat.answer();
-            self.gate.turn(None, &mut self.admitted);
-            self.deliver();
-            while let Ok(command) = self.commands.try_recv() {
-                if self.is_last(command) {
-                    return;
-                }
-            }
-        }
+impl<T: Terms> Driver for Serving<T> {
+    type Terms = T;
+
+    fn gate(&mut self) -> &mut Gate<T> {
+        &mut self.gate
     }
 
-    /// Obeys a command. True where it ends the thread.
-    fn is_last(&mut self, command: Command<T>) -> bool {
-        match command {
-            Command::Configure(change, answer) => {
-                let _ = answer.send(change(&mut self.gate));
-            }
-            Command::StopAccepting(answer) => {
-                self.stop_accepting();
-                let _ = answer.send(());
-            }
-            Command::ShutIfQuiet(answer) => {
-                let is_quiet = self.gate.is_quiet();
-                // A caller that did not wait for the answer wants nothing any more.
-                return answer.send(is_quiet).is_ok() && is_quiet;
-            }
-            Command::Shut => {
-                self.stop_accepting();
-                return true;
-            }
-        }
-        false
+    fn turn(&mut self) {
+        self.gate.turn(None, &mut self.admitted);
+        self.deliver();
     }
 
     fn stop_accepting(&mut self) {
@@ -230,6 +130,12 @@ impl<T: Terms, F: FnMut(Admission<T>)> Thread<T, F> {
         self.deliver();
     }
 
+    fn into_gate(self) -> Gate<T> {
+        self.gate
+    }
+}
+
+impl<T: Terms> Serving<T> {
     fn deliver(&mut self) {
         for admission in self.admitted.drain(..) {
             // A panic must not end the gate: clients that connect later would wait in the listener's queue for ever.
@@ -246,6 +152,8 @@ mod tests {
     use std::io::{Read, Write};
     use std::os::fd::OwnedFd;
     use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+    use std::thread;
 
     use super::*;
     use crate::audit::{Audit, Event, Next};
@@ -469,20 +377,23 @@ mod tests {
     #[test]
     fn a_connection_that_waits_in_our_own_listener_is_served_before_the_door_is_shut() {
         let (served, is_served) = mpsc::channel();
-        let (go_on, may_go_on) = mpsc::channel::<()>();
-        let mut door = Door::open(setup("rest"), move |admission| {
-            served.send(admission.connection).unwrap();
-            let _ = may_go_on.recv();
+        let (give, given) = mpsc::channel::<Door<()>>();
+        let (give_back, given_back) = mpsc::channel();
+        let door = Door::open(setup("rest"), move |admission| {
+            let _ = served.send(admission.connection);
+            // Asked for before the gate's thread looks for the next connection.
+            if let Ok(door) = given.recv() {
+                door.stop_accepting();
+                let _ = give_back.send(door);
+            }
         })
         .unwrap();
-        let mut clients = Vec::new();
-        clients.push(UnixStream::connect(path_of("rest")).unwrap());
+        let _first = UnixStream::connect(path_of("rest")).unwrap();
         assert_eq!(is_served.recv(), Ok(1));
-        clients.extend((0..5).map(|_| UnixStream::connect(path_of("rest")).unwrap()));
-        // Before the gate's thread looks for the next connection.
-        door.commands.send(Command::Shut).unwrap();
-        drop(go_on);
-        assert_eq!(door.shut().len(), 1);
+        let _others = [(); 5].map(|()| UnixStream::connect(path_of("rest")).unwrap());
+        give.send(door).unwrap();
+        drop(give);
+        assert_eq!(given_back.recv().unwrap().shut().len(), 1);
         assert_eq!(is_served.iter().collect::<Vec<_>>(), [2, 3, 4, 5, 6]);
     }
 }
