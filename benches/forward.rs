@@ -131,12 +131,14 @@ impl Passes for Splicing {
     }
 }
 
+/// A connection through the bare forwarder: each end, and what is held for it.
+struct Pair {
+    ends: [UnixStream; 2],
+    held: [Vec<u8>; 2],
+}
+
 /// What forwarding costs at least: no policy, no limits, no record.
 fn bare(at: &Path, to: &Path, passes: &mut impl Passes) -> Outcome<()> {
-    struct Pair {
-        ends: [UnixStream; 2],
-        held: [Vec<u8>; 2],
-    }
     let listener = bind(at)?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;

@@ -3,6 +3,7 @@
 //!
 //! `process` starts and meters servers, `servers` knows which there are, `client` speaks the wire, `workloads` says
 //! what is asked, `report` makes the table.
+mod attacks;
 mod client;
 mod process;
 mod report;
@@ -72,16 +73,14 @@ fn main() -> ExitCode {
     let role = own.first().map_or("", String::as_str);
     let end = match role {
         process::LAUNCH => process::launcher(&own[1..]).map(|never| match never {}),
-        workloads::DENIED_CLIENT | workloads::ATTACKER | workloads::STREAMER => {
-            workloads::denied_client(role, &own[1..])
-        }
+        attacks::DENIED_CLIENT | attacks::ATTACKER | attacks::STREAMER => attacks::denied_client(role, &own[1..]),
         _ => bench(&Args::parse()),
     };
     match end {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             match role {
-                process::LAUNCH | workloads::DENIED_CLIENT | workloads::ATTACKER | workloads::STREAMER => {
+                process::LAUNCH | attacks::DENIED_CLIENT | attacks::ATTACKER | attacks::STREAMER => {
                     eprintln!("{NAME}, {role}: {error}")
                 }
                 _ => eprintln!("{NAME}: {error}"),
@@ -176,23 +175,7 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
         }
     }
     if args.quick {
-        let (mut lied, mut not_lied) = (Vec::new(), Vec::new());
-        for workload in &workloads {
-            let noticed = notices_lies(&bench, workload, &specs)?;
-            if noticed { &mut lied } else { &mut not_lied }.push(workload.name);
-        }
-        let runs: Vec<_> =
-            workloads.iter().map(|w| specs.iter().filter(|s| w.skips(&bench, s).is_none()).count()).collect();
-        let (ran, runs) = (runs.iter().filter(|&&n| n > 0).count(), runs.iter().sum::<usize>());
-        missing.iter().for_each(|m| println!("missing: {m}"));
-        println!("quick: {runs} runs of {ran} workloads, every byte as due");
-        if !lied.is_empty() {
-            println!("quick: every wrong answer of the floor was noticed, in {}", lied.join(", "));
-        }
-        if !not_lied.is_empty() {
-            println!("quick: no wrong answer was given in {}", not_lied.join(", "));
-        }
-        return Ok(());
+        return show_quick(&bench, &workloads, &specs, &missing);
     }
     let mut text = heading(&bench, rounds)?;
     text.push_str(&results.table(&workloads, &specs, |w, s| w.skips(&bench, s)));
@@ -204,6 +187,26 @@ fn bench_in(args: &Args, work: PathBuf) -> Result<()> {
     }
     println!("{text}");
     args.write.as_deref().map_or(Ok(()), |file| put(file, &text))
+}
+
+/// What `--quick` has shown.
+fn show_quick(bench: &Bench, workloads: &[&Workload], specs: &[servers::Spec], missing: &[String]) -> Result<()> {
+    let (mut lied, mut not_lied) = (Vec::new(), Vec::new());
+    for workload in workloads {
+        let noticed = notices_lies(bench, workload, specs)?;
+        if noticed { &mut lied } else { &mut not_lied }.push(workload.name);
+    }
+    let runs: Vec<_> = workloads.iter().map(|w| specs.iter().filter(|s| w.skips(bench, s).is_none()).count()).collect();
+    let (ran, runs) = (runs.iter().filter(|&&n| n > 0).count(), runs.iter().sum::<usize>());
+    missing.iter().for_each(|m| println!("missing: {m}"));
+    println!("quick: {runs} runs of {ran} workloads, every byte as due");
+    if !lied.is_empty() {
+        println!("quick: every wrong answer of the floor was noticed, in {}", lied.join(", "));
+    }
+    if !not_lied.is_empty() {
+        println!("quick: no wrong answer was given in {}", not_lied.join(", "));
+    }
+    Ok(())
 }
 
 /// A server that spoils an answer now and then must fail the run: without that no figure could be trusted. False where

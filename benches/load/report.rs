@@ -187,6 +187,18 @@ impl Results {
         aim("peak RSS KiB, ping-free", self.median("ping-free", echod, Figure::Peak), 4096.0);
         aim("peak RSS KiB, idle with 10,000", self.median("idle", echod, Figure::Peak), 4096.0);
         aim("exec to READY=1, ms", self.median("cold", echod, Figure::Ready), 3.0);
+        self.reach_under_attack(echod, &mut aim);
+        for many in ["flat-1000", "flat-10000"] {
+            let flat = self.ratio((many, echod), ("flat-64", echod), Figure::Cpu);
+            aim(&format!("CPU per line, {many}, / flat-64"), flat, 1.15);
+        }
+        if out.is_empty() {
+            return out;
+        }
+        format!("| {echod} | measured | at most | |\n| --- | ---: | ---: | --- |\n{out}")
+    }
+
+    fn reach_under_attack(&self, echod: &str, aim: &mut impl FnMut(&str, Option<f64>, f64)) {
         let flood = ("flood", echod);
         aim("flood: p99 / quiet p99", self.quotient((flood, Figure::P99), (flood, Figure::QuietP99)), 2.0);
         let unfair = ("unfair-connect", echod);
@@ -202,14 +214,6 @@ impl Results {
         let lines = ("unfair-lines", echod);
         aim("unfair-lines: p50 / quiet p50", self.quotient((lines, Figure::P50), (lines, Figure::QuietP50)), 5.0);
         aim("unfair-connect: EAGAIN, per cent", self.median("unfair-connect", echod, Figure::TurnedDown), 0.1);
-        for many in ["flat-1000", "flat-10000"] {
-            let flat = self.ratio((many, echod), ("flat-64", echod), Figure::Cpu);
-            aim(&format!("CPU per line, {many}, / flat-64"), flat, 1.15);
-        }
-        if out.is_empty() {
-            return out;
-        }
-        format!("| {echod} | measured | at most | |\n| --- | ---: | ---: | --- |\n{out}")
     }
 }
 

@@ -105,6 +105,12 @@ pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
         }),
         None => missing.push("Go (package golang-go)".into()),
     }
+    add_forking(place, &mut specs, &mut missing)?;
+    Ok((specs, missing))
+}
+
+/// The servers that start a process for each connection.
+fn add_forking(place: &Place, specs: &mut Vec<Spec>, missing: &mut Vec<String>) -> Result<()> {
     let echo = text(&place.inetd_echo);
     let forking = |name: &str, what, command: &[&str], denies| Spec {
         name: name.into(),
@@ -151,7 +157,7 @@ pub fn found(place: &Place) -> Result<(Vec<Spec>, Vec<String>)> {
     } else {
         missing.push("systemd-socket-activate (package systemd)".into());
     }
-    Ok((specs, missing))
+    Ok(())
 }
 
 fn floor(place: &Place, name: &str, what: &'static str, args: &[&str]) -> Spec {
