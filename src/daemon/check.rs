@@ -7,7 +7,7 @@ use peergate::policy::Rule;
 use crate::cli::{Choice, Options as _};
 use crate::config::Config;
 use crate::config::values::show_span;
-use crate::protocol::{Protocol, RuleKeys as _, Settings as _};
+use crate::protocol::{Protocol, RuleKeys, Settings as _};
 use crate::terms::Terms;
 use crate::{memory, output, reservations};
 
@@ -91,7 +91,7 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
 }
 
 /// One rule's line of the table.
-fn row<P: Protocol>(rule: &Rule<Terms<P>>, me: peergate::ids::Uid) -> [String; 5] {
+fn row<K: RuleKeys>(rule: &Rule<Terms<K>>, me: peergate::ids::Uid) -> [String; 5] {
     let or_dash = |text: String| if text.is_empty() { "-".to_owned() } else { text };
     // The column of units needs no word for them.
     let shown = |(key, values): (&str, Vec<String>)| match (key, list(values.into_iter())) {
@@ -122,7 +122,7 @@ fn list(values: impl ExactSizeIterator<Item = String>) -> String {
 }
 
 /// A rule's own limits, as the file has them.
-fn terms<P: Protocol>(terms: &Terms<P>) -> String {
+fn terms<K: RuleKeys>(terms: &Terms<K>) -> String {
     let idle = |span: Option<_>| span.map_or("off".to_owned(), show_span);
     let connections = terms.connections_per_user.map(|number| format!("connections-per-user {number}"));
     let timeout = terms.idle_timeout.map(|span| format!("idle-timeout {}", idle(span)));
@@ -156,7 +156,7 @@ mod tests {
     use crate::testing::{LineTerms, Lines};
 
     type Config = super::Config<Lines>;
-    type Terms = super::Terms<Lines>;
+    type Terms = super::Terms<LineTerms>;
 
     #[test]
     fn the_summary_shows_every_rule_and_every_setting() {

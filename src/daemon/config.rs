@@ -28,7 +28,7 @@ pub use self::sections::{Audit, Limits, RecordScope, Service, Verify};
 #[derive(Debug)]
 pub struct Config<P: Protocol> {
     /// Which peers are admitted, and on which terms.
-    pub policy: Arc<Policy<Terms<P>>>,
+    pub policy: Arc<Policy<Terms<P::Terms>>>,
     /// The table `[limits]`.
     pub limits: Limits,
     /// The table `[audit]`.
@@ -107,21 +107,6 @@ impl fmt::Display for LoadError {
 
 impl std::error::Error for LoadError {}
 
-impl<P: Protocol> Clone for Config<P> {
-    fn clone(&self) -> Self {
-        Self {
-            policy: Arc::clone(&self.policy),
-            limits: self.limits.clone(),
-            audit: self.audit.clone(),
-            service: self.service.clone(),
-            settings: self.settings.clone(),
-            source: self.source.clone(),
-            warnings: self.warnings.clone(),
-            unanswered: self.unanswered.clone(),
-        }
-    }
-}
-
 impl<P: Protocol> Config<P> {
     /// The file to read: the one that the command line names, else `NAME.toml` in systemd's
     /// `$CONFIGURATION_DIRECTORY`, else the system's (for root) or the user's own.
@@ -132,8 +117,8 @@ impl<P: Protocol> Config<P> {
         }
         match choice.own.file(P::NAME) {
             FileName::None => Location::Nowhere,
-            FileName::Optional(file) => locate(P::NAME, &file, me(), &variable),
-            FileName::Required(file) => match locate(P::NAME, &file, me(), &variable) {
+            FileName::Optional(file) => locate(P::NAME, &file, Uid::effective(), &variable),
+            FileName::Required(file) => match locate(P::NAME, &file, Uid::effective(), &variable) {
                 Location::Default(path) => Location::Named(path),
                 other => other,
             },
@@ -145,7 +130,7 @@ impl<P: Protocol> Config<P> {
     /// # Errors
     /// See [`LoadError`].
     pub fn load(choice: &Choice<P::Options>) -> Result<Self, LoadError> {
-        let mut config = load::<P>(Self::locate(choice), me(), &SystemNames)?;
+        let mut config = load::<P>(Self::locate(choice), Uid::effective(), &SystemNames)?;
         P::set_options(&mut config.settings, &choice.own);
         match config.as_faults(P::faults(&config)) {
             Some(faults) => Err(LoadError::Refused(faults)),
@@ -187,16 +172,11 @@ impl<P: Protocol> Config<P> {
     /// Everything that is wrong with the file.
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
         let Loaded { policy, application, warnings, unanswered, .. } =
-            policy_file::parse::<Terms<P>, Sections<P>>(source, me, names)?;
+            policy_file::parse::<Terms<P::Terms>, Sections<P::Settings>>(source, me, names)?;
         let Sections { limits, audit, service, settings } = application;
         let source = Some(source.path().to_path_buf());
         Ok(Self { policy: Arc::new(policy), limits, audit, service, settings, source, warnings, unanswered })
     }
-}
-
-/// The user that "self" stands for: the effective one of this process.
-fn me() -> Uid {
-    Uid::new(nix::unistd::geteuid().as_raw())
 }
 
 fn locate(program: &str, file: &str, me: Uid, variable: &dyn Fn(&str) -> Option<OsString>) -> Location {

@@ -25,20 +25,13 @@ use crate::terms::Terms;
 /// The settings of all connections of a worker, replaced as a whole at a reload.
 pub struct WorkerConfig<P: Protocol> {
     /// Judges them anew at a reload.
-    pub policy: Arc<Policy<Terms<P>>>,
+    pub policy: Arc<Policy<Terms<P::Terms>>>,
     /// How long a connection may be silent, unless its rule says otherwise; `None`: without end.
     pub idle_timeout: Option<Duration>,
     /// Whether every piece of data must come from the user that was judged.
     pub verify: bool,
     /// The protocol's own.
     pub settings: P::Settings,
-}
-
-impl<P: Protocol> Clone for WorkerConfig<P> {
-    fn clone(&self) -> Self {
-        let Self { policy, idle_timeout, verify, settings } = self;
-        Self { policy: Arc::clone(policy), idle_timeout: *idle_timeout, verify: *verify, settings: settings.clone() }
-    }
 }
 
 impl<P: Protocol> WorkerConfig<P> {
@@ -132,7 +125,7 @@ pub struct Connection<P: Protocol> {
     /// As the gate judged it.
     pub peer: Peer,
     /// The rule that admits it.
-    pub rule: Arc<Rule<Terms<P>>>,
+    pub rule: Arc<Rule<Terms<P::Terms>>>,
     /// How far it has come.
     pub progress: Progress,
     /// The protocol's own state.
@@ -147,7 +140,7 @@ pub struct Connection<P: Protocol> {
 
 impl<P: Protocol> Connection<P> {
     /// A connection that the gate has just admitted.
-    pub fn admitted(admission: Admission<Terms<P>>) -> Self {
+    pub fn admitted(admission: Admission<Terms<P::Terms>>) -> Self {
         let progress = Progress {
             pass_credentials: admission.pass_credentials,
             unattested: u32::try_from(admission.unattested).unwrap_or(u32::MAX),
@@ -167,7 +160,7 @@ impl<P: Protocol> Connection<P> {
     }
 
     /// A connection of an earlier process, admitted again. Whether it takes descriptors.
-    pub fn resumed(carried: Carried<P>, rule: Arc<Rule<Terms<P>>>, permit: Permit, takes: bool) -> Self {
+    pub fn resumed(carried: Carried<P>, rule: Arc<Rule<Terms<P::Terms>>>, permit: Permit, takes: bool) -> Self {
         let Carried { socket, peer, progress, protocol, passing, fate: _ } = carried;
         let socket = match passing {
             _ if takes => Stream::taking_descriptors(socket, progress.pass_credentials),

@@ -61,7 +61,7 @@ impl<P: Protocol> FirstTurn<P> {
     }
 
     /// Gives a connection its first turn. It will be the worker's with the fewest.
-    pub fn admit(&mut self, admission: Admission<Terms<P>>) {
+    pub fn admit(&mut self, admission: Admission<Terms<P::Terms>>) {
         let Some(mailbox) = self.mailboxes.iter().min_by_key(|one| one.connections.load(Ordering::Relaxed)) else {
             return;
         };
@@ -177,7 +177,7 @@ impl<P: Protocol> Parked<P> {
 mod tests {
     use super::*;
     use crate::mailbox::{MOST_UNREAD, TOKEN_WAKE};
-    use crate::testing::{LineSettings, Lines, admission, config, context, owner};
+    use crate::testing::{LineSettings, LineTerms, Lines, admission, config, context, owner};
 
     use std::io::{ErrorKind, Read, Write};
     use std::os::unix::net::UnixStream;
@@ -195,10 +195,10 @@ mod tests {
     struct Scene {
         first_turn: FirstTurn<Lines>,
         mailbox: Arc<Mailbox<Lines>>,
-        policy: Arc<Policy<Terms<Lines>>>,
+        policy: Arc<Policy<Terms<LineTerms>>>,
         permits: Permits,
         came: u64,
-        _gate: Gate<Terms<Lines>>,
+        _gate: Gate<Terms<LineTerms>>,
     }
 
     impl Scene {

@@ -15,20 +15,20 @@ pub type GateThread<P> = peergate::gate::GateThread<FirstTurns<P>>;
 
 /// The gate with what comes after it.
 pub struct FirstTurns<P: Protocol> {
-    gate: Gate<Terms<P>>,
+    gate: Gate<Terms<P::Terms>>,
     first_turn: FirstTurn<P>,
-    admitted: Vec<Admission<Terms<P>>>,
+    admitted: Vec<Admission<Terms<P::Terms>>>,
     /// Hears of each connection that is judged.
     wakeup: Arc<Wakeup>,
 }
 
 impl<P: Protocol> FirstTurns<P> {
-    pub fn new(gate: Gate<Terms<P>>, first_turn: FirstTurn<P>, wakeup: Arc<Wakeup>) -> Self {
+    pub fn new(gate: Gate<Terms<P::Terms>>, first_turn: FirstTurn<P>, wakeup: Arc<Wakeup>) -> Self {
         Self { gate, first_turn, admitted: Vec::new(), wakeup }
     }
 
     /// Puts a configuration in force. When it returns, every connection that an earlier one admitted is in a worker's mailbox.
-    pub fn configure(&mut self, config: GateConfig<Terms<P>>, settings: P::Settings) {
+    pub fn configure(&mut self, config: GateConfig<Terms<P::Terms>>, settings: P::Settings) {
         self.first_turn.give_all();
         self.first_turn.settings = settings;
         self.gate.set_config(config);
@@ -40,9 +40,9 @@ impl<P: Protocol> FirstTurns<P> {
 }
 
 impl<P: Protocol> Driver for FirstTurns<P> {
-    type Terms = Terms<P>;
+    type Terms = Terms<P::Terms>;
 
-    fn gate(&mut self) -> &mut Gate<Terms<P>> {
+    fn gate(&mut self) -> &mut Gate<Terms<P::Terms>> {
         &mut self.gate
     }
 
@@ -64,7 +64,7 @@ impl<P: Protocol> Driver for FirstTurns<P> {
         self.first_turn.give_all_and_end();
     }
 
-    fn into_gate(self) -> Gate<Terms<P>> {
+    fn into_gate(self) -> Gate<Terms<P::Terms>> {
         self.gate
     }
 }

@@ -246,7 +246,7 @@ mod tests {
         let (admission, theirs) = admission(&owner(), 7);
         let units = Units::from_path("/system.slice/a.service");
         admission.peer.remember(Remembered::new(units.as_ref(), Login::User(Uid::new(1001))));
-        let mut connection = Connection::admitted(admission);
+        let mut connection: Connection<Lines> = Connection::admitted(admission);
         connection.protocol.held = held.to_vec();
         connection.protocol.bytes = 99;
         connection.progress.pass_credentials = true;

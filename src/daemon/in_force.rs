@@ -15,7 +15,7 @@ use crate::protocol::Protocol;
 use crate::terms::Terms;
 
 /// What the gate goes by.
-pub fn gate_config<P: Protocol>(config: &Config<P>) -> GateConfig<Terms<P>> {
+pub fn gate_config<P: Protocol>(config: &Config<P>) -> GateConfig<Terms<P::Terms>> {
     let mut gate = GateConfig::new(Arc::clone(&config.policy));
     let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     gate.limits = Limits::new(config.limits.connections, number(config.limits.connections_per_user));

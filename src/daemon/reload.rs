@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, poll};
 use peergate::audit::{Event, Record, Severity};
+use peergate::policy::Policy;
 use peergate::poll_timeout;
 use peergate::systemd::{Request, Watchdog};
 
@@ -16,6 +17,10 @@ use crate::loading::Loading;
 use crate::names::Found;
 use crate::protocol::Protocol;
 use crate::service::Service;
+use crate::terms::Terms;
+
+/// The policy of such a daemon.
+type Rules<P> = Policy<Terms<<P as Protocol>::Terms>>;
 
 impl<P: Protocol> Service<P> {
     /// All or nothing: either the whole file is in force when this returns, or nothing has changed.
@@ -83,20 +88,11 @@ impl<P: Protocol> Service<P> {
     }
 
     fn put_in_force(&mut self, config: Config<P>) {
-        self.audit.set(audit_settings(&config));
-        // First the gate, so that no further connection is admitted by the old policy; then the live connections.
-        let (of_gate, settings) = (gate_config(&config), config.settings.clone());
-        self.gate.ask(move |gate| gate.configure(of_gate, settings));
-        let (done, finished) = mpsc::channel();
-        for worker in &self.workers {
-            worker.configure(worker_config(&config), done.clone());
-        }
-        drop(done);
-        // One word from each; then the channel is closed.
-        while finished.recv().is_ok() {}
+        let before = std::mem::replace(&mut self.config, config);
+        self.apply();
         for (what, old, new) in [
-            ("workers", format!("{:?}", self.config.service.workers), format!("{:?}", config.service.workers)),
-            ("busy-poll", format!("{:?}", self.config.service.busy_poll), format!("{:?}", config.service.busy_poll)),
+            ("workers", format!("{:?}", before.service.workers), format!("{:?}", self.config.service.workers)),
+            ("busy-poll", format!("{:?}", before.service.busy_poll), format!("{:?}", self.config.service.busy_poll)),
         ] {
             if old != new {
                 self.note(
@@ -105,8 +101,23 @@ impl<P: Protocol> Service<P> {
                 );
             }
         }
+    }
+
+    /// Puts the main thread's configuration in force for all threads.
+    fn apply(&mut self) {
+        let config = &self.config;
+        self.audit.set(audit_settings(config));
+        // First the gate, so that no further connection is admitted by the old policy; then the live connections.
+        let (of_gate, settings) = (gate_config(config), config.settings.clone());
+        self.gate.ask(move |gate| gate.configure(of_gate, settings));
+        let (done, finished) = mpsc::channel();
+        for worker in &self.workers {
+            worker.configure(worker_config(config), done.clone());
+        }
+        drop(done);
+        // One word from each; then the channel is closed.
+        while finished.recv().is_ok() {}
         self.names.set_names(config.policy.unknown_names(), Instant::now());
-        self.config = config;
     }
 
     /// A name for which the user database gives no answer just now keeps the id that the policy in force has for it: to
@@ -121,7 +132,10 @@ impl<P: Protocol> Service<P> {
             return config;
         }
         self.note(Severity::Warning, format!("the user database did not answer; as before: {}", listed(&kept)));
-        self.with_ids(&config, &kept).unwrap_or(config)
+        match self.with_ids(&config.policy, &kept) {
+            Some(policy) => Config { policy, ..config },
+            None => config,
+        }
     }
 
     /// Puts names into force that have been found since the configuration was read, as a reload would.
@@ -130,15 +144,16 @@ impl<P: Protocol> Service<P> {
         if found.is_empty() {
             return;
         }
-        let Some(config) = self.with_ids(&self.config, &found) else { return };
-        self.put_in_force(config);
+        let Some(policy) = self.with_ids(&self.config.policy, &found) else { return };
+        self.config.policy = policy;
+        self.apply();
         let text = format!("Names found and in force: {}; configuration: {}", listed(&found), describe(&self.config));
         self.audit.write(Record::note(Event::ConfigLoaded, text));
     }
 
-    fn with_ids(&self, config: &Config<P>, ids: &Found) -> Option<Config<P>> {
-        match config.policy.with_ids(ids) {
-            Ok(policy) => Some(Config { policy: Arc::new(policy), ..config.clone() }),
+    fn with_ids(&self, policy: &Rules<P>, ids: &Found) -> Option<Arc<Rules<P>>> {
+        match policy.with_ids(ids) {
+            Ok(policy) => Some(Arc::new(policy)),
             Err(error) => {
                 self.note(Severity::Error, format!("names that were found cannot be used: {error}"));
                 None

@@ -142,16 +142,16 @@ impl RuleKeys for LineTerms {
 }
 
 /// A policy that admits this user alone.
-pub fn owner() -> Arc<Policy<Terms<Lines>>> {
+pub fn owner() -> Arc<Policy<Terms<LineTerms>>> {
     Arc::new(Policy::owner_only(Uid::effective()))
 }
 
-pub fn config(policy: &Arc<Policy<Terms<Lines>>>) -> WorkerConfig<Lines> {
+pub fn config(policy: &Arc<Policy<Terms<LineTerms>>>) -> WorkerConfig<Lines> {
     WorkerConfig { policy: Arc::clone(policy), idle_timeout: None, verify: false, settings: LineSettings::default() }
 }
 
 /// What a worker needs, and a gate without listeners.
-pub fn context(policy: &Arc<Policy<Terms<Lines>>>) -> (Context, Gate<Terms<Lines>>) {
+pub fn context(policy: &Arc<Policy<Terms<LineTerms>>>) -> (Context, Gate<Terms<LineTerms>>) {
     let audit = Audit::new(AuditSettings::default());
     let gate = Gate::new(Setup::without_listeners(Arc::clone(policy), audit.clone())).unwrap();
     let wakeup = Arc::new(Wakeup::new().unwrap());
@@ -159,7 +159,7 @@ pub fn context(policy: &Arc<Policy<Terms<Lines>>>) -> (Context, Gate<Terms<Lines
 }
 
 /// A connection as the gate admits it, and its other end.
-pub fn admission(policy: &Policy<Terms<Lines>>, connection: u64) -> (Admission<Terms<Lines>>, UnixStream) {
+pub fn admission(policy: &Policy<Terms<LineTerms>>, connection: u64) -> (Admission<Terms<LineTerms>>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     let socket = Stream::accepted(ours);

@@ -607,11 +607,11 @@ mod tests {
     use crate::counting::allocations_of;
     use crate::first_turn::FirstTurn;
     use crate::terms::Terms;
-    use crate::testing::{LineSettings, Lines, admission, config, context, owner};
+    use crate::testing::{LineSettings, LineTerms, Lines, admission, config, context, owner};
     use crate::timeouts::LEFT_OVER;
 
     /// A worker with one connection, and the other end of that.
-    fn serve_one(number: usize, take_in: fn(OwnedFd) -> Stream) -> (Worker<Lines>, UnixStream, Gate<Terms<Lines>>) {
+    fn serve_one(number: usize, take_in: fn(OwnedFd) -> Stream) -> (Worker<Lines>, UnixStream, Gate<Terms<LineTerms>>) {
         let policy = owner();
         let (context, gate) = context(&policy);
         let worker = Worker::start(number, config(&policy), context.clone()).unwrap();
@@ -654,14 +654,15 @@ mod tests {
         for (before, is_noted) in [(Some(hour), true), (None, false), (Some(Duration::MAX), false)] {
             let policy = owner();
             let (context, _gate) = context(&policy);
-            let config = WorkerConfig { idle_timeout: before, ..config(&policy) };
-            let mut serving = WorkerLoop::new(Arc::new(Mailbox::new(&config).unwrap()), config.clone(), context);
+            let config = |idle_timeout| WorkerConfig { idle_timeout, ..config(&policy) };
+            let mailbox = Arc::new(Mailbox::new(&config(before)).unwrap());
+            let mut serving = WorkerLoop::new(mailbox, config(before), context);
             let slot = serving.mailbox.take_slot();
             let (admission, _client) = admission(&policy, 1);
             let mut connection = Connection::admitted(admission);
             connection.progress.active = Moment::now().checked_sub(hour / 2).unwrap();
             serving.put(slot, Box::new(connection));
-            serving.configure(WorkerConfig { idle_timeout: Some(hour / 4), ..config });
+            serving.configure(config(Some(hour / 4)));
             serving.expire();
             assert_eq!(serving.present, usize::from(!is_noted), "{before:?}");
         }

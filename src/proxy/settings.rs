@@ -156,7 +156,7 @@ impl protocol::RuleKeys for Terms {
 /// What is wrong with a configuration as a whole.
 pub fn faults(config: &Config<Forward>) -> Vec<String> {
     let lacks_target =
-        |rule: &&Arc<Rule<daemon::Terms<Forward>>>| rule.name().kind() == Kind::Allow && rule.terms().own.to.is_none();
+        |rule: &&Arc<Rule<daemon::Terms<Terms>>>| rule.name().kind() == Kind::Allow && rule.terms().own.to.is_none();
     let missing = config.policy.rules().find(lacks_target).filter(|_| config.settings.to.is_none()).map(|rule| {
         format!(
             "`to` is missing in [forward]; expected the socket of the service behind the gate, because {} names none \

@@ -7,7 +7,7 @@ use std::time::Duration;
 use peergate::policy_file::{FromTable, Table};
 
 use super::values;
-use crate::protocol::{Protocol, Settings as _};
+use crate::protocol::Settings;
 
 /// `[limits]`: what one connection, one user, and all of them may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,23 +108,17 @@ impl Verify {
 }
 
 /// The tables besides the policy.
-pub(super) struct Sections<P: Protocol> {
+#[derive(Default)]
+pub(super) struct Sections<S> {
     pub limits: Limits,
     pub audit: Audit,
     pub service: Service,
-    pub settings: P::Settings,
+    pub settings: S,
 }
 
-impl<P: Protocol> Default for Sections<P> {
-    fn default() -> Self {
-        let (limits, audit, service) = (Limits::default(), Audit::default(), Service::default());
-        Self { limits, audit, service, settings: P::Settings::default() }
-    }
-}
-
-impl<P: Protocol> FromTable for Sections<P> {
+impl<S: Settings> FromTable for Sections<S> {
     fn from_table(table: &mut Table<'_>) -> Self {
-        let LimitsSection::<P> { limits, mut settings } = table.take_table("limits");
+        let LimitsSection::<S> { limits, mut settings } = table.take_table("limits");
         let (audit, service) = (table.take_table("audit"), table.take_table("service"));
         settings.take_tables(table);
         Self { limits, audit, service, settings }
@@ -132,21 +126,16 @@ impl<P: Protocol> FromTable for Sections<P> {
 }
 
 /// `[limits]`, with the protocol's own keys in it.
-struct LimitsSection<P: Protocol> {
+#[derive(Default)]
+struct LimitsSection<S> {
     limits: Limits,
-    settings: P::Settings,
+    settings: S,
 }
 
-impl<P: Protocol> Default for LimitsSection<P> {
-    fn default() -> Self {
-        Self { limits: Limits::default(), settings: P::Settings::default() }
-    }
-}
-
-impl<P: Protocol> FromTable for LimitsSection<P> {
+impl<S: Settings> FromTable for LimitsSection<S> {
     fn from_table(table: &mut Table<'_>) -> Self {
         let default = Limits::default();
-        let mut settings = P::Settings::default();
+        let mut settings = S::default();
         let connections = table.take("connections", &values::CONNECTIONS).unwrap_or(default.connections);
         let per_user = table.take("connections-per-user", &values::CONNECTIONS);
         let waiting = table.take("waiting-per-user", &values::CONNECTIONS);

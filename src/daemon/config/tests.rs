@@ -13,7 +13,7 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 type Config = super::Config<Lines>;
-type Terms = super::Terms<Lines>;
+type Terms = super::Terms<LineTerms>;
 
 fn load(location: Location, me: Uid, names: &dyn Names) -> Result<Config, LoadError> {
     super::load(location, me, names)
@@ -186,10 +186,10 @@ impl Drop for Scratch {
 fn a_missing_default_file_gives_the_defaults_but_a_missing_named_one_is_an_error() {
     let scratch = Scratch::new();
     let path = scratch.0.join("none.toml");
-    let config = load(Location::Default(path.clone()), me(), &Alice).unwrap();
+    let config = load(Location::Default(path.clone()), Uid::effective(), &Alice).unwrap();
     assert_eq!(config.source, None);
     assert_eq!(config.policy.rules().map(|rule| rule.name().as_str()).collect::<Vec<_>>(), ["allow.owner"]);
-    let error = load(Location::Named(path.clone()), me(), &Alice).unwrap_err();
+    let error = load(Location::Named(path.clone()), Uid::effective(), &Alice).unwrap_err();
     assert_eq!(error.exit_code(), 66);
     assert_eq!(
         error.to_string(),
@@ -203,27 +203,27 @@ fn a_file_that_others_may_write_is_refused_wherever_it_is_named() {
     for mode in [0o664, 0o646, 0o666] {
         let path = scratch.file("[allow.owner]\nusers = ['self']\n", mode);
         for location in [Location::Named(path.clone()), Location::Default(path.clone())] {
-            let error = load(location, me(), &Alice).unwrap_err();
+            let error = load(location, Uid::effective(), &Alice).unwrap_err();
             assert_eq!(error.exit_code(), 78);
             assert!(error.to_string().contains(&format!("may write it (mode {mode:04o})")), "{error}");
         }
     }
     let path = scratch.file("[allow.owner]\nusers = ['self']\n", 0o600);
-    assert_eq!(load(Location::Default(path.clone()), me(), &Alice).unwrap().source, Some(path));
+    assert_eq!(load(Location::Default(path.clone()), Uid::effective(), &Alice).unwrap().source, Some(path));
 }
 
 #[test]
 fn a_file_of_somebody_else_is_refused() {
-    if me().raw() != 0 {
+    if Uid::effective().raw() != 0 {
         // Only root can give a file away; a file of root's own is fine for everyone.
-        let root = Source::read(Path::new("/etc/passwd"), me());
+        let root = Source::read(Path::new("/etc/passwd"), Uid::effective());
         assert!(root.is_ok(), "{root:?}");
         return;
     }
     let scratch = Scratch::new();
     let path = scratch.file("", 0o644);
     std::os::unix::fs::chown(&path, Some(12_345), None).unwrap();
-    let error = load(Location::Named(path.clone()), me(), &Alice).unwrap_err();
+    let error = load(Location::Named(path.clone()), Uid::effective(), &Alice).unwrap_err();
     assert_eq!(error.exit_code(), 78);
     assert!(error.to_string().contains("owned by uid 12345; expected root or the service's user"), "{error}");
     assert!(Source::read(&path, Uid::new(12_345)).is_ok());
@@ -232,20 +232,20 @@ fn a_file_of_somebody_else_is_refused() {
 #[test]
 fn what_is_no_file_of_text_is_refused() {
     let scratch = Scratch::new();
-    let error = load(Location::Default(scratch.0.clone()), me(), &Alice).unwrap_err();
+    let error = load(Location::Default(scratch.0.clone()), Uid::effective(), &Alice).unwrap_err();
     assert!(error.to_string().contains("not a regular file"), "{error}");
 
     let fifo = scratch.0.join("fifo");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRUSR).unwrap();
-    let error = load(Location::Default(fifo), me(), &Alice).unwrap_err();
+    let error = load(Location::Default(fifo), Uid::effective(), &Alice).unwrap_err();
     assert!(error.to_string().contains("not a regular file"), "{error}");
 
     let path = scratch.file(vec![b'#'; (1 << 20) + 1], 0o644);
-    let error = load(Location::Default(path.clone()), me(), &Alice).unwrap_err();
+    let error = load(Location::Default(path.clone()), Uid::effective(), &Alice).unwrap_err();
     assert!(error.to_string().contains("longer than 1048576 bytes"), "{error}");
 
     scratch.file(b"[allow.owner]\nusers = ['\xff']\n", 0o644);
-    let error = load(Location::Default(path), me(), &Alice).unwrap_err();
+    let error = load(Location::Default(path), Uid::effective(), &Alice).unwrap_err();
     assert!(error.to_string().contains(":2:11: the byte 0xff"), "{error}");
     assert_eq!(error.exit_code(), 78);
 }
@@ -256,10 +256,10 @@ fn an_unreadable_default_file_is_refused_and_never_replaced_by_the_defaults() {
     // A link to itself can be opened by nobody, root included.
     let path = scratch.0.join("echod.toml");
     std::os::unix::fs::symlink("echod.toml", &path).unwrap();
-    let error = load(Location::Default(path.clone()), me(), &Alice).unwrap_err();
+    let error = load(Location::Default(path.clone()), Uid::effective(), &Alice).unwrap_err();
     assert_eq!(error.exit_code(), 78);
     assert!(error.to_string().contains("cannot be read"), "{error}");
-    assert_eq!(load(Location::Named(path), me(), &Alice).unwrap_err().exit_code(), 66);
+    assert_eq!(load(Location::Named(path), Uid::effective(), &Alice).unwrap_err().exit_code(), 66);
 }
 
 #[test]
@@ -273,8 +273,12 @@ fn a_default_file_is_missing_only_where_nothing_has_its_name() {
     symlink("file/x", path("through")).unwrap();
     symlink(path("gone/echod.toml"), path("absolute")).unwrap();
     for absent in ["none.toml", "no/such/directory/echod.toml", "empty/echod.toml", "link/echod.toml"] {
-        assert_eq!(load(Location::Default(path(absent)), me(), &Alice).unwrap().source, None, "{absent}");
-        assert_eq!(load(Location::Named(path(absent)), me(), &Alice).unwrap_err().exit_code(), 66, "{absent}");
+        assert_eq!(load(Location::Default(path(absent)), Uid::effective(), &Alice).unwrap().source, None, "{absent}");
+        assert_eq!(
+            load(Location::Named(path(absent)), Uid::effective(), &Alice).unwrap_err().exit_code(),
+            66,
+            "{absent}"
+        );
     }
     for (present, why) in [
         ("dangling", "a symbolic link leads to"),
@@ -283,16 +287,20 @@ fn a_default_file_is_missing_only_where_nothing_has_its_name() {
         ("file/echod.toml", "file: Not a directory"),
         ("through", "file: Not a directory"),
     ] {
-        let error = load(Location::Default(path(present)), me(), &Alice).unwrap_err();
+        let error = load(Location::Default(path(present)), Uid::effective(), &Alice).unwrap_err();
         assert_eq!(error.exit_code(), 78, "{present}");
         assert!(error.to_string().contains("cannot be read") && error.to_string().contains(why), "{error}");
-        assert_eq!(load(Location::Named(path(present)), me(), &Alice).unwrap_err().exit_code(), 66, "{present}");
+        assert_eq!(
+            load(Location::Named(path(present)), Uid::effective(), &Alice).unwrap_err().exit_code(),
+            66,
+            "{present}"
+        );
     }
 }
 
 #[test]
 fn an_unknown_home_directory_is_no_reason_to_take_the_defaults() {
-    let error = load(Location::Unknown(Errno::EIO), me(), &Alice).unwrap_err();
+    let error = load(Location::Unknown(Errno::EIO), Uid::effective(), &Alice).unwrap_err();
     assert_eq!(error.exit_code(), 78);
     assert!(error.to_string().contains("expected an answer from the user database"), "{error}");
 }
@@ -307,6 +315,6 @@ fn a_link_to_the_file_is_followed() {
     symlink("real/../real", path("directory")).unwrap();
     symlink(path("directory/echod.toml"), path("file")).unwrap();
     for name in ["real/echod.toml", "directory/echod.toml", "file", "real/../file"] {
-        assert!(load(Location::Named(path(name)), me(), &Alice).is_ok(), "{name}");
+        assert!(load(Location::Named(path(name)), Uid::effective(), &Alice).is_ok(), "{name}");
     }
 }

@@ -1,6 +1,5 @@
 //! What a gate is made of, and what can be changed while it runs.
 
-use std::fmt;
 use std::io;
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use crate::systemd::activation::Listener;
 
 /// What is in force: replaced as a whole by [`Gate::set_config`](super::Gate::set_config), or only the policy by
 /// [`Gate::set_policy`](super::Gate::set_policy).
+#[derive(Debug)]
 #[non_exhaustive]
 pub struct GateConfig<T> {
     /// Which peers are admitted.
@@ -37,15 +37,6 @@ impl<T> GateConfig<T> {
             take_descriptors: false,
             replies: Replies::default(),
         }
-    }
-}
-
-impl<T: fmt::Debug> fmt::Debug for GateConfig<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { policy, limits, pass_credentials, take_descriptors, replies } = self;
-        let mut shown = f.debug_struct("GateConfig");
-        shown.field("policy", policy).field("limits", limits).field("pass_credentials", pass_credentials);
-        shown.field("take_descriptors", take_descriptors).field("replies", replies).finish()
     }
 }
 
