@@ -75,7 +75,7 @@ impl<P: Protocol> fmt::Display for Summary<'_, P> {
         }
         f.write_char('\n')?;
         writeln!(f, "[audit]")?;
-        writeln!(f, "record = \"{}\"", audit.record.as_str())?;
+        writeln!(f, "record = \"{}\"", audit.scope.as_str())?;
         writeln!(f, "burst = {}", audit.burst)?;
         writeln!(f, "interval = \"{}\"\n", show_span(audit.interval))?;
         writeln!(f, "[service]")?;

@@ -14,7 +14,7 @@ use peergate::ids::Uid;
 use peergate::peer::Peer;
 
 use crate::buffers::Buffers;
-use crate::connection::Connection;
+use crate::connection::{Connection, Progress};
 use crate::mailbox::Mailbox;
 use crate::protocol::{Counters, Protocol, Refusal, Turn};
 
@@ -186,8 +186,12 @@ fn end_second<P: Protocol>(connection: &Connection<P>, mailbox: &Mailbox<P>) {
 impl<'a> ClosingRecord<'a> {
     pub fn of<P: Protocol>(connection: &'a mut Connection<P>) -> Self {
         let Connection { socket, peer, progress, protocol, .. } = connection;
+        Self::new(socket, peer, progress, protocol)
+    }
+
+    pub fn new(socket: &'a impl AsFd, peer: &'a mut Peer, progress: &Progress, protocol: &impl Protocol) -> Self {
         Self {
-            socket: AsFd::as_fd(&*socket),
+            socket: socket.as_fd(),
             peer,
             number: progress.number,
             counters: protocol.counters(),

@@ -12,17 +12,18 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use peergate::audit;
 use peergate::ids::Uid;
 use peergate::policy::{Name, Policy};
 use peergate::policy_file::{self, Fault, Faults, Loaded, Names, ReadError, Source, SystemNames};
 
-use self::sections::Sections;
+use self::sections::{Audit, Sections};
 use crate::cli::{Choice, Options as _};
 use crate::exit_code;
 use crate::protocol::Protocol;
 use crate::terms::Terms;
 
-pub use self::sections::{Audit, Limits, RecordScope, Service, Verify};
+pub use self::sections::{Limits, Service, Verify};
 
 /// What is in force.
 #[derive(Debug)]
@@ -32,7 +33,7 @@ pub struct Config<P: Protocol> {
     /// The table `[limits]`.
     pub limits: Limits,
     /// The table `[audit]`.
-    pub audit: Audit,
+    pub audit: audit::Settings,
     /// The table `[service]`.
     pub service: Service,
     /// The protocol's own.
@@ -157,7 +158,7 @@ impl<P: Protocol> Config<P> {
         Self {
             policy: Arc::new(Policy::owner_only(me)),
             limits: Limits::default(),
-            audit: Audit::default(),
+            audit: audit::Settings::default(),
             service: Service::default(),
             settings: P::Settings::default(),
             source: None,
@@ -173,7 +174,7 @@ impl<P: Protocol> Config<P> {
     pub fn from_source(source: &Source, me: Uid, names: &dyn Names) -> Result<Self, Faults> {
         let Loaded { policy, application, warnings, unanswered, .. } =
             policy_file::parse::<Terms<P::Terms>, Sections<P::Settings>>(source, me, names)?;
-        let Sections { limits, audit, service, settings } = application;
+        let Sections { limits, audit: Audit(audit), service, settings } = application;
         let source = Some(source.path().to_path_buf());
         Ok(Self { policy: Arc::new(policy), limits, audit, service, settings, source, warnings, unanswered })
     }

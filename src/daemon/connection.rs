@@ -105,14 +105,7 @@ impl<P: Protocol> Carried<P> {
     /// For the record, where it ends now.
     pub fn closing_record(&mut self) -> ClosingRecord<'_> {
         let Self { socket, peer, progress, protocol, .. } = self;
-        ClosingRecord {
-            socket: AsFd::as_fd(&*socket),
-            peer,
-            number: progress.number,
-            counters: protocol.counters(),
-            upstream: protocol.upstream(),
-            age: progress.since.elapsed(),
-        }
+        ClosingRecord::new(socket, peer, progress, protocol)
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use peergate::audit::{self, Audit, Event, Record, Severity};
+use peergate::audit::{Audit, Event, Record, Severity};
 use peergate::gate::GateConfig;
 use peergate::permits::Limits;
 
@@ -34,15 +34,6 @@ pub fn worker_config<P: Protocol>(config: &Config<P>) -> WorkerConfig<P> {
         verify: config.service.verify == Verify::Line,
         settings: config.settings.clone(),
     }
-}
-
-/// What the record goes by.
-pub fn audit_settings<P: Protocol>(config: &Config<P>) -> audit::Settings {
-    let mut settings = audit::Settings::default();
-    settings.scope = config.audit.record;
-    settings.burst = config.audit.burst;
-    settings.interval = config.audit.interval;
-    settings
 }
 
 /// Records the warnings of a configuration, and that it is in force.

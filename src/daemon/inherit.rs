@@ -19,7 +19,7 @@ use crate::config::{Config, Verify};
 use crate::connection::{Carried, Connection, Fate};
 use crate::first_turn::FirstTurn;
 use crate::gate_thread::{FirstTurns, GateThread};
-use crate::in_force::{audit_settings, worker_config};
+use crate::in_force::worker_config;
 use crate::protocol::Protocol;
 use crate::service::Service;
 use crate::stop::{DRAIN, end_workers, finish};
@@ -123,7 +123,7 @@ pub fn leave_kept<P: Protocol>(is_any: bool, notifier: &Notifier) {
     if !is_any {
         return;
     }
-    let audit = Audit::new(audit_settings(&Config::<P>::without_file(Uid::effective())));
+    let audit = Audit::new(Config::<P>::without_file(Uid::effective()).audit);
     let Ok(journal) = Writer::start(&audit, P::NAME) else { return };
     audit.write(Record::note(Severity::Notice, "connections of an earlier process left to the next one"));
     finish(journal, notifier);
@@ -137,7 +137,7 @@ pub fn end_inherited<P: Protocol>(connections: Vec<Carried<P>>, notifier: &Notif
         return;
     }
     let config = Config::without_file(Uid::effective());
-    let audit = Audit::new(audit_settings(&config));
+    let audit = Audit::new(config.audit);
     let Ok(journal) = Writer::start(&audit, P::NAME) else { return };
     notifier.extend_timeout(DRAIN * 6);
     if let Err(error) = end_unjudged(connections, &config, &audit) {

@@ -12,7 +12,7 @@ use peergate::poll_timeout;
 use peergate::systemd::{Request, Watchdog};
 
 use crate::config::Config;
-use crate::in_force::{audit_settings, describe, gate_config, record_configuration, worker_config};
+use crate::in_force::{describe, gate_config, record_configuration, worker_config};
 use crate::loading::Loading;
 use crate::names::Found;
 use crate::protocol::Protocol;
@@ -106,7 +106,7 @@ impl<P: Protocol> Service<P> {
     /// Puts the main thread's configuration in force for all threads.
     fn apply(&mut self) {
         let config = &self.config;
-        self.audit.set(audit_settings(config));
+        self.audit.set(config.audit);
         // First the gate, so that no further connection is admitted by the old policy; then the live connections.
         let (of_gate, settings) = (gate_config(config), config.settings.clone());
         self.gate.ask(move |gate| gate.configure(of_gate, settings));

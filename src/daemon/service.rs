@@ -25,7 +25,7 @@ use crate::config::Config;
 use crate::first_turn::FirstTurn;
 use crate::gate_thread::{FirstTurns, GateThread};
 use crate::handover::{Inheritance, Unusable};
-use crate::in_force::{audit_settings, gate_config, record_configuration, record_descriptor_limit, worker_config};
+use crate::in_force::{gate_config, record_configuration, record_descriptor_limit, worker_config};
 use crate::inherit::Judgement;
 use crate::names::NameSearch;
 use crate::protocol::Protocol;
@@ -61,7 +61,7 @@ pub struct Start<P: Protocol> {
 /// # Errors
 /// What the system refused, as a sentence.
 pub fn run<P: Protocol>(start: Start<P>) -> Result<(), String> {
-    let audit = Audit::new(audit_settings(&start.config));
+    let audit = Audit::new(start.config.audit);
     let journal = Writer::start(&audit, P::NAME).map_err(|error| format!("starting the journal's thread: {error}"))?;
     record_descriptor_limit(&start.config, &audit);
     if let Some(partial) = unmapped_ids() {

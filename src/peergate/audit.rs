@@ -61,7 +61,7 @@ impl RecordScope {
 }
 
 /// The settings that an administrator makes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Settings {
     /// How much is written in full.

@@ -1,13 +1,13 @@
 //! The sections of a configuration that every daemon has.
 
-pub use peergate::audit::RecordScope;
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
+use peergate::audit::Settings;
 use peergate::policy_file::{FromTable, Table};
 
 use super::values;
-use crate::protocol::Settings;
+use crate::protocol;
 
 /// `[limits]`: what one connection, one user, and all of them may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,30 +29,16 @@ impl Default for Limits {
 }
 
 /// `[audit]`: what is recorded.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Audit {
-    /// Which events.
-    pub record: RecordScope,
-    /// Records in full for each user, reason and interval; the rest is counted.
-    pub burst: u32,
-    /// The interval of `burst`; above zero.
-    pub interval: Duration,
-}
-
-impl Default for Audit {
-    fn default() -> Self {
-        Self { record: RecordScope::Denials, burst: 10, interval: Duration::from_secs(10) }
-    }
-}
+#[derive(Default)]
+pub(super) struct Audit(pub Settings);
 
 impl FromTable for Audit {
     fn from_table(table: &mut Table<'_>) -> Self {
-        let default = Self::default();
-        Self {
-            record: table.take("record", &values::RECORD).unwrap_or(default.record),
-            burst: table.take("burst", &values::BURST).unwrap_or(default.burst),
-            interval: table.take("interval", &values::SPAN).unwrap_or(default.interval),
-        }
+        let mut settings = Settings::default();
+        settings.scope = table.take("record", &values::RECORD).unwrap_or(settings.scope);
+        settings.burst = table.take("burst", &values::BURST).unwrap_or(settings.burst);
+        settings.interval = table.take("interval", &values::SPAN).unwrap_or(settings.interval);
+        Self(settings)
     }
 }
 
@@ -116,7 +102,7 @@ pub(super) struct Sections<S> {
     pub settings: S,
 }
 
-impl<S: Settings> FromTable for Sections<S> {
+impl<S: protocol::Settings> FromTable for Sections<S> {
     fn from_table(table: &mut Table<'_>) -> Self {
         let LimitsSection::<S> { limits, mut settings } = table.take_table("limits");
         let (audit, service) = (table.take_table("audit"), table.take_table("service"));
@@ -132,7 +118,7 @@ struct LimitsSection<S> {
     settings: S,
 }
 
-impl<S: Settings> FromTable for LimitsSection<S> {
+impl<S: protocol::Settings> FromTable for LimitsSection<S> {
     fn from_table(table: &mut Table<'_>) -> Self {
         let default = Limits::default();
         let mut settings = S::default();

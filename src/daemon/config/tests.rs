@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 
+use peergate::audit::RecordScope;
 use peergate::ids::Gid;
 
 use super::*;
@@ -53,7 +54,7 @@ fn what_the_file_leaves_out_is_as_documented() {
     assert_eq!(config.limits.connections_per_user, 64);
     assert_eq!(config.settings.line_length, 65_536);
     assert_eq!(config.limits.idle_timeout, None);
-    assert_eq!((config.audit.record, config.audit.burst), (RecordScope::Denials, 10));
+    assert_eq!((config.audit.scope, config.audit.burst), (RecordScope::Denials, 10));
     assert_eq!(config.audit.interval, Duration::from_secs(10));
     assert_eq!((config.service.workers, config.service.verify), (None, Verify::Connection));
     assert_eq!(config.service.busy_poll, Some(Duration::from_micros(50)));
@@ -81,7 +82,8 @@ fn every_key_of_the_contract_is_read() {
     let limits = Limits { connections: 10, connections_per_user: 2, waiting_per_user: 3, idle_timeout };
     assert_eq!(config.limits, limits);
     assert_eq!(config.settings.line_length, 4096);
-    assert_eq!(config.audit, Audit { record: RecordScope::Lines, burst: 5, interval: Duration::from_secs(90) });
+    let audit = (config.audit.scope, config.audit.burst, config.audit.interval);
+    assert_eq!(audit, (RecordScope::Lines, 5, Duration::from_secs(90)));
     let idle_exit = Some(Duration::from_secs(60));
     let workers = NonZeroUsize::new(3);
     assert_eq!(config.service, Service { workers, busy_poll: None, verify: Verify::Line, idle_exit });

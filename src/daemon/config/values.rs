@@ -3,9 +3,10 @@
 use std::num::NonZeroUsize;
 use std::time::Duration;
 
+use peergate::audit::RecordScope;
 use peergate::policy_file::ValueKind;
 
-use super::sections::{RecordScope, Verify};
+use super::sections::Verify;
 
 /// As many connections as Linux lets a process have descriptors by default (fs.nr_open).
 const MOST_CONNECTIONS: u64 = 1 << 20;
