@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use common::behind::Pattern;
-use common::{Client, DENY_ALL, Echod, OWNER, PATIENCE, Start, change_left, show};
+use common::{Client, DENY_ALL, Echod, OWNER, PATIENCE, Start, change_left, eventually, show};
 
 const TRANSFERS: usize = 64;
 
@@ -189,8 +189,8 @@ fn a_restart_that_verifies_senders_ends_what_holds_bytes_without_a_message() {
     let (client, service) = pair(&proxy, &behind);
     service.send("half an ans");
     client.expect("half an ans");
-    // The service does not read: the proxy holds bytes whose sender cannot be told.
-    client.clog(b"unattested ");
+    // The service does not read: in the end the proxy holds bytes whose sender cannot be told.
+    eventually("held", || (0..5).all(|_| client.clog(b"unattested ").is_empty()).then_some(()));
     let text = format!("{OWNER}{MORE}[forward]\nto = \"{}\"\n", proxy.place.path("behind").display());
     proxy.place.file("echod.toml", &format!("{text}replies = \"text\"\n[service]\nverify = \"line\"\n"));
     let proxy = restart(proxy);
