@@ -13,7 +13,6 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::resource::{Resource, getrlimit};
 use peergate::fd_passing::Passing;
 use peergate::handover::{self, Fault, Found, Parcel};
@@ -137,7 +136,7 @@ fn room_for_connections() -> usize {
 impl<P: Protocol> Inheritance<P> {
     fn take(&mut self, socket: OwnedFd, further: Vec<OwnedFd>, bytes: &[u8]) {
         // Another process that held it may have changed that.
-        let _ = set_nonblocking(&socket);
+        let _ = handover::set_nonblocking(&socket);
         // Judging asks for the groups where the policy depends on them.
         let Ok(peer) = Peer::ids_of(&socket) else {
             self.unusable.get_or_insert(Unusable::Corrupt);
@@ -157,7 +156,7 @@ impl<P: Protocol> Inheritance<P> {
     }
 
     fn take_without_state(&mut self, socket: OwnedFd, fate: Fate) {
-        let _ = set_nonblocking(&socket);
+        let _ = handover::set_nonblocking(&socket);
         self.connections.extend(Carried::without_state(socket, UNKNOWN, fate));
     }
 
@@ -171,14 +170,6 @@ impl<P: Protocol> Inheritance<P> {
             self.next_connection = self.next_connection.saturating_add(1);
         }
     }
-}
-
-fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
-    if flags.contains(OFlag::O_NONBLOCK) {
-        return Ok(());
-    }
-    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
 /// Leaves `connections` to the next process, and returns how many of them, from the first on, and why not the rest.

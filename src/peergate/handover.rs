@@ -83,23 +83,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use nix::fcntl::SealFlag;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
-use crate::peer;
 use crate::systemd::Store;
 use queue::{Batch, Queue, SEND_BUFFER};
 
 pub use inherited::{Found, Inherited};
 pub use message::Fault;
-
-/// Has the kernel attach the sender's credentials to what comes on this connection from now on (SO_PASSCRED, unix(7)),
-/// as [`GateConfig::pass_credentials`](crate::gate::GateConfig::pass_credentials) does from the start. Returns within how many
-/// bytes, from the next to be read on, some may lack them because they came before; 0 where it was asked already.
-pub fn attach_credentials(socket: &impl AsFd) -> usize {
-    peer::attach_credentials(socket)
-}
 
 /// The most descriptors in one message. SCM_MAX_FD is 253; the file with the states takes a place too.
 pub const MOST_FDS: usize = 250;
@@ -251,6 +243,18 @@ fn fill<'f, 'h>(
 /// What is of another name is closed, forgotten by the manager, and named ([`Inherited::foreign`]).
 pub fn take_back(passed: Vec<(String, OwnedFd)>, name: &str, store: &Store) -> Inherited {
     Inherited::new(passed, name, Some(store.clone()))
+}
+
+/// Makes a connection non-blocking, for a service that needs it so: another process that held it may have changed that.
+///
+/// # Errors
+/// What fcntl(2) says.
+pub fn set_nonblocking(socket: &impl AsFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
+    if !flags.contains(OFlag::O_NONBLOCK) {
+        fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    }
+    Ok(())
 }
 
 /// Reads what [`pack`] has sent.

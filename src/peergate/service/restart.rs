@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -254,7 +253,7 @@ impl<W: DeserializeOwned> Inheritance<W> {
     }
 
     fn take(&mut self, socket: OwnedFd, bytes: &[u8]) {
-        let state = restore(bytes).filter(|_| set_nonblocking(&socket).is_ok());
+        let state = restore(bytes).filter(|_| handover::set_nonblocking(&socket).is_ok());
         match state.and_then(|state| Some((state, Peer::credentials_of(&socket).ok()?))) {
             Some(((state, received), peer)) => {
                 peer.remember(state.process);
@@ -315,12 +314,6 @@ fn judge<T: Terms>(
             None
         }
     }
-}
-
-/// Another process that held the socket may have changed that.
-fn set_nonblocking(socket: &OwnedFd) -> nix::Result<()> {
-    let flags = OFlag::from_bits_retain(fcntl(socket, FcntlArg::F_GETFL)?);
-    fcntl(socket, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map(drop)
 }
 
 #[cfg(test)]
