@@ -106,7 +106,6 @@ use crate::ids::Uid;
 use condition::{Ids, Known};
 use index::{Candidates, Index, NONE};
 use matcher::{Asked, Matcher};
-use set::IdSet;
 
 pub use accounts::{Accounts, SubordinateRange};
 pub(crate) use condition::{Condition, Given, KEYS, Key, sufficient_keys};
@@ -114,7 +113,7 @@ pub use condition::{Group, User};
 pub use explain::Explanation;
 pub use names::Name;
 pub use rule::{Kind, Place, Rule, RuleName};
-pub(crate) use set::HIGHEST;
+pub(crate) use set::{HIGHEST, IdSet};
 
 /// The keys that a rule may have, as a file has them.
 pub fn keys() -> impl Iterator<Item = &'static str> {

@@ -1,4 +1,4 @@
-//! Sets of ids as sorted, disjoint ranges. Used by [`policy`](super) alone.
+//! Sets of ids as sorted, disjoint ranges. Used by [`policy`](super), and by the policy file for the groups that deny rules list.
 
 use crate::ids::{OVERFLOW_ID, Uid};
 
@@ -7,13 +7,13 @@ pub(crate) const HIGHEST: u32 = u32::MAX - 1;
 
 /// A set of user or group ids. It never holds an unmapped id ([`Uid::is_known`]), whatever the rule says.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct IdSet {
+pub(crate) struct IdSet {
     /// Inclusive, ascending, with at least one id between one and the next.
     ranges: Vec<(u32, u32)>,
 }
 
 impl IdSet {
-    pub(super) fn new(ranges: impl IntoIterator<Item = (u32, u32)>) -> Self {
+    pub(crate) fn new(ranges: impl IntoIterator<Item = (u32, u32)>) -> Self {
         let mut pieces: Vec<(u32, u32)> = ranges.into_iter().flat_map(without_unknown).collect();
         pieces.sort_unstable();
         let mut ranges: Vec<(u32, u32)> = Vec::with_capacity(pieces.len());
@@ -26,7 +26,7 @@ impl IdSet {
         Self { ranges }
     }
 
-    pub(super) fn contains(&self, id: u32) -> bool {
+    pub(crate) fn contains(&self, id: u32) -> bool {
         let after = self.ranges.partition_point(|range| range.0 <= id);
         after > 0 && id <= self.ranges[after - 1].1
     }

@@ -10,7 +10,7 @@ use std::io;
 
 use super::{Fault, Faults, Names, Source};
 use crate::ids::{Gid, Uid};
-use crate::policy::{Accounts, HIGHEST, Name, Policy, SubordinateRange};
+use crate::policy::{Accounts, HIGHEST, IdSet, Name, Policy, SubordinateRange};
 
 /// The longest line that newuidmap(1) reads.
 const LONGEST_LINE: usize = 1023;
@@ -197,11 +197,8 @@ impl<T> Reader<'_, T> {
         if denied.is_empty() {
             return Vec::new();
         }
-        let disjoint = disjoint(denied);
-        let is_denied = |gid: Gid| {
-            let after = disjoint.partition_point(|(low, _)| *low <= gid.raw());
-            after > 0 && gid.raw() <= disjoint[after - 1].1
-        };
+        let ids = IdSet::new(denied.iter().copied());
+        let is_denied = |gid: Gid| ids.contains(gid.raw());
         let mut members: HashMap<Gid, HashSet<Uid>> = HashMap::new();
         for (uid, gid) in self.users.listed.iter().filter(|(_, gid)| is_denied(*gid)) {
             members.entry(*gid).or_default().insert(*uid);
@@ -239,20 +236,6 @@ impl<T> Reader<'_, T> {
             .map_err(|error| self.trouble("user database", format!("{what} could not be looked up ({error})"), true))
             .ok()
     }
-}
-
-/// The same ids in ranges that do not overlap, ascending.
-fn disjoint(ranges: &[(u32, u32)]) -> Vec<(u32, u32)> {
-    let mut sorted = ranges.to_vec();
-    sorted.sort_unstable();
-    let mut disjoint: Vec<(u32, u32)> = Vec::with_capacity(sorted.len());
-    for (low, high) in sorted {
-        match disjoint.last_mut() {
-            Some(last) if low <= last.1 => last.1 = last.1.max(high),
-            _ => disjoint.push((low, high)),
-        }
-    }
-    disjoint
 }
 
 /// strtoul(3) with base 0 over the whole text. A number that is negative or beyond 64 bits is no id in any case.
