@@ -49,7 +49,7 @@ fn answers(client: &Client, word: &str) {
 }
 
 #[test]
-fn an_example_is_a_whole_service_in_forty_lines() {
+fn an_example_is_a_whole_service_in_forty_lines_and_a_daemon_in_under_eighty() {
     let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples");
     for name in ["axum_note", "hyper_whoami", "shout", "tokio_echo", "tokio_shout"] {
         let text = fs::read_to_string(examples.join(name).with_extension("rs")).unwrap();
@@ -58,6 +58,8 @@ fn an_example_is_a_whole_service_in_forty_lines() {
         figure!("{name}: {lines} lines of its own");
         assert!(lines <= 40, "{name} has {lines} lines");
     }
+    let daemon = fs::read_to_string(examples.join("length_daemon.rs")).unwrap().lines().count();
+    assert!(daemon < 80, "a daemon of one's own has {daemon} lines");
 }
 
 /// curl(1) as another user: status and body.
