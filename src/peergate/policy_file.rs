@@ -179,7 +179,9 @@ where
     Ok(Loaded { unknown: policy.unknown_names(), unanswered, policy, application, warnings })
 }
 
-/// What toml says of a text that is no TOML, as "what was found; what was expected".
+/// What toml says of a text that is no TOML, as "what was found; what was expected". toml's parser has the two apart, and which
+/// fault it is, but `toml::de::Error` has only a sentence and a span. If a later toml words it otherwise, that sentence is the
+/// message.
 fn syntax(message: &str) -> String {
     match message.rsplit_once(", expected ") {
         Some((found, expected)) => format!("{found}; expected {expected}"),

@@ -1,7 +1,9 @@
 //! The keys of a rule. Used by [`policy`](super) and [`policy_file`](crate::policy_file).
 //!
 //! A key has one module: what it is called, how its values are read, whether they match a subject, and why. Index, policy file,
-//! `explain`, `check` and the look-up of names go by that and name no key. To add one:
+//! `explain`, `check` and the look-up of names go by that. They name a key only to say something that is true of it alone: the
+//! column for units in `check`, an id that names no user, the reservations about members of groups, the options of `explain` that
+//! stand for a fact. To add one:
 //!
 //! - write its module with a [`Key`] and the method of [`Rule`](super::Rule) that sets it, and list it in [`KEYS`];
 //! - where it depends on a new fact: let [`Subject`](crate::Subject) tell it (with a default of "not known"), let
