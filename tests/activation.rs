@@ -232,7 +232,7 @@ fn a_socket_with_a_listener_is_left_alone() {
     let living = UnixListener::bind(&path).unwrap();
     let (code, _, stderr) = listening(&path).run();
     assert_eq!(code, 71, "{stderr}");
-    assert!(stderr.contains("somebody listens there already"), "{stderr}");
+    assert!(stderr.contains("another process listens there already"), "{stderr}");
     // The check for a listener has connected; the next connection is the test's.
     let (mut asked, _) = living.accept().unwrap();
     assert_eq!(asked.read(&mut [0; 8]).unwrap(), 0);

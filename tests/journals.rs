@@ -155,7 +155,7 @@ fn without_a_journal_file_no_number_of_denials_is_reported() {
     let output = files.report(&[]);
     assert_eq!(output.status.code(), Some(74));
     let (text, here) = (stdout(&output), files.0.display().to_string());
-    assert!(text.contains("No record was found") && !text.contains("Nobody was turned away"), "{text}");
+    assert!(text.contains("No record was found") && !text.contains("No connection was turned away"), "{text}");
     assert!(text.replace('\n', " ").contains(&format!("looked in {here}.")), "{text}");
     assert!(stderr(&output).contains(&format!("was found in {here}")), "{}", stderr(&output));
     let (json, _) = files.json();
@@ -169,7 +169,10 @@ fn no_denials_in_a_journal_differs_from_an_unread_journal() {
     let output = files.report(&["--since", "2030-01-01"]);
     assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
     let text = stdout(&output);
-    assert!(text.starts_with("Nobody was turned away by the system's echod.\nRead: 1 journal file in "), "{text}");
+    assert!(
+        text.starts_with("No connection was turned away by the system's echod.\nRead: 1 journal file in "),
+        "{text}"
+    );
     assert!(text.replace('\n', " ").contains(", from Mon 2026-11-23 20:14:15 UTC on."), "{text}");
 }
 

@@ -484,7 +484,7 @@ fn a_journal_without_records_gives_a_report_that_says_so() {
     let journal = Journal::of(&[]);
     let output = journal.report(&["--system"]);
     assert_eq!(output.status.code(), Some(0));
-    let expected = "Nobody was turned away by the system's echod.\n\
+    let expected = "No connection was turned away by the system's echod.\n\
                     Read: 1 journal file in /var/log/journal/m, from Mon 2026-11-23 20:14:15 UTC on.\n";
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
     assert_eq!(journal.report(&["--user", "--system"]).status.code(), Some(2));

@@ -101,7 +101,7 @@ pub fn run<P: Protocol>(asked: &Explain, own: P::Options) -> u8 {
             return error.exit_code();
         }
     };
-    let (who, supplementary) = match somebody(asked) {
+    let (who, supplementary) = match subject_of(asked) {
         Ok(found) => found,
         Err(failure) => {
             output::complain(&failure.to_string());
@@ -132,7 +132,7 @@ pub fn run<P: Protocol>(asked: &Explain, own: P::Options) -> u8 {
 }
 
 /// The peer that the command line names, and how many supplementary groups it has.
-fn somebody(asked: &Explain) -> Result<(Box<dyn Subject>, usize), Failure> {
+fn subject_of(asked: &Explain) -> Result<(Box<dyn Subject>, usize), Failure> {
     let units = asked.unit.as_deref().map(unit).transpose()?;
     let login = asked.login.as_deref().map(login).transpose()?.unwrap_or_default();
     let process = Process { units, login };
@@ -151,7 +151,7 @@ fn somebody(asked: &Explain) -> Result<(Box<dyn Subject>, usize), Failure> {
             Ok(named(Described::new(Uid::new(*uid), gid, groups, process)))
         }
         Who { user: None, uid: None, pid: None } => {
-            Err(Failure::Usage("nobody to judge; expected --user, --uid or --pid".to_owned()))
+            Err(Failure::Usage("no peer is named; expected --user, --uid or --pid".to_owned()))
         }
     }
 }

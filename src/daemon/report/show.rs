@@ -157,8 +157,8 @@ pub fn text(tally: &Tally, asked: Asked<'_>, look: &Look, out: &mut impl Write) 
     if rows.is_empty() {
         // Only a journal that was read in full tells that there was nothing.
         match asked.complaints {
-            [] => writeln!(out, "Nobody was turned away by {whose}.")?,
-            _ => writeln!(out, "No record was found of anybody turned away by {whose}.")?,
+            [] => writeln!(out, "No connection was turned away by {whose}.")?,
+            _ => writeln!(out, "No record was found of a connection turned away by {whose}.")?,
         }
         notes(tally, look, out)?;
         return extent(asked, true, look, out);

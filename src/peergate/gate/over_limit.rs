@@ -65,7 +65,7 @@ impl OverLimit {
             return None;
         }
         let users: Vec<Uid> = self.waiting.iter().map(|one| one.uid).collect();
-        let Some(place) = who_makes_room(&users, one.uid) else { return Some(one) };
+        let Some(place) = place_to_free(&users, one.uid) else { return Some(one) };
         let removed = self.waiting.remove(place);
         self.waiting.push(one);
         Some(removed)
@@ -78,7 +78,7 @@ impl OverLimit {
 
 /// Which of the waiting connections goes when one more of `uid` comes: the oldest of the user with the most, so that one
 /// user's flood takes no place from another's connection. `None` where that user would not be left with as many as `uid`.
-fn who_makes_room(waiting: &[Uid], uid: Uid) -> Option<usize> {
+fn place_to_free(waiting: &[Uid], uid: Uid) -> Option<usize> {
     let places_of = |uid: Uid| waiting.iter().filter(|one| **one == uid).count();
     // The oldest of several equals: max_by_key alone would give the youngest.
     let (place, most) =
@@ -94,18 +94,18 @@ mod tests {
     fn one_users_flood_takes_no_waiting_place_from_another_user() {
         let (a, b) = (Uid::new(1000), Uid::new(1001));
         let mut waiting = vec![a; MOST_WAITING];
-        assert_eq!(who_makes_room(&waiting, a), None, "not for itself");
+        assert_eq!(place_to_free(&waiting, a), None, "not for itself");
         // Each other user finds a place and keeps it.
         for other in (2000..2000 + MOST_WAITING as u32 - 1).map(Uid::new) {
-            let place = who_makes_room(&waiting, other).unwrap();
+            let place = place_to_free(&waiting, other).unwrap();
             assert_eq!(waiting.remove(place), a);
             waiting.push(other);
-            let again = who_makes_room(&waiting, a);
+            let again = place_to_free(&waiting, a);
             assert_eq!(again, None, "the flood goes on");
         }
-        assert_eq!(who_makes_room(&waiting, b), None, "one place for each user is all there is");
+        assert_eq!(place_to_free(&waiting, b), None, "one place for each user is all there is");
         // The connection that has waited longest goes.
-        assert_eq!(who_makes_room(&[b, a, a, b, a], b), None);
-        assert_eq!(who_makes_room(&[b, a, a, a], b), Some(1));
+        assert_eq!(place_to_free(&[b, a, a, b, a], b), None);
+        assert_eq!(place_to_free(&[b, a, a, a], b), Some(1));
     }
 }

@@ -321,9 +321,13 @@ impl fmt::Display for BindError {
                 "{}: a socket path of {length} bytes; expected at most {LONGEST_PATH} (unix(7))",
                 path.display()
             ),
-            Self::InUse(path) => write!(f, "{}: somebody listens there already", path.display()),
+            Self::InUse(path) => write!(f, "{}: another process listens there already", path.display()),
             Self::Occupied(path, what) => {
-                write!(f, "{}: there is {what}; expected nothing, or a socket nobody listens on", path.display())
+                write!(
+                    f,
+                    "{}: there is {what}; expected nothing, or a socket on which no process listens",
+                    path.display()
+                )
             }
             Self::System(path, error) => write!(f, "{}: {error}", path.display()),
         }

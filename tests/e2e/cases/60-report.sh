@@ -31,7 +31,7 @@ LogNamespace=audit'
     expect "denials in the namespace" '3 true' "$(_in_report '"\(.denied.total) \(.complete)"')"
     expect "exit status" 0 "$status"
     text=$(echod report --system "$(since)" | tr '\n' ' ')
-    [[ $text == "Nobody was turned away by the system's echod. "* ]] || fail "without records:" "$text"
+    [[ $text == "No connection was turned away by the system's echod. "* ]] || fail "without records:" "$text"
     [[ $text == *"Read: "*" journal file"*" in "*"/log/journal/$(cat /etc/machine-id)"* ]] || fail "where it looked:" "$text"
     [[ $text == *"Not read: the journal namespace audit. "* ]] || fail "where else:" "$text"
     options=(--system --namespace=nothing)
@@ -54,7 +54,7 @@ a_user_who_may_not_read_the_systems_journal_is_told_so() {
         _report as "$user"
         expect "the report to $user" '0 false 74' "$(_in_report '"\(.denied.total) \(.complete)"') $status"
         [[ $said == *'no permission to read '*'/system.journal'* ]] || fail "said to $user:" "$said"
-        [[ $(as "$user" echod report --system 2>&1 || true) != *'Nobody was turned away'* ]] || fail "said to $user: nobody"
+        [[ $(as "$user" echod report --system 2>&1 || true) != *'No connection was turned away'* ]] || fail "said to $user: nobody"
     done
     options=(--user)
     _report as alice
