@@ -5,9 +5,9 @@
 //! Debian's package uidmap (newuidmap(1)). So a deny rule that goes by the peer's own ids alone is no obstacle to such a user,
 //! and a limit per user none either.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 
-use super::set::{HIGHEST, IdSet};
+use super::set::{HIGHEST, IdSet, sweep};
 use crate::ids::{Gid, Uid};
 
 /// Uids that a user may take on besides their own: a line of /etc/subuid (subuid(5)).
@@ -135,31 +135,17 @@ fn without(range: &SubordinateRange, uids: &[u32]) -> Vec<SubordinateRange> {
 
 /// Cuts ranges that may overlap into disjoint ones, ascending. Where several cover a uid, the first one has it.
 fn first_listed(ranges: &[SubordinateRange]) -> Vec<SubordinateRange> {
-    let mut edges: Vec<(u32, bool, usize)> = Vec::with_capacity(2 * ranges.len());
-    for (place, range) in ranges.iter().enumerate() {
-        edges.push((range.low, true, place));
-        edges.push((range.high + 1, false, place));
-    }
-    edges.sort_unstable();
-    let mut active = BTreeSet::new();
     let mut disjoint: Vec<SubordinateRange> = Vec::new();
     let mut begun: Option<(u32, Uid)> = None;
-    for group in edges.chunk_by(|a, b| a.0 == b.0) {
-        for &(_, begins, place) in group {
-            if begins {
-                active.insert(place)
-            } else {
-                active.remove(&place)
-            };
-        }
-        let at = group[0].0;
+    let places = ranges.iter().enumerate().map(|(place, range)| (place, range.low, range.high));
+    sweep(places, |at, active| {
         let owner = active.first().map(|&place| ranges[place].owner);
-        if begun.map(|(_, owner)| owner) == owner {
-            continue;
+        if begun.map(|(_, owner)| owner) != owner {
+            disjoint.extend(begun.map(|(low, owner)| SubordinateRange::new(owner, low, at - 1)));
+            begun = owner.map(|owner| (at, owner));
         }
-        disjoint.extend(begun.map(|(low, owner)| SubordinateRange::new(owner, low, at - 1)));
-        begun = owner.map(|owner| (at, owner));
-    }
+        Some(())
+    });
     disjoint
 }
 

@@ -3,10 +3,8 @@
 //! The id space is cut into segments inside which the same rules apply. Each segment lists these rules in the order
 //! of decision and ends with the first one that needs nothing but the id itself: nothing behind it could decide.
 
-use std::collections::BTreeSet;
-
 use super::matcher::Matcher;
-use super::set::IdSet;
+use super::set::{IdSet, sweep};
 
 /// No rule: higher than the number of any.
 pub(super) const NONE: u32 = u32::MAX;
@@ -144,33 +142,19 @@ impl Directory {
 
 impl Table {
     fn new(entries: &[Entry<'_>], left: &mut usize) -> Option<Self> {
-        // Where a rule begins to apply, and where it ceases to.
-        let mut edges: Vec<(u32, bool, usize)> = Vec::new();
-        for (place, entry) in entries.iter().enumerate() {
-            for &(low, high) in entry.set.ranges() {
-                edges.push((low, true, place));
-                edges.push((high + 1, false, place));
-            }
-        }
-        edges.sort_unstable();
-
         let empty = Segment { sure: NONE, by_ids: (0, 0), by_process: (0, 0) };
         let mut table =
             Self { starts: vec![0], directory: Directory::default(), segments: vec![empty], lists: Vec::new() };
-        let mut active: BTreeSet<usize> = BTreeSet::new();
-        for group in edges.chunk_by(|a, b| a.0 == b.0) {
-            for &(_, begins, place) in group {
-                // A rule's own ranges never touch, so no rule ends and begins at the same id.
-                if begins {
-                    active.insert(place)
-                } else {
-                    active.remove(&place)
-                };
-            }
+        let ranges = entries
+            .iter()
+            .enumerate()
+            .flat_map(|(place, entry)| entry.set.ranges().iter().map(move |&(low, high)| (place, low, high)));
+        sweep(ranges, |start, active| {
             let listed: Vec<&Entry<'_>> = first_to_sure(active.iter().map(|&place| &entries[place]));
             *left = left.checked_sub(listed.len() + 8)?;
-            table.begin(group[0].0, &listed);
-        }
+            table.begin(start, &listed);
+            Some(())
+        })?;
         table.directory = Directory::new(&table.starts);
         Some(table)
     }

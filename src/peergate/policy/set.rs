@@ -1,5 +1,7 @@
 //! Sets of ids as sorted, disjoint ranges. Used by [`policy`](super), and by the policy file for the groups that deny rules list.
 
+use std::collections::BTreeSet;
+
 use crate::ids::{OVERFLOW_ID, Uid};
 
 /// The highest id that a process can have; `u32::MAX` is `(uid_t) -1`.
@@ -72,6 +74,30 @@ impl IdSet {
             self.ranges.splice(from..to, [(low, high)]);
         }
     }
+}
+
+/// Goes through the ids at which ranges begin and cease, ascending, each with the places of the ranges that cover the ids from
+/// there to the next. A range is its place, its first id and its last, which is at most [`HIGHEST`]; ranges of one place must not
+/// overlap. Stops where `at` returns `None`.
+pub(super) fn sweep(
+    ranges: impl Iterator<Item = (usize, u32, u32)>,
+    mut at: impl FnMut(u32, &BTreeSet<usize>) -> Option<()>,
+) -> Option<()> {
+    let mut edges: Vec<_> =
+        ranges.flat_map(|(place, low, high)| [(low, true, place), (high + 1, false, place)]).collect();
+    edges.sort_unstable();
+    let mut active = BTreeSet::new();
+    for group in edges.chunk_by(|a, b| a.0 == b.0) {
+        for &(_, begins, place) in group {
+            if begins {
+                active.insert(place)
+            } else {
+                active.remove(&place)
+            };
+        }
+        at(group[0].0, &active)?;
+    }
+    Some(())
 }
 
 /// What remains of a range without the unmapped ids.
