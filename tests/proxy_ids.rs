@@ -587,16 +587,21 @@ fn descriptors_that_lie_unread_hold_up_other_connections_and_end_none() {
 
 #[test]
 fn descriptors_are_refused_unless_they_are_asked_for() {
-    let (start, behind) = start(OWNER, "");
-    let proxy = start.ready();
-    let client = proxy.connect();
-    let service = accept(&behind);
-    let (one, _) = UnixStream::pair().unwrap();
-    client.send("before");
-    service.expect("before");
-    match send_along(&client.0, b"with one", &[one.as_raw_fd()]) {
-        // From Linux 6.16 on the kernel refuses them.
-        Err(error) => assert_eq!(error, nix::errno::Errno::EPERM),
-        Ok(_) => service.expect_end(""),
+    // From Linux 6.16 on the kernel refuses them. The injection stands for an earlier one.
+    let without = ["trace=setsockopt", "inject=setsockopt:error=ENOPROTOOPT"];
+    for (can_refuse, is_from_client) in [(true, true), (true, false), (false, true), (false, false)] {
+        let (start, behind) = start(OWNER, "");
+        let trace = start.place().path("trace");
+        let proxy = if can_refuse { start } else { start.traced(&trace, &without) }.ready();
+        let client = proxy.connect();
+        let service = accept(&behind);
+        let (from, to) = if is_from_client { (client, service) } else { (service, client) };
+        let (one, _) = UnixStream::pair().unwrap();
+        from.send("before");
+        to.expect("before");
+        match send_along(&from.0, b"with one", &[one.as_raw_fd()]) {
+            Err(error) => assert!(can_refuse && error == nix::errno::Errno::EPERM, "{error}"),
+            Ok(_) => to.expect_end(""),
+        }
     }
 }
