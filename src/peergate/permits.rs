@@ -46,8 +46,8 @@ pub struct Limits {
     /// Of each user id, unless the rule that admits it says otherwise.
     pub connections_per_user: u32,
     /// How many accepted connections of each user may wait to be judged while the gate is busy, at least one. The user's next
-    /// one is turned away: denied if the policy denies it, else refused. 1,024 of all users together wait at most, and of those
-    /// none is turned away for waiting: a number from there on has no effect.
+    /// one is turned away: denied if the policy denies it, else refused. Of all users together at most 1,024 wait, and at most one
+    /// for every eight descriptors that the process may open; that bound turns none away, so that a higher number has no effect.
     pub waiting_per_user: u32,
 }
 
